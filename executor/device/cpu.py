@@ -1,0 +1,161 @@
+"""The CPU backend: the reference that defines every op, and a full backend in its own right.
+
+Linear weights are reordered once into oneDNN's blocked layout, which reads memory about 1.5 times as fast as
+plain `F.linear` on batch-1 steps; the plain copy is dropped by the caller.
+Cache layout: [blocks, block_size, K, D]; a row whose blocks are consecutive is attended through a view.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from executor.device.ops import KVLayer, Ops
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row's place in the step and in the cache."""
+
+    start: int
+    q_len: int
+    kv_len: int
+    first_slot: int  # of the row's consecutive blocks; -1 where they must be gathered
+    blocks: Tensor | None  # int64, set where first_slot is -1
+    mask: Tensor | None  # bool [q_len, kv_len], set where 1 < q_len < kv_len
+
+
+class CpuOps(Ops):
+    name = "cpu"
+    device = torch.device("cpu")
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.dtype == torch.float32:
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+        return x * cos.unsqueeze(-2) + rotated * sin.unsqueeze(-2)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def gelu(self, x: Tensor, tanh: bool) -> Tensor:
+        return F.gelu(x, approximate="tanh" if tanh else "none")
+
+    def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        if weight.dtype == torch.float16 or weight.is_meta:
+            return lambda x: F.linear(x, weight, bias)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        run = torch.ops.mkldnn._linear_pointwise.default
+        return lambda x: run(x, packed, bias, "none", [], "")
+
+    def prepare_experts(self, gate_up: Tensor, down: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        up_fns = [self.prepare_linear(w, None) for w in gate_up]
+        down_fns = [self.prepare_linear(w, None) for w in down]
+
+        def run(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            out = torch.zeros_like(x)
+            flat = ids.flatten()
+            order = torch.argsort(flat, stable=True)
+            counts = torch.bincount(flat, minlength=len(up_fns)).tolist()
+            tokens, scale = order // ids.shape[1], weights.flatten()[order]
+            start = 0
+            for expert, count in enumerate(counts):
+                if not count:
+                    continue
+                mine = tokens[start : start + count]
+                y = down_fns[expert](self.swiglu(up_fns[expert](x[mine])))
+                out.index_add_(0, mine, y * scale[start : start + count, None])
+                start += count
+            return out
+
+        return run
+
+    def gate_topk(self, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+        weights, ids = torch.topk(torch.softmax(logits, dim=-1, dtype=torch.float32), k, dim=-1)
+        if renormalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights.to(logits.dtype), ids
+
+    def kv_cache(
+        self, num_layers: int, num_blocks: int, block_size: int, heads: int, dim: int, dtype: torch.dtype
+    ) -> list[KVLayer]:
+        shape = (num_blocks, block_size, heads, dim)
+        # Never zeroed: only written slots are read, and an idle cache takes no memory.
+        return [KVLayer(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)) for _ in range(num_layers)]
+
+    def kv_write(self, k: Tensor, v: Tensor, cache: KVLayer, slots: Tensor) -> None:
+        cache.k.flatten(0, 1).index_copy_(0, slots, k)
+        cache.v.flatten(0, 1).index_copy_(0, slots, v)
+
+    def prepare_attention(
+        self, q_lens: Sequence[int], kv_lens: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int
+    ) -> list[_Row]:
+        rows, start = [], 0
+        for q_len, kv_len, blocks in zip(q_lens, kv_lens, block_tables, strict=True):
+            blocks = blocks[: -(-kv_len // block_size)]
+            together = blocks == list(range(blocks[0], blocks[0] + len(blocks)))
+            mask = None
+            if 1 < q_len < kv_len:
+                mask = torch.ones(q_len, kv_len, dtype=torch.bool).tril_(kv_len - q_len)
+            first_slot = blocks[0] * block_size if together else -1
+            rows.append(_Row(start, q_len, kv_len, first_slot, None if together else torch.tensor(blocks), mask))
+            start += q_len
+        return rows
+
+    def paged_attention(self, q: Tensor, cache: KVLayer, prepared: list[_Row], scale: float) -> Tensor:
+        num_tokens, num_heads, dim = q.shape
+        num_kv_heads = cache.k.shape[2]
+        group = num_heads // num_kv_heads
+        out = torch.empty(num_tokens, num_heads * dim, dtype=q.dtype)
+        for row in prepared:
+            k, v = _rows_of(cache.k, row), _rows_of(cache.v, row)  # [1, K, L, D]
+            mine = q[row.start : row.start + row.q_len]
+            target = out[row.start : row.start + row.q_len]
+            if row.q_len == 1:
+                # The query heads of one KV head share its keys: they stand as query rows, nothing is repeated.
+                y = F.scaled_dot_product_attention(mine.view(1, num_kv_heads, group, dim), k, v, scale=scale)
+                target.copy_(y.view(1, -1))
+                continue
+            k, v = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))
+            y = F.scaled_dot_product_attention(
+                mine.transpose(0, 1).unsqueeze(0), k, v, attn_mask=row.mask, is_causal=row.mask is None, scale=scale
+            )
+            target.view(row.q_len, num_heads, dim).copy_(y[0].transpose(0, 1))
+        return out
+
+    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+        out, start, index = torch.empty_like(q), 0, 0
+        while index < len(lengths):
+            # Neighbouring segments of one length are a batch: windows and frames mostly are.
+            length, count = lengths[index], 1
+            while index + count < len(lengths) and lengths[index + count] == length:
+                count += 1
+            end = start + count * length
+            batch = (x[start:end].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+            y = F.scaled_dot_product_attention(*batch, scale=scale)
+            out[start:end].unflatten(0, (count, length)).copy_(y.transpose(1, 2))
+            start, index = end, index + count
+        return out.flatten(1)
+
+    def synchronize(self) -> None:
+        """Every CPU op has ended when its call returns."""
+
+
+def _rows_of(cache: Tensor, row: _Row) -> Tensor:
+    """The row's keys or values `[1, K, kv_len, D]`: a view where its blocks are consecutive."""
+    if row.first_slot >= 0:
+        flat = cache.flatten(0, 1)[row.first_slot : row.first_slot + row.kv_len]
+    else:
+        flat = cache.index_select(0, row.blocks).flatten(0, 1)[: row.kv_len]
+    return flat.transpose(0, 1).unsqueeze(0)

@@ -1,0 +1,105 @@
+"""The op surface: what a model may ask of a device, and the one process global, the bound backend.
+
+A backend implements `Ops`. `executor/device/cpu.py` is the reference: it defines every op, others are tested
+against it. Layers call `ops.bound()`; none asks which device it runs on.
+Legend: T tokens, H query heads, K key/value heads, D head dim, S cache slots, E experts, I intermediate.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """One layer's paged cache. The layout of the tensors is the backend's own."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Ops(ABC):
+    """One device's kernels. Stateless but for what `prepare_*` returns."""
+
+    name: str
+    device: torch.device
+
+    @abstractmethod
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """`x [..., n] * rsqrt(mean(x²) + eps) * weight`, the mean in fp32."""
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """`(rms_norm(x + residual), x + residual)`; no residual before the first layer."""
+        total = x if residual is None else x + residual
+        return self.rms_norm(total, weight, eps), total
+
+    @abstractmethod
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor: ...
+
+    @abstractmethod
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate halves: `x [T, H, D]`, `cos`, `sin [T, D]` (each half the same angles)."""
+
+    @abstractmethod
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """`[T, 2I] -> silu(first half) * second half [T, I]`."""
+
+    @abstractmethod
+    def gelu(self, x: Tensor, tanh: bool) -> Tensor: ...
+
+    @abstractmethod
+    def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """`weight [out, in]` in the layout this device multiplies fastest, as a function of `x [T, in]`."""
+
+    @abstractmethod
+    def prepare_experts(self, gate_up: Tensor, down: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Expert weights `[E, 2I, n]`, `[E, n, I]` as a function of `(x [T, n], ids [T, k], weights [T, k])`."""
+
+    @abstractmethod
+    def gate_topk(self, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+        """Softmax in fp32 over `[T, E]`, the k best: `(weights [T, k] in logits' dtype, ids [T, k] int64)`."""
+
+    @abstractmethod
+    def kv_cache(self, num_layers: int, num_blocks: int, block_size: int, heads: int, dim: int, dtype: torch.dtype) -> list[KVLayer]:
+        """An empty paged cache."""
+
+    @abstractmethod
+    def kv_write(self, k: Tensor, v: Tensor, cache: KVLayer, slots: Tensor) -> None:
+        """Write `k, v [T, K, D]` at `slots [T]` int64 (block * block_size + offset)."""
+
+    @abstractmethod
+    def prepare_attention(
+        self, q_lens: Sequence[int], kv_lens: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int
+    ) -> Any:
+        """Everything attention needs that is the same for all layers of a step, from host lists, once."""
+
+    @abstractmethod
+    def paged_attention(self, q: Tensor, cache: KVLayer, prepared: Any, scale: float) -> Tensor:
+        """Causal attention of each row's last `q_len` tokens over its `kv_len` cached ones: `[T, H, D] -> [T, H * D]`."""
+
+    @abstractmethod
+    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+        """Full attention inside each of the packed segments: `[T, H, D] x3 -> [T, H * D]`."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until the device has done what was asked; for measuring only."""
+
+
+_bound: Ops | None = None
+
+
+def bind(backend: Ops) -> None:
+    """Make `backend` the one that layers call in this process."""
+    global _bound
+    _bound = backend
+
+
+def bound() -> Ops:
+    """The bound backend."""
+    assert _bound is not None, "no device backend is bound: call executor.device.ops.bind first"
+    return _bound

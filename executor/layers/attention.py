@@ -1,0 +1,64 @@
+"""Grouped-query attention over the paged cache, as both families' text models use it.
+
+Legend: T tokens, H query heads of this rank, K key/value heads of this rank, D head dim, n hidden size.
+"""
+
+from torch import Tensor, nn
+
+from executor.device import ops
+from executor.device.ops import KVLayer
+from executor.layers.linear import Linear, Part
+from executor.layers.norm import RMSNorm
+from executor.parallel import Group, kv_heads_part, part
+
+
+class Attention(nn.Module):
+    """`[T, n] -> [T, n]`. `qkv_bias`: Qwen2.5; `qk_norm_eps`: Qwen3's norm of queries and keys over D."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        group: Group,
+        *,
+        qkv_bias: bool = False,
+        qk_norm_eps: float | None = None,
+    ) -> None:
+        super().__init__()
+        queries = part(num_heads, group, "query heads")
+        keys = kv_heads_part(num_kv_heads, group)
+        self.num_heads = queries.stop - queries.start
+        self.num_kv_heads = keys.stop - keys.start
+        self.head_dim = head_dim
+        self.scale = head_dim**-0.5
+
+        def rows(heads: slice) -> slice:
+            return slice(heads.start * head_dim, heads.stop * head_dim)
+
+        self.qkv_proj = Linear(
+            hidden_size,
+            (num_heads + 2 * num_kv_heads) * head_dim,
+            bias=qkv_bias,
+            shard="out",
+            group=group,
+            parts=(
+                Part("q_proj", num_heads * head_dim, rows(queries)),
+                Part("k_proj", num_kv_heads * head_dim, rows(keys)),
+                Part("v_proj", num_kv_heads * head_dim, rows(keys)),
+            ),
+        )
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, shard="in", group=group)
+        self.q_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
+        self.k_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVLayer, slots: Tensor, prepared: object) -> Tensor:
+        device = ops.bound()
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = device.rope(q, cos, sin), device.rope(k, cos, sin)
+        device.kv_write(k, v, cache, slots)
+        return self.o_proj(device.paged_attention(q, cache, prepared, self.scale))

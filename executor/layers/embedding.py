@@ -1,0 +1,62 @@
+"""Token embedding and output head, split over the vocabulary.
+
+Legend: T tokens, V vocabulary, n hidden size.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from executor.device import ops
+from executor.layers.pull import Catalog, Pull, empty
+from executor.parallel import Group, part
+
+
+class Embedding(nn.Module):
+    """`ids [T] -> [T, n]`; each rank holds a slice of the vocabulary and the parts are summed."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, group: Group) -> None:
+        super().__init__()
+        self.shape = (vocab_size, hidden_size)
+        self.rows = part(vocab_size, group, "vocabulary")
+        self.group = group
+        self.weight = empty(self.rows.stop - self.rows.start, hidden_size)
+
+    def pulls(self, catalog: Catalog, prefix: str) -> Iterator[Pull]:
+        yield Pull(f"{prefix}.weight", self.shape, (self.rows, slice(None)), self.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.rows.start
+        outside = (local < 0) | (local >= self.weight.shape[0])
+        part_of = F.embedding(local.masked_fill(outside, 0), self.weight).masked_fill_(outside.unsqueeze(-1), 0)
+        return self.group.all_reduce(part_of)
+
+
+class Head(nn.Module):
+    """`[T, n] -> logits [T, V]` in fp32, gathered over the group. `tied` shares the embedding's weight."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, group: Group, tied: Embedding | None) -> None:
+        super().__init__()
+        self.shape = (vocab_size, hidden_size)
+        self.rows = part(vocab_size, group, "vocabulary")
+        self.group = group
+        self.tied = tied is not None
+        self.weight = tied.weight if tied is not None else empty(self.rows.stop - self.rows.start, hidden_size)
+        self._multiply: Callable[[Tensor], Tensor] | None = None
+
+    def pulls(self, catalog: Catalog, prefix: str) -> Iterator[Pull]:
+        if not self.tied:
+            yield Pull(f"{prefix}.weight", self.shape, (self.rows, slice(None)), self.weight)
+
+    def prepare(self) -> None:
+        """Tied weights stand twice afterwards where the device multiplies from a layout of its own."""
+        self._multiply = ops.bound().prepare_linear(self.weight.data, None)
+        del self.weight
+        self.weight = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group.all_gather(self._multiply(x)).to(torch.float32)

@@ -1,0 +1,102 @@
+"""Mixture of experts: softmax router, top-k, renormalised, fused experts.
+
+Legend: T tokens, n hidden size, E experts, I intermediate size of one expert on this rank, k experts per token.
+"""
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+
+from executor.device import ops
+from executor.errors import UserError
+from executor.layers.linear import Linear
+from executor.layers.pull import Catalog, Pull, empty
+from executor.parallel import Group, part
+
+
+class MoE(nn.Module):
+    """`[T, n] -> [T, n]`; every rank holds its slice of each expert's intermediate dim ("tensor parallel experts")."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, num_experts: int, top_k: int, renormalize: bool, group: Group
+    ) -> None:
+        super().__init__()
+        self.gate = Linear(hidden_size, num_experts)
+        self.experts = Experts(hidden_size, intermediate_size, num_experts, group)
+        self.top_k = top_k
+        self.renormalize = renormalize
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = ops.bound().gate_topk(self.gate(x), self.top_k, self.renormalize)
+        return self.experts(x, ids, weights)
+
+
+class Experts(nn.Module):
+    """The experts' weights, stacked: gate and up `[E, 2I, n]`, down `[E, n, I]`.
+
+    Checkpoints hold them stacked in this form, stacked with the last two dims swapped, or one tensor per expert;
+    they are told apart by name and shape.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int, group: Group) -> None:
+        super().__init__()
+        self.sizes = (num_experts, intermediate_size, hidden_size)
+        self.group = group
+        self.columns = part(intermediate_size, group, "expert intermediate size")
+        local = self.columns.stop - self.columns.start
+        self.gate_up = empty(num_experts, 2 * local, hidden_size)
+        self.down = empty(num_experts, hidden_size, local)
+        self._run: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+    def pulls(self, catalog: Catalog, prefix: str) -> Iterator[Pull]:
+        if f"{prefix}.gate_up_proj" in catalog:
+            yield from self._stacked(catalog, prefix)
+        else:
+            yield from self._unstacked(prefix)
+
+    def _stacked(self, catalog: Catalog, prefix: str) -> Iterator[Pull]:
+        num_experts, inner, hidden = self.sizes
+        local = self.down.shape[2]
+        every = slice(None)
+        up_name, down_name = f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
+        up_swapped = _swapped(catalog, up_name, (num_experts, 2 * inner, hidden))
+        down_swapped = _swapped(catalog, down_name, (num_experts, hidden, inner))
+        for half in (0, 1):
+            rows = slice(half * inner + self.columns.start, half * inner + self.columns.stop)
+            into = self.gate_up[:, half * local : (half + 1) * local]
+            yield Pull(up_name, (num_experts, 2 * inner, hidden), (every, rows, every), into, up_swapped)
+        yield Pull(down_name, (num_experts, hidden, inner), (every, every, self.columns), self.down, down_swapped)
+
+    def _unstacked(self, prefix: str) -> Iterator[Pull]:
+        num_experts, inner, hidden = self.sizes
+        local = self.down.shape[2]
+        every = slice(None)
+        for expert in range(num_experts):
+            for half, name in enumerate(("gate_proj", "up_proj")):
+                into = self.gate_up[expert, half * local : (half + 1) * local]
+                yield Pull(f"{prefix}.{expert}.{name}.weight", (inner, hidden), (self.columns, every), into)
+            name = f"{prefix}.{expert}.down_proj.weight"
+            yield Pull(name, (hidden, inner), (every, self.columns), self.down[expert])
+
+    def prepare(self) -> None:
+        self._run = ops.bound().prepare_experts(self.gate_up.data, self.down.data)
+        del self.gate_up, self.down
+        self.gate_up = self.down = None
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return self.group.all_reduce(self._run(x, ids, weights))
+
+
+def _swapped(catalog: Catalog, name: str, shape: tuple[int, int, int]) -> bool:
+    """Whether the checkpoint stores `name` with its last two dims swapped. Raises UserError where neither form fits."""
+    if name not in catalog:
+        return False  # the loader reports it missing
+    found = tuple(catalog[name].shape)
+    if found == shape:
+        return False
+    if found == (shape[0], shape[2], shape[1]):
+        return True
+    raise UserError(
+        f"tensor {name}: found shape {list(found)}, expected {list(shape)} or its last two dims swapped; "
+        "config.json and the weights are not of the same model"
+    )

@@ -1,0 +1,78 @@
+"""What a layer asks of the checkpoint: which tensor, which part of it, and where it goes.
+
+Weights are pulled: a layer lists its tensors, the loader reads just those slices.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Canonical tensor name -> something with `.shape`: what the checkpoint holds, for layers that meet several forms.
+Catalog = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Pull:
+    """A wish: slice `index` of tensor `name` goes into `into`.
+
+    `shape` is the whole tensor's as the model sees it, `index` slices that (missing trailing slices take all), and
+    `into.shape` equals the slice's shape. `into` may be a view of a fused parameter, of any dtype and device.
+    `transpose`: in the file the last two dims of `shape` are swapped; `shape` and `index` stay the model's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    index: tuple[slice, ...]
+    into: Tensor
+    transpose: bool = False
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        return swap_last_two(self.shape) if self.transpose else tuple(self.shape)
+
+    @property
+    def file_index(self) -> tuple[slice, ...]:
+        """One slice with explicit bounds per dim of `file_shape`."""
+        padded = tuple(self.index) + (slice(None),) * (len(self.shape) - len(self.index))
+        bounds = tuple(slice(*part.indices(size)[:2]) for part, size in zip(padded, self.shape, strict=True))
+        return swap_last_two(bounds) if self.transpose else bounds
+
+
+def swap_last_two(dims: tuple) -> tuple:
+    """`(..., a, b)` -> `(..., b, a)`."""
+    return (*dims[:-2], dims[-1], dims[-2])
+
+
+def whole(name: str, into: Tensor) -> Pull:
+    """The whole tensor, as it is."""
+    return Pull(name, tuple(into.shape), (slice(None),) * into.dim(), into)
+
+
+def pull_all(module: nn.Module, catalog: Catalog, prefix: str) -> Iterator[Pull]:
+    """The pulls of every submodule that has a `pulls` method, by its attribute path under `prefix`."""
+    for name, child in module.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        if hasattr(child, "pulls"):
+            yield from child.pulls(catalog, path)
+        else:
+            yield from pull_all(child, catalog, path)
+
+
+def finalize(module: nn.Module) -> None:
+    """After loading: let every layer turn its weights into the device's form, one layer at a time."""
+    for child in module.modules():
+        if hasattr(child, "prepare"):
+            child.prepare()
+
+
+def local_bytes(pulls: Iterable[Pull]) -> int:
+    """Bytes that these pulls ask of the checkpoint, counted in the dtype they are kept in."""
+    return sum(pull.into.numel() * pull.into.element_size() for pull in pulls)
+
+
+def empty(*shape: int) -> nn.Parameter:
+    """An uninitialised parameter in the default dtype, on the default device."""
+    return nn.Parameter(torch.empty(*shape), requires_grad=False)

@@ -1,0 +1,136 @@
+"""What travels from the processor through the scheduler to the runner: prompts, media, requests.
+
+Knows nothing of torch, tokenizers or models; `MediaItem.pixels` is opaque here.
+Legend: T prompt tokens, F frames, C channels (3), H/W pixels after the resize.
+"""
+
+import enum
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request's tokens are chosen. Defaults are greedy and without penalties.
+
+    `seed` is always a number by the time a request reaches the scheduler: the noise of a token is a hash of
+    (seed, position, candidate), so the answer is the same alone or in any batch.
+    """
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # the checkpoint's EOS list is kept by the engine, not here
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; k: the chosen token's and the k best
+    n: int = 1
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the sampler must know which tokens came before."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class MediaItem:
+    """One picture or video, decoded and resized, as the vision encoder takes it."""
+
+    kind: Literal["image", "video"]
+    digest: bytes  # of the resized pixels and their grid: equal digests have equal embeddings
+    pixels: Any  # uint8 tensor [F, C, H, W], F even for a video, 1 for a picture
+    grid_thw: tuple[int, int, int]  # in patches (time, height, width)
+    num_tokens: int  # embeddings it yields: t * h * w / merge**2
+    source: str = ""  # for messages: a path, a URL, "base64"
+    seconds_per_grid: float = 0.0  # video: seconds from one temporal patch to the next
+    timestamps_s: tuple[float, ...] = ()  # video: of every sampled frame, before the repeat to an even count
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of placeholder tokens in the prompt, filled with embeddings `offset...` of `media[media_index]`."""
+
+    start: int
+    num_tokens: int
+    media_index: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt ready for the engine. Position of generated token i is `len(token_ids) + i + position_delta`."""
+
+    token_ids: list[int]
+    positions: np.ndarray  # int64 [3, T]: M-RoPE (time, height, width)
+    position_delta: int
+    media: tuple[MediaItem, ...] = ()
+    spans: tuple[Span, ...] = ()  # ascending by start, disjoint
+    text: str = ""  # what was tokenized
+
+    @property
+    def num_vision_tokens(self) -> int:
+        return sum(span.num_tokens for span in self.spans)
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence being answered: its prompt, its state in the scheduler, its times (monotonic seconds)."""
+
+    id: str
+    prompt: Prompt
+    params: SamplingParams
+    arrival_s: float = field(default_factory=time.monotonic)
+
+    output_token_ids: list[int] = field(default_factory=list)
+    output_logprobs: list[Any] = field(default_factory=list)
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token id or stop string
+
+    # Owned by the scheduler.
+    num_computed_tokens: int = 0  # of prompt + output, whose keys and values are in `block_ids`
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when first admitted
+    block_ids: list[int] = field(default_factory=list)
+    num_preemptions: int = 0
+
+    first_token_s: float | None = None
+    finish_s: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt.token_ids) + len(self.output_token_ids)
+
+    @property
+    def finished(self) -> bool:
+        return self.status is Status.FINISHED
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Tokens [start, end) of prompt followed by output."""
+        num_prompt = len(self.prompt.token_ids)
+        if end <= num_prompt:
+            return self.prompt.token_ids[start:end]
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : end - num_prompt]
+        return self.prompt.token_ids[start:] + self.output_token_ids[: end - num_prompt]

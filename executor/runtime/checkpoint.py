@@ -1,0 +1,250 @@
+"""What a checkpoint folder holds: the catalog of its tensors, by canonical name, from the headers alone.
+
+Invariant: every file's header is checked against the file's size, and an index against the headers, before a byte of
+weights is read. Does not know what the tensors are for, and copies none (`weights.load_weights` does).
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from executor.errors import UserError, nearest
+
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""What can be loaded. Others (float8, packed 4 bit) may lie in a file, but a pull of one is refused."""
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+LFS_POINTER = b"version https://git-lfs"
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint, as its file's header announces it. `dtype` is None for one we cannot load."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    file: Path
+    original_name: str = ""
+    offset: int = 0  # of its first byte in the file's data part
+    num_bytes: int = 0
+    dtype_name: str = ""  # as the file spells it
+
+
+class Checkpoint:
+    """A local folder of `*.safetensors`, with or without an index. Reads headers only.
+
+    `catalog` maps canonical names (`model.visual.*`, `model.language_model.*`, `lm_head.*`) to `TensorInfo`, in the
+    order of the files. Raises UserError for a folder that is no complete safetensors checkpoint.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).expanduser()
+        _check_folder(self.folder)
+        index_file = _find_index(self.folder)
+        weight_map = _read_index(index_file) if index_file else None
+        files = _shards_of_index(index_file, weight_map) if weight_map is not None else _shards_of_folder(self.folder)
+        self.files: tuple[Path, ...] = tuple(files)
+        self.catalog: dict[str, TensorInfo] = _merge_headers(self.files, weight_map)
+        if weight_map is not None:
+            _check_index_against_files(index_file, weight_map, self.catalog)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(info.num_bytes for info in self.catalog.values())
+
+    def find(self, name: str) -> TensorInfo:
+        """The tensor of a canonical name; UserError names the nearest when it is not there."""
+        if name in self.catalog:
+            return self.catalog[name]
+        raise UserError(self.describe_missing([name]))
+
+    def describe_missing(self, names: list[str]) -> str:
+        # Names that end alike are the plausible ones, and a large MoE has far too many to compare them all.
+        ending = names[0].rsplit(".", 1)[-1]
+        alike = [name for name in self.catalog if name.endswith(ending)][:4000]
+        more = f" and {len(names) - 1} more, such as '{names[-1]}'" if len(names) > 1 else ""
+        return (
+            f"{self.folder}: tensor '{names[0]}' is missing{more}{nearest(names[0], alike)}; the checkpoint holds "
+            f"{len(self.catalog)} tensors in {len(self.files)} file(s). Check that config.json belongs to these "
+            "weights and that the download is complete"
+        )
+
+
+def canonical_name(name: str) -> str:
+    """Maps the legacy names (`visual.*`, `model.*` of the text, `language_model.model.*`) to the current ones."""
+    if name.startswith(("model.visual.", "model.language_model.", "lm_head.")):
+        return name
+    for legacy, current in (
+        ("visual.", "model.visual."),
+        ("language_model.lm_head.", "lm_head."),
+        ("language_model.model.", "model.language_model."),
+        ("language_model.", "model.language_model."),
+        ("model.", "model.language_model."),
+    ):
+        if name.startswith(legacy):
+            return current + name.removeprefix(legacy)
+    return name
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise UserError(f"checkpoint folder '{folder}' does not exist; set model_config.model_path to a local folder")
+    if not folder.is_dir():
+        raise UserError(f"checkpoint '{folder}' is a file; give the folder that holds config.json and *.safetensors")
+
+
+def _find_index(folder: Path) -> Path | None:
+    usual = folder / "model.safetensors.index.json"
+    if usual.exists():
+        return usual
+    found = sorted(folder.glob("*.safetensors.index.json"))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UserError(f"{folder}: more than one index ({names}); keep the one of the weights to load")
+    return found[0] if found else None
+
+
+def _read_index(index_file: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        entries = {str(name): str(file) for name, file in weight_map.items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index_file}: not an index with a 'weight_map' ({error!r}); download it again") from error
+    outside = sorted({file for file in entries.values() if Path(file).name != file})
+    if outside:
+        raise UserError(f"{index_file}: names '{outside[0]}', which is not a file name in the same folder")
+    return entries
+
+
+def _shards_of_index(index_file: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    files = [index_file.parent / name for name in sorted(set(weight_map.values()))]
+    _refuse_missing(index_file, [file.name for file in files if not file.exists()], len(files))
+    return files
+
+
+def _shards_of_folder(folder: Path) -> list[Path]:
+    single = folder / "model.safetensors"
+    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(_describe_no_weights(folder))
+    names = {file.name for file in files}
+    for name in sorted(names):
+        numbered = re.fullmatch(r"(.*-)(\d{5})(-of-)(\d{5})(\.safetensors)", name)
+        if numbered:
+            stem, _, of, count, suffix = numbered.groups()
+            wanted = [f"{stem}{number:05d}{of}{count}{suffix}" for number in range(1, int(count) + 1)]
+            _refuse_missing(folder, [name for name in wanted if name not in names], len(wanted))
+    return files
+
+
+def _refuse_missing(source: Path, missing: list[str], num_files: int) -> None:
+    if missing:
+        shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+        raise UserError(f"{source}: {len(missing)} of {num_files} shards are missing: {shown}; download them again")
+
+
+def _describe_no_weights(folder: Path) -> str:
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in OTHER_FORMATS)
+    if others:
+        return (
+            f"{folder}: no *.safetensors, but '{others[0]}'; only safetensors are read. Convert to safetensors: "
+            f"AutoModelForImageTextToText.from_pretrained('{folder}').save_pretrained('NEW_FOLDER') of transformers"
+        )
+    held = sorted(path.name for path in folder.iterdir())[:8]
+    return f"{folder}: no *.safetensors; the folder holds {', '.join(held) or 'nothing'}. Is the download complete?"
+
+
+def _merge_headers(files: Iterable[Path], weight_map: Mapping[str, str] | None) -> dict[str, TensorInfo]:
+    catalog: dict[str, TensorInfo] = {}
+    for file in files:
+        for info in read_header(file):
+            name = canonical_name(info.original_name)
+            other = catalog.get(name)
+            chosen = (weight_map or {}).get(info.original_name)
+            resolved = other is not None and other.original_name == info.original_name and chosen is not None
+            if resolved and chosen == other.file.name:
+                continue  # a stale copy: the index says which file counts
+            if other is not None and not resolved:
+                raise UserError(
+                    f"tensor '{name}' is there twice: as '{other.original_name}' in {other.file} and as "
+                    f"'{info.original_name}' in {file}; remove the file that does not belong to this checkpoint"
+                )
+            catalog[name] = info
+    return catalog
+
+
+def _check_index_against_files(
+    index_file: Path, weight_map: Mapping[str, str], catalog: Mapping[str, TensorInfo]
+) -> None:
+    for original, file in weight_map.items():
+        info = catalog.get(canonical_name(original))
+        if info is None or info.file.name != file:
+            raise UserError(f"{index_file}: names tensor '{original}' in '{file}', which does not hold it")
+
+
+def read_header(file: Path) -> list[TensorInfo]:
+    """The tensors of one safetensors file in file order, after checking that the whole file is there.
+
+    Format: 8 bytes little-endian header length, the header as JSON, the data without gaps.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if (start + stream.read(len(LFS_POINTER) - 8)) == LFS_POINTER:
+            raise UserError(f"{file}: a git-lfs pointer, not the weights; run 'git lfs pull' in its folder")
+        if len(start) < 8:
+            raise UserError(f"{file}: truncated, {size} bytes; download it again")
+        (header_bytes,) = struct.unpack("<Q", start)
+        if header_bytes > min(size - 8, MAX_HEADER_BYTES):
+            reason = "truncated" if header_bytes <= MAX_HEADER_BYTES else "not a safetensors file"
+            raise UserError(f"{file}: {reason}: a header of {header_bytes} bytes in {size} bytes; download it again")
+        stream.seek(8)
+        raw = stream.read(header_bytes)
+    try:
+        header = json.loads(raw)
+        infos = [_tensor_info(file, name, entry) for name, entry in header.items() if name != "__metadata__"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: its header is damaged ({error!r}); download it again") from error
+    infos.sort(key=lambda info: (info.offset, info.num_bytes))
+    _check_extents(file, infos, size - 8 - header_bytes)
+    return infos
+
+
+def _tensor_info(file: Path, name: str, entry: Mapping) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    shape = tuple(int(size) for size in entry["shape"])
+    dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
+    if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"tensor '{name}' of shape {shape} and type {entry['dtype']} in {end - begin} bytes")
+    return TensorInfo(shape, dtype, file, name, begin, end - begin, entry["dtype"])
+
+
+def _check_extents(file: Path, infos: list[TensorInfo], data_bytes: int) -> None:
+    end = 0
+    for info in infos:
+        if info.offset != end:
+            raise UserError(f"{file}: tensor '{info.original_name}' does not follow the one before; download it again")
+        end += info.num_bytes
+    if data_bytes != end:
+        reason = "truncated" if data_bytes < end else "too long"
+        raise UserError(
+            f"{file}: {reason}: {data_bytes} bytes of weights where its header announces {end}; download it again"
+        )

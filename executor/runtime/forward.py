@@ -1,0 +1,30 @@
+"""What one model step is told besides its token embeddings. Built once per step, read by every layer.
+
+Legend: T tokens of the step, R rows that want logits, D head dim, P visual tokens of the step, n hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from executor.device.ops import KVLayer
+
+
+@dataclass(frozen=True)
+class DeepStack:
+    """Visual features that are added to the hidden states after the first layers (Qwen3-VL)."""
+
+    index: Tensor  # int64 [P]: where in the step the visual tokens stand
+    features: Tensor  # [P, taps, n]
+
+
+@dataclass(frozen=True)
+class ForwardMeta:
+    cos: Tensor  # [T, D], merged over the three axes
+    sin: Tensor
+    slots: Tensor  # int64 [T], block * block_size + offset
+    attention: Any  # what the backend's prepare_attention made of this step
+    kv: list[KVLayer]
+    select: Tensor  # int64 [R]: the tokens whose logits are wanted
+    deepstack: DeepStack | None = None

@@ -1,0 +1,47 @@
+"""Qwen2.5-VL's text model: Qwen2.5 with biases on q, k, v and contiguous M-RoPE sections.
+
+Legend: T tokens, R rows that want logits, n hidden size.
+"""
+
+from torch import Tensor, nn
+
+from executor.device.ops import KVLayer
+from executor.layers.attention import Attention
+from executor.layers.embedding import Embedding
+from executor.layers.mlp import GatedMLP
+from executor.layers.norm import RMSNorm
+from executor.parallel import Group
+from executor.runtime.forward import ForwardMeta
+from models.qwen2_5_vl.config import TextConfig
+
+
+class Text(nn.Module):
+    def __init__(self, config: TextConfig, group: Group) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, group)
+        self.layers = nn.ModuleList(Layer(config, group) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, meta: ForwardMeta) -> Tensor:
+        """Embeddings `[T, n]` -> the normalised hidden states of the selected tokens `[R, n]`."""
+        residual = None
+        for layer, kv in zip(self.layers, meta.kv, strict=True):
+            x, residual = layer(x, residual, meta, kv)
+        return self.norm(x[meta.select] + residual[meta.select])
+
+
+class Layer(nn.Module):
+    def __init__(self, config: TextConfig, group: Group) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(
+            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, group, qkv_bias=True
+        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, group)
+
+    def forward(self, x: Tensor, residual: Tensor | None, meta: ForwardMeta, kv: KVLayer) -> tuple[Tensor, Tensor]:
+        x, residual = self.input_layernorm.add(x, residual)
+        x = self.self_attn(x, meta.cos, meta.sin, kv, meta.slots, meta.attention)
+        x, residual = self.post_attention_layernorm.add(x, residual)
+        return self.mlp(x), residual

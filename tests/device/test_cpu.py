@@ -1,0 +1,108 @@
+"""The CPU reference against plain definitions of each op."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from executor.device.cpu import CpuOps
+
+OPS = CpuOps()
+
+
+def naive_causal(q, k, v, scale):
+    """Attention of the last len(q) positions over all of k, in fp64: q [n, H, D], k, v [L, K, D]."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1).double(), v.repeat_interleave(group, 1).double()
+    scores = torch.einsum("nhd,lhd->hnl", q.double(), k) * scale
+    allowed = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).tril(k.shape[0] - q.shape[0])
+    probabilities = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+    return torch.einsum("hnl,lhd->nhd", probabilities, v).flatten(1)
+
+
+@pytest.mark.parametrize("tables", [[[0, 1, 2], [3], [4, 5]], [[5, 0, 3], [2], [4, 1]]], ids=["consecutive", "spread"])
+def test_paged_attention_of_mixed_rows(tables):
+    """A decode row, a whole prompt and a chunk behind a prefix, in one step."""
+    torch.manual_seed(0)
+    block_size, heads, kv_heads, dim = 16, 6, 2, 24
+    q_lens, kv_lens = [1, 9, 11], [40, 9, 30]
+    (cache,) = OPS.kv_cache(1, 6, block_size, kv_heads, dim, torch.float32)
+    keys, values = [], []
+    for table, length in zip(tables, kv_lens, strict=True):
+        keys.append(torch.randn(length, kv_heads, dim))
+        values.append(torch.randn(length, kv_heads, dim))
+        places = torch.arange(length)
+        slots = torch.tensor(table)[places // block_size] * block_size + places % block_size
+        OPS.kv_write(keys[-1], values[-1], cache, slots)
+    q = torch.randn(sum(q_lens), heads, dim)
+    got = OPS.paged_attention(q, cache, OPS.prepare_attention(q_lens, kv_lens, tables, block_size), 0.2)
+    wanted = [naive_causal(*x, 0.2) for x in zip(q.split(q_lens), keys, values, strict=True)]
+    torch.testing.assert_close(got, torch.cat(wanted).float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [4, 4, 7, 1, 7, 7]])
+def test_varlen_attention_stays_inside_segments(lengths):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), 3, 10) for _ in range(3))
+    wanted = []
+    for qs, ks, vs in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        scores = torch.einsum("nhd,lhd->hnl", qs, ks) * 0.3
+        wanted.append(torch.einsum("hnl,lhd->nhd", scores.softmax(-1), vs).flatten(1))
+    torch.testing.assert_close(OPS.varlen_attention(q, k, v, lengths, 0.3), torch.cat(wanted), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+def test_linear_is_a_matrix_product(dtype, tolerance):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(33, 48).to(dtype), torch.randn(33).to(dtype)
+    for rows in (1, 3, 64):
+        x = torch.randn(rows, 48).to(dtype)
+        wanted = x.double() @ weight.double().t() + bias.double()
+        got = OPS.prepare_linear(weight, bias)(x)
+        assert got.dtype == dtype
+        assert (got.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def test_linear_keeps_no_view_of_the_plain_weight():
+    weight = torch.randn(8, 16)
+    multiply, x = OPS.prepare_linear(weight, None), torch.randn(2, 16)
+    before = multiply(x)
+    weight.zero_()
+    assert torch.equal(multiply(x), before)
+
+
+def test_rope_turns_pairs_of_the_two_halves():
+    torch.manual_seed(0)
+    x, angles = torch.randn(4, 2, 6), torch.randn(4, 3)
+    cos, sin = (torch.cat((f(angles), f(angles)), -1) for f in (torch.cos, torch.sin))
+    turned = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones(4, 1, 3), angles.unsqueeze(1))
+    torch.testing.assert_close(OPS.rope(x, cos, sin), torch.cat((turned.real, turned.imag), -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms(dtype):
+    torch.manual_seed(0)
+    x, residual, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((5, 32), (5, 32), (32,), (32,)))
+    normed, total = OPS.add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(total, x + residual)
+    wanted = F.rms_norm(total.float(), (32,), weight.float(), 1e-6)
+    torch.testing.assert_close(normed.float(), wanted, atol=2e-2 if dtype == torch.bfloat16 else 1e-6, rtol=1e-2)
+    assert torch.equal(OPS.layer_norm(x, weight, bias, 1e-6), F.layer_norm(x, (32,), weight, bias, 1e-6))
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_experts_are_a_weighted_sum_of_gated_mlps(renormalize):
+    torch.manual_seed(0)
+    num_experts, inner, hidden, tokens = 5, 7, 12, 9
+    gate_up, down = torch.randn(num_experts, 2 * inner, hidden), torch.randn(num_experts, hidden, inner)
+    x, logits = torch.randn(tokens, hidden), torch.randn(tokens, num_experts)
+    weights, ids = OPS.gate_topk(logits, 2, renormalize)
+    wanted = torch.zeros(tokens, hidden)
+    for token in range(tokens):
+        probabilities = logits[token].softmax(-1)
+        best = probabilities.topk(2)
+        scale = best.values / best.values.sum() if renormalize else best.values
+        for expert, share in zip(best.indices.tolist(), scale, strict=True):
+            gate, up = (gate_up[expert] @ x[token]).chunk(2)
+            wanted[token] += share * (down[expert] @ (F.silu(gate) * up))
+    got = OPS.prepare_experts(gate_up, down)(x, ids, weights)
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)

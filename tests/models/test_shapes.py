@@ -1,0 +1,74 @@
+"""All ten real sizes build on the meta device from their true config, with the published parameter count."""
+
+import json
+
+import pytest
+import torch
+
+from executor.apps.build import family_of
+from executor.layers.pull import local_bytes
+from executor.parallel import Group, Parallel
+from executor.runtime.loading import build_on_meta
+from executor.runtime.weights import check_complete
+from tests.reference import REPO
+
+SHAPES = json.loads((REPO / "tests" / "data" / "shapes.json").read_text())
+
+
+def published_config(name: str) -> dict:
+    """A config.json of the true dimensions, in the layout of the published files."""
+    shape = SHAPES[name]
+    text, vision = dict(shape["text"]), dict(shape["vision"])
+    ids = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652}
+    top = {"architectures": [shape["architecture"]], "tie_word_embeddings": shape["tie_word_embeddings"], **ids}
+    if shape["architecture"].startswith("Qwen2_5"):
+        text["rope_scaling"] = {"type": "mrope", "mrope_section": text.pop("mrope_section")}
+        return {**top, **text, "vision_config": vision}
+    sections = {"mrope_section": text.pop("mrope_section"), "mrope_interleaved": text.pop("mrope_interleaved")}
+    text["rope_scaling"] = {"rope_type": "default", **sections}
+    return {**top, "text_config": text, "vision_config": vision}
+
+
+def build(name: str, parallel: Parallel) -> torch.nn.Module:
+    config = published_config(name)
+    family = family_of(config["architectures"][0])
+    return build_on_meta(lambda: family.build_model(config, parallel), torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameter_count_is_the_published_one(name):
+    model = build(name, Parallel())
+    assert sum(p.numel() for p in model.parameters()) == SHAPES[name]["parameters"]
+    assert sum(p.numel() for p in model.visual.parameters()) == SHAPES[name]["vision_parameters"]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_pulls_cover_every_parameter_exactly_once(name):
+    model = build(name, Parallel())
+    check_complete(model, model.pulls({}))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("degree", [2, 4, 8])
+def test_ranks_share_the_weights(name, degree):
+    """Every rank's share is complete, and the ranks' linears together are the whole model, KV heads apart."""
+    shape = SHAPES[name]
+    if shape["text"]["num_attention_heads"] % degree:
+        pytest.skip(f"{shape['text']['num_attention_heads']} query heads do not divide by {degree}")
+    total = 0
+    for rank in range(degree):
+        parallel = Parallel(text=Group(rank, degree))  # pictures whole on every rank, as vision_parallel: data
+        model = build(name, parallel)
+        pulls = list(model.pulls({}))
+        check_complete(model, pulls)
+        total += local_bytes(pulls)
+    text, vision = shape["text"], shape["vision_parameters"]
+    sharded = 2 * (shape["parameters"] - vision)
+    head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    copies = max(1, degree // text["num_key_value_heads"]) - 1
+    extra_kv = 2 * 2 * copies * text["num_key_value_heads"] * head_dim * text["num_hidden_layers"]
+    extra_kv *= text["hidden_size"] + (0 if "head_dim" in text else 1)
+    per_layer = 2 * text["hidden_size"] + (2 * text["head_dim"] if "head_dim" in text else 0)
+    per_layer += text.get("num_experts", 0) * text["hidden_size"]
+    replicated = 2 * (degree - 1) * (text["num_hidden_layers"] * per_layer + text["hidden_size"])
+    assert total == sharded + 2 * vision * degree + extra_kv + replicated
