@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from executor.checkpoint_folder import read_json
 from executor.errors import UserError
 from executor.request import MediaItem, Prompt, Span
 from executor.runtime.chat import Chat, MediaPart, Piece, normalise_messages
@@ -20,7 +21,6 @@ from executor.runtime.checkpoint_files import (
     PixelSettings,
     VideoSettings,
     read_eos_token_ids,
-    read_json,
     read_pixel_settings,
     read_video_settings,
 )
