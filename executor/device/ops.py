@@ -64,7 +64,9 @@ class Ops(ABC):
         """Softmax in fp32 over `[T, E]`, the k best: `(weights [T, k] in logits' dtype, ids [T, k] int64)`."""
 
     @abstractmethod
-    def kv_cache(self, num_layers: int, num_blocks: int, block_size: int, heads: int, dim: int, dtype: torch.dtype) -> list[KVLayer]:
+    def kv_cache(
+        self, num_layers: int, num_blocks: int, block_size: int, heads: int, dim: int, dtype: torch.dtype
+    ) -> list[KVLayer]:
         """An empty paged cache."""
 
     @abstractmethod
@@ -79,7 +81,7 @@ class Ops(ABC):
 
     @abstractmethod
     def paged_attention(self, q: Tensor, cache: KVLayer, prepared: Any, scale: float) -> Tensor:
-        """Causal attention of each row's last `q_len` tokens over its `kv_len` cached ones: `[T, H, D] -> [T, H * D]`."""
+        """Causal attention of each row's last `q_len` tokens over its `kv_len` cached: `[T, H, D] -> [T, H * D]`."""
 
     @abstractmethod
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:

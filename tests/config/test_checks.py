@@ -63,7 +63,11 @@ def test_contradictions_on_a_chip(model, words):
 @pytest.mark.parametrize(
     "name, parallel, words",
     [
-        ("Qwen2.5-VL-7B-Instruct", {"world_size": 8}, ["28 query heads do not divide by 8", "Degrees that work: 1, 2, 4"]),
+        (
+            "Qwen2.5-VL-7B-Instruct",
+            {"world_size": 8},
+            ["28 query heads do not divide by 8", "Degrees that work: 1, 2, 4"],
+        ),
         ("Qwen2.5-VL-32B-Instruct", {"world_size": 16}, ["40 query heads", "work: 1, 2, 4, 8"]),
         ("Qwen2.5-VL-3B-Instruct", {"world_size": 8}, ["3420", "vision_parallel: data it would work"]),
         ("Qwen3-VL-8B-Instruct", {"world_size": 3}, ["32 query heads do not divide by 3", "work: 1, 2, 4, 8, 16"]),
