@@ -21,7 +21,7 @@ from models.tiny.forward import Forward
 
 HERE = Path(__file__).parent
 WORK = HERE / ".work"
-QUERY_KEY_RATE = 0.5
+QUERY_KEY_RATE = 0.25
 
 
 def parse_args():
@@ -40,6 +40,7 @@ def parse_args():
     parser.add_argument("--eval-every", type=int, default=200)
     parser.add_argument("--export-every", type=int, default=600)
     parser.add_argument("--upcycle", metavar="FOLDER", help="start a qwen3_vl_moe from this dense checkpoint's weights")
+    parser.add_argument("--start", type=Path, help="begin with the weights of this saved state (a .pt of --work)")
     parser.add_argument("--work", type=Path, default=WORK, help="where the resumable state and the log lie")
     parser.add_argument("--no-export", action="store_true")
     return parser.parse_args()
@@ -150,6 +151,8 @@ def main():
     tok = tokenizer.build()
     packer = data.Packer(tok, configs.FAMILY[args.model])
     model = upcycled(args.upcycle, tok, args.seed) if args.upcycle else initialised(args.model, tok, args.seed)
+    if args.start:
+        model.load_state_dict(torch.load(args.start, weights_only=False)["model"])
     model.train()
     forward, found = Forward(model), optimizers(model, args.lr, args.muon_lr)
     first, spent_s = 0, 0.0
