@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 LOOK_AHEAD = 2  # prompts kept ready beyond those being answered
 BUILD_SLICE_S = 0.05  # preparing prompts may hold running answers up for so long between two steps
 BAR_AFTER_S = 5.0
+SHOWN_CHARACTERS = 300  # of a question
 
 Row = dict[str, Any]
 
@@ -254,7 +255,8 @@ class _Printer:
 
     def _block(self, row: Row) -> str:
         lines = [f"[{row['index'] + 1}/{self._total}] {', '.join(row['media']) or 'no media'}"]
-        lines.append(_field("question", row["prompt"]))
+        if row["prompt"]:
+            lines.append(_field("question", _shorten(row["prompt"])))
         if row["error"] is not None:
             return "\n".join([*lines, _field("error", row["error"]), ""])
         for text in row.get("texts", [row["text"]]):
@@ -270,6 +272,11 @@ class _Printer:
 
 def _field(name: str, value: str) -> str:
     return f"  {name:<10}" + value.replace("\n", "\n" + " " * 12)
+
+
+def _shorten(text: str) -> str:
+    """For the eye; the JSON has it whole."""
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text)} characters)"
 
 
 def _print_summary(outputs: list[Row], num_failed: int, seconds: float, out: TextIO) -> None:

@@ -71,6 +71,17 @@ _install() {
     return $status
 }
 
+# --system-site-packages shows a venv the packages of the interpreter that lies under all venvs. Where $1 is itself a
+# venv (an activated one with its own torch), its packages are named to .venv by a .pth file.
+_see_packages_of() {
+    local folders own
+    folders="$("$1" -c 'import sys, sysconfig
+if sys.prefix != sys.base_prefix:
+    print(*dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")), sep="\n")')"
+    own="$("$PYTHON_FOUND" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    if [ -n "$folders" ]; then echo "$folders" >"$own/base_interpreter.pth"; fi
+}
+
 _make_venv() {
     local venv="$1" base="$2" torch_there="" system_site=""
     shift 2
@@ -89,6 +100,7 @@ _make_venv() {
     "$base" -m venv $system_site "$venv" >&2 ||
         _fail "$base -m venv failed: see above. On Debian and Ubuntu the package python3-venv is needed" 1
     PYTHON_FOUND="$venv/bin/python"
+    if [ -n "$torch_there" ]; then _see_packages_of "$base"; fi
     _install "$torch_there" "$@" ||
         _fail "pip could not install the requirements: see above. Behind a mirror set PIP_INDEX_URL; offline, use an interpreter that has them: PYTHON=/path/to/python" 1
 }
