@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from dataset import shapes
+from models.tiny import aids
 from models.tiny.configs import CLIP_MEAN, CLIP_STD, PATCH_PX
 from models.tiny.tokenizer import SYSTEM_PROMPT
 
@@ -118,14 +119,16 @@ class Packer:
         system = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n" if with_system else ""
         return self.encode(system + "<|im_start|>user\n" + media_text(self.family, num_pairs, times))
 
-    def pack(self, num_pairs, times, questions, with_system, chat=False, hints=False):
+    def pack(self, num_pairs, times, questions, with_system, chat=False, scene=None):
         """One sequence: dict of ids [T], positions [3, T], segment [T] (0 shared, n the nth turn, -1 padding) and
-        target [T] (the token to predict next, -100 none). Turns that do not fit are left out. With `hints` the shape
-        in "the red circle" of a question is learnt too: it must be looked up by the colour before it."""
+        target [T] (the token to predict next, -100 none). Turns that do not fit are left out. Given the `scene` it adds
+        `look` [T, 16] (aids.looked_at), and the shape in "the red circle" of a question is learnt too: it must be
+        looked up by the colour before it."""
         prefix = self.prefix(num_pairs, times, with_system)
         pos, next_position = positions(prefix, self.pad_ids, self.family)
         ids, segment = list(prefix), [0] * len(prefix)
         target, parts = [-100] * len(prefix), [pos]
+        look = np.zeros((self.length, aids.NUM_CELLS), np.float32)
         for turn, question in enumerate(questions):
             lead = "\n<|im_start|>user\n" if chat and turn else ""
             asked = self.encode(lead + question.text + HEADER)
@@ -133,8 +136,13 @@ class Packer:
             size = len(asked) + len(answer)
             if len(ids) + size > self.length:
                 continue
-            hinted = [b if hints and {a, b} <= self.label_ids else -100 for a, b in zip(asked, asked[1:])]
+            hinted = [
+                b if scene and not chat and {a, b} <= self.label_ids else -100
+                for a, b in zip(asked, asked[1:], strict=False)
+            ]
             target += hinted + answer + [-100]
+            if scene:
+                look[len(ids) + len(asked) - 1 : len(ids) + size - 1] = aids.looked_at(question, scene)
             ids += asked + answer
             segment += [0 if chat else turn + 1] * size
             parts.append(np.broadcast_to(next_position + np.arange(size), (3, size)))
@@ -144,13 +152,14 @@ class Packer:
             "ids": np.array(ids + [self.pad_id] * room),
             "segment": np.array(segment + [-1] * room),
             "target": np.array(target + [-100] * room),
+            "look": look,
             "positions": np.concatenate([*parts, np.zeros((3, room), np.int64)], axis=1),
         }
 
 
 def collate(rows, frames, family, pad_ids):
-    """Rows of `pack` and their frames to tensors; adds `mask` bool [B, 1, T, T] and `vision_index`, where in the
-    flattened [B*T] the vision tokens stand."""
+    """Rows of `pack` and their frames to tensors; adds `mask` bool [B, 1, T, T], `vision_index`, where in the
+    flattened [B*T] the vision tokens stand, and `first_vision` [B], where in its row the first stands."""
     batch = {key: torch.from_numpy(np.stack([row[key] for row in rows], axis=key == "positions")) for key in rows[0]}
     segment = batch.pop("segment")
     length = segment.shape[1]
@@ -158,14 +167,9 @@ def collate(rows, frames, family, pad_ids):
     batch["mask"] = (seen & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
     is_vision = torch.isin(batch["ids"], torch.tensor(sorted(pad_ids)))
     batch["vision_index"] = is_vision.flatten().nonzero()[:, 0]
+    batch["first_vision"] = is_vision.long().argmax(1)
     batch["patches"] = patches(np.concatenate(frames), family)
     return batch
-
-
-def drills(scene, rng):
-    """Turns of training alone, one per thing: looked up by colour or by shape, answered by all there is to tell."""
-    return [shapes.Question("drill", f"What about the {rng.choice((thing.color + ' object', thing.shape))}?",
-                            f"the {thing.label} is at the {thing.place}") for thing in scene.things]
 
 
 def training_batch(packer, seed, step, num_pictures=24, num_clips=(6, 2), easy=False):
@@ -174,21 +178,22 @@ def training_batch(packer, seed, step, num_pictures=24, num_clips=(6, 2), easy=F
     rng = random.Random(f"train:{seed}:{step}")
     media = ["objects"] * (num_pictures - num_pictures // 3) + ["word", "number"] * (num_pictures // 6)
     media += ["objects"] * (num_pictures - len(media))
-    rows, frames = [], []
+    rows, frames, facts = [], [], []
     for medium, seconds in [(m, 0) for m in media] + [("clip", 2)] * num_clips[0] + [("clip", 3)] * num_clips[1]:
         most = 1 if easy else 3
         scene = shapes.make_scene(rng, medium, max_things=most, min_things=min(most, rng.choice((1, 2, 2))))
         while scene.is_clip and scene.num_frames != seconds * scene.fps:
             scene = shapes.make_scene(rng, medium)
         pixels, times = media_frames(scene, packer.family, rng)
-        questions = scene.questions(rng) + ([] if scene.is_clip else drills(scene, rng))
+        questions = scene.questions(rng) + aids.drills(scene, rng)
         rng.shuffle(questions)
         if len(scene.things) > 1 and rng.random() < 0.6:  # what must look an object up is hardest: more of it
             questions = [q for q in questions if q.kind not in ("describe", "count")]
         chat = rng.random() < 0.15
-        rows.append(packer.pack(len(pixels) // 2, times, questions, rng.random() < 0.5, chat, hints=not chat))
+        rows.append(packer.pack(len(pixels) // 2, times, questions, rng.random() < 0.5, chat, scene))
         frames.append(pixels)
-    return collate(rows, frames, packer.family, packer.pad_ids)
+        facts += [aids.cell_facts(scene)] * (len(pixels) // 2)
+    return {**collate(rows, frames, packer.family, packer.pad_ids), "cells": torch.from_numpy(np.concatenate(facts))}
 
 
 def question_batch(packer, samples, with_system=True):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
+from models.tiny.aids import LOOK_LAYER
+
 # Patches come as 16 merged cells (row-major 4x4) of 4; Qwen2.5's windows are 2x2 cells each.
 WINDOW_CELLS = (0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15)
 
@@ -28,6 +30,8 @@ class Forward(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        self.merged = None  # vision tokens [16N, H] of the latest pass
+        self.attended = None  # log attention [B, T, T] of head 0 of aids.LOOK_LAYER, of the latest pass in training
         self.expert_shares = []  # routing weights [tokens, E] of each MoE layer, of the latest pass
         visual, grid = model.model.visual, torch.tensor([[1, 8, 8]])
         self.is_windowed = hasattr(visual, "fullatt_block_indexes")
@@ -82,26 +86,32 @@ class Forward(torch.nn.Module):
         text = self.model.model.language_model
         self.expert_shares = []
         merged, deep = self.vision(patches)
+        self.merged = merged
         x = text.embed_tokens(ids)
         shape = x.shape
         x = x.flatten(0, 1).index_copy(0, vision_index, merged.to(x.dtype)).view(shape)
         cos, sin = text.rotary_emb(x, positions)
         cos, sin = cos[:, :, None], sin[:, :, None]
         for n, layer in enumerate(text.layers):
-            x = x + self._text_attention(layer.self_attn, layer.input_layernorm(x), cos, sin, mask)
+            x = x + self._text_attention(
+                layer.self_attn, layer.input_layernorm(x), cos, sin, mask, watch=n == LOOK_LAYER
+            )
             normed = layer.post_attention_layernorm(x)
             x = x + (self._experts(layer.mlp, normed) if hasattr(layer.mlp, "experts") else layer.mlp(normed))
             if n < len(deep):
                 x = x.flatten(0, 1).index_add(0, vision_index, deep[n].to(x.dtype)).view(shape)
         return text.norm(x)
 
-    def _text_attention(self, attention, x, cos, sin, mask):
+    def _text_attention(self, attention, x, cos, sin, mask, watch):
         heads = (*x.shape[:2], -1, 128)
         q, k, v = (proj(x).view(heads) for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
         cos, sin = cos.to(v.dtype), sin.to(v.dtype)
         q, k = rope(q.to(v.dtype), cos, sin), rope(k.to(v.dtype), cos, sin)
+        if watch and self.training:
+            scores = torch.einsum("bqd,bkd->bqk", q[:, :, 0].float(), k[:, :, 0].float()) * 128**-0.5
+            self.attended = scores.masked_fill(~mask[:, 0], float("-inf")).log_softmax(-1)
         k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
         return attention.o_proj(out.transpose(1, 2).flatten(2))

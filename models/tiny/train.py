@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from models.tiny import configs, data, tokenizer
+from models.tiny import aids, configs, data, tokenizer
 from models.tiny.evaluate import teacher_forced
 from models.tiny.forward import Forward
 
 HERE = Path(__file__).parent
 WORK = HERE / ".work"
-QUERY_KEY_RATE = 0.25
+QUERY_KEY_RATE = 0.5
+QUERY_KEY_RMS = 0.026  # attention logits up to 15; at 0.044 they saturate, at 0.02 they stay flat
 
 
 def parse_args():
@@ -42,6 +43,7 @@ def parse_args():
     parser.add_argument("--upcycle", metavar="FOLDER", help="start a qwen3_vl_moe from this dense checkpoint's weights")
     parser.add_argument("--start", type=Path, help="begin with the weights of this saved state (a .pt of --work)")
     parser.add_argument("--work", type=Path, default=WORK, help="where the resumable state and the log lie")
+    parser.add_argument("--aids", action="store_true", help="the probe and the look loss of aids.py (qwen2_5_vl)")
     parser.add_argument("--no-export", action="store_true")
     return parser.parse_args()
 
@@ -79,18 +81,19 @@ def upcycled(folder, tok, seed, noise=0.05):
     return model
 
 
-def optimizers(model, lr, muon_lr):
+def optimizers(model, lr, muon_lr, probe=None):
     """[AdamW over embeddings, head, biases and norms, Muon over hidden matrices]; each group keeps its peak in
-    `peak_lr`. Without q/k norms (qwen2_5_vl) Muon at full rate drives attention logits past 100 and attention
-    saturates before it has learnt to look things up, so there the text's q and k are moved more slowly."""
+    `peak_lr`. Without q/k norms (qwen2_5_vl) Muon drives attention logits past 100, and at a low rate attention stays
+    flat: either way nothing is ever looked up. So there the text's q and k turn, but keep their size (`rms`)."""
     hidden, query_key, rest, bare = [], [], [], []
     normed = any("q_norm" in key for key, _ in model.named_parameters())
     for key, parameter in model.named_parameters():
         if muon_lr and parameter.ndim == 2 and not any(s in key for s in ("embed", "lm_head", "gate.weight")):
-            slow = not normed and any(s in key for s in ("q_proj", "k_proj"))
-            (query_key if slow else hidden).append(parameter)
+            kept = not normed and any(s in key for s in ("q_proj", "k_proj"))
+            (query_key if kept else hidden).append(parameter)
         else:
             (rest if parameter.ndim >= 2 else bare).append(parameter)
+    rest += list(probe.parameters()) if probe else []
     found = [
         torch.optim.AdamW(
             [{"params": rest, "weight_decay": 0.02}, {"params": bare, "weight_decay": 0.0}],
@@ -100,7 +103,9 @@ def optimizers(model, lr, muon_lr):
         )
     ]
     if muon_lr:
-        groups = [{"params": hidden}] + ([{"params": query_key, "lr": QUERY_KEY_RATE * muon_lr}] if query_key else [])
+        groups = [{"params": hidden}]
+        if query_key:
+            groups.append({"params": query_key, "lr": QUERY_KEY_RATE * muon_lr, "rms": QUERY_KEY_RMS})
         found.append(torch.optim.Muon(groups, lr=muon_lr, weight_decay=0.01, momentum=0.95))
     for optimizer in found:
         for group in optimizer.param_groups:
@@ -113,12 +118,16 @@ def balance_loss(expert_shares):
     return sum(share.shape[1] * (share.mean(0) ** 2).sum() - 1 for share in expert_shares)
 
 
-def train_step(forward, batch, found, scale):
+def train_step(forward, batch, found, scale, probe=None):
     """One update at `scale` times the peak learning rates; returns (loss, share of answer tokens right)."""
     with torch.autocast("cpu", torch.bfloat16):
         logits, target = forward.answer_logits(batch)
     loss = F.cross_entropy(logits.float(), target)
     total = loss + 0.01 * balance_loss(forward.expert_shares)
+    if probe:
+        total = total + aids.PROBE_WEIGHT * probe.loss(forward.merged, batch["cells"])
+        look = aids.look_loss(forward.attended, batch["look"], batch["first_vision"])
+        total = total + aids.LOOK_WEIGHT * look
     total.backward()
     torch.nn.utils.clip_grad_norm_([p for g in found[0].param_groups for p in g["params"]], 1.0)
     for optimizer in found:
@@ -126,6 +135,9 @@ def train_step(forward, batch, found, scale):
             group["lr"] = group["peak_lr"] * scale
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:
+            for weight in group["params"] if "rms" in group else ():
+                weight.data.mul_(group["rms"] / weight.data.square().mean().sqrt())
     return loss.item(), (logits.argmax(-1) == target).float().mean().item()
 
 
@@ -154,7 +166,8 @@ def main():
     if args.start:
         model.load_state_dict(torch.load(args.start, weights_only=False)["model"])
     model.train()
-    forward, found = Forward(model), optimizers(model, args.lr, args.muon_lr)
+    probe = aids.Probe(model.config.vision_config.out_hidden_size) if args.aids else None
+    forward, found = Forward(model), optimizers(model, args.lr, args.muon_lr, probe)
     first, spent_s = 0, 0.0
     if state_path.exists():
         state = torch.load(state_path, weights_only=False)
@@ -168,7 +181,7 @@ def main():
     for step in range(first, args.steps):
         batch = data.training_batch(packer, args.seed, step, args.batch - num_clips, clips, easy=step < args.easy_steps)
         scale = min((step + 1) / args.warmup_steps, (args.steps - step) / args.steps)
-        losses.append(train_step(forward, batch, found, scale))
+        losses.append(train_step(forward, batch, found, scale, probe))
         done = step + 1
         if done % 50 == 0 or done == args.steps:
             loss, right = (sum(column) / len(losses) for column in zip(*losses, strict=True))
