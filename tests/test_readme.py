@@ -11,7 +11,8 @@ import pytest
 
 from executor.checks import tp_faults
 from executor.config import build_recipe
-from executor.memory import GIB, weights_bytes
+from executor.errors import UserError
+from executor.memory import GIB, estimate, weights_bytes
 from executor.shapes import read_shapes
 from tests.models.test_shapes import SHAPES, published_config
 from tests.reference import REPO
@@ -77,6 +78,46 @@ def test_the_table_of_cards_is_the_arithmetic():
             model = {"model_path": name, "dtype": "bfloat16", "device": "npu", "quantization": "none"}
             recipe = build_recipe({"model_config": model, "parallel_config": parallel})
             assert float(cell) == pytest.approx(weights_bytes(recipe, shapes) / GIB, abs=0.051)
+
+
+def fewest_cards(name: str, dtype: str, quantization: str, soc: str, memory_bytes: int, max_model_len: int) -> int:
+    shapes = read_shapes(published_config(name), name)
+    model = {"model_path": name, "dtype": dtype, "device": "npu", "soc": soc, "quantization": quantization}
+    for degree in (1, 2, 4, 8):
+        if tp_faults(degree, shapes, "data"):
+            continue
+        parallel = {"world_size": degree, "attn_tp_size": degree, "vision_parallel": "data"}
+        scheduler = {"max_model_len": max_model_len}
+        tree = {"model_config": model, "parallel_config": parallel, "scheduler_config": scheduler}
+        try:
+            estimate(build_recipe(tree), shapes, memory_bytes)
+        except UserError:
+            continue
+        return degree
+    raise AssertionError(f"{name} fits on no number of cards")
+
+
+def test_the_table_of_fewest_cards_is_the_arithmetic():
+    a2, duo = ("atlas_800i_a2", 64 * GIB, 32768), ("atlas_300i_duo", 43 * 10**9, 10240)
+    chips = (("bfloat16", a2), ("float16", duo))
+    columns = [(dtype, scheme, *chip) for dtype, chip in chips for scheme in ("none", "w8a8")]
+    rows = re.findall(r"^\| (Qwen\S+) \| (\d) \| (\d) \| (\d) \| (\d) \|$", README, flags=re.MULTILINE)
+    assert {f"{row[0]}-Instruct" for row in rows} == set(SHAPES) - {"Qwen3-VL-235B-A22B-Instruct"}
+    for name, *cells in rows:
+        assert [int(cell) for cell in cells] == [fewest_cards(f"{name}-Instruct", *column) for column in columns], name
+
+
+def test_troubleshooting_quotes_messages_that_exist():
+    """Every quoted part of a heading stands in some message; `...`, N and M are what a message fills in."""
+    folders = [REPO / name for name in ("executor", "models", "dataset")]
+    source = "".join(path.read_text() for folder in folders for path in sorted(folder.rglob("*.py")))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # messages that go over several lines
+    headings = re.findall(r"^### (.*)$", (REPO / "docs" / "troubleshooting.md").read_text(), flags=re.MULTILINE)
+    quoted = [text for heading in headings for text in re.findall(r"`([^`]+)`", heading)]
+    assert len(quoted) >= 10
+    for text in quoted:
+        for part in re.split(r"\.\.\.|\b[NM]\b", text):
+            assert part.strip() in source, text
 
 
 def test_links_lead_somewhere():
