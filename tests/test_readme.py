@@ -124,3 +124,21 @@ def test_links_lead_somewhere():
     for page in ("README.md", "CONTRIBUTING.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", (REPO / page).read_text()):
             assert target.startswith("http") or (REPO / target).exists(), target
+
+
+@pytest.mark.parametrize(
+    "family, convention", [("qwen3_vl", "qwen3"), ("qwen2_5_vl", "qwen2_5"), ("qwen3_vl_moe", "qwen3")]
+)
+def test_the_quick_starts_answer_right(family, convention, tmp_path):
+    """What the first command of the README says about the sample files is the generator's own truth."""
+    recipe = {
+        "qwen3_vl": "quickstart",
+        "qwen2_5_vl": "quickstart_qwen2_5_vl",
+        "qwen3_vl_moe": "quickstart_qwen3_vl_moe",
+    }
+    done = run(f"bash infer.sh ./config/{recipe[family]}.yaml", tmp_path)
+    truth = json.loads((REPO / "dataset" / "media" / "questions.json").read_text())
+    for row in json.loads(done.stdout.strip().splitlines()[-1])["outputs"]:
+        (media,) = row["media"]
+        right = {entry["question"]: entry[convention] for entry in truth[media]}
+        assert row["text"] == right[row["prompt"]], (media, row["prompt"])
