@@ -96,8 +96,8 @@ def require_wheel(install: bool = False) -> Wheel:
     if wheel is None:
         if not install:
             raise UserError(
-                f"device npu_emulated needs the torch_npu {WHEEL_VERSION} wheel in {cache_folder() / 'torch_npu'}, and it is "
-                f"not there. Fetch it (40 MB, outside the environment) with `pip {' '.join(install_command())}`."
+                f"device npu_emulated needs the torch_npu {WHEEL_VERSION} wheel in {cache_folder() / 'torch_npu'}, and "
+                f"it is not there. Fetch it (40 MB, outside the environment): `pip {' '.join(install_command())}`."
             )
         wheel = install_wheel()
     _check_torch(wheel)
@@ -144,8 +144,8 @@ def _check_torch(wheel: Wheel) -> None:
     want, have = wheel.version.split(".")[:2], torch.__version__.split(".")[:2]
     if want != have:
         raise UserError(
-            f"the emulator's torch_npu {wheel.version} needs torch {'.'.join(want)}, this environment has {torch.__version__}. "
-            f"Install torch {'.'.join(want)}, or run on device: cpu."
+            f"the emulator's torch_npu {wheel.version} needs torch {'.'.join(want)}, this environment has "
+            f"{torch.__version__}. Install torch {'.'.join(want)}, or run on device: cpu."
         )
 
 
@@ -160,8 +160,8 @@ def _tool(name: str) -> str:
     path = shutil.which(name)
     if path is None:
         raise UserError(
-            f"the emulator builds its stub libraries with gcc and nm, and {name} is not on this machine. "
-            "Install gcc and binutils (Debian/Ubuntu: apt-get install gcc binutils; openEuler: yum install gcc binutils)."
+            f"the emulator builds its stub libraries with gcc and nm, and {name} is not on this machine. Install gcc "
+            "and binutils (Debian/Ubuntu: apt-get install gcc binutils; openEuler: yum install gcc binutils)."
         )
     return path
 
