@@ -3,11 +3,14 @@
 Never imported by anything that runs on a chip. A process that has activated stays so; the chip can be switched.
 """
 
+import atexit
 import contextlib
 import ctypes
 import io
 import logging
+import signal
 import sys
+import threading
 
 from executor.emulator import chips, registry, stubs
 from executor.emulator.chips import Chip
@@ -58,11 +61,18 @@ def _import(folder: str) -> None:
     # At the end of the path: what the environment has is preferred, the folder only adds.
     sys.path.append(folder)
     said = io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with contextlib.redirect_stdout(said):  # it prints warnings about CANN's missing variables to stdout
         import torch_npu  # noqa: F401
 
         # torchair defines its forms with lengths as tensors only when these are imported.
         import torchair.ops._npu_fused_infer_attention_score
         import torchair.ops._npu_fused_infer_attention_score_v2  # noqa: F401
+        from torchair.core._backend import finalize_graph_engine
+    # torchair's handlers would swallow the first SIGTERM, and its exit hook would close an engine that never ran.
+    atexit.unregister(finalize_graph_engine)
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     for line in said.getvalue().splitlines():
         logger.debug("torch_npu: %s", line)
