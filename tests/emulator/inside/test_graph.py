@@ -1,0 +1,137 @@
+"""torchair's real conversion: decode layers as graphs of known size, collectives, and what cannot be converted."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch_npu
+import torchair
+from torch import Tensor
+
+from executor.emulator import graph
+from tests.emulator.helpers import BF16
+
+HIDDEN, DIM, INNER, BLOCKS, SIZE, BATCH = 512, 128, 256, 8, 128, 4
+
+
+def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class Qwen3Layer:
+    """A dense Qwen3 decode layer of one rank of eight, in the fewest ops that have converters."""
+
+    heads, kv_heads = 4, 1
+
+    def __init__(self) -> None:
+        width = (self.heads + 2 * self.kv_heads) * DIM
+        self.norms = meta(HIDDEN), meta(HIDDEN)
+        self.qk_norms = meta(DIM), meta(DIM)
+        self.qkv, self.out = meta(HIDDEN, width), meta(self.heads * DIM, HIDDEN)
+        self.up, self.down = meta(HIDDEN, 2 * INNER), meta(INNER, HIDDEN)
+        self.q_out = meta(BATCH, self.heads * DIM)
+        self.caches = [meta(BLOCKS, self.kv_heads * DIM // 16, SIZE, 16) for _ in range(2)]
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.norms, *self.qk_norms, self.qkv, self.out, self.up, self.down, self.q_out, *self.caches]
+
+
+def layer(x: Tensor, residual: Tensor, step: tuple, w: list[Tensor]) -> tuple[Tensor, Tensor]:
+    cos, sin, slots, table, q_lens, kv_lens, mask = step
+    norm1, norm2, q_norm, k_norm, qkv, o, up, down, q_out, k_cache, v_cache = w
+    x, _, residual = torch_npu.npu_add_rms_norm(x, residual, norm1, 1e-6)
+    sizes = [BATCH, 1, 6, DIM], [4, 1, 1]
+    torch_npu.npu_qkv_rms_norm_rope_cache(x @ qkv, q_norm, k_norm, cos, sin, slots, q_out, k_cache, v_cache, *sizes)
+    pages = [c.view(BLOCKS, 1, DIM // 16, SIZE, 16) for c in (k_cache, v_cache)]
+    y, _ = torchair.ops.npu_fused_infer_attention_score_v2(
+        q_out.view(BATCH, 4, DIM), *pages, atten_mask=mask, actual_seq_qlen=q_lens, actual_seq_kvlen=kv_lens,
+        block_table=table,
+        num_query_heads=4, num_key_value_heads=1, softmax_scale=0.1, input_layout="TND", sparse_mode=3, block_size=SIZE,
+    )  # fmt: skip
+    x = y.view(BATCH, -1) @ o
+    dist.all_reduce(x)
+    x, _, residual = torch_npu.npu_add_rms_norm(x, residual, norm2, 1e-6)
+    x = torch_npu.npu_swiglu(x @ up) @ down
+    dist.all_reduce(x)
+    return x, residual
+
+
+def step_inputs() -> tuple:
+    return (
+        meta(BATCH, DIM), meta(BATCH, DIM), meta(BATCH, dtype=torch.int64), meta(BATCH, 2, dtype=torch.int32),
+        meta(BATCH, dtype=torch.int64), meta(BATCH, dtype=torch.int64), meta(2048, 2048, dtype=torch.int8),
+    )  # fmt: skip
+
+
+def decode(x: Tensor, residual: Tensor, step: tuple, layers: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+    for weights in layers:
+        x, residual = layer(x, residual, step, weights)
+    return x, residual
+
+
+@pytest.fixture
+def graphs(a3):
+    with graph.fake_world(8):
+        made = []
+        for count in (1, 2):
+            layers = [Qwen3Layer().tensors() for _ in range(count)]
+            made.append(graph.convert(decode, meta(BATCH, HIDDEN), meta(BATCH, HIDDEN), step_inputs(), layers))
+    return made
+
+
+def test_a_dense_qwen3_layer_has_eleven_kernels(graphs) -> None:
+    added = graph.per_layer(*graphs)
+    assert added == Counter(
+        AddRmsNorm=2, MatMul=4, QkvRmsNormRopeCache=1, FusedInferAttentionScore=1, SwiGlu=1, HcomAllReduce=2
+    )
+    assert added.total() == 11 and graphs[1].collectives == {"HcomAllReduce": 4}
+
+
+def test_a_graph_can_be_saved(graphs, tmp_path) -> None:
+    graphs[0].save(tmp_path / "folder" / "graph.pbtxt")
+    text = (tmp_path / "folder" / "graph.pbtxt").read_text()
+    assert 'type: "QkvRmsNormRopeCache"' in text and 'type: "HcomAllReduce"' in text
+
+
+def test_literals_are_not_counted(a2) -> None:
+    def step(x: Tensor, w: Tensor, groups: Tensor) -> Tensor:
+        return torch_npu.npu_grouped_matmul([x], [w], group_list=groups, split_item=2, group_type=0)[0]
+
+    made = graph.convert(step, meta(8, 32), meta(4, 32, 16), meta(4, dtype=torch.int64))
+    assert made.kernels == {"GroupedMatmul": 1}
+    assert {op.type for op in made.proto.op} & {"Fill", "Cast"}, "the absent optional lists are there, and left out"
+
+
+def test_an_op_without_a_converter_is_named(a2) -> None:
+    def step(x: Tensor, k: Tensor) -> Tensor:
+        return torch_npu.npu_top_k_top_p(x, None, k)
+
+    with pytest.raises(RuntimeError, match=r"npu\.npu_top_k_top_p\.default has no converter in torchair"):
+        graph.convert(step, meta(2, 64), meta(2, dtype=torch.int32))
+
+
+def test_a_shape_that_depends_on_data_is_refused(a2) -> None:
+    with pytest.raises(RuntimeError, match="cannot convert this step"):
+        graph.convert(lambda x: x[x > 0] * 2, meta(4))
+
+
+def test_conversion_leaves_torchair_as_it_was(a2) -> None:
+    from torchair._ge_concrete_graph import compat_ir, fx2ge_converter
+
+    before = compat_ir.is_cann_compat, fx2ge_converter.GeConcreteGraph.export
+    graph.convert(lambda x: x + 1, meta(4))
+    assert before == (compat_ir.is_cann_compat, fx2ge_converter.GeConcreteGraph.export)
+
+
+def test_the_graph_of_cpu_tensors_is_that_of_meta_tensors(a2) -> None:
+    def step(x: Tensor, w: Tensor) -> Tensor:
+        return torch_npu.npu_swiglu(x @ w)
+
+    shapes = (4, 32), (32, 64)
+    on_meta = graph.convert(step, *(meta(*s) for s in shapes)).kernels
+    assert (
+        on_meta
+        == graph.convert(step, *(torch.zeros(s, dtype=BF16) for s in shapes)).kernels
+        == {"MatMul": 1, "SwiGlu": 1}
+    )
