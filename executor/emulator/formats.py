@@ -7,6 +7,7 @@ the masks of ATB) are laid out truly, by the functions below.
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 ND = 2
@@ -19,6 +20,11 @@ def format_of(x: Tensor) -> int:
     """The acl format of `x`'s storage; ND unless it was cast."""
     found = _formats.get(x.untyped_storage()._cdata)
     return ND if found is None or found[0].expired() else found[1]
+
+
+def is_nz(x: Tensor) -> bool:
+    """Whether `x` is in FRACTAL_NZ; tensors without data are believed."""
+    return x.is_meta or isinstance(x, FakeTensor) or format_of(x) == NZ
 
 
 def set_format(x: Tensor, acl_format: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from executor.emulator import chips
-from executor.emulator.formats import NZ, cache_rows, format_of, from_nz
+from executor.emulator.formats import cache_rows, format_of, from_nz, is_nz
 from executor.emulator.kernels.attention_math import attend, causal, gather_blocks, require_triangle
 from executor.emulator.limits import (
     HALF,
@@ -93,7 +93,7 @@ def _hidden_by(mask: Tensor, rows: int, columns: int, exact: bool) -> Tensor:
             f"mask must have shape [1, {padded[1] // 16}, {padded[0]}, 16]",
             list(mask.shape),
         )
-        require(format_of(mask) == NZ, "mask must be in FRACTAL_NZ (npu_format_cast with 29)", format_of(mask))
+        require(is_nz(mask), "mask must be in FRACTAL_NZ (npu_format_cast with 29)", format_of(mask))
         plain = from_nz(mask[0], mask.shape[2], mask.shape[1] * 16)
     else:
         plain = mask.flatten(0, -3)[0] if mask.dim() > 2 else mask
@@ -163,7 +163,7 @@ def _npu_flash_attention_v3(
     num_kv_heads: int,
     *, mask_type: int | None = 3, out: Tensor,
 ) -> None:  # fmt: skip
-    require(format_of(mask) == NZ, "mask must be in FRACTAL_NZ (npu_format_cast with 29)", format_of(mask))
+    require(is_nz(mask), "mask must be in FRACTAL_NZ (npu_format_cast with 29)", format_of(mask))
     require_triangle("mask", from_nz(mask[0], _LONG, _LONG))
     _packed(query, key, value, seq_len.tolist(), scale_value, out, None, triangle=True)
 
@@ -214,7 +214,7 @@ def _check_paged(
         )
         for name, cache in (("key_cache", k_cache), ("value_cache", v_cache)):
             require(
-                cache.is_meta or format_of(cache) == NZ,
+                is_nz(cache),
                 f"{name} must be in FRACTAL_NZ (empty_with_format or npu_format_cast with 29)",
                 format_of(cache),
             )

@@ -3,9 +3,12 @@
 Not a kernel itself. T query tokens, L keys, H query heads, K key/value heads, D head dim.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from executor.emulator.limits import require
 
@@ -70,13 +73,15 @@ def gather_blocks(blocks: Tensor, row: Tensor, length: int) -> Tensor:
 
 
 def require_triangle(name: str, mask: Tensor) -> None:
-    """A compressed causal mask `[..., n, n]` is non-zero exactly above the diagonal (looked at once per mask)."""
-    if _triangles.get(mask.untyped_storage()._cdata) == (mask.data_ptr(), mask._version):
+    """A compressed causal mask `[..., n, n]` is non-zero exactly above the diagonal."""
+    # One mask serves all layers and steps: the last one seen is remembered, until it is written to or freed.
+    storage = mask.untyped_storage()
+    mark = (storage._cdata, mask.data_ptr(), 0 if mask.is_inference() else mask._version)
+    if _triangle and _triangle[0] == mark and not _triangle[1].expired():
         return
     wanted = torch.ones(mask.shape[-2:], dtype=torch.bool).triu_(1)
     require(bool(((mask != 0) == wanted).all()), f"{name} must hide what lies above the diagonal, and nothing else")
-    _triangles.clear()  # one mask serves all layers; its successor replaces it
-    _triangles[mask.untyped_storage()._cdata] = (mask.data_ptr(), mask._version)
+    _triangle[:] = [mark, StorageWeakRef(storage)]
 
 
-_triangles: dict[int, tuple[int, int]] = {}
+_triangle: list[Any] = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from executor.emulator import chips
-from executor.emulator.formats import NZ, format_of
+from executor.emulator.formats import format_of, is_nz
 from executor.emulator.kernels.norm import normalised
 from executor.emulator.kernels.rope import rotated
 from executor.emulator.limits import (
@@ -264,7 +264,7 @@ def _check_reshape(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: T
         for name, rows, cache in (("key_cache", key, key_cache), ("value_cache", value, value_cache)):
             _check_nz_cache(name, cache, rows.shape[1], rows.shape[2])
             require(
-                cache.is_meta or format_of(cache) == NZ,
+                is_nz(cache),
                 f"{name} must be in FRACTAL_NZ (empty_with_format or npu_format_cast with 29)",
                 format_of(cache),
             )

@@ -33,7 +33,7 @@ def _cast(input: Tensor, acl_format: int) -> Tensor:
 def _meta_cast(
     input: Tensor, acl_format: int, customize_dtype: int | None = None, input_dtype: int | None = None
 ) -> Tensor:
-    return torch.empty_like(input, memory_format=torch.contiguous_format)
+    return set_format(torch.empty_like(input, memory_format=torch.contiguous_format), acl_format)
 
 
 @kernel("npu_format_cast", _check_cast, _meta_cast)

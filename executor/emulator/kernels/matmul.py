@@ -71,6 +71,11 @@ def _check_quant_matmul(
         [x1.shape[-1], x2.shape[-1]],
     )
     columns = x2.shape[-1]
+    if _duo() and format_of(x2) != ND:
+        require(
+            x2.dim() == 2 and x2.t().is_contiguous(),
+            "a weight in FRACTAL_NZ must have been transposed before the cast: pass `cast([n, k]).t()`",
+        )
     require_dtype("scale", scale, (torch.float32, torch.int64, torch.bfloat16))
     require(
         scale.dim() == 1 and scale.shape[0] in (1, columns),
@@ -297,7 +302,7 @@ def _check_weight_quant(
         require_dtype("bias", bias, (torch.float16,) if x.dtype == torch.float16 else (torch.float32,))
         require(bias.numel() == columns, f"bias must have {columns} values", list(bias.shape))
     require(
-        weight.is_meta or format_of(weight) == ND,
+        format_of(weight) == ND,
         "a weight in FRACTAL_NZ is for graph mode only: called by itself the op takes ND",
         NAMES[format_of(weight)],
     )

@@ -6,6 +6,7 @@ import torch_npu
 import torchair
 
 from executor.emulator.formats import to_nz
+from executor.emulator.limits import LimitError
 from tests.emulator.helpers import BF16, FP16, HALF, blocks_of, close, like_meta, naive, rand, slots_of
 
 MASK = torch.ones(2048, 2048, dtype=torch.int8).triu_(1)
@@ -161,3 +162,22 @@ def test_incre_flash_attention_paged(request, soc, layout) -> None:
 
 def test_bf16_runs_where_the_chip_has_it(a3) -> None:
     assert torch_npu.npu_rms_norm(rand(2, 32), torch.ones(32, dtype=BF16))[0].dtype == BF16
+
+
+def test_attention_in_inference_mode_and_a_mask_that_changes(a2) -> None:
+    with torch.inference_mode():
+        q, mask = rand(3, 2, 64), MASK.clone()
+        call = {
+            "actual_seq_lengths": [3],
+            "actual_seq_lengths_kv": [3],
+            "num_heads": 2,
+            "scale": SCALE,
+            "input_layout": "TND",
+        }
+        out, _ = torch_npu.npu_fused_infer_attention_score(q, q, q, atten_mask=mask, sparse_mode=3, **call)
+    close(out, naive(q, q, q, SCALE, True))
+    mask = MASK.clone()
+    torch_npu.npu_fused_infer_attention_score(q, q, q, atten_mask=mask, sparse_mode=3, **call)
+    mask[0, 1] = 0
+    with pytest.raises(LimitError, match="above the diagonal"):
+        torch_npu.npu_fused_infer_attention_score(q, q, q, atten_mask=mask, sparse_mode=3, **call)

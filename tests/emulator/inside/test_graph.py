@@ -88,6 +88,80 @@ def test_a_dense_qwen3_layer_has_eleven_kernels(graphs) -> None:
     assert added.total() == 11 and graphs[1].collectives == {"HcomAllReduce": 4}
 
 
+def qwen25_attention(x: Tensor, step: tuple, w: dict[str, Tensor]) -> Tensor:
+    """Biased qkv, rotary halves, a plain cache written by the scatter op."""
+    cos, sin, slots, table, q_lens, kv_lens, mask = step
+    qkv = torch.addmm(w["bias"], x, w["qkv"])
+    q, k, v = qkv.split([4 * DIM, DIM, DIM], dim=1)
+    turn = cos.view(1, BATCH, 1, DIM), sin.view(1, BATCH, 1, DIM)
+    q = torch_npu.npu_rotary_mul(q.reshape(1, BATCH, 4, DIM), *turn).view(BATCH, 4, DIM)
+    k = torch_npu.npu_rotary_mul(k.reshape(1, BATCH, 1, DIM), *turn).view(BATCH, 1, DIM)
+    torch_npu.npu_scatter_pa_kv_cache(k, v.reshape(BATCH, 1, DIM), w["k"], w["v"], slots, cache_mode="Norm")
+    pages = [w[name].view(BLOCKS, SIZE, DIM) for name in "kv"]
+    y, _ = torchair.ops.npu_fused_infer_attention_score_v2(
+        q, *pages, atten_mask=mask, actual_seq_qlen=q_lens, actual_seq_kvlen=kv_lens, block_table=table, num_query_heads=4,
+        num_key_value_heads=1, softmax_scale=0.1, input_layout="TND", sparse_mode=3, block_size=SIZE,
+    )  # fmt: skip
+    return y.view(BATCH, -1)
+
+
+def qwen25_decode(x: Tensor, residual: Tensor, step: tuple, layers: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    for w in layers:
+        x, _, residual = torch_npu.npu_add_rms_norm(x, residual, w["norm1"], 1e-6)
+        x = qwen25_attention(x, step, w) @ w["o"]
+        dist.all_reduce(x)
+        x, _, residual = torch_npu.npu_add_rms_norm(x, residual, w["norm2"], 1e-6)
+        x = torch_npu.npu_swiglu(x @ w["up"]) @ w["down"]
+        dist.all_reduce(x)
+    return x, residual
+
+
+def qwen25_layer() -> dict[str, Tensor]:
+    cache = (BLOCKS, SIZE, 1, DIM)
+    shapes = {
+        "norm1": (HIDDEN,),
+        "norm2": (HIDDEN,),
+        "qkv": (HIDDEN, 6 * DIM),
+        "bias": (6 * DIM,),
+        "o": (4 * DIM, HIDDEN),
+    }
+    shapes |= {"up": (HIDDEN, 2 * INNER), "down": (INNER, HIDDEN), "k": cache, "v": cache}
+    return {name: meta(*shape) for name, shape in shapes.items()}
+
+
+def test_a_qwen25_layer_has_fourteen_kernels(a3) -> None:
+    with graph.fake_world(8):
+        made = [
+            graph.convert(qwen25_decode, meta(BATCH, HIDDEN), meta(BATCH, HIDDEN), step_inputs(), layers)
+            for layers in ([qwen25_layer()], [qwen25_layer(), qwen25_layer()])
+        ]
+    added = graph.per_layer(*made)
+    assert added.total() == 14, added
+    assert added["RotaryMul"] == 2 and added["ScatterPaKvCache"] == 1 and added["HcomAllReduce"] == 2
+
+
+def moe_mlp(x: Tensor, w: dict[str, Tensor]) -> Tensor:
+    """Renormalised top-k experts over rows that routing sorts."""
+    weights, ids, _ = torch_npu.npu_moe_gating_top_k_softmax(x @ w["gate"], None, 2)
+    weights = weights / weights.sum(-1, keepdim=True)
+    rows, index, counts, _ = torch_npu.npu_moe_init_routing_v2(
+        x, ids, expert_num=8, expert_tokens_num_type=1, expert_tokens_num_flag=True, active_expert_range=[0, 8]
+    )
+    call = {"group_list": counts, "split_item": 2, "group_type": 0, "group_list_type": 1}
+    hidden = torch_npu.npu_swiglu(torch_npu.npu_grouped_matmul([rows], [w["up"]], **call)[0])
+    out = torch_npu.npu_grouped_matmul([hidden], [w["down"]], **call)[0]
+    return torch_npu.npu_moe_finalize_routing(out, None, None, None, weights, index, None, drop_pad_mode=2)
+
+
+def test_the_experts_of_a_layer_have_nine_kernels(a3) -> None:
+    weights = {"gate": meta(HIDDEN, 8), "up": meta(8, HIDDEN, 2 * INNER), "down": meta(8, INNER, HIDDEN)}
+    kernels = graph.convert(moe_mlp, meta(BATCH, HIDDEN), weights).kernels
+    wanted = Counter(
+        MatMul=1, MoeGatingTopKSoftmax=1, ReduceSum=1, RealDiv=1, MoeInitRoutingV3=1, GroupedMatmul=2, SwiGlu=1
+    )
+    assert kernels == wanted + Counter(MoeFinalizeRoutingV2=1), kernels
+
+
 def test_a_graph_can_be_saved(graphs, tmp_path) -> None:
     graphs[0].save(tmp_path / "folder" / "graph.pbtxt")
     text = (tmp_path / "folder" / "graph.pbtxt").read_text()

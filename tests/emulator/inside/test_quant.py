@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch_npu
 
+from executor.emulator.formats import NZ
 from executor.emulator.kernels.quant import scale_of_param
 from executor.emulator.limits import LimitError
 from tests.emulator.helpers import BF16, FP16, FP32, HALF, close, like_meta, rand
@@ -87,6 +88,15 @@ def test_quant_matmul_of_a_transposed_weight(a2) -> None:
     x, w = int8(3, 64), int8(16, 64, seed=1)
     got = torch_npu.npu_quant_matmul(x, w.t(), torch.ones(1), output_dtype=torch.int32)
     assert torch.equal(got, (x.double() @ w.t().double()).to(torch.int32))
+
+
+def test_quant_matmul_on_duo_wants_the_transposed_weight_cast(duo) -> None:
+    x, w, scale = int8(3, 64), int8(16, 64, seed=1), torch.rand(16) * 1e-3
+    packed = torch_npu.npu_format_cast(w, NZ)
+    got = torch_npu.npu_quant_matmul(x, packed.t(), scale, output_dtype=FP16)
+    close(got, ((x.double() @ w.t().double()) * scale).to(FP16))
+    with pytest.raises(LimitError, match="must have been transposed before the cast"):
+        torch_npu.npu_quant_matmul(x, torch_npu.npu_format_cast(w.t(), NZ), scale, output_dtype=FP16)
 
 
 def test_quant_matmul_limits(duo) -> None:
