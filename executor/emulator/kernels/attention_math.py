@@ -13,30 +13,36 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from executor.emulator.limits import require
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None = None) -> Tensor:
-    """`softmax(q k^T * scale) v`: `q [T, H, D]`, `k [L, K, D]`, `v [L, K, Dv] -> [T, H, Dv]` in fp32.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """`softmax(q k^T * scale + shift) v`: `q [T, H, D]`, `k [L, K, D]`, `v [L, K, Dv] -> [T, H, Dv]` in fp32.
 
-    `hidden [T, L]` (or `[H, T, L]`) is True where a key is not seen. A row that sees nothing gives zeros, and so
-    does an empty `k`.
+    `hidden [T, L]` is True where a key is not seen, `shift [H, T, L]` is fp32. A row that sees nothing gives zeros,
+    and so does an empty `k`.
     """
     if not len(q) or not len(k):
         return q.new_zeros(*q.shape[:2], v.shape[-1], dtype=torch.float32)
     q, k, v = (x.float().transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    seen = None if hidden is None else ~hidden.expand(1, *hidden.shape[-2:] if hidden.dim() == 2 else hidden.shape)
-    if seen is not None and seen.dim() == 3:
-        seen = seen.unsqueeze(0)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    if seen is not None:
-        out = out.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    bias = None if hidden is None else ~hidden
+    if shift is not None:
+        bias = shift if hidden is None else shift.masked_fill(hidden, float("-inf"))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if hidden is not None:
+        out = out.masked_fill(hidden.all(-1, keepdim=True), 0.0)
     return out[0].transpose(0, 1)
 
 
-def log_sum_exp(q: Tensor, k: Tensor, scale: float, hidden: Tensor | None = None) -> Tensor:
-    """`log(sum(exp(q k^T * scale)))` per query and head, `[T, H]` in fp32; +inf where nothing is seen."""
+def log_sum_exp(
+    q: Tensor, k: Tensor, scale: float, hidden: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """`log(sum(exp(q k^T * scale + shift)))` per query and head, `[T, H]` in fp32; +inf where nothing is seen."""
     if not len(k):
         return q.new_full(q.shape[:2], float("inf"), dtype=torch.float32)
     keys = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = torch.einsum("thd,lhd->htl", q.float(), keys) * scale
+    if shift is not None:
+        scores = scores + shift
     if hidden is not None:
         scores = scores.masked_fill(hidden, float("-inf"))
     sums = scores.logsumexp(-1).transpose(0, 1)
@@ -44,7 +50,7 @@ def log_sum_exp(q: Tensor, k: Tensor, scale: float, hidden: Tensor | None = None
 
 
 def causal(q_len: int, kv_len: int) -> Tensor | None:
-    """Hidden keys when the last query sees all of them (rightDownCausal); None where nothing is hidden."""
+    """Hidden keys when the last query sees all of them; None where nothing is hidden."""
     if q_len <= 1:
         return None
     return torch.ones(q_len, kv_len, dtype=torch.bool).triu_(kv_len - q_len + 1)

@@ -1,6 +1,6 @@
 """npu_prompt_flash_attention and npu_incre_flash_attention: the older attention ops, which 300I DUO has.
 
-Semantics and limits: the ops' docstrings in the torch_npu wheel. Not emulated: quantization, pse_shift, left padding.
+Semantics and limits: the ops' docstrings in the torch_npu wheel. Not emulated: quantized inputs, left padding.
 """
 
 from dataclasses import replace
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from executor.emulator import chips
-from executor.emulator.kernels.fused_attention import Call, run
+from executor.emulator.kernels.attention_call import MASK, Call, run
+from executor.emulator.kernels.fused_attention import check_extras
 from executor.emulator.limits import (
     HALF,
     refuse,
@@ -61,6 +62,9 @@ def _check_common(call: Call, layouts: dict[str, int]) -> None:
     )
     if call.mask is not None:
         require_dtype("atten_mask", call.mask, (torch.bool, torch.int8, torch.uint8))
+    if _duo():
+        refuse(pse_shift=call.shift, quant_scale2=call.out_scale, quant_offset2=call.out_offset)
+    check_extras(call)
 
 
 def _prompt(
@@ -86,29 +90,38 @@ def _prompt(
     actual_seq_lengths_kv: list[int] | None = None,
     sparse_mode: int = 0,
 ) -> Call:
-    refuse(padding_mask=padding_mask, pse_shift=pse_shift, deq_scale1=deq_scale1, quant_scale1=quant_scale1)
-    refuse(deq_scale2=deq_scale2, quant_scale2=quant_scale2, quant_offset2=quant_offset2)
+    refuse(padding_mask=padding_mask, deq_scale1=deq_scale1, quant_scale1=quant_scale1, deq_scale2=deq_scale2)
     return Call(
-        query, key, value, atten_mask, actual_seq_lengths, actual_seq_lengths_kv, None, num_heads,
-        num_key_value_heads or num_heads,
-        scale_value, input_layout, sparse_mode, 0, 0, False, pre_tokens, next_tokens,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        mask=atten_mask,
+        q_lens=actual_seq_lengths,
+        kv_lens=actual_seq_lengths_kv,
+        heads=num_heads,
+        kv_heads=num_key_value_heads or num_heads,
+        scale=scale_value,
+        layout=input_layout,
+        sparse_mode=sparse_mode,
+        pre_tokens=pre_tokens,
+        next_tokens=next_tokens,
+        shift=pse_shift,
+        out_scale=quant_scale2,
+        out_offset=quant_offset2,
+    )
 
 
 def _check_prompt(*args: Tensor, **kwargs: object) -> None:
     call = _prompt(*args, **kwargs)  # type: ignore[arg-type]
     _check_common(call, _PROMPT_LAYOUTS)
-    require(
-        call.sparse_mode in (0, 3),
-        "sparse_mode must be 0 or 3 (1, 2 and 4 are documented and not emulated)",
-        call.sparse_mode,
-    )
-    if call.sparse_mode == 3:
+    require(call.sparse_mode in (0, 1, 2, 3, 4), "sparse_mode must be 0 to 4", call.sparse_mode)
+    if call.sparse_mode > 1:
         require(
-            call.mask is not None and tuple(call.mask.shape[-2:]) == (2048, 2048),
-            "sparse_mode 3 needs an atten_mask of 2048 x 2048",
+            call.mask is not None and tuple(call.mask.shape[-2:]) == (MASK, MASK),
+            f"sparse_mode {call.sparse_mode} needs an atten_mask of {MASK} x {MASK}",
             call.mask,
         )
+    require(call.sparse_mode != 1 or call.mask is not None, "sparse_mode 1 needs the whole atten_mask")
     if not _duo():
         require(
             call.layout not in ("BSH", "BSND") or call.heads * call.head_dim < 65535,
@@ -161,24 +174,26 @@ def _incre(
     block_size: int = 0,
     inner_precise: int = 1,
 ) -> Call:
-    refuse(
-        padding_mask=padding_mask,
-        pse_shift=pse_shift,
-        antiquant_scale=antiquant_scale,
-        antiquant_offset=antiquant_offset,
-    )
-    refuse(
-        dequant_scale1=dequant_scale1,
-        quant_scale1=quant_scale1,
-        dequant_scale2=dequant_scale2,
-        quant_scale2=quant_scale2,
-    )
-    refuse(quant_offset2=quant_offset2, kv_padding_size=kv_padding_size)
+    refuse(padding_mask=padding_mask, antiquant_scale=antiquant_scale, antiquant_offset=antiquant_offset)
+    refuse(dequant_scale1=dequant_scale1, quant_scale1=quant_scale1, dequant_scale2=dequant_scale2)
+    refuse(kv_padding_size=kv_padding_size)
     return Call(
-        query, key, value, atten_mask, None, actual_seq_lengths, block_table, num_heads,
-        num_key_value_heads or num_heads,
-        scale_value, input_layout, 0, block_size, inner_precise, False,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        mask=atten_mask,
+        kv_lens=actual_seq_lengths,
+        block_table=block_table,
+        heads=num_heads,
+        kv_heads=num_key_value_heads or num_heads,
+        scale=scale_value,
+        layout=input_layout,
+        block_size=block_size,
+        inner_precise=inner_precise,
+        shift=pse_shift,
+        out_scale=quant_scale2,
+        out_offset=quant_offset2,
+    )
 
 
 def _check_incre(*args: Tensor, **kwargs: object) -> None:

@@ -2,24 +2,14 @@
 
 Semantics and limits: the ops' docstrings in the torch_npu wheel; for TND with a paged cache, head dim 64 and NZ
 caches, which those docstrings leave out, the newer pages of torch_npu's op reference (op-plugin 26 / CANN 9).
-Not emulated, though documented: MLA (query_rope), quantized keys and values, int8 output, pse_shift, shared prefix,
-left padding, attention sinks, the NTD layouts, sparse modes 1, 2, 4 and 9.
+Not emulated, though documented: MLA (query_rope), quantized queries, keys and values, shared prefix, left padding,
+attention sinks, the NTD layouts, sparse mode 9.
 """
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from executor.emulator.kernels.attention_math import (
-    attend,
-    causal,
-    differences,
-    gather_blocks,
-    log_sum_exp,
-    require_triangle,
-)
+from executor.emulator.kernels.attention_call import MASK, Call, run
 from executor.emulator.limits import (
     HALF,
     refuse,
@@ -28,55 +18,11 @@ from executor.emulator.limits import (
     require_dtype,
     require_rank,
     require_same_dtype,
+    require_shape,
 )
 from executor.emulator.registry import kernel
 
 _LAYOUTS = {"BSH": 3, "BSND": 4, "BNSD": 4, "BNSD_BSND": 4, "TND": 3}
-_MASK = 2048
-_EVERYTHING = 2147483647
-Lengths = Sequence[int] | Tensor | None
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call in the words of the second form, whichever form it came in."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    q_lens: Lengths
-    kv_lens: Lengths
-    block_table: Tensor | None
-    heads: int
-    kv_heads: int
-    scale: float
-    layout: str
-    sparse_mode: int
-    block_size: int
-    inner_precise: int
-    lse: bool
-    pre_tokens: int = _EVERYTHING
-    next_tokens: int = _EVERYTHING
-
-    @property
-    def paged(self) -> bool:
-        return self.block_table is not None
-
-    @property
-    def tnd(self) -> bool:
-        return self.layout == "TND"
-
-    @property
-    def head_dim(self) -> int:
-        return self.query.shape[-1] // (self.heads if self.layout == "BSH" else 1)
-
-    @property
-    def query_tokens(self) -> int:
-        """Q_S: the padded length of a request's queries; for TND all tokens of the batch."""
-        if self.tnd:
-            return self.query.shape[0]
-        return self.query.shape[2 if self.layout.startswith("BNSD") else 1]
 
 
 def check(call: Call) -> None:
@@ -108,6 +54,7 @@ def check(call: Call) -> None:
     _check_head_dim(call)
     _check_mask(call)
     _check_lengths(call)
+    check_extras(call)
     if call.paged:
         _check_paged(call)
     else:
@@ -142,23 +89,22 @@ def _check_head_dim(call: Call) -> None:
 
 
 def _check_mask(call: Call) -> None:
-    require(
-        call.sparse_mode in (0, 3),
-        "sparse_mode must be 0 or 3 (1, 2 and 4 are documented and not emulated)",
-        call.sparse_mode,
-    )
+    modes = (0, 3, 4) if call.tnd else (0, 1, 2, 3, 4)
+    require(call.sparse_mode in modes, f"sparse_mode must be {', '.join(map(str, modes))}", call.sparse_mode)
     if call.mask is not None:
         require_dtype("atten_mask", call.mask, (torch.bool, torch.int8, torch.uint8))
-    if call.sparse_mode == 3:
-        require(call.mask is not None, f"sparse_mode 3 needs atten_mask, the {_MASK} x {_MASK} upper triangle")
+    mode = call.sparse_mode
+    if mode in (2, 3, 4):
+        require(call.mask is not None, f"sparse_mode {mode} needs atten_mask, the {MASK} x {MASK} upper triangle")
         shape = tuple(call.mask.shape)
         require(
-            shape in ((_MASK, _MASK), (1, _MASK, _MASK), (1, 1, _MASK, _MASK)),
-            f"with sparse_mode 3 atten_mask must have shape [{_MASK}, {_MASK}]",
+            shape in ((MASK, MASK), (1, MASK, MASK), (1, 1, MASK, MASK)),
+            f"with sparse_mode {mode} atten_mask must have shape [{MASK}, {MASK}]",
             list(shape),
         )
     elif call.tnd:
         refuse(atten_mask=call.mask)
+    require(mode != 1 or call.mask is not None, "sparse_mode 1 needs the whole atten_mask")
 
 
 def _check_lengths(call: Call) -> None:
@@ -231,171 +177,73 @@ def _check_paged(call: Call) -> None:
     )
 
 
-def run(call: Call) -> tuple[Tensor, Tensor]:
-    """Attention of every request, in the layout of the call; the sums only where asked for."""
-    if call.sparse_mode == 3:
-        require_triangle("atten_mask", call.mask.view(_MASK, _MASK))
-    queries, q_lens = _queries(call)
-    keys, values, kv_lens = _keys(call, len(queries))
-    outs, sums = [], []
-    for q, k, v, q_len, kv_len in zip(queries, keys, values, q_lens, kv_lens, strict=True):
-        padded = q.new_zeros(len(q), call.heads, v.shape[-1])
-        hidden = _hidden(call, q_len, kv_len, len(outs))
-        padded[:q_len] = attend(q[:q_len], k, v, call.scale, hidden).to(q.dtype)
-        outs.append(padded)
-        if call.lse:
-            filled = q.new_full((len(q), call.heads), float("inf"), dtype=torch.float32)
-            filled[:q_len] = log_sum_exp(q[:q_len], k, call.scale, hidden)
-            sums.append(filled)
-    if call.tnd:
-        out = torch.zeros_like(call.query)
-        if outs:
-            packed = torch.cat(outs)
-            out[: len(packed)] = packed
-        return out, torch.cat(sums).unsqueeze(-1) if call.lse else torch.zeros(1)
-    out = torch.stack(outs)  # [B, S, H, D]
-    if call.layout == "BSH":
-        out = out.flatten(2)
-    elif call.layout == "BNSD":
-        out = out.transpose(1, 2).contiguous()
-    return out, torch.stack(sums).transpose(1, 2).unsqueeze(-1) if call.lse else torch.zeros(1)
-
-
-def _queries(call: Call) -> tuple[Sequence[Tensor], list[int]]:
-    if call.tnd:
-        lens = differences("actual_seq_qlen", _listed(call.q_lens), call.query.shape[0])
-        return call.query[: sum(lens)].split(lens), lens
-    return _requests(call, call.query, call.heads, call.q_lens if call.query_tokens > 1 else None, "actual_seq_qlen")
-
-
-def _keys(call: Call, batch: int) -> tuple[Sequence[Tensor], Sequence[Tensor], list[int]]:
-    if call.paged:
-        lens = _listed(call.kv_lens)
-        lens = lens * batch if len(lens) == 1 else lens[:batch]
-        require(all(n >= 0 for n in lens), "actual_seq_kvlen must not be negative", lens)
-        width = call.block_table.shape[1] * call.block_size
+def check_extras(call: Call) -> None:
+    """pse_shift and int8 output."""
+    if call.shift is not None:
+        require(not call.tnd, "pse_shift must be None with TND")
+        require_same_dtype("query", call.query, pse_shift=call.shift)
+        require_rank("pse_shift", call.shift, 4)
         require(
-            max(lens, default=0) <= width,
-            f"actual_seq_kvlen must hold each request's own length (not cumulative), at most {width} here",
-            lens,
+            call.shift.shape[0] in (1, call.batch) and call.shift.shape[1] == call.heads,
+            f"pse_shift must have shape [1 or {call.batch}, {call.heads}, queries, keys]",
+            list(call.shift.shape),
         )
-        k, v = (_plain_blocks(call, x) for x in (call.key, call.value))
-        rows = list(zip(call.block_table, lens, strict=True))
-        return [gather_blocks(k, *row) for row in rows], [gather_blocks(v, *row) for row in rows], lens
-    if call.tnd:
-        lens = differences("actual_seq_kvlen", _listed(call.kv_lens), call.key.shape[0])
-        return call.key[: sum(lens)].split(lens), call.value[: sum(lens)].split(lens), lens
-    keys, lens = _requests(call, call.key, call.kv_heads, call.kv_lens, "actual_seq_kvlen")
-    values, _ = _requests(call, call.value, call.kv_heads, call.kv_lens, "actual_seq_kvlen")
-    cut = [x[:n] for x, n in zip(keys, lens, strict=True)], [x[:n] for x, n in zip(values, lens, strict=True)]
-    return *cut, lens
-
-
-def _requests(call: Call, x: Tensor, heads: int, lens: Lengths, name: str) -> tuple[Sequence[Tensor], list[int]]:
-    """A padded batch as one `[S, heads, D]` per request, with the lengths in use."""
-    if call.layout == "BSH":
-        x = x.unflatten(2, (heads, -1))
-    elif call.layout.startswith("BNSD"):
-        x = x.transpose(1, 2)
-    batch, tokens = x.shape[:2]
-    used = [tokens] if lens is None else _listed(lens)
-    used = used * batch if len(used) == 1 else used[:batch]
-    require(all(0 <= n <= tokens for n in used), f"{name} must hold each request's own length, 0 to {tokens}", used)
-    return list(x), used
-
-
-def _plain_blocks(call: Call, cache: Tensor) -> Tensor:
-    """A paged cache of any documented layout as `[blocks, block_size, K, D]`."""
-    if cache.dim() == 3:
-        return cache.unflatten(2, (call.kv_heads, -1))
-    if cache.dim() == 4:
-        return cache.transpose(1, 2)
-    return cache.permute(0, 3, 1, 2, 4).flatten(3)
-
-
-def _hidden(call: Call, q_len: int, kv_len: int, index: int) -> Tensor | None:
-    if call.sparse_mode == 3:
-        require(
-            not kv_len or q_len <= kv_len,
-            "with sparse_mode 3 a request must not have more queries than keys",
-            [q_len, kv_len],
-        )
-        return causal(q_len, kv_len)
-    if call.mask is None:
-        return None
-    mask = call.mask.bool()
-    while mask.dim() > 3:
-        mask = mask.squeeze(1)
-    if mask.dim() == 2 and call.query_tokens == 1:  # [B, L], one row per request
-        mask = mask.unsqueeze(1)
-    mask = mask if mask.dim() == 2 else mask[index if mask.shape[0] > 1 else 0]
+    if call.out_scale is None:
+        refuse(quant_offset_out=call.out_offset)
+        return
+    require(not call.tnd, "an int8 output is not for TND")
+    wide = (torch.float32, torch.bfloat16) if call.query.dtype == torch.bfloat16 else (torch.float32,)
+    require_dtype("the output's scale", call.out_scale, wide)
+    channels = call.heads * call.head_dim
     require(
-        mask.shape[0] >= q_len and mask.shape[1] >= kv_len,
-        f"atten_mask must cover {q_len} queries and {kv_len} keys",
-        list(call.mask.shape),
+        call.out_scale.numel() in (1, channels),
+        f"the output's scale must have 1 or {channels} values",
+        list(call.out_scale.shape),
     )
-    return mask[:q_len, :kv_len] | _outside_band(call, q_len, kv_len)
+    if call.out_offset is not None:
+        require_same_dtype("the output's scale", call.out_scale, offset=call.out_offset)
+        require_shape("the output's offset", call.out_offset, *call.out_scale.shape)
 
 
-def _outside_band(call: Call, q_len: int, kv_len: int) -> Tensor:
-    """With a mask of the user's own, only keys from pre_tokens before to next_tokens after a query are computed."""
-    ahead = torch.arange(kv_len) - torch.arange(q_len).unsqueeze(1)
-    if call.query_tokens == 1:  # both arguments have no effect on a single query token
-        return torch.zeros(q_len, kv_len, dtype=torch.bool)
-    return (ahead > call.next_tokens) | (-ahead > call.pre_tokens)
+_SHARED = {
+    "mask": "atten_mask", "shift": "pse_shift", "block_table": "block_table", "layout": "input_layout",
+    "sparse_mode": "sparse_mode", "block_size": "block_size", "inner_precise": "inner_precise",
+    "pre_tokens": "pre_tokens", "next_tokens": "next_tokens",
+}  # fmt: skip
+_SECOND = _SHARED | {
+    "q_lens": "actual_seq_qlen", "kv_lens": "actual_seq_kvlen", "heads": "num_query_heads", "scale": "softmax_scale",
+    "lse": "return_softmax_lse", "out_scale": "quant_scale_out", "out_offset": "quant_offset_out",
+}  # fmt: skip
+_FIRST = _SHARED | {
+    "q_lens": "actual_seq_lengths", "kv_lens": "actual_seq_lengths_kv", "heads": "num_heads", "scale": "scale",
+    "lse": "softmax_lse_flag", "out_scale": "quant_scale2", "out_offset": "quant_offset2",
+}  # fmt: skip
 
 
-def _listed(lens: Lengths) -> list[int]:
-    return lens.tolist() if isinstance(lens, Tensor) else [int(n) for n in lens or ()]
+def _call(names: dict[str, str], query: Tensor, key: Tensor, value: Tensor, **given: object) -> Call:
+    """The op's arguments by the call's names; whatever else is given and not its default has no semantics here."""
+    fields = {field: given.pop(name) for field, name in names.items() if given.get(name) is not None}
+    fields["kv_heads"] = given.pop("num_key_value_heads", 0) or fields.get("heads", 1)
+    refuse(**{name: value or None for name, value in given.items() if not isinstance(value, Tensor)})
+    refuse(**{name: value for name, value in given.items() if isinstance(value, Tensor)})
+    return Call(query, key, value, **fields)  # type: ignore[arg-type]
 
 
-def _second(query: Tensor, key: Tensor, value: Tensor, **o: object) -> Call:
-    for name in _SECOND_UNUSED:
-        refuse(**{name: o.get(name)})
-    heads = o.get("num_query_heads", 1)
-    return Call(
-        query, key, value, o.get("atten_mask"), o.get("actual_seq_qlen"), o.get("actual_seq_kvlen"),
-        o.get("block_table"),
-        heads, o.get("num_key_value_heads", 0) or heads, o.get("softmax_scale", 1.0), o.get("input_layout", "BSH"),
-        o.get("sparse_mode", 0), o.get("block_size", 0), o.get("inner_precise", 0), o.get("return_softmax_lse", False),
-        o.get("pre_tokens", _EVERYTHING), o.get("next_tokens", _EVERYTHING),
-    )  # fmt: skip
+def _check_second(*args: Tensor, **given: object) -> None:
+    check(_call(_SECOND, *args, **given))
 
 
-def _first(query: Tensor, key: Tensor, value: Tensor, **o: object) -> Call:
-    for name in _FIRST_UNUSED:
-        refuse(**{name: o.get(name)})
-    heads = o.get("num_heads", 1)
-    return Call(
-        query, key, value, o.get("atten_mask"), o.get("actual_seq_lengths"), o.get("actual_seq_lengths_kv"),
-        o.get("block_table"),
-        heads, o.get("num_key_value_heads", 0) or heads, o.get("scale", 1.0), o.get("input_layout", "BSH"),
-        o.get("sparse_mode", 0), o.get("block_size", 0), o.get("inner_precise", 0), o.get("softmax_lse_flag", False),
-        o.get("pre_tokens", _EVERYTHING), o.get("next_tokens", _EVERYTHING),
-    )  # fmt: skip
+def _check_first(*args: Tensor, **given: object) -> None:
+    check(_call(_FIRST, *args, **given))
 
 
-_SECOND_UNUSED = (
-    "query_rope", "key_rope", "pse_shift", "dequant_scale_query", "dequant_scale_key", "dequant_offset_key",
-    "dequant_scale_value", "dequant_offset_value", "dequant_scale_key_rope", "quant_scale_out", "quant_offset_out",
-    "quant_scale_p", "learnable_sink", "out_dtype",
-)  # fmt: skip
-_FIRST_UNUSED = (
-    "pse_shift", "dequant_scale1", "quant_scale1", "dequant_scale2", "quant_scale2", "quant_offset2", "antiquant_scale",
-    "antiquant_offset", "key_antiquant_scale", "key_antiquant_offset", "value_antiquant_scale",
-    "value_antiquant_offset",
-    "query_padding_size", "kv_padding_size", "key_shared_prefix", "value_shared_prefix", "actual_shared_prefix_len",
-    "query_rope", "key_rope", "key_rope_antiquant_scale",
-)  # fmt: skip
+@kernel("npu_fused_infer_attention_score_v2", _check_second)
+@kernel("npu_fused_infer_attention_score_v2", _check_second, namespace="air")
+def npu_fused_infer_attention_score_v2(*args: Tensor, **given: object) -> tuple[Tensor, Tensor]:
+    return run(_call(_SECOND, *args, **given))
 
 
-@kernel("npu_fused_infer_attention_score_v2", lambda *args, **kwargs: check(_second(*args, **kwargs)))
-@kernel("npu_fused_infer_attention_score_v2", lambda *args, **kwargs: check(_second(*args, **kwargs)), namespace="air")
-def npu_fused_infer_attention_score_v2(*args: Tensor, **kwargs: object) -> tuple[Tensor, Tensor]:
-    return run(_second(*args, **kwargs))
-
-
-@kernel("npu_fused_infer_attention_score", lambda *args, **kwargs: check(_first(*args, **kwargs)))
-@kernel("npu_fused_infer_attention_score", lambda *args, **kwargs: check(_first(*args, **kwargs)), namespace="air")
-def npu_fused_infer_attention_score(*args: Tensor, **kwargs: object) -> tuple[Tensor, Tensor]:
-    return run(_first(*args, **kwargs))
+@kernel("npu_fused_infer_attention_score", _check_first)
+@kernel("npu_fused_infer_attention_score", _check_first, namespace="air")
+def npu_fused_infer_attention_score(*args: Tensor, **given: object) -> tuple[Tensor, Tensor]:
+    return run(_call(_FIRST, *args, **given))

@@ -181,3 +181,45 @@ def test_attention_in_inference_mode_and_a_mask_that_changes(a2) -> None:
     mask[0, 1] = 0
     with pytest.raises(LimitError, match="above the diagonal"):
         torch_npu.npu_fused_infer_attention_score(q, q, q, atten_mask=mask, sparse_mode=3, **call)
+
+
+@pytest.mark.parametrize("mode,pre,after", [(1, 0, 0), (2, 0, 0), (3, 0, 0), (4, 3, 1), (0, 2, 1)])
+def test_sparse_modes(a2, mode, pre, after) -> None:
+    """A 5 x 8 problem: which keys each mode shows, written out."""
+    q, k, v = rand(1, 5, 2, 32), rand(1, 8, 2, 32, seed=1), rand(1, 8, 2, 32, seed=2)
+    ahead = torch.arange(8) - torch.arange(5).unsqueeze(1)
+    own = torch.rand(5, 8, generator=torch.Generator().manual_seed(3)) < 0.3
+    own[:, 0] = False
+    hidden = {
+        0: own | (ahead > 1) | (-ahead > 2),
+        1: own,
+        2: ahead > 0,
+        3: ahead > 3,
+        4: (ahead - 3 > 1) | (-(ahead - 3) > 3),
+    }[mode]
+    out, _ = torch_npu.npu_fused_infer_attention_score_v2(
+        q, k, v, atten_mask=own if mode < 2 else MASK, num_query_heads=2, softmax_scale=SCALE, input_layout="BSND",
+        sparse_mode=mode, pre_tokens=pre, next_tokens=after,
+    )  # fmt: skip
+    scores = (torch.einsum("thd,lhd->htl", q[0].double(), k[0].double()) * SCALE).masked_fill(hidden, float("-inf"))
+    wanted = torch.einsum("htl,lhd->thd", scores.softmax(-1).nan_to_num(0.0), v[0].double())
+    close(out[0], wanted)
+
+
+def test_shifted_scores_and_int8_output(a2) -> None:
+    q, k, v = (rand(2, 2, 6, 32, dtype=FP16, seed=s) for s in range(3))
+    shift, scale = rand(1, 2, 6, 6, dtype=FP16, seed=4), torch.rand(2, 32) * 50 + 10
+    call = {"num_heads": 2, "scale": SCALE, "input_layout": "BNSD"}
+    plain, _ = torch_npu.npu_fused_infer_attention_score(q, k, v, pse_shift=shift, **call)
+    scores = torch.einsum("bhtd,bhld->bhtl", q.double(), k.double()) * SCALE + shift.double()
+    wanted = scores.softmax(-1) @ v.double()
+    close(plain, wanted, 2)
+    turned, _ = torch_npu.npu_fused_infer_attention_score(
+        q, k, v, pse_shift=shift, **call | {"input_layout": "BNSD_BSND"}
+    )
+    assert torch.equal(turned, plain.transpose(1, 2))
+    small, _ = torch_npu.npu_fused_infer_attention_score(
+        q, k, v, pse_shift=shift, quant_scale2=scale, quant_offset2=torch.full((2, 32), 2.0), **call
+    )
+    exact = wanted * scale.view(1, 2, 1, 32) + 2
+    assert small.dtype == torch.int8 and (small - exact.clamp(-128, 127)).abs().max() < 0.51

@@ -99,8 +99,8 @@ def qwen25_attention(x: Tensor, step: tuple, w: dict[str, Tensor]) -> Tensor:
     torch_npu.npu_scatter_pa_kv_cache(k, v.reshape(BATCH, 1, DIM), w["k"], w["v"], slots, cache_mode="Norm")
     pages = [w[name].view(BLOCKS, SIZE, DIM) for name in "kv"]
     y, _ = torchair.ops.npu_fused_infer_attention_score_v2(
-        q, *pages, atten_mask=mask, actual_seq_qlen=q_lens, actual_seq_kvlen=kv_lens, block_table=table, num_query_heads=4,
-        num_key_value_heads=1, softmax_scale=0.1, input_layout="TND", sparse_mode=3, block_size=SIZE,
+        q, *pages, atten_mask=mask, actual_seq_qlen=q_lens, actual_seq_kvlen=kv_lens, block_table=table,
+        num_query_heads=4, num_key_value_heads=1, softmax_scale=0.1, input_layout="TND", sparse_mode=3, block_size=SIZE,
     )  # fmt: skip
     return y.view(BATCH, -1)
 

@@ -89,7 +89,7 @@ def test_a_cumulative_list_where_each_requests_own_is_wanted(a2) -> None:
         ({"atten_mask": MASK.float()}, "atten_mask must be bool or int8 or uint8"),
         ({"atten_mask": torch.zeros_like(MASK)}, "above the diagonal, and nothing else"),
         ({"sparse_mode": 0}, "atten_mask must be None"),
-        ({"sparse_mode": 5}, "sparse_mode must be 0 or 3"),
+        ({"sparse_mode": 5}, "sparse_mode must be 0, 3, 4"),
         ({"block_size": 24}, "block_size must be a multiple of 16"),
         ({"block_size": 0}, "block_size must be a multiple of 16"),
         ({"block_table": torch.zeros(2, 1, dtype=torch.int64)}, "block_table must be int32"),
