@@ -11,6 +11,9 @@ from typing import Any
 import torch
 import transformers
 
+from executor.request import Prompt
+from executor.vision.image import normalize_patchify
+
 REPO = Path(__file__).parent.parent
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
@@ -88,3 +91,47 @@ def save_checkpoint(folder: Path, family: str, model: Any) -> Path:
     model.save_pretrained(folder)
     shutil.copy(tiny / "generation_config.json", folder / "generation_config.json")
     return folder
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompt: Prompt, pixel_format: Any, num_tokens: int) -> tuple[list[int], torch.Tensor]:
+    """transformers' own greedy tokens for our prompt, and their logits [num_tokens, V].
+
+    With our positions: after a Qwen2.5 video they differ from transformers 5.23's, as the weights were trained
+    (elsewhere a test holds them equal to transformers').
+    """
+    inputs: dict[str, Any] = {}
+    for kind, pixels, grid in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        items = [item for item in prompt.media if item.kind == kind]
+        if items:
+            form = pixel_format
+            inputs[pixels] = torch.cat(
+                [
+                    normalize_patchify(
+                        item.pixels, form.mean, form.std, form.patch_size, form.temporal_patch_size, form.merge_size
+                    )
+                    for item in items
+                ]
+            )
+            inputs[grid] = torch.tensor([item.grid_thw for item in items])
+    tokens, logits, cache = prompt.token_ids, [], None
+    positions = torch.from_numpy(prompt.positions)
+    chosen: list[int] = []
+    for _ in range(num_tokens):
+        out = model(
+            input_ids=torch.tensor([tokens]),
+            position_ids=positions[:, None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **inputs,
+        )
+        cache, inputs = out.past_key_values, {}
+        logits.append(out.logits[0, -1])
+        tokens = [int(logits[-1].argmax())]
+        positions = torch.full((3, 1), len(prompt.token_ids) + len(chosen) + prompt.position_delta)
+        chosen += tokens
+    return chosen, torch.stack(logits)

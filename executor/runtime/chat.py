@@ -1,7 +1,7 @@
 """From OpenAI-like messages to the text of a prompt, with what the user wrote kept apart from what the template wrote.
 
 Invariant: a special token in the rendered pieces was written by the template, never by the user; the user's
-"<|im_start|>" stays seven ordinary tokens. Media are left as the template's single placeholders.
+"<|im_start|>" stays ordinary text. Media are left as the template's single placeholders.
 Knows no model family, opens no media, counts no tokens.
 """
 

@@ -4,33 +4,14 @@ Reads local files only; never downloads, never runs code that comes with a check
 transformers (those want torchvision). Knows no model family: a family hands in the defaults of its own classes.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from executor.checkpoint_folder import read_json
 from executor.errors import UserError
 
 BICUBIC = 3  # PIL's number, as checkpoints write it
-
-
-def read_json(folder: Path, name: str, *, required: bool = True) -> dict[str, Any]:
-    """The object in `folder/name`; {} when the file is missing and not `required`."""
-    path = Path(folder) / name
-    if not path.is_file():
-        if not required:
-            return {}
-        raise UserError(
-            f"model_path '{folder}' has no {name}; a complete checkpoint folder is needed: "
-            f"copy {name} from the original checkpoint"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy it again from the original checkpoint") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 def load_tokenizer(folder: Path) -> Any:

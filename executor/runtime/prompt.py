@@ -203,14 +203,17 @@ def place_spans(
     return positions, shift
 
 
-def media_digest(kind: str, pixels: Any, grid_thw: tuple[int, int, int], settings: PixelSettings) -> bytes:
+def media_digest(
+    kind: str, pixels: Any, grid_thw: tuple[int, int, int], settings: PixelSettings, seconds_per_grid: float = 0.0
+) -> bytes:
     """Digest of all that the embeddings depend on: resized pixels (uint8 tensor), grid, kind, patches, mean and std.
 
-    Time stamps are not among it: they become text and positions, not embeddings.
+    And of a video's `seconds_per_grid`, though embeddings do not know it: positions may follow from it, and the
+    prefix cache takes equal tokens and digests for equal keys and values.
     """
     frame = (kind, tuple(pixels.shape), grid_thw, settings.patch_size, settings.temporal_patch_size)
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    digest.update(repr((*frame, settings.merge_size, settings.mean, settings.std)).encode())
+    digest.update(repr((*frame, settings.merge_size, settings.mean, settings.std, seconds_per_grid)).encode())
     digest.update(memoryview(pixels.contiguous().numpy()).cast("B"))
     return digest.digest()
 
@@ -234,7 +237,7 @@ def make_media_item(
     grid_thw = (steps, pixels.shape[2] // settings.patch_size, pixels.shape[3] // settings.patch_size)
     return MediaItem(
         kind=kind,
-        digest=media_digest(kind, pixels, grid_thw, settings),
+        digest=media_digest(kind, pixels, grid_thw, settings, seconds_per_grid),
         pixels=pixels,
         grid_thw=grid_thw,
         num_tokens=math.prod(grid_thw) // settings.merge_size**2,

@@ -9,10 +9,11 @@ Does not know the engine: a prompt longer than the model's context is refused th
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from executor.checkpoint_folder import read_json
 from executor.errors import UserError
 from executor.request import MediaItem, Prompt, Span
 from executor.runtime.chat import Chat, MediaPart, Piece, normalise_messages
@@ -20,7 +21,6 @@ from executor.runtime.checkpoint_files import (
     PixelSettings,
     VideoSettings,
     read_eos_token_ids,
-    read_json,
     read_pixel_settings,
     read_video_settings,
 )
@@ -46,6 +46,7 @@ class PromptBuilder(ABC):
 
     picture_defaults: Mapping[str, Any]  # of the family's transformers classes, for keys a checkpoint leaves out
     video_defaults: Mapping[str, Any]
+    box_convention: Literal["absolute", "relative_1000"]  # how answers write places: see executor.vision.draw
 
     def __init__(self, folder: str | Path, options: MediaOptions | None = None) -> None:
         self.folder = Path(folder)
@@ -58,6 +59,11 @@ class PromptBuilder(ABC):
         self.video: VideoSettings = read_video_settings(self.folder, self.video_defaults)
         for settings in (self.picture, self.video):
             settings.check_against(self.raw_config.get("vision_config", {}), self.folder)
+        if (self.picture.mean, self.picture.std) != (self.video.mean, self.video.std):
+            raise UserError(
+                f"'{self.folder}': pictures and videos are normalised differently (mean {self.picture.mean} and "
+                f"{self.video.mean}, std {self.picture.std} and {self.video.std}); only one normalisation is supported"
+            )
         self.eos_token_ids = read_eos_token_ids(self.folder, self.tokenizer)
         self.generation_config = read_json(self.folder, "generation_config.json", required=False)
 

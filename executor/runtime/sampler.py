@@ -11,7 +11,7 @@ Legend: R rows, N rows that draw, V vocabulary, K candidates of a row, M tokens 
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,18 +19,17 @@ import torch
 
 from executor.errors import UserError
 from executor.request import Request, SamplingParams
+from executor.runtime.noise import as_int64, child_seed, gumbel_noise, noise_key
+
+__all__ = ["Sampled", "Sampler", "TokenLogprobs", "check_params", "child_seed"]
 
 MAX_LOGPROBS = 20  # as the OpenAI protocol has it
 MIN_TEMPERATURE = 1e-6  # below it the distribution is a point in any case, and the division would overflow
 
-MASK_64 = (1 << 64) - 1
-GOLDEN_64 = 0x9E3779B97F4A7C15
-MIX_A = 0xBF58476D1CE4E5B9
-MIX_B = 0x94D049BB133111EB
-
-REACH = 26.0
-"""How far below the best score a token can lie and still win: noise of 32 bits is between -3.14 and 22.88."""
+REACH = 26.01
+"""How far below the best score a token can lie and still win: noise of 32 bits is between -3.13 and 22.88."""
 CHUNK = 128
+BLOCK = 1 << 14
 NUCLEUS_GUESS = 1024  # candidates among which a top-p nucleus is looked for first
 WEIGHT_SCALE = float(1 << 40)  # fixed point: 2**18 tokens of weight 1 stay far below 2**63
 
@@ -93,18 +92,18 @@ class Sampler:
 
     def _choose(self, scores: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
         """Score and id [R] of each row's token: the best of a greedy row, a draw for the others."""
-        drawing = [row for row, request in enumerate(requests) if request.params.temperature > 0]
-        if not drawing:
-            return scores.max(dim=-1)
-        if len(drawing) == len(requests):
-            return _draw(scores.float(), requests)
-        greedy = sorted(set(range(len(requests))) - set(drawing))
-        order = torch.tensor(greedy + drawing, device=self.device)
-        parts = scores[order].float().split([len(greedy), len(drawing)])
-        best = parts[0].max(dim=-1)
-        drawn = _draw(parts[1], [requests[row] for row in drawing])
-        values = torch.cat([best.values, drawn[0]])
-        ids = torch.cat([best.indices, drawn[1]])
+        groups: dict[Callable, list[int]] = {}
+        for row, request in enumerate(requests):
+            groups.setdefault(_way(request.params), []).append(row)
+        if len(groups) == 1:
+            return next(iter(groups))(scores, requests)
+        order = torch.tensor([row for rows in groups.values() for row in rows], device=self.device)
+        parts = scores[order].split([len(rows) for rows in groups.values()])
+        chosen = [
+            choose(part, [requests[row] for row in rows])
+            for (choose, rows), part in zip(groups.items(), parts, strict=True)
+        ]
+        values, ids = (torch.cat(column) for column in zip(*chosen, strict=True))
         return torch.empty_like(values).index_copy_(0, order, values), torch.empty_like(ids).index_copy_(0, order, ids)
 
     def _processed(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
@@ -199,51 +198,81 @@ class _History:
         self.num_seen = num_tokens
 
 
-# Drawing
+# Three ways to choose: each takes scores [N, V] and returns (finite score [N] of the token, token id [N]).
 
 
-def _draw(scores: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
-    """scores float32 [N, V] -> (score [N], token id [N]) by Gumbel-max over what the filters leave."""
-    keys = [_as_int64(noise_key(request.params.seed, request.num_tokens)) for request in requests]
-    ids, candidates = _survivors(scores, [request.params for request in requests])
-    noise = gumbel_noise(torch.tensor(keys, device=scores.device), ids)
-    winner = (candidates.double() + noise).argmax(dim=-1, keepdim=True)
+def _way(params: SamplingParams) -> Callable:
+    if params.temperature == 0:
+        return _best
+    return _draw_among_survivors if params.top_k > 0 or params.top_p < 1 or params.min_p > 0 else _draw_among_all
+
+
+def _best(scores: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
+    values, ids = scores.max(dim=-1)
+    return values.float(), ids
+
+
+def _draw_among_all(scores: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gumbel-max over the whole vocabulary, by blocks that stay in the cache."""
+    keys, temperature = _keys(requests, scores.device), _temperatures(requests, scores.device)
+    values, ids = [], []
+    for start in range(0, scores.shape[-1], BLOCK):
+        block = scores[:, start : start + BLOCK].float() / temperature[:, None]
+        block_ids = torch.arange(start, start + block.shape[-1], device=scores.device)[None]
+        value, index = gumbel_noise(keys, block_ids).add_(block).max(dim=-1)
+        values.append(value)
+        ids.append(index + start)
+    winner = torch.stack(values).argmax(dim=0, keepdim=True)
+    token_ids = torch.stack(ids).gather(0, winner).squeeze(0)
+    return scores.gather(-1, token_ids[:, None]).squeeze(-1).float(), token_ids
+
+
+def _draw_among_survivors(scores: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gumbel-max over what the filters leave."""
+    ids, candidates = _survivors(scores.float(), requests)
+    winner = gumbel_noise(_keys(requests, scores.device), ids).add_(candidates).argmax(dim=-1, keepdim=True)
     return candidates.gather(-1, winner).squeeze(-1), ids.gather(-1, winner).squeeze(-1)
 
 
-def _survivors(scores: torch.Tensor, params: Sequence[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
+def _keys(requests: Sequence[Request], device: torch.device) -> torch.Tensor:
+    keys = [as_int64(noise_key(request.params.seed, request.num_tokens)) for request in requests]
+    return torch.tensor(keys, device=device)
+
+
+def _temperatures(requests: Sequence[Request], device: torch.device) -> torch.Tensor:
+    return torch.tensor([max(request.params.temperature, MIN_TEMPERATURE) for request in requests], device=device)
+
+
+def _survivors(scores: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
     """scores float32 [N, V] -> (ids, scores after temperature) [N, K]; what the filters drop has score -inf.
 
     Tokens out of reach of the best are dropped as well: no noise can make them win.
     """
     device = scores.device
-    table = torch.tensor(
-        [(max(p.temperature, MIN_TEMPERATURE), p.top_p, p.min_p) for p in params], dtype=torch.float64, device=device
-    )
-    temperature, top_p, min_p = table.unbind(-1)
+    params = [request.params for request in requests]
+    top_p, min_p = torch.tensor([(p.top_p, p.min_p) for p in params], dtype=torch.float64, device=device).unbind(-1)
     top_k = torch.tensor([min(p.top_k, scores.shape[-1]) for p in params], device=device)
-
-    scores = scores / temperature.float()[:, None]
-    best = scores.amax(dim=-1)
-    lowest = best - torch.tensor([_reach(p) for p in params], device=device)
-    floor = _floor(scores, lowest, params)
-    ids, candidates = _at_least(scores, floor)
-    if not any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):
-        return ids, candidates
+    temperature = _temperatures(requests, device)
     total = torch.ones_like(top_p)
     if any(p.top_p < 1 and p.top_k == 0 for p in params):
         # The sum of all weights: log_softmax adds up each row by itself, whatever the number of rows.
-        total = scores.log_softmax(dim=-1).amax(dim=-1).double().neg().exp() * WEIGHT_SCALE
-    kept, ids, candidates, short = _filter(ids, candidates, best, total, top_k, top_p, min_p)
-    short &= floor > lowest
-    if bool(short.any()):
-        ids, candidates = _at_least(scores, torch.where(short, lowest, floor))
-        kept, ids, candidates, _ = _filter(ids, candidates, best, total, top_k, top_p, min_p)
+        scaled = scores / temperature[:, None]
+        total = scaled.log_softmax(dim=-1).amax(dim=-1).double().neg().exp() * WEIGHT_SCALE
+
+    best = scores.amax(dim=-1)
+    lowest = best - temperature * torch.tensor([_reach(p) for p in params], device=device)
+    floor = _floor(scores, lowest, params)
+    for bound in (floor, lowest):
+        ids, candidates = _at_least(scores, bound)
+        candidates /= temperature[:, None]
+        kept, ids, candidates, short = _filter(ids, candidates, best / temperature, total, top_k, top_p, min_p)
+        if not bool((short & (bound > lowest)).any()):
+            break
     return ids, candidates.masked_fill(~kept, -math.inf)
 
 
 def _reach(params: SamplingParams) -> float:
-    """How far below the best score a token of a row can matter."""
+    """How far below the best score, after temperature, a token of a row can matter."""
     # The nucleus of what top-k leaves is a share of all that top-k leaves, also of what min-p drops afterwards.
     if params.min_p > 0 and (params.top_k == 0 or params.top_p == 1):
         return min(REACH, 0.001 - math.log(params.min_p))
@@ -263,14 +292,15 @@ def _floor(scores: torch.Tensor, lowest: torch.Tensor, params: Sequence[Sampling
     maxima = scores[:, : num_chunks * CHUNK].unflatten(-1, (num_chunks, CHUNK)).amax(dim=-1)
     k = torch.tensor(wanted, device=scores.device)
     kth = maxima.sort(dim=-1, descending=True).values.gather(-1, (k - 1).clamp(min=0)[:, None]).squeeze(-1)
+    kth -= kth.abs() * 1e-6  # scores a little lower may be equal after temperature
     return torch.where(k > 0, torch.maximum(kth, lowest), lowest)
 
 
 def _at_least(scores: torch.Tensor, floor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens of each row with a score of `floor` [N] or more: ids and scores [N, K], ids ascending, then -inf."""
     reached = scores >= floor[:, None]
-    counts = reached.sum(dim=-1)
     rows, ids = reached.nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=len(scores))
     slots = torch.arange(len(ids), device=scores.device) - (counts.cumsum(dim=-1) - counts)[rows]
     shape = (len(scores), max(1, int(counts.max())))
     table = torch.zeros(shape, dtype=torch.int64, device=scores.device)
@@ -292,7 +322,7 @@ def _filter(
     """Applies top-k, top-p, min-p. Returns (kept [N, K], ids and candidates in descending order, short [N]).
 
     short: the candidates do not hold the nucleus of a row without top-k, which needs more of them.
-    Ties follow transformers: top-k keeps all equals of the k-th; top-p drops the lower ids among equals first.
+    Among equals top-k keeps all, as transformers does; top-p drops the lower ids first (there: any of them).
     """
     candidates, order = candidates.sort(dim=-1, stable=True)
     candidates, ids = candidates.flip(-1), ids.gather(-1, order).flip(-1)
@@ -308,45 +338,6 @@ def _filter(
     kept &= (inside | (top_p >= 1)[:, None]) & (ratio >= min_p[:, None])
     short = (top_k == 0) & (top_p < 1) & (summed[:, -1].double() < limit)
     return kept, ids, candidates, short
-
-
-# Noise
-
-
-def child_seed(seed: int, index: int) -> int:
-    """The seed of answer `index` of n; the first answer has the request's own, so n changes nothing for it."""
-    return seed if index == 0 else noise_key(seed, -index) >> 1
-
-
-def noise_key(seed: int, position: int) -> int:
-    """A well mixed number of 64 bits from a request's seed and a token's position."""
-    return _mix(_mix((seed + GOLDEN_64) & MASK_64) + position * GOLDEN_64)
-
-
-def _mix(state: int) -> int:
-    """The finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014)."""
-    state &= MASK_64
-    state = ((state ^ (state >> 30)) * MIX_A) & MASK_64
-    state = ((state ^ (state >> 27)) * MIX_B) & MASK_64
-    return state ^ (state >> 31)
-
-
-def gumbel_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """keys int64 [N], ids int64 [N, K] -> float64 [N, K]; splitmix64 of (key, id), its upper 32 bits as a uniform.
-
-    Multiplication of int64 wraps around; shifts are arithmetic, hence the masks.
-    """
-    state = ids * _as_int64(GOLDEN_64)
-    state += keys[:, None]
-    state = (state ^ ((state >> 30) & ((1 << 34) - 1))).mul_(_as_int64(MIX_A))
-    state = (state ^ ((state >> 27) & ((1 << 37) - 1))).mul_(_as_int64(MIX_B))
-    state = (state ^ ((state >> 31) & ((1 << 33) - 1))) >> 32
-    uniform = (state & 0xFFFFFFFF).double().add_(0.5).mul_(2.0**-32)
-    return uniform.log_().neg_().log_().neg_()
-
-
-def _as_int64(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 # Logprobs and parameters

@@ -55,6 +55,7 @@ def mrope_positions(
 class Processor(PromptBuilder):
     picture_defaults = PICTURE_DEFAULTS
     video_defaults = VIDEO_DEFAULTS
+    box_convention = "absolute"  # pixels of the resized picture
     replaces_video_pair = False
 
     def sampling_rule(self) -> Callable:

@@ -53,6 +53,7 @@ def mrope_positions(
 class Processor(PromptBuilder):
     picture_defaults = PICTURE_DEFAULTS
     video_defaults = VIDEO_DEFAULTS
+    box_convention = "relative_1000"  # thousandths of its height and width
 
     @property
     def replaces_video_pair(self) -> bool:

@@ -48,13 +48,13 @@ def test_pulls_cover_every_parameter_exactly_once(name):
     check_complete(model, model.pulls({}))
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("degree", [2, 4, 8])
+@pytest.mark.parametrize(
+    "name, degree",
+    [("Qwen2.5-VL-3B-Instruct", 4), ("Qwen2.5-VL-7B-Instruct", 4), ("Qwen3-VL-2B-Instruct", 8), ("Qwen3-VL-30B-A3B-Instruct", 8)],
+)
 def test_ranks_share_the_weights(name, degree):
     """Every rank's share is complete, and the ranks' linears together are the whole model, KV heads apart."""
     shape = SHAPES[name]
-    if shape["text"]["num_attention_heads"] % degree:
-        pytest.skip(f"{shape['text']['num_attention_heads']} query heads do not divide by {degree}")
     total = 0
     for rank in range(degree):
         parallel = Parallel(text=Group(rank, degree))  # pictures whole on every rank, as vision_parallel: data

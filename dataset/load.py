@@ -1,0 +1,27 @@
+"""From a recipe's data_config to the requests it asks."""
+
+from dataset import default_prompt, jsonl, vision_arena
+from dataset.entries import ask
+from dataset.sample import Dataset
+from executor.config import DataSection
+from executor.env import REPO_ROOT
+from executor.errors import UserError
+
+DATASETS = {
+    "default": default_prompt.load,
+    "vision-arena-bench-v0.1": vision_arena.load,
+    "jsonl": jsonl.load,
+}
+
+
+def load_dataset(data: DataSection) -> Dataset:
+    """The requests of `data`: its own prompt and media, or its data set; at most `limit` of them.
+
+    Raises UserError when the data set is not there or holds nothing. Single bad rows are samples with an error.
+    """
+    if data.prompt is None:
+        if data.media:
+            raise UserError('data_config.media: files without a question; add --set data_config.prompt="..."')
+        return DATASETS[data.dataset](data.dataset_path).first(data.limit)
+    samples = ask(data.prompt, data.media)
+    return Dataset(REPO_ROOT, len(samples), lambda: iter(samples)).first(data.limit)

@@ -1,0 +1,90 @@
+"""From a recipe to an engine: the one place where backend, model, processor, scheduler and runner are joined."""
+
+import importlib
+import logging
+from types import ModuleType
+
+import torch
+
+from executor.checks import Prepared, prepare
+from executor.config import Recipe
+from executor.device import ops
+from executor.device.cpu import CpuOps
+from executor.runtime.engine import Engine
+from executor.runtime.loading import load_model
+from executor.runtime.prompt import MediaOptions
+from executor.runtime.runner import PixelFormat, Runner
+from executor.runtime.sampler import Sampler
+from executor.runtime.weights import Checkpoint
+from executor.schedule.scheduler import Scheduler
+from models import RUNNERS
+
+logger = logging.getLogger(__name__)
+
+
+def family_of(architecture: str) -> ModuleType:
+    """The runner module of an architecture that `read_shapes` has accepted."""
+    return importlib.import_module(RUNNERS[architecture])
+
+
+def build_engine(recipe: Recipe) -> Engine:
+    """Check the recipe, load the model, and return an engine that is ready for requests.
+
+    Raises UserError for a recipe, checkpoint or machine that cannot work.
+    """
+    return engine_of(prepare(recipe))
+
+
+def engine_of(prepared: Prepared) -> Engine:
+    """The engine of a recipe that has been settled and checked."""
+    recipe = prepared.recipe
+    logger.info("%s", prepared.memory)
+    device = CpuOps()
+    ops.bind(device)
+    family = family_of(prepared.config["architectures"][0])
+    processor = family.build_processor(prepared.folder, media_options(recipe))
+    dtype = getattr(torch, recipe.model.dtype)
+    model, _ = load_model(lambda: family.build_model(prepared.config), Checkpoint(prepared.folder), device, dtype)
+    return join(recipe, prepared.memory.num_blocks, model, processor, device, dtype)
+
+
+def join(
+    recipe: Recipe, num_blocks: int, model: torch.nn.Module, processor, device: ops.Ops, dtype: torch.dtype
+) -> Engine:
+    """The engine over a loaded model."""
+    limits, text = recipe.scheduler, model.config.text
+    scheduler = Scheduler(
+        num_blocks=num_blocks,
+        block_size=limits.block_size,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_model_len=limits.max_model_len,
+        enable_chunked_prefill=limits.enable_chunked_prefill,
+        enable_prefix_caching=limits.enable_prefix_caching,
+        encoder_cache_tokens=limits.encoder_cache_tokens,
+        eos_token_ids=processor.eos_token_ids,
+    )
+    heads = model.language_model.layers[0].self_attn.num_kv_heads
+    kv = device.kv_cache(text.num_layers, num_blocks, limits.block_size, heads, text.head_dim, dtype)
+    picture = processor.picture
+    pixel_format = PixelFormat(
+        picture.mean, picture.std, picture.patch_size, picture.temporal_patch_size, picture.merge_size
+    )
+    sampler = Sampler(text.vocab_size, device.device, eos_token_ids=processor.eos_token_ids)
+    runner = Runner(model, device, kv, limits.block_size, sampler, pixel_format, dtype)
+    return Engine(processor, scheduler, runner, text.vocab_size)
+
+
+def media_options(recipe: Recipe) -> MediaOptions:
+    """What the recipe says about pictures and videos."""
+    data = recipe.data
+    return MediaOptions(
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+        video_max_pixels=data.video_max_pixels,
+        fps=data.fps,
+        min_frames=data.min_frames,
+        max_frames=data.max_frames,
+        cap_pixels_per_frame=data.cap_pixels_per_frame,
+        video_timestamps=data.video_timestamps,
+    )

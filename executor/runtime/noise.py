@@ -1,0 +1,49 @@
+"""Randomness without state: noise is a hash of (seed, position, candidate), the same on its own and in any batch.
+
+Knows nothing of requests or logits. A change here changes every seeded answer.
+Legend: N rows, K candidates of a row.
+"""
+
+import torch
+
+MASK_64 = (1 << 64) - 1
+GOLDEN_64 = 0x9E3779B97F4A7C15
+MIX_A = 0xBF58476D1CE4E5B9
+MIX_B = 0x94D049BB133111EB
+
+
+def child_seed(seed: int, index: int) -> int:
+    """The seed of answer `index` of n; the first answer has the request's own, so n changes nothing for it."""
+    return seed if index == 0 else noise_key(seed, -index) >> 1
+
+
+def noise_key(seed: int, position: int) -> int:
+    """A well mixed number of 64 bits from a request's seed and a token's position."""
+    return _mix(_mix((seed + GOLDEN_64) & MASK_64) + position * GOLDEN_64)
+
+
+def _mix(state: int) -> int:
+    """The finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014)."""
+    state &= MASK_64
+    state = ((state ^ (state >> 30)) * MIX_A) & MASK_64
+    state = ((state ^ (state >> 27)) * MIX_B) & MASK_64
+    return state ^ (state >> 31)
+
+
+def gumbel_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """keys int64 [N], ids int64 [N, K] or [1, K] -> float64 [N, K]: splitmix64 of (key, id), 32 bits as a uniform.
+
+    Between -3.13 and 22.88. Multiplication of int64 wraps around; shifts are arithmetic, hence the masks.
+    """
+    state = ids * as_int64(GOLDEN_64) + keys[:, None]
+    for shift, factor in ((30, MIX_A), (27, MIX_B)):
+        state ^= (state >> shift).bitwise_and_((1 << (64 - shift)) - 1)
+        state *= as_int64(factor)
+    state ^= (state >> 31).bitwise_and_((1 << 33) - 1)
+    uniform = (state >> 32).bitwise_and_(0xFFFFFFFF).double().add_(0.5).mul_(2.0**-32)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def as_int64(value: int) -> int:
+    """The signed number with the same 64 bits."""
+    return value - (1 << 64) if value >= 1 << 63 else value

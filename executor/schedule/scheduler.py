@@ -1,0 +1,390 @@
+"""Which tokens of which requests the next step computes.
+
+A step is rows of (request, start, number of tokens): decode rows first, then prefills that are under way, then newly
+admitted requests in order of arrival, while the budgets of tokens, sequences, blocks and vision embeddings last. In
+the plan all rows of one token come before all longer ones.
+A prompt gets all its blocks when it is admitted, an answer one block at a time; when none is left, the request that
+was admitted last gives its blocks back and is computed again later (preemption by recomputation).
+
+Invariants (`check`): a request is in one queue; running requests hold the blocks of what they have computed; whatever
+is held is held by somebody. Every plan with work has a row, the oldest request is never passed over for good, and no
+request asks for more than the whole pool. Not for several threads at once.
+Knows nothing of tensors, text or models; stop strings are found elsewhere and reported by `finish`.
+"""
+
+import time
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from executor.errors import UserError
+from executor.request import FinishReason, MediaItem, Request, Status
+from executor.schedule.block_pool import BlockPool
+from executor.schedule.encoder_cache import EncoderCache, MediaReads
+from executor.schedule.prefix_cache import BlockDigests
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Compute tokens [start, start + num_tokens) of a request; `samples` when the last of them yields a new token."""
+
+    request: Request
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step. The runner drops the embeddings of `release`, then encodes `encode`, then computes `rows`."""
+
+    rows: tuple[Row, ...]
+    encode: tuple[MediaItem, ...] = ()
+    release: tuple[bytes, ...] = ()
+
+
+@dataclass(slots=True)
+class _Record:
+    """What the scheduler remembers of an unfinished request."""
+
+    max_output_tokens: int
+    digests: BlockDigests
+    media: MediaReads
+    num_registered_blocks: int = 0
+    claimed: range = range(0)
+
+
+@dataclass(slots=True)
+class _Step:
+    """A plan being made."""
+
+    budget_tokens: int
+    rows: list[Row] = field(default_factory=list)
+    in_flight: set[bytes] = field(default_factory=set)  # digests of the blocks this step will fill
+    admits: bool = True  # no longer once a request had to give way
+    takes_media: bool = True  # no longer once an older row has to wait for the encoder cache
+
+
+class Scheduler:
+    """Continuous batching over one block pool.
+
+    `max_num_batched_tokens` bounds the tokens of a step, `max_model_len` prompt plus answer, `encoder_cache_tokens`
+    the vision embeddings kept. Without chunked prefill a prompt is computed in one step; only the recomputation of a
+    preempted request that has outgrown `max_num_batched_tokens` is still split.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        enable_chunked_prefill: bool = True,
+        enable_prefix_caching: bool = True,
+        encoder_cache_tokens: int = 16384,
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
+        self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching)
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.enable_chunked_prefill = enable_chunked_prefill
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self._encoder = EncoderCache(encoder_cache_tokens)
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # in order of admission
+        self._records: dict[str, _Record] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._records)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. UserError when it could never be served as asked."""
+        self._refuse_impossible(request)
+        prompt = request.prompt
+        num_prompt = len(prompt.token_ids)
+        # The last token of an answer is never computed, hence the one more than the pool has slots.
+        room_tokens = min(self.max_model_len, self.pool.num_blocks * self.pool.block_size + 1) - num_prompt
+        self._records[request.id] = _Record(
+            max_output_tokens=min(request.params.max_new_tokens, room_tokens),
+            digests=BlockDigests(request, self.pool.block_size),
+            media=MediaReads(request, self._encoder),
+        )
+        request.status = Status.WAITING
+        self._waiting.append(request)
+
+    def abort(self, request_id: str) -> Request | None:
+        """Drop a request, also between `schedule` and `update`; None when there is no such unfinished request."""
+        for request in (*self._running, *self._waiting):
+            if request.id == request_id:
+                self.finish(request, FinishReason.ABORT)
+                return request
+        return None
+
+    def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End a request, for a stop string or by abort. One that `update` has ended only gets the new reason.
+
+        Its block ids stay readable, since a plan under way may still name it; until the next `schedule` nobody else
+        has those blocks.
+        """
+        if not request.finished:
+            if request.status is Status.RUNNING:
+                self._running.remove(request)
+            else:
+                self._waiting.remove(request)
+            self._give_back(request)
+            del self._records[request.id]
+            request.status = Status.FINISHED
+            request.finish_s = time.monotonic()
+        elif request.finish_reason is FinishReason.ABORT:
+            return
+        request.finish_reason = reason
+        request.stop_reason = stop_reason
+
+    def schedule(self) -> Plan:
+        """The next step; without rows only when there is no work."""
+        step = _Step(self.max_num_batched_tokens)
+        self._schedule_decode(step)
+        num_decode_rows = len(step.rows)
+        self._schedule_prefill(step)
+        self._admit(step)
+        assert step.rows or not self.has_work, "nothing was scheduled although there is work"
+        if not step.rows:
+            return Plan(())
+        if len(step.rows) > num_decode_rows:
+            step.rows.sort(key=lambda row: row.num_tokens > 1)  # the end of a prefill may be a single token too
+        return Plan(tuple(step.rows), *self._encoder.drain())
+
+    def update(self, plan: Plan, token_ids: Sequence[int]) -> list[Request]:
+        """Record an executed plan: one new token for each row that samples, in order, of aborted requests too.
+
+        Returns the requests that got a token; those it ends have their status, reasons and time set.
+        """
+        now_s = time.monotonic()
+        new_tokens = iter(token_ids)
+        updated = []
+        for row in plan.rows:
+            token_id = next(new_tokens) if row.samples else None
+            request = row.request
+            if request.finished:
+                continue
+            record = self._records[request.id]
+            request.num_computed_tokens = row.start + row.num_tokens
+            self._register_blocks(request, record)
+            record.media.give_back(request.num_computed_tokens)
+            if token_id is None:
+                continue
+            request.output_token_ids.append(int(token_id))
+            if request.first_token_s is None:
+                request.first_token_s = now_s
+            updated.append(request)
+            self._finish_if_ended(request, record)
+        assert next(new_tokens, None) is None, f"{len(token_ids)} tokens for fewer sampling rows"
+        return updated
+
+    def check(self) -> None:
+        """Assert all invariants, between any two calls. O(blocks + requests); for tests."""
+        pool = self.pool
+        pool.check(request.block_ids for request in self._running)
+        held_media = set()
+        for request in self._running:
+            record = self._records[request.id]
+            assert request.status is Status.RUNNING and request not in self._waiting
+            assert len(set(request.block_ids)) == len(request.block_ids) <= pool.num_blocks
+            assert len(request.block_ids) >= pool.num_blocks_for(
+                max(request.num_computed_tokens, request.num_tokens - 1)
+            )
+            assert request.num_computed_tokens < request.num_tokens
+            held_media |= record.media.check(request.num_computed_tokens)
+        for request in self._waiting:
+            record = self._records[request.id]
+            assert request.status is Status.WAITING and not request.num_computed_tokens
+            assert not request.block_ids and not record.media.check(request.num_tokens) and not record.claimed
+        assert self._records.keys() == {request.id for request in (*self._running, *self._waiting)}
+        assert len(self._records) == len(self._running) + len(self._waiting)
+        assert len(self._running) <= self.max_num_seqs
+        self._encoder.check(held_media)
+
+    def _refuse_impossible(self, request: Request) -> None:
+        num_prompt = len(request.prompt.token_ids)
+        if request.id in self._records:
+            raise UserError(f"request id '{request.id}' is in use by an unfinished request; choose another")
+        if num_prompt == 0:
+            raise UserError("the prompt is empty: at least 1 token is needed")
+        if request.params.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {request.params.max_new_tokens}, at least 1 is needed")
+        if num_prompt >= self.max_model_len:
+            raise UserError(
+                f"maximum context length is {self.max_model_len} tokens, the prompt has {num_prompt} tokens and leaves "
+                "no room for an answer; shorten it, lower max_pixels or fps, or raise scheduler_config.max_model_len"
+            )
+        num_needed = self.pool.num_blocks_for(num_prompt + 1)
+        if num_needed > self.pool.num_blocks:
+            raise UserError(
+                f"the prompt of {num_prompt} tokens needs {num_needed} KV blocks of {self.pool.block_size} tokens, "
+                f"there are {self.pool.num_blocks}; shorten it, or give the KV cache more memory "
+                "(scheduler_config.num_blocks or scheduler_config.memory_fraction)"
+            )
+        if not self.enable_chunked_prefill and num_prompt > self.max_num_batched_tokens:
+            raise UserError(
+                f"the prompt has {num_prompt} tokens, a step at most {self.max_num_batched_tokens} and chunked prefill "
+                "is off; raise scheduler_config.max_num_batched_tokens or set scheduler_config.enable_chunked_prefill"
+            )
+
+    def _schedule_decode(self, step: _Step) -> None:
+        for request in tuple(self._running):
+            if not step.budget_tokens:
+                return
+            # A request preempted by an earlier row is no longer running. Older rows are never preempted by later ones.
+            if request.status is Status.RUNNING and _is_decode(request) and self._grow(request, step):
+                step.rows.append(Row(request, request.num_computed_tokens, 1, True))
+                step.budget_tokens -= 1
+
+    def _grow(self, request: Request, step: _Step) -> bool:
+        """Give a decode row the block of its token, at the cost of the last admitted; False if that is itself."""
+        while len(request.block_ids) * self.pool.block_size < request.num_tokens:
+            if self.pool.num_free:
+                request.block_ids += self.pool.allocate(1, after=request.block_ids[-1])
+                continue
+            victim = self._running[-1]
+            assert victim is not request or len(self._running) > 1, "a request alone has outgrown the pool"
+            self._preempt(victim)
+            step.admits = False
+            if victim is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self._running.remove(request)
+        self._give_back(request)
+        request.block_ids = []
+        request.num_computed_tokens = 0
+        request.status = Status.WAITING
+        request.num_preemptions += 1
+        self._waiting.appendleft(request)
+
+    def _schedule_prefill(self, step: _Step) -> None:
+        for request in self._running:
+            if _is_decode(request):
+                continue
+            num_tokens = self._chunk_tokens(request, request.num_computed_tokens, step)
+            if num_tokens:
+                self._add_prefill_row(request, num_tokens, step)
+
+    def _admit(self, step: _Step) -> None:
+        size = self.pool.block_size
+        while step.admits and step.budget_tokens and self._waiting and len(self._running) < self.max_num_seqs:
+            request = self._waiting[0]
+            record = self._records[request.id]
+            cached = self._find_prefix(request, record)
+            num_cached_tokens = len(cached) * size
+            if self._is_worth_waiting(request, record, len(cached), step):
+                return
+            num_needed = self.pool.num_blocks_for(request.num_tokens) - len(cached)
+            # A block to spare for each running request, else the newcomer may be preempted a moment later.
+            num_left = self.pool.num_free - self.pool.num_unreferenced(cached) - len(self._running)
+            if num_needed > num_left:
+                return
+            num_tokens = self._chunk_tokens(request, num_cached_tokens, step)
+            if not num_tokens:
+                return
+            self._take_blocks(request, record, cached, num_needed)
+            self._running.append(self._waiting.popleft())
+            request.status = Status.RUNNING
+            request.num_computed_tokens = num_cached_tokens
+            if not request.num_preemptions:
+                request.num_cached_tokens = num_cached_tokens
+            self._add_prefill_row(request, num_tokens, step)
+
+    def _find_prefix(self, request: Request, record: _Record) -> list[int]:
+        """Blocks that hold the beginning of the request. The last token is always computed, for its logits."""
+        if not self.pool.enable_prefix_caching:
+            return []
+        num_tokens = request.num_tokens - 1
+        return self.pool.lookup(record.digests.extend(num_tokens)[: num_tokens // self.pool.block_size])
+
+    def _is_worth_waiting(self, request: Request, record: _Record, num_cached: int, step: _Step) -> bool:
+        """Whether this very step fills at least half of what the request still needs: then it starts one step later."""
+        num_coming = 0
+        for digest in record.digests.digests[num_cached:] if step.in_flight else ():
+            if digest not in step.in_flight:
+                break
+            num_coming += 1
+        num_remaining = request.num_tokens - num_cached * self.pool.block_size
+        return 2 * num_coming * self.pool.block_size >= num_remaining
+
+    def _take_blocks(self, request: Request, record: _Record, cached: list[int], num_needed: int) -> None:
+        pool = self.pool
+        num_final_blocks = pool.num_blocks_for(len(request.prompt.token_ids) + record.max_output_tokens)
+        room = max(0, num_final_blocks - pool.num_blocks_for(request.num_tokens))
+        pool.acquire(cached)
+        fresh = pool.allocate(num_needed, after=cached[-1] if cached else None, room=room)
+        request.block_ids = cached + fresh
+        record.claimed = pool.claim(fresh[-1] + 1, room)
+        record.num_registered_blocks = len(cached)
+
+    def _add_prefill_row(self, request: Request, num_tokens: int, step: _Step) -> None:
+        start = request.num_computed_tokens
+        end = start + num_tokens
+        step.rows.append(Row(request, start, num_tokens, end == request.num_tokens))
+        step.budget_tokens -= num_tokens
+        if self.pool.enable_prefix_caching:
+            size = self.pool.block_size
+            step.in_flight.update(self._records[request.id].digests.extend(end)[start // size : end // size])
+
+    def _chunk_tokens(self, request: Request, start: int, step: _Step) -> int:
+        """How many tokens from `start` on this step computes; takes the embeddings that they read."""
+        remaining = request.num_tokens - start
+        num_tokens = min(remaining, step.budget_tokens)
+        # What may be split is split throughout: a row begun must not wait for more than its next media.
+        whole = not self.enable_chunked_prefill and request.num_tokens <= self.max_num_batched_tokens
+        if num_tokens == 0 or (whole and num_tokens < remaining):
+            return 0
+        num_readable = self._records[request.id].media.take(start, num_tokens, whole, step.takes_media)
+        step.takes_media &= num_readable == num_tokens
+        return num_readable
+
+    def _register_blocks(self, request: Request, record: _Record) -> None:
+        num_full = request.num_computed_tokens // self.pool.block_size
+        if num_full <= record.num_registered_blocks or not self.pool.enable_prefix_caching:
+            return
+        digests = record.digests.extend(request.num_computed_tokens)
+        for index in range(record.num_registered_blocks, num_full):
+            self.pool.register(request.block_ids[index], digests[index])
+        record.num_registered_blocks = num_full
+
+    def _finish_if_ended(self, request: Request, record: _Record) -> None:
+        """`update`'s part of ending: EOS, stop ids, and the lengths that `add` has put together."""
+        token_id, num_output = request.output_token_ids[-1], len(request.output_token_ids)
+        params = request.params
+        if num_output >= params.min_new_tokens:
+            if token_id in params.stop_token_ids:
+                return self.finish(request, FinishReason.STOP, token_id)
+            if not params.ignore_eos and token_id in self.eos_token_ids:
+                return self.finish(request, FinishReason.STOP)
+        if num_output >= record.max_output_tokens:
+            self.finish(request, FinishReason.LENGTH)
+
+    def _give_back(self, request: Request) -> None:
+        """End all that a request holds."""
+        record = self._records[request.id]
+        self.pool.release(request.block_ids)
+        self.pool.unclaim(record.claimed)
+        record.media.give_back(request.num_tokens)
+        record.claimed = range(0)
+        record.num_registered_blocks = 0
+
+
+def _is_decode(request: Request) -> bool:
+    return bool(request.output_token_ids) and request.num_tokens - request.num_computed_tokens == 1

@@ -1,0 +1,210 @@
+"""The sizes of a checkpoint that can be reasoned about before a weight is read: degrees, bytes, parameter counts.
+
+Read from config.json as published, nested (`text_config`) or flat as older Qwen2.5-VL folders have it. Knows no
+module of the models; the counts equal theirs, which a test holds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from executor.errors import UserError
+
+Family = Literal["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+
+ARCHITECTURES: dict[str, Family] = {
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
+}
+
+
+@dataclass(frozen=True)
+class VisionShapes:
+    """The vision encoder: `depth` blocks of `hidden_size`, merged `merge_size`² patches to a token of `out_size`."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    out_size: int
+    num_positions: int  # learned position embeddings; 0 without
+    num_taps: int  # DeepStack mergers
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """The whole model. Sizes of the text decoder stand here, those of the encoder in `vision`."""
+
+    name: str
+    family: Family
+    vision: VisionShapes
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    tied_embeddings: bool
+    max_position_embeddings: int
+    num_experts: int  # 0: dense
+    expert_intermediate_size: int
+    num_dense_layers: int  # of a mixture-of-experts model: layers with a plain MLP
+    dtype: str  # of the checkpoint
+
+    @property
+    def attention_parameters(self) -> int:
+        """Of one text layer, norms left out."""
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        biases = q_size + 2 * kv_size if self.family == "qwen2_5_vl" else 2 * self.head_dim  # else q and k norms
+        return self.hidden_size * (2 * q_size + 2 * kv_size) + biases
+
+    @property
+    def mlp_parameters(self) -> int:
+        """Of the dense MLPs of all text layers."""
+        layers = self.num_dense_layers if self.num_experts else self.num_layers
+        return layers * 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of the experts of all text layers, routers left out."""
+        layers = self.num_layers - self.num_dense_layers if self.num_experts else 0
+        return layers * self.num_experts * 3 * self.hidden_size * self.expert_intermediate_size
+
+    @property
+    def router_parameters(self) -> int:
+        return (self.num_layers - self.num_dense_layers) * self.num_experts * self.hidden_size
+
+    @property
+    def norm_parameters(self) -> int:
+        return self.hidden_size * (2 * self.num_layers + 1)
+
+    @property
+    def vocabulary_parameters(self) -> int:
+        """Embedding and head; tied ones count once."""
+        return self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+
+    @property
+    def vision_parameters(self) -> int:
+        v = self.vision
+        patch = 3 * v.temporal_patch_size * v.patch_size**2 * v.hidden_size
+        attention = 4 * v.hidden_size * (v.hidden_size + 1)
+        merged = v.hidden_size * v.merge_size**2
+        merger = merged * (merged + 1) + v.out_size * (merged + 1)
+        if self.family == "qwen2_5_vl":  # RMSNorm, gated MLP with biases, patch embedding without
+            mlp = v.intermediate_size * (3 * v.hidden_size + 2) + v.hidden_size
+            return patch + v.depth * (attention + mlp + 2 * v.hidden_size) + merger + v.hidden_size
+        mlp = v.intermediate_size * (2 * v.hidden_size + 1) + v.hidden_size
+        blocks = v.depth * (attention + mlp + 4 * v.hidden_size)
+        taps = v.num_taps * (merger + 2 * merged)
+        return patch + v.hidden_size * (1 + v.num_positions) + blocks + merger + 2 * v.hidden_size + taps
+
+    @property
+    def replicated_vision_parameters(self) -> int:
+        """Of the encoder, what every rank holds whole: patch and position embeddings, norms, biases after a sum."""
+        v, is_qwen3 = self.vision, self.family != "qwen2_5_vl"
+        norms = 2 * v.hidden_size * (2 if is_qwen3 else 1)  # LayerNorms have a bias, RMSNorms have none
+        patch = v.hidden_size * (3 * v.temporal_patch_size * v.patch_size**2 + is_qwen3 + v.num_positions)
+        merger = norms // 2 + v.out_size
+        taps = v.num_taps * (2 * v.hidden_size * v.merge_size**2 + v.out_size)
+        return patch + v.depth * (norms + 2 * v.hidden_size) + merger + taps
+
+    @property
+    def kv_parameters(self) -> int:
+        """Of the key and value projections of one text layer."""
+        return 2 * self.num_kv_heads * self.head_dim * (self.hidden_size + (self.family == "qwen2_5_vl"))
+
+    @property
+    def replicated_attention_parameters(self) -> int:
+        """Of one text layer's attention, what every rank holds whole: the norms of queries and keys."""
+        return 0 if self.family == "qwen2_5_vl" else 2 * self.head_dim
+
+    @property
+    def parameters(self) -> int:
+        text = self.num_layers * self.attention_parameters + self.mlp_parameters + self.expert_parameters
+        return (
+            text + self.router_parameters + self.norm_parameters + self.vocabulary_parameters + self.vision_parameters
+        )
+
+
+def read_shapes(config: Mapping[str, Any], name: str) -> ModelShapes:
+    """The sizes in a config.json. UserError, naming `name`, for another architecture or a missing size."""
+    architectures = config.get("architectures") or [None]
+    family = ARCHITECTURES.get(architectures[0])
+    if family is None:
+        raise UserError(
+            f"{name}: config.json names architecture {architectures[0]}; this release runs {', '.join(ARCHITECTURES)}"
+        )
+    text = config.get("text_config") or config
+    get, vision = _Reader(text, name, "text_config"), _Reader(config.get("vision_config") or {}, name, "vision_config")
+    hidden_size, num_heads = get("hidden_size"), get("num_attention_heads")
+    # transformers 5 writes num_local_experts
+    experts_key = "num_local_experts" if text.get("num_local_experts") else "num_experts"
+    num_experts = get(experts_key) if family == "qwen3_vl_moe" else 0
+    num_layers = get("num_hidden_layers")
+    return ModelShapes(
+        name=name,
+        family=family,
+        vision=_vision_shapes(vision, family, hidden_size),
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=get("num_key_value_heads"),
+        head_dim=text.get("head_dim") or hidden_size // num_heads,
+        intermediate_size=get("intermediate_size"),
+        vocab_size=get("vocab_size"),
+        tied_embeddings=_tied(config, text, family),
+        max_position_embeddings=get("max_position_embeddings"),
+        num_experts=num_experts,
+        expert_intermediate_size=get("moe_intermediate_size") if num_experts else 0,
+        num_dense_layers=_num_dense_layers(text, num_layers) if num_experts else 0,
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "bfloat16"),
+    )
+
+
+def _tied(config: Mapping[str, Any], text: Mapping[str, Any], family: Family) -> bool:
+    """Whether head and embedding are one tensor. The outer flag is the published place; newer files have both."""
+    outer, inner = config.get("tie_word_embeddings"), bool(text.get("tie_word_embeddings", False))
+    if family == "qwen2_5_vl":
+        return bool(outer or inner)
+    return inner if outer is None else bool(outer)
+
+
+class _Reader:
+    """Looks sizes up and says which one is missing."""
+
+    def __init__(self, values: Mapping[str, Any], name: str, section: str):
+        self.values, self.name, self.section = values, name, section
+
+    def __call__(self, key: str, default: int | None = None) -> int:
+        value = self.values.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(
+                f"{self.name}: config.json: {self.section}.{key} is {value!r}, wanted a whole number, at least 1"
+            )
+        return value
+
+
+def _vision_shapes(get: _Reader, family: Family, hidden_size: int) -> VisionShapes:
+    is_qwen3 = family != "qwen2_5_vl"
+    return VisionShapes(
+        depth=get("depth"),
+        hidden_size=get("hidden_size"),
+        intermediate_size=get("intermediate_size"),
+        num_heads=get("num_heads"),
+        patch_size=get("patch_size"),
+        temporal_patch_size=get("temporal_patch_size", 2),
+        merge_size=get("spatial_merge_size", 2),
+        out_size=get.values.get("out_hidden_size", hidden_size),
+        num_positions=get("num_position_embeddings") if is_qwen3 else 0,
+        num_taps=len(get.values.get("deepstack_visual_indexes", ())) if is_qwen3 else 0,
+    )
+
+
+def _num_dense_layers(text: Mapping[str, Any], num_layers: int) -> int:
+    step, plain = text.get("decoder_sparse_step") or 1, set(text.get("mlp_only_layers") or ())
+    return sum(layer in plain or (layer + 1) % step != 0 for layer in range(num_layers))

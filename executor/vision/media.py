@@ -1,0 +1,245 @@
+"""Where a picture or video comes from: paths, bytes, base64 data URLs, PIL pictures, arrays, lists of frames.
+
+Job: turn whatever the user named into a `Media` whose kind is known from its first bytes, within limits.
+Invariant: nothing is decoded here, and a video that lies in a file is never read into memory.
+Does not know models, tensors or how pixels are decoded (image.py, video.py). Fetches nothing over the network.
+"""
+
+import base64
+import binascii
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from executor.errors import UserError, nearest
+
+Kind = Literal["image", "video"]
+Content = Path | bytes | Image.Image | np.ndarray | tuple["Media", ...]
+
+_HEAD_BYTES = 512  # enough for every signature below; an MPEG transport stream needs 189
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """How large a source may be. What is above a limit is refused, never cut."""
+
+    paths: bool = True  # whether a string may name a file; a server that answers strangers says no
+    image_bytes: int = 256 * 2**20
+    image_pixels: int = 89_000_000  # of one picture or one video frame, before any resize
+    video_bytes: int = 16 * 2**30
+    video_duration_s: float = 6 * 3600.0
+    video_frames: int = 1_000_000  # in the file, not of the sample
+
+
+DEFAULT_LIMITS = MediaLimits()
+
+
+@dataclass(frozen=True, eq=False)
+class Media:
+    """One picture or video, not decoded yet. `content` is what `decode_image` and `read_video` take."""
+
+    kind: Kind
+    content: Content  # a tuple: the frames of a video, each a Media of kind "image"
+    source: str  # for messages: the path, or "base64 data", "an array", ...
+
+
+def sniff(head: bytes) -> tuple[Kind, str] | None:
+    """Kind and format name by the first bytes of a file (512 are enough), or None when they tell nothing."""
+    starts: dict[bytes, tuple[Kind, str]] = {
+        b"\x89PNG\r\n\x1a\n": ("image", "PNG"),
+        b"\xff\xd8\xff": ("image", "JPEG"),
+        b"GIF8": ("image", "GIF"),
+        b"BM": ("image", "BMP"),
+        b"II*\0": ("image", "TIFF"),
+        b"MM\0*": ("image", "TIFF"),
+        b"II+\0": ("image", "TIFF"),
+        b"MM\0+": ("image", "TIFF"),
+        b"\0\0\0\x0cjP  ": ("image", "JPEG 2000"),
+        b"P5\n": ("image", "PGM"),
+        b"P6\n": ("image", "PPM"),
+        b"\x1a\x45\xdf\xa3": ("video", "Matroska/WebM"),
+        b"FLV\x01": ("video", "FLV"),
+        b"\x30\x26\xb2\x75\x8e\x66\xcf\x11": ("video", "ASF/WMV"),
+        b"OggS": ("video", "Ogg"),
+        b"\0\0\x01\xba": ("video", "MPEG program stream"),
+        b"\0\0\x01\xb3": ("video", "MPEG video"),
+        b"\0\0\0\x01\x67": ("video", "H.264 stream"),
+        b"\0\0\0\x01\x40": ("video", "H.265 stream"),
+        b"DKIF": ("video", "IVF"),
+    }
+    for magic, found in starts.items():
+        if head.startswith(magic):
+            return found
+    if head[:4] == b"RIFF":
+        return {b"WEBP": ("image", "WebP"), b"AVI ": ("video", "AVI")}.get(head[8:12])
+    if head[4:8] == b"ftyp":
+        brand = head[8:12]
+        if brand in (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1"):
+            return "image", "AVIF" if brand.startswith(b"avi") else "HEIF"
+        return "video", "MP4/MOV"
+    if head[4:8] in (b"moov", b"mdat", b"wide", b"free"):
+        return "video", "MP4/MOV"
+    if len(head) > 188 and head[0] == head[188] == 0x47:
+        return "video", "MPEG transport stream"
+    return None
+
+
+def load_media(
+    source: str | bytes | Path | Image.Image | np.ndarray | Sequence | Media,
+    kind: Kind | None = None,
+    limits: MediaLimits = DEFAULT_LIMITS,
+) -> Media:
+    """Finds what `source` is and checks that it exists, is within `limits`, and is of the kind asked for.
+
+    source: a path, bytes of a file, a `data:...;base64,` URL, a PIL picture, an array ([H, W], [H, W, C] a picture;
+    [F, H, W, 3] a video), a list of pictures (the frames of a video; so is a folder when kind is "video").
+    kind None: by the first bytes; animated pictures (GIF, WebP, PNG) are then pictures, and videos where "video" is
+    asked for. Errors: UserError naming the source.
+    """
+    if isinstance(source, Media):
+        if kind is not None and kind != source.kind:
+            raise UserError(f"{source.source}: asked for as {kind}, but it is {_a(source.kind)}")
+        return source
+    if isinstance(source, str):
+        if source[:5].lower() == "data:":
+            return _from_bytes(_decode_data_url(source, limits), kind, "base64 data", limits)
+        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", source)
+        if scheme:
+            advice = "give the path itself" if scheme[1].lower() == "file" else "download the file and give its path"
+            raise UserError(f"{_short(source)}: {scheme[1]}:// addresses are not read; {advice}, or a base64 data: URL")
+        return _from_path(Path(source), kind, limits)
+    if isinstance(source, Path):
+        return _from_path(source, kind, limits)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _from_bytes(bytes(source), kind, "bytes", limits)
+    if isinstance(source, Image.Image):
+        return Media(kind or "image", source, getattr(source, "filename", "") or "a PIL picture")
+    if isinstance(source, np.ndarray):
+        return _from_array(source, kind)
+    if isinstance(source, list | tuple):
+        return _from_frames(source, kind, limits, f"a list of {len(source)} frames")
+    raise UserError(
+        f"media: got {type(source).__name__}, want a path, bytes, a data: URL, a PIL picture, an array or a list of "
+        "frames"
+    )
+
+
+def expand_folder(folder: str | Path, kind: Kind | None = "image") -> list[Path]:
+    """The pictures (kind "image"), videos ("video") or both (None) in a folder, by name, `2.png` before `10.png`.
+
+    Told apart by their first bytes; other files, hidden ones and sub-folders are passed over.
+    Errors: UserError when the folder is missing or holds none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder{_near(folder)}")
+    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    found = []
+    for path in sorted(files, key=lambda path: _name_order(path.name)):
+        sniffed = sniff(_head(path))
+        if sniffed and kind in (None, sniffed[0]):
+            found.append(path)
+    if not found:
+        wanted = {"image": "picture", "video": "video", None: "picture or video"}[kind]
+        raise UserError(f"{folder}: no {wanted} among the {len(files)} files of this folder")
+    return found
+
+
+def _from_path(path: Path, kind: Kind | None, limits: MediaLimits) -> Media:
+    if not limits.paths:
+        raise UserError(f"{_short(path)}: paths are not allowed here; send the media as a base64 data: URL")
+    try:
+        if path.is_dir():
+            if kind == "video":
+                return _from_frames(expand_folder(path), kind, limits, str(path))
+            raise UserError(f"{path}: is a folder, not a picture or video; name a file in it, or ask for it as a video")
+        if not path.is_file():
+            raise UserError(f"{_short(path)}: no such file{_near(path)}")
+        num_bytes, head = path.stat().st_size, _head(path)
+    except OSError as error:  # no permission, a name too long for the file system, ...
+        raise UserError(f"{_short(path)}: cannot be read ({error.strerror})") from error
+    except ValueError as error:  # a zero byte in the name
+        raise UserError(f"{_short(path)}: not a path ({error})") from error
+    return Media(_check(num_bytes, head, kind, str(path), limits), path, str(path))
+
+
+def _from_bytes(data: bytes, kind: Kind | None, source: str, limits: MediaLimits) -> Media:
+    return Media(_check(len(data), data[:_HEAD_BYTES], kind, source, limits), data, source)
+
+
+def _from_array(array: np.ndarray, kind: Kind | None) -> Media:
+    if array.ndim not in (2, 3, 4):
+        raise UserError(f"an array: got shape {array.shape}, want [H, W], [H, W, C] or, for a video, [F, H, W, 3]")
+    found: Kind = "video" if array.ndim == 4 else "image"
+    if kind is not None and kind != found:
+        raise UserError(f"an array: asked for as {kind}, but shape {array.shape} is that of {_a(found)}")
+    return Media(found, array, "an array")
+
+
+def _from_frames(frames: Sequence, kind: Kind | None, limits: MediaLimits, source: str) -> Media:
+    if kind == "image":
+        raise UserError(f"{source}: several frames are a video; give a picture by itself")
+    if not frames:
+        raise UserError(f"{source}: a video needs at least one frame")
+    return Media("video", tuple(load_media(frame, "image", limits) for frame in frames), source)
+
+
+def _check(num_bytes: int, head: bytes, kind: Kind | None, source: str, limits: MediaLimits) -> Kind:
+    """The kind of a file with these first bytes, once its size and the kind asked for fit."""
+    if num_bytes == 0:
+        raise UserError(f"{source}: is empty (0 bytes)")
+    sniffed = sniff(head)
+    if sniffed is None and kind is None:
+        raise UserError(f"{source}: neither a picture nor a video by its first bytes ({head[:8]!r})")
+    if sniffed and sniffed[0] == "video" and kind == "image":
+        raise UserError(f"{source}: asked for as a picture, but it is a video ({sniffed[1]})")
+    kind = kind or sniffed[0]
+    allowed = limits.image_bytes if kind == "image" else limits.video_bytes
+    if num_bytes > allowed:
+        raise UserError(f"{source}: {num_bytes} bytes, at most {allowed} allowed for {_a(kind)}; make it smaller")
+    return kind
+
+
+def _decode_data_url(url: str, limits: MediaLimits) -> bytes:
+    header, comma, payload = url.partition(",")
+    if not comma or not header.lower().endswith(";base64"):
+        raise UserError(f"{_short(url)}: a data: URL must read data:<type>;base64,<data>")
+    allowed = max(limits.image_bytes, limits.video_bytes)
+    if len(payload) * 3 // 4 > allowed + 2:
+        raise UserError(f"{_short(url)}: about {len(payload) * 3 // 4} bytes, at most {allowed} allowed")
+    try:
+        return base64.b64decode("".join(payload.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UserError(f"{_short(url)}: not valid base64 ({error})") from error
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_HEAD_BYTES)
+
+
+def _near(path: Path) -> str:
+    """The nearest existing name beside a missing path, or what of its folder is missing."""
+    parent = path.parent
+    if not parent.is_dir():
+        return f"; nor is there a folder {_short(parent)}"
+    return nearest(path.name, [entry.name for entry in parent.iterdir()])
+
+
+def _name_order(name: str) -> list[tuple[int, int, str]]:
+    parts = re.split(r"([0-9]+)", name)  # digits as numbers; the tuple keeps numbers and text comparable
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+
+
+def _short(text: str | Path, length: int = 120) -> str:
+    text = str(text)
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _a(kind: Kind) -> str:
+    return "a picture" if kind == "image" else "a video"

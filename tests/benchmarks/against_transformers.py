@@ -1,0 +1,241 @@
+"""Our engine beside transformers' `generate`: one process, the same random weights, paired runs, ratios.
+
+    python -m tests.benchmarks.against_transformers [--layers 8] [--new-tokens 24] [--repeats 3]
+
+The model has Qwen2.5-VL-3B's layer shapes (text and vision) in bf16. Decode runs at batch 1 and 8 behind a short text
+prompt; prefill is one picture of about 1000 tokens. Reported beside the ratios: the share of the memory floor, the
+share of the GEMM rate, and the engine's time outside the model. Not a test: timings on shared machines vary.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import transformers
+
+from executor.device import ops
+from executor.device.cpu import CpuOps
+from executor.layers.pull import finalize
+from executor.request import MediaItem, Prompt, SamplingParams, Span
+from executor.runtime.engine import Engine
+from executor.runtime.loading import default_dtype
+from executor.runtime.runner import PixelFormat, Runner
+from executor.runtime.sampler import Sampler
+from executor.schedule.scheduler import Scheduler
+from models.qwen2_5_vl import runner as family
+from models.qwen2_5_vl.processor import mrope_positions
+from tests.models.test_shapes import published_config
+from tests.reference import tokenizer_of
+
+PICTURE_GRID = (1, 56, 72)  # patches: 1008 visual tokens
+IMAGE_TOKEN = 151655
+PROMPT_TOKENS = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    reference = reference_model(args.layers)
+    engine = our_engine(reference, args.layers)
+    report = {"layers": args.layers, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    for batch in (1, 8):
+        report[f"decode_batch_{batch}"] = compare_decode(reference, engine, batch, args)
+    report["prefill"] = compare_prefill(reference, engine, args)
+    print(json.dumps(report))
+
+
+def reference_model(layers: int):
+    """transformers' model with random bf16 weights."""
+    raw = published_config("Qwen2.5-VL-3B-Instruct")
+    raw["num_hidden_layers"] = layers
+    config = transformers.Qwen2_5_VLConfig(**raw)
+    with default_dtype(torch.bfloat16):
+        model = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.02)
+            else:
+                parameter.fill_(0.0 if "bias" in name else 1.0)
+    return model
+
+
+def our_engine(reference, layers: int) -> Engine:
+    """Our engine over copies of the same weights."""
+    device = CpuOps()
+    ops.bind(device)
+    raw = published_config("Qwen2.5-VL-3B-Instruct")
+    raw["num_hidden_layers"] = layers
+    with default_dtype(torch.bfloat16):
+        model = family.build_model(raw)
+    tensors = reference.state_dict()
+    with torch.no_grad():
+        for pull in model.pulls(tensors):
+            pull.into.copy_(tensors[pull.name][pull.file_index])
+    finalize(model)
+    text = model.config.text
+    num_blocks, block_size = 8 * 12, 128
+    kv = device.kv_cache(layers, num_blocks, block_size, text.num_kv_heads, text.head_dim, torch.bfloat16)
+    pixel_format = PixelFormat((0.48, 0.46, 0.41), (0.27, 0.26, 0.28), 14, 2, 2)
+    sampler = Sampler(text.vocab_size, device.device)
+    runner = Runner(model.eval(), device, kv, block_size, sampler, pixel_format, torch.bfloat16)
+    scheduler = Scheduler(
+        num_blocks=num_blocks, block_size=block_size, max_num_seqs=8, max_num_batched_tokens=8192, max_model_len=1536,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    return Engine(SimpleNamespace(tokenizer=tokenizer_of("qwen2_5_vl")), scheduler, runner, text.vocab_size)
+
+
+def text_prompt(seed: int) -> Prompt:
+    ids = np.random.default_rng(seed).integers(0, 400, PROMPT_TOKENS).tolist()
+    return Prompt(ids, np.broadcast_to(np.arange(PROMPT_TOKENS), (3, PROMPT_TOKENS)).copy(), 0)
+
+
+def picture_prompt(seed: int) -> Prompt:
+    t, h, w = PICTURE_GRID
+    pixels = torch.randint(0, 256, (1, 3, h * 14, w * 14), dtype=torch.uint8, generator=torch.manual_seed(seed))
+    count = t * h * w // 4
+    media = (MediaItem("image", seed.to_bytes(16, "little"), pixels, PICTURE_GRID, count),)
+    spans = (Span(8, count, 0),)
+    ids = [5] * 8 + [IMAGE_TOKEN] * count + [7] * 8
+    positions, delta = mrope_positions(len(ids), spans, media, merge_size=2, tokens_per_second=2)
+    return Prompt(ids, positions, delta, media, spans)
+
+
+def compare_decode(reference, engine: Engine, batch: int, args) -> dict:
+    """Seconds per decode step: the difference of two lengths, so that prefill cancels out."""
+    prompts = [text_prompt(seed) for seed in range(batch)]
+    ids = torch.tensor([prompt.token_ids for prompt in prompts])
+    short, long = 4, 4 + args.new_tokens
+
+    def theirs(n: int) -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            reference.generate(
+                input_ids=ids, max_new_tokens=n, min_new_tokens=n, do_sample=False, attention_mask=torch.ones_like(ids),
+                pad_token_id=0,
+            )  # fmt: skip
+        return time.perf_counter() - start
+
+    def ours(n: int) -> float:
+        start = time.perf_counter()
+        engine.generate(prompts, SamplingParams(max_new_tokens=n, ignore_eos=True))
+        return time.perf_counter() - start
+
+    for run in (theirs, ours):
+        run(short)
+    pairs = []
+    for _ in range(args.repeats):
+        pairs.append([(run(long) - run(short)) / args.new_tokens * 1e3 for run in (theirs, ours)])
+    with ModelTime(engine) as model_time:
+        total = ours(long)
+    theirs_ms, ours_ms = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return {
+        "transformers_ms_per_step": round(theirs_ms, 1),
+        "ours_ms_per_step": round(ours_ms, 1),
+        "ratio": round(statistics.median(a / b for a, b in pairs), 2),
+        "engine_outside_model": round(1 - model_time.seconds / total, 4),
+    }
+
+
+def compare_prefill(reference, engine: Engine, args) -> dict:
+    """A picture of about 1000 tokens to its first token, vision included."""
+    rounds = []
+    rate = gemm_rate(engine)
+    for seed in range(args.repeats + 1):
+        prompt = picture_prompt(seed)
+        item = prompt.media[0]
+        patches = torch.randn(PICTURE_GRID[1] * PICTURE_GRID[2], 1176, dtype=torch.bfloat16)
+        ids = torch.tensor([prompt.token_ids])
+        start = time.perf_counter()
+        with torch.inference_mode():
+            reference(
+                input_ids=ids, pixel_values=patches, image_grid_thw=torch.tensor([item.grid_thw]), logits_to_keep=1,
+                position_ids=torch.from_numpy(prompt.positions)[:, None],
+            )  # fmt: skip
+        middle = time.perf_counter()
+        engine.generate([prompt], SamplingParams(max_new_tokens=1, ignore_eos=True))
+        rounds.append((middle - start, time.perf_counter() - middle))
+    rounds = rounds[1:]
+    theirs_s, ours_s = (statistics.median(column) for column in zip(*rounds, strict=True))
+    flops = linear_flops(engine)
+    return {
+        "transformers_s": round(theirs_s, 3),
+        "ours_s": round(ours_s, 3),
+        "ratio": round(statistics.median(a / b for a, b in rounds), 2),
+        "linear_gflop": round(flops / 1e9),
+        "share_of_gemm_rate": round(flops / ours_s / rate, 3),
+        "gemm_gflops": round(rate / 1e9),
+    }
+
+
+def linear_shapes(engine: Engine) -> list[tuple[int, int, int]]:
+    """(rows, in, out) of every linear of the picture prefill."""
+    t, h, w = PICTURE_GRID
+    patches, tokens = t * h * w, t * h * w // 4 + 16
+    text, vision = engine.runner.model.config.text, engine.runner.model.config.vision
+    n, width = vision.hidden_size, vision.hidden_size * 4
+    shapes = [(patches, 1176, n)]
+    shapes += [(patches, n, 3 * n), (patches, n, n), (patches, n, 2 * vision.intermediate_size)] * vision.depth
+    shapes += [(patches, vision.intermediate_size, n)] * vision.depth
+    shapes += [(patches // 4, width, width), (patches // 4, width, text.hidden_size)]
+    q, kv = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    shapes += [(tokens, text.hidden_size, q + 2 * kv), (tokens, q, text.hidden_size)] * text.num_layers
+    shapes += [(tokens, text.hidden_size, 2 * text.intermediate_size)] * text.num_layers
+    shapes += [(tokens, text.intermediate_size, text.hidden_size)] * text.num_layers
+    return shapes
+
+
+def linear_flops(engine: Engine) -> float:
+    return sum(2.0 * rows * n_in * n_out for rows, n_in, n_out in linear_shapes(engine))
+
+
+def gemm_rate(engine: Engine) -> float:
+    """FLOP/s of the same multiplications alone, each distinct shape timed through the backend's own linear."""
+    seconds = 0.0
+    shapes = linear_shapes(engine)
+    for shape in set(shapes):
+        rows, n_in, n_out = shape
+        multiply = ops.bound().prepare_linear(torch.randn(n_out, n_in, dtype=torch.bfloat16), None)
+        x = torch.randn(rows, n_in, dtype=torch.bfloat16)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            multiply(x)
+            times.append(time.perf_counter() - start)
+        seconds += statistics.median(times) * shapes.count(shape)
+    return linear_flops(engine) / seconds
+
+
+class ModelTime:
+    """Seconds spent in the model's forward while the context is open."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.model, self.seconds = engine.runner.model, 0.0
+
+    def __enter__(self) -> "ModelTime":
+        self.forward = self.model.forward
+
+        def timed(*args):
+            start = time.perf_counter()
+            try:
+                return self.forward(*args)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        self.model.forward = timed
+        return self
+
+    def __exit__(self, *_) -> None:
+        del self.model.forward
+
+
+if __name__ == "__main__":
+    main()

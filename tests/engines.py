@@ -1,0 +1,15 @@
+"""Engines for tests: over random checkpoints, with the small blocks that tiny prompts fill."""
+
+from pathlib import Path
+from typing import Any
+
+from executor.apps.build import build_engine
+from executor.config import build_recipe
+from executor.runtime.engine import Engine
+
+
+def engine_over(folder: Path, **scheduler: Any) -> Engine:
+    """An fp32 CPU engine; `scheduler` changes fields of scheduler_config."""
+    settings = {"max_model_len": 2048, "block_size": 16, "max_num_seqs": 8, "num_blocks": 256} | scheduler
+    model = {"model_path": str(folder), "device": "cpu", "dtype": "float32"}
+    return build_engine(build_recipe({"model_config": model, "scheduler_config": settings}))

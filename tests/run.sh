@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# bash tests/run.sh [PYTEST ARGUMENTS...]: set-up, lint, and the test suite; pytest's closing line is the last.
+#
+# Without arguments the whole suite runs, spread over WORKERS processes (default: the cores, at most 8).
+# With arguments they are pytest's own: bash tests/run.sh tests/config -k degrees
+set -euo pipefail
+
+repo_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$repo_root"
+source executor/scripts/find_python.sh
+find_python "$repo_root" requirements.txt requirements-test.txt
+
+# transformers' default image and video processors are references in the tests and are built on torchvision. It lies
+# apart from the environment: --no-deps keeps it from bringing a torch of its own.
+torchvision_dir="${TORCHVISION_DIR:-$repo_root/.cache/torchvision}"
+if [ ! -d "$torchvision_dir/torchvision" ] && ! "$PYTHON_FOUND" -c 'import torchvision' >/dev/null 2>&1; then
+    case "$("$PYTHON_FOUND" -c 'import importlib.metadata as m; print(m.version("torch"))')" in
+        2.13.*) torchvision="torchvision==0.28.0" ;;
+        *) torchvision="torchvision" ;;
+    esac
+    echo "set-up: $torchvision, for references in tests, into $torchvision_dir" >&2
+    rm -rf "$torchvision_dir.partial"
+    if "$PYTHON_FOUND" -m pip --disable-pip-version-check install --quiet --no-deps \
+        --target "$torchvision_dir.partial" "$torchvision" >&2; then
+        mkdir -p "$(dirname "$torchvision_dir")"
+        mv "$torchvision_dir.partial" "$torchvision_dir"
+    else
+        echo "set-up: without $torchvision the tests that compare with it are skipped" >&2
+    fi
+fi
+
+"$PYTHON_FOUND" -m ruff check .
+"$PYTHON_FOUND" -m ruff format --check .
+
+workers="${WORKERS:-$("$PYTHON_FOUND" -c 'import os; print(min(len(os.sched_getaffinity(0)), 8))')}"
+# A thread for each worker: tiny matrices gain nothing from more, and threads of several workers stand in each other's way.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+if [ $# -gt 0 ] || [ "$workers" -le 1 ]; then
+    exec "$PYTHON_FOUND" -m pytest "$@"
+fi
+exec "$PYTHON_FOUND" -m pytest -n "$workers" --dist loadfile -q

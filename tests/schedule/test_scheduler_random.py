@@ -1,0 +1,203 @@
+"""A thousand random steps: nothing lost, nobody starved, no spin, and every answer as if asked alone."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from executor.errors import UserError
+from executor.request import FinishReason, Request, SamplingParams
+from executor.schedule.scheduler import Scheduler
+from tests.schedule.fakes import EOS, FakeRunner, answer_alone, media, prompt, request, run
+
+NUM_STEPS = 1000
+MAX_MODEL_LEN = 70
+TINY = {
+    "num_blocks": 20,
+    "block_size": 4,
+    "max_num_seqs": 5,
+    "max_num_batched_tokens": 16,
+    "max_model_len": MAX_MODEL_LEN,
+    "enable_chunked_prefill": True,
+    "enable_prefix_caching": True,
+    "encoder_cache_tokens": 16,
+    "eos_token_ids": (EOS,),
+}
+CASES = {
+    "tiny": {},
+    "roomy": {"num_blocks": 200, "max_num_batched_tokens": 64, "encoder_cache_tokens": 100},
+    "one_token_a_step": {"max_num_batched_tokens": 1, "max_num_seqs": 3},
+    "whole_prompts": {"enable_chunked_prefill": False, "max_num_batched_tokens": 24},
+    "no_prefix_cache": {"enable_prefix_caching": False},
+    "no_prefix_cache_whole": {
+        "enable_prefix_caching": False,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": 30,
+    },
+    "block_of_one": {"block_size": 1, "num_blocks": 75},
+    "hardly_any_blocks": {"num_blocks": 9, "max_num_seqs": 8},
+    "hardly_any_embeddings": {"encoder_cache_tokens": 4, "max_num_batched_tokens": 40},
+}
+
+
+class Arrivals:
+    """Random requests that share prefixes and media."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._media = [media(f"m{index}", size) for index, size in enumerate((2, 4, 5, 9, 23))]
+        self._texts = [[rng.randint(3, 39) for _ in range(length)] for length in (3, 4, 8, 13)]
+        self._count = 0
+
+    def next(self) -> Request:
+        rng = self._rng
+        segments = [
+            rng.choice(self._media) if rng.random() < 0.35 else rng.choice(self._texts)
+            for _ in range(rng.choice((1, 2, 3, 3, 5, 9)))
+        ]
+        if rng.random() < 0.5:
+            segments.append([rng.randint(3, 39)])
+        params = SamplingParams(
+            max_new_tokens=rng.choice((1, 4, 15, 60)),
+            min_new_tokens=rng.choice((0, 0, 5)),
+            stop_token_ids=rng.choice(((), (17, 23))),
+            ignore_eos=rng.random() < 0.3,
+        )
+        self._count += 1
+        return Request(str(self._count), prompt(*segments, stride=rng.choice((1, 2))), params)
+
+
+class Soak:
+    """Steps a scheduler with a checking runner, with arrivals and aborts at every point between the calls."""
+
+    def __init__(self, seed: int, options: dict) -> None:
+        self.options = TINY | options
+        self.rng = random.Random(seed)
+        self.scheduler = Scheduler(**self.options)
+        self.runner = FakeRunner(self.scheduler)
+        self.arrivals = Arrivals(self.rng)
+        self.unfinished: dict[Request, int] = {}  # and the step they arrived in
+        self.done: list[Request] = []
+        self.num_refused = 0
+        self.num_steps = 0
+
+    def add(self) -> None:
+        arrival = self.arrivals.next()
+        try:
+            self.scheduler.add(arrival)
+        except UserError:
+            self.num_refused += 1
+        else:
+            self.unfinished[arrival] = self.num_steps
+
+    def abort(self) -> None:
+        if self.unfinished:
+            victim = self.rng.choice(list(self.unfinished))
+            was_finished = victim.finished  # aborted in this step before
+            assert self.scheduler.abort(victim.id) is (None if was_finished else victim)
+
+    def sometimes(self, probability: float, action: Callable[[], None]) -> None:
+        if self.rng.random() < probability:
+            action()
+            self.scheduler.check()
+
+    def step(self, load: bool) -> None:
+        if load:
+            self.sometimes(0.5 if len(self.unfinished) < 12 else 0, self.add)
+            self.sometimes(0.02, self.abort)
+        self.num_steps += 1
+        plan = self.scheduler.schedule()
+        self.scheduler.check()
+        assert bool(plan.rows) == self.scheduler.has_work
+        if not plan.rows:
+            return
+        if load:
+            self.sometimes(0.02, self.abort)
+            self.sometimes(0.05, self.add)
+        before = {row.request: row.request.num_computed_tokens for row in plan.rows}
+        token_ids = self.runner.execute(plan)
+        if load:
+            self.sometimes(0.02, self.abort)
+        updated = self.scheduler.update(plan, token_ids)
+        self.scheduler.check()
+        assert all(r.finished or r.num_computed_tokens > computed for r, computed in before.items())
+        sampled = [row.request for row in plan.rows if row.samples]
+        assert updated == [r for r in sampled if r.finish_reason is not FinishReason.ABORT]
+        for finished in [r for r in self.unfinished if r.finished]:
+            self.done.append(finished)
+            del self.unfinished[finished]
+
+
+def check_answer(answered: Request, options: dict) -> None:
+    num_prompt = len(answered.prompt.token_ids)
+    limit = min(options["max_model_len"], options["num_blocks"] * options["block_size"] + 1) - num_prompt
+    expected = answer_alone(answered.prompt, answered.params, limit)
+    if answered.finish_reason is FinishReason.ABORT:
+        assert answered.output_token_ids == expected[: len(answered.output_token_ids)]
+        return
+    assert answered.output_token_ids == expected
+    ends = {*answered.params.stop_token_ids, *(() if answered.params.ignore_eos else (EOS,))}
+    stops = expected[-1] in ends and len(expected) >= answered.params.min_new_tokens
+    assert answered.finish_reason is (FinishReason.STOP if stops else FinishReason.LENGTH)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("case", CASES)
+def test_a_thousand_random_steps(case, seed):
+    soak = Soak(seed, CASES[case])
+    longest = 0
+    for _ in range(NUM_STEPS):
+        soak.step(load=True)
+        longest = max([longest, *(soak.num_steps - arrived for arrived in soak.unfinished.values())])
+    while soak.scheduler.has_work:
+        soak.step(load=False)
+        assert soak.num_steps < NUM_STEPS + 900, "does not drain"
+    # At most 13 unfinished at a time, each of at most 70 tokens, each step at least one token.
+    assert longest < 13 * 70, "a request was starved"
+    assert not soak.unfinished and soak.scheduler.pool.num_free == soak.options["num_blocks"]
+    for answered in soak.done:
+        check_answer(answered, soak.options)
+    if soak.options["max_num_batched_tokens"] > 1:
+        assert len(soak.done) > 50
+
+
+def test_the_random_steps_reach_what_they_are_to_prove():
+    """Preemptions, shared prefixes, cut pictures, evictions and refusals all happen in them."""
+    soak = Soak(0, CASES["tiny"])
+    for _ in range(NUM_STEPS):
+        soak.step(load=True)
+    assert sum(r.num_preemptions for r in soak.done) > 10
+    assert sum(r.num_cached_tokens > 0 for r in soak.done) > 20
+    assert sum(r.finish_reason is FinishReason.ABORT for r in soak.done) > 5
+    assert max(soak.runner.num_encoded.values()) > 3, "embeddings were dropped and needed again"
+    assert soak.num_refused > 5
+    assert soak.runner.max_embedded_tokens == 23, "the picture larger than the cache was alone in it"
+
+
+@pytest.mark.parametrize("options", [{}, {"enable_prefix_caching": False}, {"max_num_batched_tokens": 7}])
+def test_answers_do_not_depend_on_the_order_of_arrival(options):
+    rng = random.Random(11)
+    arrivals = [r for r in (Arrivals(rng).next() for _ in range(40)) if r.num_tokens < 60]
+    answers = []
+    for _ in range(3):
+        rng.shuffle(arrivals)
+        again = [Request(str(index), r.prompt, r.params) for index, r in enumerate(arrivals)]
+        run(Scheduler(**(TINY | options)), again)
+        answers.append({id(r.prompt): r.output_token_ids for r in again})
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_an_older_request_is_not_overtaken_for_good():
+    """A long prompt with a large picture is served although small requests keep arriving."""
+    scheduler = Scheduler(**(TINY | {"num_blocks": 18, "encoder_cache_tokens": 8}))
+    runner = FakeRunner(scheduler)
+    large = request("large", [5] * 20, media("huge", 30), [6], max_new_tokens=4, ignore_eos=True)
+    for step in range(200):
+        if step == 5:
+            scheduler.add(large)
+        if scheduler.num_waiting < 4:
+            scheduler.add(request(f"small{step}", [step % 30 + 3] * 3, media(f"p{step % 7}", 4), max_new_tokens=6))
+        plan = scheduler.schedule()
+        scheduler.update(plan, runner.execute(plan))
+        scheduler.check()
+    assert large.finished and len(large.output_token_ids) == 4

@@ -1,0 +1,150 @@
+"""Imports point one way (the ranks of the architecture), and some things are reached from one place only."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.reference import REPO
+
+# Lower never imports higher; what shares a number may import each other.
+RANKS = {
+    "executor.errors": 0,
+    "executor.env": 0,
+    "executor.request": 0,
+    "executor.config": 1,
+    "executor.recipe_errors": 1,
+    "executor.recipe_file": 1,
+    "executor.checkpoint_folder": 1,
+    "executor.generation": 1,
+    "executor.shapes": 1,
+    "executor.memory": 1,
+    "executor.checks": 2,
+    "executor.schedule": 3,
+    "executor.device": 3,
+    "executor.parallel": 4,
+    "executor.quant": 5,
+    "executor.vision": 5,
+    "executor.layers": 6,
+    "executor.runtime": 7,
+    "models": 8,
+    "dataset": 8,
+    "executor.serve": 8,
+    "executor.emulator": 8,
+    "executor.apps": 9,
+}
+SOURCES = ("executor", "models", "dataset")
+SCRIPTS = ("executor/scripts", "models/tiny")  # run by themselves; no module of the product imports them
+ENVIRONMENT = ("executor/env.py", "executor/apps/launch.py")
+NPU_PACKAGES = ("torch_npu", "torchair")
+NPU_FOLDERS = ("executor/device/npu", "executor/emulator")
+
+
+def product_files(root: Path = REPO) -> list[Path]:
+    files = [path for source in SOURCES for path in sorted((root / source).rglob("*.py"))]
+    return [path for path in files if not path.relative_to(root).as_posix().startswith(SCRIPTS)]
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import in a file, in functions too; `from package import name` names both."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative imports hide where a thing comes from"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def rank(module: str) -> int | None:
+    """The rank of the longest known prefix of a dotted name."""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        if ".".join(parts[:length]) in RANKS:
+            return RANKS[".".join(parts[:length])]
+    return None
+
+
+def module_name(path: Path, root: Path) -> str:
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+def upward_imports(root: Path = REPO) -> list[str]:
+    found = []
+    for path in product_files(root):
+        own = rank(module_name(path, root))
+        for line, module in imported(path):
+            other = rank(module)
+            if own is not None and other is not None and other > own:
+                found.append(f"{path.relative_to(root)}:{line} imports {module}")
+    return found
+
+
+def test_no_import_points_upward():
+    assert upward_imports() == []
+
+
+def test_every_file_has_a_rank():
+    unranked = [str(path.relative_to(REPO)) for path in product_files() if rank(module_name(path, REPO)) is None]
+    assert [name for name in unranked if name != "executor/__init__.py"] == []
+
+
+@pytest.mark.parametrize(
+    "file, line",
+    [
+        ("executor/schedule/bad.py", "from executor.runtime import engine"),
+        ("executor/layers/bad.py", "import models.qwen3_vl.model"),
+        ("executor/config.py", "def late():\n    from executor.checks import prepare"),
+        ("models/qwen3_vl/bad.py", "from executor import apps"),
+    ],
+)
+def test_an_upward_import_is_found(tmp_path, file, line):
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(line + "\n")
+    (found,) = upward_imports(tmp_path)
+    assert found.startswith(file)
+
+
+def test_the_scheduler_knows_no_torch():
+    for path in (REPO / "executor" / "schedule").glob("*.py"):
+        for line, module in imported(path):
+            assert module.split(".")[0] not in ("torch", "transformers"), f"{path}:{line}"
+
+
+def test_npu_packages_stay_in_their_folders():
+    for path in product_files():
+        if not path.relative_to(REPO).as_posix().startswith(NPU_FOLDERS):
+            for line, module in imported(path):
+                assert module.split(".")[0] not in NPU_PACKAGES, f"{path}:{line}"
+
+
+def test_the_environment_is_read_in_one_place():
+    for path in product_files():
+        if path.relative_to(REPO).as_posix() in ENVIRONMENT:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            used = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")
+            assert not used, f"{path}:{node.lineno} reads the environment; executor/env.py does"
+
+
+def test_model_families_do_not_know_each_other():
+    families = [path.name for path in (REPO / "models").iterdir() if (path / "runner.py").is_file()]
+    assert len(families) >= 2
+    for family in families:
+        for path in (REPO / "models" / family).glob("*.py"):
+            for line, module in imported(path):
+                if module.startswith("models."):
+                    assert module.split(".")[1] == family, f"{path}:{line} imports {module}"
+
+
+def test_importing_a_package_does_no_work():
+    """`__init__.py`: nothing, or a docstring and one literal table."""
+    for source in (*SOURCES, "tests"):
+        for path in (REPO / source).rglob("__init__.py"):
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            rest = [node for node in body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
+            assert len(rest) <= 1, path
+            for node in rest:
+                assert isinstance(node, ast.Assign | ast.AnnAssign), path
+                ast.literal_eval(node.value)
