@@ -1,19 +1,21 @@
 """What a program calls: every npu and atb op with its arguments; and hiding ops, to run without them.
 
-Works on CPU, meta and fake tensors alike. `Recorder(check=True)` also holds each call against the limits of the
-emulated chip, which on CPU tensors the kernels do by themselves.
+Works on CPU, meta and fake tensors alike: a step traced on meta tensors costs nothing at any size. On CPU tensors the
+kernels check the chip's limits by themselves; `Recorder(check=...)` does it everywhere.
 """
 
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from executor.emulator import registry
+from executor.emulator.limits import LimitError
 
 NAMESPACES = ("npu", "atb", "air")
 
@@ -40,31 +42,73 @@ class Call:
 
 
 class Recorder(TorchDispatchMode):
-    """Context manager: collects `calls` made inside it, in order. All other ops are counted in `others`."""
+    """Context manager: collects `calls` made inside it, in order; `kernels` counts every op that does work.
 
-    def __init__(self, check: bool = False) -> None:
+    `check` holds each npu and atb call against the emulated chip's limits: True raises at the first that breaks one,
+    "collect" writes it to `violations` and goes on, as far as the op's meta kernel lets it.
+    """
+
+    def __init__(self, check: bool | Literal["collect"] = False) -> None:
         super().__init__()
         self.check = check
         self.calls: list[Call] = []
-        self.others: Counter[str] = Counter()
+        self.kernels: Counter[str] = Counter()
         self.violations: list[str] = []
+        self.moved_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name
-        if name.partition("::")[0] in NAMESPACES:
-            qualified = name + (f".{func._schema.overload_name}" if func._schema.overload_name else "")
+        schema = func._schema
+        if schema.name.partition("::")[0] in NAMESPACES:
+            qualified = schema.name + (f".{schema.overload_name}" if schema.overload_name else "")
             self.calls.append(Call(qualified, args, dict(kwargs)))
-            if self.check:
-                registry.check_call(qualified, args, kwargs)
-        else:
-            self.others[name] += 1
-        return func(*args, **kwargs)
+            self._hold_against_limits(qualified, args, kwargs)
+        out = func(*args, **kwargs)
+        if not func.is_view and schema.name not in _NO_WORK:
+            self.kernels[schema.name] += 1
+            self.moved_bytes += sum(_bytes(x) for x in tree_leaves((args, kwargs, out)))
+        return out
+
+    def _hold_against_limits(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.check:
+            return
+        try:
+            registry.check_call(op, args, kwargs)
+        except LimitError as error:
+            if self.check != "collect":
+                raise
+            if str(error) not in self.violations:
+                self.violations.append(str(error))
 
     @property
     def counts(self) -> Counter[str]:
         """How often each npu and atb op was called, by bare name."""
         return Counter(call.bare for call in self.calls)
+
+    @property
+    def collectives(self) -> Counter[str]:
+        """Those of the kernels that talk to other ranks."""
+        return Counter({k: n for k, n in self.kernels.items() if "c10d" in k or "all_reduce" in k})
+
+
+# Ops that are no kernel on a device, beside views.
+_NO_WORK = frozenset(
+    f"aten::{name}"
+    for name in (
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "_unsafe_view",
+        "detach",
+        "lift_fresh",
+        "is_pinned",
+    )
+)
+
+
+def _bytes(x: Any) -> int:
+    return x.numel() * x.element_size() if isinstance(x, torch.Tensor) else 0
 
 
 def schema_of(op: str) -> Any:

@@ -6,6 +6,7 @@ give that folder, `build` reads the undefined symbols of its libraries and compi
 with a thin library per soname that the wheel asks for; `load` puts them into this process. Knows no op.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
@@ -123,9 +124,10 @@ def build(wheel: Wheel) -> Path:
         for soname in _SONAMES:
             link = [f"-Wl,-soname,{soname}", "-Wl,--no-as-needed", "-L.", "-lcann_stub", "-Wl,-rpath,$ORIGIN"]
             _compile(gcc, ["-o", soname, "-x", "c", "/dev/null", *link], work)
-        # Another process may have been faster; its result is as good as ours.
-        if not target.exists():
+        with contextlib.suppress(OSError):  # another process may have been faster; its result is as good as ours
             work.rename(target)
+    if not target.exists():
+        raise RuntimeError(f"the emulator's stubs could not be moved to {target}")
     logger.info("built stubs for %d CANN functions in %s", len(names), target)
     return target
 
@@ -196,7 +198,11 @@ def _libraries_of_torch() -> list[ctypes.CDLL]:
 
     folder = Path(torch.__file__).parent / "lib"
     system = ("libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1")
-    return [ctypes.CDLL(None), ctypes.CDLL(str(folder / "libtorch_python.so")), *(ctypes.CDLL(name) for name in system)]
+    found = [ctypes.CDLL(None), ctypes.CDLL(str(folder / "libtorch_python.so"))]
+    for name in system:
+        with contextlib.suppress(OSError):  # newer C libraries have all of it in one
+            found.append(ctypes.CDLL(name))
+    return found
 
 
 def _has(library: ctypes.CDLL, name: str) -> bool:

@@ -4,6 +4,7 @@ Emulation stays in a process for good (torch_npu patches torch), so these tests 
 """
 
 import pytest
+import torch
 
 from executor.emulator import chips
 from executor.emulator.activate import activate
@@ -13,6 +14,7 @@ ALL = (A2, A3, DUO)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # the tensors are small
     activate(A2)
 
 

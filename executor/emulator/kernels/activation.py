@@ -51,7 +51,7 @@ def _check_fused(
     require_dtype("x", x, (torch.int32, torch.float16, torch.bfloat16))
     require(x.dim() > 1 and x.shape[-1] % 2 == 0, "x must have more than 1 dimension, the last one even", list(x.shape))
     require(quant_mode in (0, 1), "quant_mode must be 0 (static) or 1 (dynamic)", quant_mode)
-    require(swiglu_mode == 0, "swiglu_mode must be 0 (the variant is not emulated)", swiglu_mode)
+    require(swiglu_mode in (0, 1), "swiglu_mode must be 0 or 1", swiglu_mode)
     require(activate_dim in (None, -1, x.dim() - 1), "activate_dim must be the last dimension", activate_dim)
     require(dst_type in (None, 1), "dst_type must be torch.int8", dst_type)
     require(round_mode in (None, 0), "round_mode must be 0", round_mode)
@@ -107,6 +107,10 @@ def npu_dequant_swiglu_quant(
     group_index: Tensor | None = None,
     activate_left: bool = False,
     quant_mode: int = 0,
+    swiglu_mode: int = 0,
+    clamp_limit: float = 7.0,
+    glu_alpha: float = 1.702,
+    glu_bias: float = 1.0,
     **_: object,
 ) -> tuple[Tensor, Tensor]:
     rows = x.flatten(0, -2)
@@ -114,8 +118,11 @@ def npu_dequant_swiglu_quant(
     wide = (rows if bias is None else rows + bias.view(1, -1)).float()
     if x.dtype == torch.int32:
         wide = wide * weight_scale.view(-1, x.shape[-1])[groups] * activation_scale.view(-1, 1)
-    left, right = wide.chunk(2, dim=-1)
-    y = F.silu(left) * right if activate_left else F.silu(right) * left
+    if swiglu_mode == 1:
+        y = _clamped_swiglu(wide, clamp_limit, glu_alpha, glu_bias)
+    else:
+        left, right = wide.chunk(2, dim=-1)
+        y = F.silu(left) * right if activate_left else F.silu(right) * left
     smooth = None if quant_scale is None else quant_scale.float().view(-1, quant_scale.shape[-1])
     if smooth is not None and smooth.shape[0] > 1:
         smooth = smooth[groups]
@@ -126,6 +133,12 @@ def npu_dequant_swiglu_quant(
     if group_index is not None:  # rows beyond the groups are left as they were in memory: nothing may read them
         out[int(group_index.sum()) :], scale[int(group_index.sum()) :] = 99, float("nan")
     return out.view(*x.shape[:-1], -1), scale.view(x.shape[:-1])
+
+
+def _clamped_swiglu(x: Tensor, limit: float, alpha: float, bias: float) -> Tensor:
+    """The variant with interleaved halves: even columns are gated and clamped from above, odd ones from both sides."""
+    gate, linear = x[..., ::2].clamp(max=limit), x[..., 1::2].clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (linear + bias)
 
 
 def _group_of_row(group_index: Tensor | None, rows: int) -> Tensor:

@@ -1,12 +1,13 @@
 """Quantization of activations and of scales: npu_quantize, npu_dynamic_quant, npu_trans_quant_param.
 
 Semantics and limits: the docstrings of the ops in the torch_npu wheel. Rounding is to nearest, ties to even.
-int4 outputs are documented and not emulated.
+An int4 output (torch.quint4x2) is 8 values to an int32, the first in the lowest bits.
 """
 
 import torch
 from torch import Tensor
 
+from executor.emulator import chips
 from executor.emulator.limits import (
     HALF,
     refuse,
@@ -18,8 +19,8 @@ from executor.emulator.limits import (
 )
 from executor.emulator.registry import kernel
 
-INT8_MAX = 127.0
-_INT8, _UINT8, _INT32, _QINT8, _QUINT8, _QINT32 = 1, 0, 3, 12, 13, 14
+INT8_MAX, INT4_MAX = 127.0, 7.0
+_INT8, _UINT8, _INT32, _QINT8, _QUINT8, _QINT32, _INT4 = 1, 0, 3, 12, 13, 14, 16
 _OUTPUT = {
     _INT8: torch.int8,
     _QINT8: torch.int8,
@@ -39,12 +40,19 @@ def quantize(x: Tensor, scale: Tensor, offset: Tensor | None, divide: bool, dtyp
     return y.round().double().clamp(info.min, info.max).to(dtype)
 
 
-def dynamic_quantize(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 by row: `(round(x * smooth / scale), scale = rowmax|x * smooth| / 127)`; a row of 0 stays 0."""
+def dynamic_quantize(x: Tensor, smooth: Tensor | None = None, most: float = INT8_MAX) -> tuple[Tensor, Tensor]:
+    """Symmetric by row: `(round(x * smooth / scale), scale = rowmax|x * smooth| / most)`; a row of 0 stays 0."""
     wide = x.float() if smooth is None else x.float() * smooth.float()
-    scale = wide.abs().amax(dim=-1) / INT8_MAX
+    scale = wide.abs().amax(dim=-1) / most
     y = wide / scale.masked_fill(scale == 0, 1.0).unsqueeze(-1)
-    return y.round().clamp(-128, 127).to(torch.int8), scale
+    return y.round().clamp(-most - 1, most).to(torch.int8), scale
+
+
+def pack_int4(x: Tensor) -> Tensor:
+    """int4 values `[..., n]` of any integer dtype as int32 `[..., n / 8]`, the first value in the lowest bits."""
+    nibbles = (x.to(torch.int64) & 0xF).unflatten(-1, (-1, 8))
+    packed = (nibbles << torch.arange(0, 32, 4)).sum(-1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
 
 
 def _check_quantize(
@@ -57,7 +65,11 @@ def _check_quantize(
         if zero_points is not None:
             require_dtype("zero_points", zero_points, (torch.int8, torch.uint8, torch.int32, torch.bfloat16))
     else:
-        require(dtype in (_INT8, _QINT8), "with div_mode=False dtype must be torch.qint8 (int4 is not emulated)", dtype)
+        kinds = (_INT8, _QINT8, _INT4)
+        require(dtype in kinds, "with div_mode=False dtype must be torch.qint8 or torch.quint4x2", dtype)
+        require(dtype != _INT4 or input.shape[-1] % 8 == 0, "for int4 the last dimension must be a multiple of 8")
+        if chips.current().soc == "atlas_300i_duo":
+            require(dtype != _INT4 and axis != -2, "int4 and axis=-2 are not available", [dtype, axis])
         require_dtype("scales", scales, (torch.float32, *HALF))
         require_same_dtype("scales", scales, zero_points=zero_points)
         require_shape("zero_points", zero_points, *scales.shape)
@@ -90,6 +102,9 @@ def npu_quantize(
         shape[_quantize_axis(input, axis, div_mode)] = -1
         return x.view(shape)
 
+    if dtype == _INT4:
+        y = quantize(input, spread(scales), spread(zero_points), div_mode)
+        return pack_int4(y.clamp(-INT4_MAX - 1, INT4_MAX))
     return quantize(input, spread(scales), spread(zero_points), div_mode, _OUTPUT[dtype])
 
 
@@ -104,7 +119,8 @@ def _check_dynamic_quant(
 ) -> None:
     require_dtype("input", input, HALF)
     require(input.dim() > 1, "input must have more than 1 dimension", list(input.shape))
-    require(dst_type in (None, _INT8), "dst_type must be torch.int8 (int4 is not emulated)", dst_type)
+    require(dst_type in (None, _INT8, _INT4), "dst_type must be torch.int8 or torch.quint4x2", dst_type)
+    require(dst_type != _INT4 or input.shape[-1] % 8 == 0, "for int4 the last dimension must be a multiple of 8")
     require(quant_mode == "pertoken", "quant_mode must be 'pertoken' (others are not emulated)", quant_mode)
     require(dst_type_max == 0.0, "dst_type_max must be 0", dst_type_max)
     require_same_dtype("input", input, smooth_scales=smooth_scales)
@@ -128,19 +144,21 @@ def npu_dynamic_quant(
     quant_mode: str = "pertoken",
     dst_type_max: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    if group_index is None:
-        return dynamic_quantize(input, smooth_scales)
-    rows = input.flatten(0, -2).shape[0]
-    ends = group_index.tolist()
-    require(
-        all(a <= b for a, b in zip(ends, ends[1:], strict=False)),
-        "group_index must be cumulative (not decreasing)",
-        ends,
-    )
+    smooth = smooth_scales if group_index is None else _smooth_by_row(input, smooth_scales, group_index)
+    if dst_type == _INT4:
+        y, scale = dynamic_quantize(input, smooth, INT4_MAX)
+        return pack_int4(y), scale
+    return dynamic_quantize(input, smooth)
+
+
+def _smooth_by_row(input: Tensor, smooth_scales: Tensor, group_index: Tensor) -> Tensor:
+    """Each row's smoothing vector, from the cumulative row counts of the groups."""
+    rows, ends = input.flatten(0, -2).shape[0], group_index.tolist()
+    rising = all(a <= b for a, b in zip(ends, ends[1:], strict=False))
+    require(rising, "group_index must be cumulative (not decreasing)", ends)
     require(bool(ends) and ends[-1] == rows, f"group_index must end at the number of rows, {rows}", ends)
     counts = torch.tensor(ends) - torch.tensor([0, *ends[:-1]])
-    smooth = smooth_scales.repeat_interleave(counts, 0).view(input.shape)
-    return dynamic_quantize(input, smooth)
+    return smooth_scales.repeat_interleave(counts, 0).view(input.shape)
 
 
 def _check_trans(scale: Tensor, offset: Tensor | None = None, round_mode: int | None = 0) -> None:
@@ -159,14 +177,15 @@ def _check_trans(scale: Tensor, offset: Tensor | None = None, round_mode: int | 
 
 @kernel("npu_trans_quant_param", _check_trans)
 def npu_trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int | None = 0) -> Tensor:
+    """Bits 13-31: the upper 19 bits of the fp32 scale; bits 37-45: the offset in 9 bits; bit 46 is set."""
     bits = scale.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    if round_mode == 1:
-        bits = bits + 0x1000  # to the nearest of the 19 bits that the chip keeps
-    packed = bits & 0xFFFFE000
+    if round_mode == 1:  # to the nearest of the 19 bits, ties to even
+        bits = bits + 0xFFF + ((bits >> 13) & 1)
+    packed = (bits & 0xFFFFE000) | (1 << 46)
     if offset is not None:
         steps = offset.round().clamp(-256, 255).to(torch.int64) & 0x1FF
         packed, steps = torch.broadcast_tensors(packed, steps)
-        packed = packed | (steps << 37) | (1 << 46)
+        packed = packed | (steps << 37)
     return packed
 
 

@@ -225,7 +225,8 @@ def test_grouped_matmul_arguments(a2) -> None:
         ({"group_list": torch.tensor([5, 2])}, r"group_list must be cumulative \(not decreasing\); got \[5, 2\]"),
         ({"group_list": torch.tensor([3, 4]), "group_list_type": 1}, "must add up to x's 5 rows"),
         ({"group_list": torch.tensor([5])}, "one entry per weight, 2"),
-        ({"group_type": -1}, "group_type must be 0"),
+        ({"group_type": -1}, "with group_type -1 group_list must be None"),
+        ({"group_type": 2}, "group_type must be 0"),
         ({"split_item": 0}, "split_item must be 2 or 3"),
     ):
         with pytest.raises((LimitError, RuntimeError), match=message):

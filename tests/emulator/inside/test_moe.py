@@ -148,6 +148,32 @@ def test_grouped_matmul_quantized(a2) -> None:
     close(got, product * spread * tokens[:, None], 2)
 
 
+@pytest.mark.parametrize("split", [0, 3])
+@pytest.mark.parametrize("form", ["one x", "many x"])
+def test_grouped_matmul_of_lists(a2, form, split) -> None:
+    weights = [rand(N, 16, seed=s) for s in range(3)]
+    parts = [rand(n, N, seed=n) for n in (2, 1, 4)]
+    x = parts if form == "many x" else [torch.cat(parts)]
+    got = torch_npu.npu_grouped_matmul(x, weights, group_list=[2, 3, 7], split_item=split)
+    wanted = [p.float() @ w.float() for p, w in zip(parts, weights, strict=True)]
+    for mine, theirs in zip(got, wanted if split == 0 else [torch.cat(wanted)], strict=True):
+        close(mine, theirs, 4)
+    if form == "many x" and split == 0:
+        plain = torch_npu.npu_grouped_matmul(x, weights, group_type=-1, split_item=0)
+        assert all(torch.equal(a, b) for a, b in zip(plain, got, strict=True))
+
+
+def test_grouped_matmul_with_int8_weights(a2) -> None:
+    x, w = rand(5, N), torch.randint(-128, 128, (2, N, 16), dtype=torch.int8)
+    scale, offset = rand(2, 16, seed=1) * 0.01, rand(2, 16, seed=2)
+    got = torch_npu.npu_grouped_matmul(
+        [x], [w], antiquant_scale=[scale], antiquant_offset=[offset], group_list=torch.tensor([2, 5]), split_item=2,
+        group_type=0,
+    )[0]  # fmt: skip
+    wide = ((w.float() + offset.float().unsqueeze(1)) * scale.float().unsqueeze(1)).to(BF16).float()
+    close(got, torch.cat((x[:2].float() @ wide[0], x[2:].float() @ wide[1])), 4)
+
+
 def test_grouped_matmul_swiglu_quant(a2) -> None:
     counts = torch.tensor([2, 3])
     x, w = (torch.randint(-128, 128, s, dtype=torch.int8) for s in ((5, N), (2, N, 32)))

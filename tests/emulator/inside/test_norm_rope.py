@@ -130,3 +130,13 @@ def test_dequant_swiglu_quant_by_groups(a2) -> None:
         wanted = CPU.swiglu(x[rows].float() * weight_scale[group] * token_scale[rows, None])
         assert (y[rows] * scale[rows, None] - wanted).abs().max() <= scale[rows].max() * 0.51
     assert scale[5].isnan(), "rows beyond the groups are undefined"
+
+
+def test_the_clamped_swiglu(a2) -> None:
+    x = rand(4, 64, dtype=BF16) * 6
+    y, scale = torch_npu.npu_dequant_swiglu_quant(
+        x, quant_mode=1, swiglu_mode=1, clamp_limit=5.0, glu_alpha=1.5, glu_bias=0.5
+    )
+    gate, linear = x[:, ::2].float().clamp(max=5), x[:, 1::2].float().clamp(-5, 5)
+    wanted = gate * torch.sigmoid(1.5 * gate) * (linear + 0.5)
+    assert (y * scale[:, None] - wanted).abs().max() <= scale.max() * 0.51

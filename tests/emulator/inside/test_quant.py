@@ -43,6 +43,15 @@ def test_dynamic_quant(a2, dtype) -> None:
         assert not y[0, 1].any() and scale[0, 1] == 0
 
 
+def test_int4_is_packed_eight_to_an_int32(a2) -> None:
+    x = torch.tensor([[0.0, 1, 2, 3, -1, -2, -8, 7], [7, 6, 5, 4, 3, 2, 1, -8]])
+    got = like_meta(torch_npu.npu_quantize, x, torch.ones(1), None, torch.quint4x2, -1, False)
+    back = torch.stack([(got >> shift & 0xF) for shift in range(0, 32, 4)], -1).flatten(1)
+    assert torch.equal(torch.where(back > 7, back - 16, back), x.int())
+    y, scale = like_meta(torch_npu.npu_dynamic_quant, x.to(BF16), dst_type=torch.quint4x2)
+    assert y.shape == (2, 1) and torch.equal(scale, torch.full((2,), 8 / 7))
+
+
 def test_dynamic_quant_by_groups(a2) -> None:
     x, smooth = rand(5, 32), rand(2, 32, seed=1).abs() + 0.5
     y, _ = torch_npu.npu_dynamic_quant(x, smooth_scales=smooth, group_index=torch.tensor([2, 5], dtype=torch.int32))
@@ -60,6 +69,7 @@ def test_trans_quant_param_keeps_19_bits(a2) -> None:
     assert ((back - scale).abs() <= scale * 2**-10).all() and (back <= scale).all()
     near, _ = scale_of_param(torch_npu.npu_trans_quant_param(scale, None, 1))
     assert ((near - scale).abs() <= scale * 2**-11 * 1.01).all()
+    assert ((packed >> 46) == 1).all() and (packed & 0x1FFF == 0).all()
 
 
 @pytest.mark.parametrize("rows", [1, 5])

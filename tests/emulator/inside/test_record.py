@@ -20,7 +20,7 @@ def test_calls_are_recorded_with_their_arguments(a2, device) -> None:
     bound = seen.calls[0].bound()
     assert bound["gamma"] is weight and bound["epsilon"] == 1e-5
     assert seen.calls[1].bound()["dim"] == -1
-    assert seen.counts == {"npu_rms_norm": 1, "npu_swiglu": 1} and seen.others["aten::add"] == 1
+    assert seen.counts == {"npu_rms_norm": 1, "npu_swiglu": 1} and seen.kernels["aten::add"] == 1
 
 
 def test_limits_hold_on_meta_tensors(a2, duo) -> None:
@@ -29,6 +29,20 @@ def test_limits_hold_on_meta_tensors(a2, duo) -> None:
         torch_npu.npu_swiglu(x)
     with Recorder(check=True), pytest.raises(LimitError, match="npu_swiglu on Atlas 300I DUO.*float16"):
         torch_npu.npu_swiglu(x)
+
+
+def test_a_traced_step_counts_work_and_collects_what_is_wrong(duo) -> None:
+    x = torch.empty(2, 48, dtype=BF16, device="meta")
+    with Recorder(check="collect") as seen:
+        y = torch_npu.npu_swiglu(x.view(4, 24).view(2, 48))
+        torch_npu.npu_scatter_pa_kv_cache(*[x.view(2, 3, 16)] * 2, *[x.view(1, 1, 6, 16)] * 2, x[:, 0].int())
+        y.t().contiguous()
+    assert [v.partition(":")[0] for v in seen.violations] == [
+        "npu_swiglu on Atlas 300I DUO (atlas_300i_duo)",
+        "npu_scatter_pa_kv_cache on Atlas 300I DUO (atlas_300i_duo)",
+    ]
+    assert seen.kernels["npu::npu_swiglu"] == 1 and seen.kernels["aten::clone"] == 1 and not seen.kernels["aten::view"]
+    assert seen.moved_bytes > x.numel() * 2 * 1.5
 
 
 def test_ops_can_be_hidden(a2) -> None:
