@@ -19,6 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from executor.env import REPO_ROOT
 from executor.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Wheel:
 
 def cache_folder() -> Path:
     """Where the wheel and the stubs are kept: `.cache` in the repository, which version control ignores."""
-    return Path(__file__).resolve().parents[2] / ".cache"
+    return REPO_ROOT / ".cache"
 
 
 def find_wheel(folder: Path | None = None) -> Wheel | None:

@@ -82,17 +82,21 @@ def _check_fused(
         require_dtype("quant_scale", quant_scale, FLOATS)
     require(quant_mode == 1 or quant_scale is not None, "static quantization needs quant_scale")
     if group_index is not None:
-        require(quant_mode == 1, "group_index needs quant_mode=1", quant_mode)
         refuse(bias=bias, quant_offset=quant_offset)
-        require_dtype("group_index", group_index, (torch.int64,))
-        require_rank("group_index", group_index, 1)
-        half = x.shape[-1] // 2
-        require(
-            half <= 10496 and half % 64 == 0,
-            "with group_index half of x's last dimension must be at most 10496 and a multiple of 64",
-            half,
-        )
-        require_shape("quant_scale", quant_scale, groups, half)
+        _check_groups(x, group_index, quant_scale, quant_mode)
+
+
+def _check_groups(x: Tensor, group_index: Tensor, quant_scale: Tensor | None, quant_mode: int) -> None:
+    require(quant_mode == 1, "group_index needs quant_mode=1", quant_mode)
+    require_dtype("group_index", group_index, (torch.int64,))
+    require_rank("group_index", group_index, 1)
+    half = x.shape[-1] // 2
+    require(
+        half <= 10496 and half % 64 == 0,
+        "with group_index half of x's last dimension must be at most 10496 and a multiple of 64",
+        half,
+    )
+    require_shape("quant_scale", quant_scale, group_index.shape[0], half)
 
 
 @kernel("npu_dequant_swiglu_quant", _check_fused)

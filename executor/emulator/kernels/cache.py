@@ -174,26 +174,27 @@ def _check_qkv(
         require_shape(name, x, *shape)
     require_dtype("index", index, (torch.int64,))
     require_shape("index", index, tokens)
-    for name, cache, count, scale, offset in (
-        ("k", k_cache, k_heads, k_scale, k_offset),
-        ("v", v_cache, v_heads, v_scale, v_offset),
-    ):
-        require(cache.dtype in (qkv.dtype, torch.int8), f"{name}_cache must have qkv's dtype or int8", cache.dtype)
-        _check_nz_cache(f"{name}_cache", cache, count, dim)
-        require(
-            (scale is not None) == (cache.dtype == torch.int8),
-            f"{name}_scale must be given for an int8 {name}_cache, and only then",
-            scale,
-        )
-        for part, x in ((f"{name}_scale", scale), (f"{name}_offset", offset)):
-            require(x is None or x.dtype == torch.float32, f"{part} must be float32", None if x is None else x.dtype)
-            require_shape(part, x, count, dim)
+    _check_written(qkv, "k", k_cache, k_heads, k_scale, k_offset)
+    _check_written(qkv, "v", v_cache, v_heads, v_scale, v_offset)
     blocks, block_size = k_cache.shape[0], k_cache.shape[2]
     require(
         blocks >= -(-seq // block_size) * batch,
         f"the cache must have at least ceil(S / block size) * B blocks, {-(-seq // block_size) * batch}",
         blocks,
     )
+
+
+def _check_written(
+    qkv: Tensor, name: str, cache: Tensor, heads: int, scale: Tensor | None, offset: Tensor | None
+) -> None:
+    """One of the two caches, and the scales an int8 one needs; the head dim is 128."""
+    require(cache.dtype in (qkv.dtype, torch.int8), f"{name}_cache must have qkv's dtype or int8", cache.dtype)
+    _check_nz_cache(f"{name}_cache", cache, heads, 128)
+    fits = (scale is not None) == (cache.dtype == torch.int8)
+    require(fits, f"{name}_scale must be given for an int8 {name}_cache, and only then", scale)
+    for part, x in ((f"{name}_scale", scale), (f"{name}_offset", offset)):
+        require(x is None or x.dtype == torch.float32, f"{part} must be float32", None if x is None else x.dtype)
+        require_shape(part, x, heads, 128)
 
 
 @kernel("npu_qkv_rms_norm_rope_cache", _check_qkv)

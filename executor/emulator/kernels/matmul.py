@@ -194,34 +194,32 @@ def _check_all_reduce(
     require(x1.is_contiguous(), "x1 must not be transposed", x1.stride())
     require_shape("x3", x3, *x1.shape[:-1], x2.shape[1])
     require_shape("bias", bias, x2.shape[1])
-    if x1.dtype == torch.int8:
-        require_dtype("x2", x2, (torch.int8,))
-        require(dequant_scale is not None, "an int8 x1 needs dequant_scale")
-        require_dtype(
-            "dequant_scale",
-            dequant_scale,
-            (torch.int64, torch.bfloat16) if pertoken_scale is None else (torch.float32, torch.bfloat16),
-        )
-        require(
-            dequant_scale.numel() in (1, x2.shape[1]),
-            f"dequant_scale must have 1 or {x2.shape[1]} values",
-            list(dequant_scale.shape),
-        )
-        require(bias is None or bias.dtype == torch.int32, "bias must be int32", bias)
-    else:
-        require_dtype("x1", x1, HALF)
-        require_same_dtype("x1", x1, x2=x2, bias=bias, x3=x3)
-        refuse(dequant_scale=dequant_scale, pertoken_scale=pertoken_scale)
-    if pertoken_scale is not None:
-        require_dtype("pertoken_scale", pertoken_scale, (torch.float32,))
-        require(
-            pertoken_scale.numel() == x1[..., 0].numel(),
-            "pertoken_scale must have one value per row of x1",
-            list(pertoken_scale.shape),
-        )
+    _check_reduced_dtypes(x1, x2, bias, x3, dequant_scale, pertoken_scale)
     group = group_named(hcom)
     ranks = group.size() if group is not None else 1
     require(ranks in (1, 2, 4, 8), "the group must have 1, 2, 4 or 8 ranks", ranks)
+
+
+def _check_reduced_dtypes(
+    x1: Tensor, x2: Tensor, bias: Tensor | None, x3: Tensor | None, dequant: Tensor | None, pertoken: Tensor | None
+) -> None:
+    """Plain operands in one dtype, or int8 with what brings their product back."""
+    if x1.dtype != torch.int8:
+        require_dtype("x1", x1, HALF)
+        require_same_dtype("x1", x1, x2=x2, bias=bias, x3=x3)
+        refuse(dequant_scale=dequant, pertoken_scale=pertoken)
+        return
+    require_dtype("x2", x2, (torch.int8,))
+    require(dequant is not None, "an int8 x1 needs dequant_scale")
+    scales = (torch.int64, torch.bfloat16) if pertoken is None else (torch.float32, torch.bfloat16)
+    require_dtype("dequant_scale", dequant, scales)
+    columns = x2.shape[1]
+    require(dequant.numel() in (1, columns), f"dequant_scale must have 1 or {columns} values", list(dequant.shape))
+    require(bias is None or bias.dtype == torch.int32, "bias must be int32", bias)
+    if pertoken is not None:
+        require_dtype("pertoken_scale", pertoken, (torch.float32,))
+        rows = x1[..., 0].numel()
+        require(pertoken.numel() == rows, f"pertoken_scale must have {rows} values", list(pertoken.shape))
 
 
 @kernel("npu_mm_all_reduce_base", _check_all_reduce)
