@@ -27,7 +27,6 @@ NOT_KERNELS = frozenset(
 _EXECUTING = re.compile(
     r"call_function\[target=torch\.ops\.(?P<target>[\w.]+)\](?:\(args = \((?P<wrapped>(?:npu|atb|air)\.[\w.]+))?"
 )
-_LITERALS = frozenset(("Const",))
 _COLLECTIVES = ("Hcom", "MatmulAllReduce", "AllGatherMatmul", "MatmulReduceScatter", "MoeDistribute")
 
 
@@ -40,11 +39,15 @@ class Graph:
     @functools.cached_property
     def literal_only(self) -> frozenset[str]:
         """Names of nodes whose inputs are literals, directly or through such nodes: GE folds them when it compiles."""
-        found: set[str] = set()
-        for op in self.proto.op:  # a node stands after its inputs
-            sources = [source_of(name) for name in op.input if name and not name.startswith("^")]
-            if op.type in _LITERALS or (sources and all(s in found for s in sources)):
-                found.add(op.name)
+        found = {op.name for op in self.proto.op if op.type == "Const"}
+        grown = True
+        while grown:  # one round where nodes stand after their inputs, as they mostly do
+            before = len(found)
+            for op in self.proto.op:
+                sources = [source_of(name) for name in op.input if name and not name.endswith(":-1")]
+                if sources and found.issuperset(sources):
+                    found.add(op.name)
+            grown = len(found) > before
         return frozenset(found)
 
     @property
@@ -74,20 +77,23 @@ class Graph:
 
 
 def source_of(name: str) -> str:
-    """The node that an input `node:output` comes from."""
+    """The node that an input `node:output` comes from (output -1 is an order, no data)."""
     return name.rpartition(":")[0] or name
 
 
-def convert(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Graph:
+def convert(
+    function: Callable[..., Any], *args: Any, configure: Callable[[Any], None] | None = None, **kwargs: Any
+) -> Graph:
     """The GE graph of `function(*args, **kwargs)`, static shapes, graph breaks refused.
 
-    RuntimeError names what torchair could not convert.
+    `configure` may change torchair's CompilerConfig, for the options that the backend runs with. RuntimeError names
+    what torchair could not convert.
     """
     assert activate.active(), "graphs are converted in an emulating process: call executor.emulator.activate.activate"
     found: list[Any] = []
     with _without_cann(found) as done:
         torch._dynamo.reset()
-        compiled = torch.compile(function, backend=_backend(), fullgraph=True, dynamic=False)
+        compiled = torch.compile(function, backend=_backend(configure), fullgraph=True, dynamic=False)
         try:
             with torch.no_grad():
                 compiled(*args, **kwargs)
@@ -123,10 +129,12 @@ def fake_world(world_size: int, rank: int = 0) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _backend() -> Callable[..., Any]:
+def _backend(configure: Callable[[Any], None] | None) -> Callable[..., Any]:
     import torchair
 
     config = torchair.CompilerConfig()
+    if configure is not None:
+        configure(config)
     config.export.export_mode = True
     config.export.weight_name = {}
     config.experimental_config.enable_ref_data = True

@@ -209,3 +209,14 @@ def test_the_graph_of_cpu_tensors_is_that_of_meta_tensors(a2) -> None:
         == graph.convert(step, *(torch.zeros(s, dtype=BF16) for s in shapes)).kernels
         == {"MatMul": 1, "SwiGlu": 1}
     )
+
+
+def test_torchairs_options_can_be_given(a2) -> None:
+    seen = []
+
+    def configure(config) -> None:
+        config.experimental_config.frozen_parameter = True
+        seen.append(config)
+
+    assert graph.convert(lambda x: x + x, meta(4), configure=configure).kernels.total() == 1
+    assert len(seen) == 1
