@@ -86,11 +86,7 @@ def npu_moe_gating_top_k_softmax_v2(
         weights, ids = _best(softmax, k)
     if finished is not None:
         ids = ids.masked_fill(finished.unsqueeze(-1), x.shape[-1])
-    shown = (
-        softmax
-        if output_softmax and not renorm
-        else softmax.new_full((1,) if not output_softmax else softmax.shape, float("nan"))
-    )
+    shown = softmax if output_softmax and not renorm else softmax.new_empty(0)
     return weights.to(x.dtype), ids.to(torch.int32), shown
 
 

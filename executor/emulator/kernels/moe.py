@@ -98,7 +98,7 @@ def npu_moe_init_routing_v2(
     order = order[:total]
     used, experts, rows = len(order), flat[order], order // expert_idx.shape[1]
     counts = torch.bincount(flat[mine] - start, minlength=end - start)
-    expanded_scale = torch.full((len(flat),), float("nan"))
+    expanded_scale = torch.full((total,), float("nan"))
     if quant_mode == 1:
         smooth = None if scale is None else scale[experts - start]
         expanded = torch.full((total, x.shape[1]), 99, dtype=torch.int8)

@@ -25,7 +25,7 @@ def test_gating(a2, dtype, rows) -> None:
     weights, experts, _ = like_meta(torch_npu.npu_moe_gating_top_k, x, k=K, norm_type=0)
     close(weights, wanted)
     assert torch.equal(experts.long(), ids)
-    renormed, experts, _ = torch_npu.npu_moe_gating_top_k_softmax_v2(x, k=K, renorm=1)
+    renormed, experts, _ = like_meta(torch_npu.npu_moe_gating_top_k_softmax_v2, x, k=K, renorm=1)
     close(renormed, CPU.gate_topk(x.float(), K, True)[0], 2)
     assert torch.equal(experts.long(), ids)
 
@@ -77,6 +77,19 @@ def test_init_routing(a2, kind, active) -> None:
         assert index.tolist() == [order.index(i) if i in order else -1 for i in range(5 * K)]
     else:
         assert index[: len(order)].tolist() == order
+
+
+def test_init_routing_keeps_the_first_rows(a2) -> None:
+    x, ids = rand(4, N), torch.tensor([[0, 1], [1, 2], [2, 0], [3, 1]], dtype=torch.int32)
+    common = {
+        "expert_num": 4,
+        "expert_tokens_num_type": 1,
+        "expert_tokens_num_flag": True,
+        "active_expert_range": [0, 4],
+    }
+    expanded, index, counts, scale = like_meta(torch_npu.npu_moe_init_routing_v2, x, ids, active_num=3, **common)
+    assert torch.equal(expanded, x[[0, 2, 0]]) and counts.tolist() == [2, 3, 2, 1]
+    assert index.tolist() == [0, 2, -1, -1, -1, 1, -1, -1] and len(scale) == 3
 
 
 def test_init_routing_quantizes(a2) -> None:
