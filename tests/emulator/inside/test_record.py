@@ -71,4 +71,8 @@ def test_calls_are_bound_to_other_releases(a2) -> None:
     assert "output_mask" in releases.misfit(newer, "2.8.0.post5") and not releases.misfit(newer, "2.14.0")
     assert "input_ids" in releases.misfit(hashed, "2.8.0.post5") and not releases.misfit(hashed, "2.7.1.post11")
     assert "not in torch_npu" in releases.misfit(Call("atb::_npu_flash_attention_v3", (), {}), "2.8.0.post5")
+    rows, index = rand(4, 32), torch.arange(4, dtype=torch.int32)
+    back = Call("npu::npu_moe_finalize_routing", (rows, None, None, None, rand(2, 2), index, None, 2), {})
+    assert not any(releases.misfit(back, release) for release in releases.SUPPORTED)
+    assert "8 positional" in releases.misfit(Call(back.op, (*back.args, 2), {}), "2.8.0.post5")
     assert "needs the argument gamma" in releases.misfit(Call("npu::npu_rms_norm", (x,), {}), "2.14.0")
