@@ -11,11 +11,12 @@ colours and shapes do not repeat within a scene: every question has exactly one 
 
 Sample files: `python -m dataset.shapes dataset/media`.
 """
+
 import argparse
 import json
 import random
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +25,20 @@ from PIL import Image
 UNIT_PX = 14
 GRID_UNITS = 8
 SIDE_PX = UNIT_PX * GRID_UNITS
-COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (40, 70, 220), "yellow": (240, 205, 30),
-          "purple": (160, 50, 190), "black": (25, 25, 25)}
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (40, 70, 220),
+    "yellow": (240, 205, 30),
+    "purple": (160, 50, 190),
+    "black": (25, 25, 25),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")  # quadrant = 2 * (lower half) + (right half)
 WORDS = ("STOP", "GO", "OPEN", "EXIT", "YES", "NO", "CAT", "DOG", "SUN", "TEA", "HI", "UP")
 DIRECTIONS = ("left", "right", "up", "down")
 BACKGROUNDS = (255, 245, 235)
-# Every picture is framed. Qwen2.5-VL's encoder knows only distances, no places: what it can tell "left" by is the frame.
+# Every picture is framed. Qwen2.5-VL's encoder knows only distances, no places: it can tell "left" by the frame alone.
 FRAME_PX = 3
 FRAME_GRAY = 110
 PICTURE_KINDS = ("color", "shape", "count", "place", "box", "describe", "read", "number")
@@ -40,18 +47,30 @@ KINDS = PICTURE_KINDS + CLIP_KINDS
 
 # 5x7 glyphs, one string of 7 rows each.
 GLYPHS = {
-    "0": "01110 10001 10011 10101 11001 10001 01110", "1": "00100 01100 00100 00100 00100 00100 01110",
-    "2": "01110 10001 00001 00110 01000 10000 11111", "3": "11111 00010 00100 00010 00001 10001 01110",
-    "4": "00010 00110 01010 10010 11111 00010 00010", "5": "11111 10000 11110 00001 00001 10001 01110",
-    "6": "00110 01000 10000 11110 10001 10001 01110", "7": "11111 00001 00010 00100 01000 01000 01000",
-    "8": "01110 10001 10001 01110 10001 10001 01110", "9": "01110 10001 10001 01111 00001 00010 01100",
-    "A": "01110 10001 10001 11111 10001 10001 10001", "C": "01110 10001 10000 10000 10000 10001 01110",
-    "D": "11110 10001 10001 10001 10001 10001 11110", "E": "11111 10000 10000 11110 10000 10000 11111",
-    "G": "01110 10001 10000 10111 10001 10001 01111", "H": "10001 10001 10001 11111 10001 10001 10001",
-    "I": "01110 00100 00100 00100 00100 00100 01110", "N": "10001 11001 10101 10011 10001 10001 10001",
-    "O": "01110 10001 10001 10001 10001 10001 01110", "P": "11110 10001 10001 11110 10000 10000 10000",
-    "S": "01111 10000 10000 01110 00001 00001 11110", "T": "11111 00100 00100 00100 00100 00100 00100",
-    "U": "10001 10001 10001 10001 10001 10001 01110", "X": "10001 10001 01010 00100 01010 10001 10001",
+    "0": "01110 10001 10011 10101 11001 10001 01110",
+    "1": "00100 01100 00100 00100 00100 00100 01110",
+    "2": "01110 10001 00001 00110 01000 10000 11111",
+    "3": "11111 00010 00100 00010 00001 10001 01110",
+    "4": "00010 00110 01010 10010 11111 00010 00010",
+    "5": "11111 10000 11110 00001 00001 10001 01110",
+    "6": "00110 01000 10000 11110 10001 10001 01110",
+    "7": "11111 00001 00010 00100 01000 01000 01000",
+    "8": "01110 10001 10001 01110 10001 10001 01110",
+    "9": "01110 10001 10001 01111 00001 00010 01100",
+    "A": "01110 10001 10001 11111 10001 10001 10001",
+    "C": "01110 10001 10000 10000 10000 10001 01110",
+    "D": "11110 10001 10001 10001 10001 10001 11110",
+    "E": "11111 10000 10000 11110 10000 10000 11111",
+    "G": "01110 10001 10000 10111 10001 10001 01111",
+    "H": "10001 10001 10001 11111 10001 10001 10001",
+    "I": "01110 00100 00100 00100 00100 00100 01110",
+    "N": "10001 11001 10101 10011 10001 10001 10001",
+    "O": "01110 10001 10001 10001 10001 10001 01110",
+    "P": "11110 10001 10001 11110 10000 10000 10000",
+    "S": "01111 10000 10000 01110 00001 00001 11110",
+    "T": "11111 00100 00100 00100 00100 00100 00100",
+    "U": "10001 10001 10001 10001 10001 10001 01110",
+    "X": "10001 10001 01010 00100 01010 10001 10001",
     "Y": "10001 10001 01010 00100 00100 00100 00100",
 }
 
@@ -59,6 +78,7 @@ GLYPHS = {
 @dataclass(frozen=True)
 class Thing:
     """One coloured shape; (x, y) is its upper left corner and `size` its side, in units of 14 px."""
+
     color: str
     shape: str
     x: int
@@ -97,6 +117,7 @@ def iou(a, b):
 @dataclass(frozen=True)
 class Question:
     """`answer` is the text for every kind but "box", whose text depends on the family (answer_for)."""
+
     kind: str
     text: str
     answer: str | None = None
@@ -112,10 +133,11 @@ class Question:
 @dataclass(frozen=True)
 class Scene:
     """A picture (num_frames 1) or a clip whose first thing moves. `noise` seeds the pixels' noise."""
+
     things: tuple = ()
-    text: str | None = None            # a word of WORDS or two digits, instead of things
+    text: str | None = None  # a word of WORDS or two digits, instead of things
     text_color: str | None = None
-    text_y: int = 0                    # units
+    text_y: int = 0  # units
     direction: str | None = None
     num_frames: int = 1
     fps: float = 0.0
@@ -142,11 +164,11 @@ class Scene:
             if n == 0 and self.is_clip:
                 x_px, y_px = self._mover_px(thing, index)
             mask = shape_mask(thing.shape, thing.size * UNIT_PX)
-            canvas[y_px:y_px + len(mask), x_px:x_px + len(mask)][mask] = COLORS[thing.color]
+            canvas[y_px : y_px + len(mask), x_px : x_px + len(mask)][mask] = COLORS[thing.color]
         if self.text:
             mask = text_mask(self.text)
             y_px = self.text_y * UNIT_PX
-            canvas[y_px:y_px + mask.shape[0], UNIT_PX:UNIT_PX + mask.shape[1]][mask] = COLORS[self.text_color]
+            canvas[y_px : y_px + mask.shape[0], UNIT_PX : UNIT_PX + mask.shape[1]][mask] = COLORS[self.text_color]
         for edge in (canvas[:FRAME_PX], canvas[-FRAME_PX:], canvas[:, :FRAME_PX], canvas[:, -FRAME_PX:]):
             edge[:] = FRAME_GRAY
         if self.noise_level:
@@ -168,14 +190,20 @@ class Scene:
             return self._clip_questions(rng)
         if self.text:
             return self._text_questions(rng)
-        out = [Question("count", rng.choice(("How many objects are there?", "Count the objects.")), str(len(self.things)))]
+        out = [
+            Question("count", rng.choice(("How many objects are there?", "Count the objects.")), str(len(self.things)))
+        ]
         for thing in self.things:
             out += [
                 Question("color", f"What color is the {thing.shape}?", thing.color),
-                Question("shape", rng.choice((f"What shape is the {thing.color} object?",
-                                              f"Which shape is {thing.color}?")), thing.shape),
+                Question(
+                    "shape",
+                    rng.choice((f"What shape is the {thing.color} object?", f"Which shape is {thing.color}?")),
+                    thing.shape,
+                ),
                 Question("place", f"Where is the {thing.label}?", thing.place),
-                Question("box", f"Locate the {thing.label}" + rng.choice((".", " and answer in JSON.")), thing=thing)]
+                Question("box", f"Locate the {thing.label}" + rng.choice((".", " and answer in JSON.")), thing=thing),
+            ]
         ordered = sorted(self.things, key=lambda thing: PLACES.index(thing.place))
         told = ", ".join(f"a {thing.label} at the {thing.place}" for thing in ordered)
         return out + [Question("describe", describe_phrase(rng), told)]
@@ -183,21 +211,25 @@ class Scene:
     def _text_questions(self, rng):
         noun, kind = ("number", "number") if self.text.isdigit() else ("word", "read")
         ask = rng.choice((f"What {noun} is written?", f"Read the {noun}."))
-        return [Question(kind, ask, self.text),
-                Question("describe", describe_phrase(rng), f"the {noun} {self.text} in {self.text_color}")]
+        return [
+            Question(kind, ask, self.text),
+            Question("describe", describe_phrase(rng), f"the {noun} {self.text} in {self.text_color}"),
+        ]
 
     def _clip_questions(self, rng):
         mover = self.things[0]
-        return [Question("motion", f"Which way does the {mover.label} move?", self.direction),
-                Question("mover", rng.choice(("What moves?", "What is moving?")), f"the {mover.label}"),
-                Question("describe clip", "Describe the video.", f"a {mover.label} moves {self.direction}")]
+        return [
+            Question("motion", f"Which way does the {mover.label} move?", self.direction),
+            Question("mover", rng.choice(("What moves?", "What is moving?")), f"the {mover.label}"),
+            Question("describe clip", "Describe the video.", f"a {mover.label} moves {self.direction}"),
+        ]
 
 
 def describe_phrase(rng):
     return rng.choice(("Describe the picture.", "What do you see?"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def shape_mask(shape, side_px):
     """bool [side, side]; every shape touches all four edges, so its box is exact."""
     centre = (np.arange(side_px) + 0.5) / side_px - 0.5
@@ -212,20 +244,21 @@ def shape_mask(shape, side_px):
     return (np.abs(x) <= 1 / 6) | (np.abs(y) <= 1 / 6)
 
 
-@lru_cache(maxsize=None)
+@cache
 def text_mask(text):
     """bool [height, width]: 7 px per glyph dot for two digits, 4 for a word (at most four letters: 92 px)."""
     dot_px = 7 if text.isdigit() else 4
     rows = [[[int(c) for c in row] + [0] for row in GLYPHS[ch].split()] for ch in text]
     return np.kron(np.concatenate([np.array(g) for g in rows], axis=1), np.ones((dot_px, dot_px), int)).astype(bool)[
-        :, :-dot_px]
+        :, :-dot_px
+    ]
 
 
 def _things(rng, count):
     quadrants = rng.sample(range(4), count)
     colors, kinds = rng.sample(list(COLORS), count), rng.sample(SHAPES, count)
     out = []
-    for quadrant, color, shape in zip(quadrants, colors, kinds):
+    for quadrant, color, shape in zip(quadrants, colors, kinds, strict=True):
         size = rng.choice((3, 3, 3, 4))
         x, y = (rng.randint(0, 4 - size) + 4 * bit for bit in (quadrant % 2, quadrant // 2))
         out.append(Thing(color, shape, x, y, size))
@@ -243,18 +276,26 @@ def _clip_things(rng, direction, count):
     return tuple(Thing(colors[i], kinds[i], *(lane, other)[i], size) for i in range(count))
 
 
-def make_scene(rng, medium, max_things=3):
+def make_scene(rng, medium, max_things=3, min_things=1):
     """A scene drawn from random.Random `rng`; medium: "objects", "word", "number" or "clip"."""
-    common = dict(background=rng.choice(BACKGROUNDS), noise_level=rng.choice((0.0, 4.0, 10.0)), noise=rng.getrandbits(32))
+    common = dict(
+        background=rng.choice(BACKGROUNDS), noise_level=rng.choice((0.0, 4.0, 10.0)), noise=rng.getrandbits(32)
+    )
     if medium == "objects":
-        return Scene(things=_things(rng, rng.randint(1, max_things)), **common)
+        return Scene(things=_things(rng, rng.randint(min_things, max_things)), **common)
     if medium == "clip":
         direction, fps, seconds = rng.choice(DIRECTIONS), rng.choice((6, 8, 10, 12)), rng.choice((2, 2, 3))
-        return Scene(things=_clip_things(rng, direction, rng.randint(1, 2)), direction=direction,
-                     num_frames=fps * seconds, fps=float(fps), **common)
+        return Scene(
+            things=_clip_things(rng, direction, rng.randint(1, 2)),
+            direction=direction,
+            num_frames=fps * seconds,
+            fps=float(fps),
+            **common,
+        )
     text = rng.choice(WORDS) if medium == "word" else f"{rng.randint(10, 99)}"
-    return Scene(text=text, text_color=rng.choice(list(COLORS)), text_y=rng.randint(1, 3 if medium == "number" else 4),
-                 **common)
+    return Scene(
+        text=text, text_color=rng.choice(list(COLORS)), text_y=rng.randint(1, 3 if medium == "number" else 4), **common
+    )
 
 
 @dataclass(frozen=True)
@@ -303,15 +344,23 @@ def write_media(folder):
     """The committed sample files and `questions.json` beside them: {file: [{question, answer}]}."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = {"objects.png": ("objects", 55), "objects_2.jpg": ("objects", 29), "word.png": ("word", 47),
-              "number.jpg": ("number", 8), "clip.mp4": ("clip", 62), "clip_2.mp4": ("clip", 63)}
+    wanted = {
+        "objects.png": ("objects", 55),
+        "objects_2.jpg": ("objects", 29),
+        "word.png": ("word", 47),
+        "number.jpg": ("number", 8),
+        "clip.mp4": ("clip", 62),
+        "clip_2.mp4": ("clip", 63),
+    }
     told = {}
     for name, (medium, seed) in wanted.items():
         rng = random.Random(f"media:{seed}")
         scene = make_scene(rng, medium)
         (write_clip if scene.is_clip else write_picture)(scene, folder / name)
-        told[name] = [{"question": q.text, "qwen2_5": q.answer_for("qwen2_5"), "qwen3": q.answer_for("qwen3")}
-                      for q in scene.questions(rng)]
+        told[name] = [
+            {"question": q.text, "qwen2_5": q.answer_for("qwen2_5"), "qwen3": q.answer_for("qwen3")}
+            for q in scene.questions(rng)
+        ]
     (folder / "questions.json").write_text(json.dumps(told, indent=1) + "\n")
 
 

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from executor.env import calm_threads
 from executor.errors import UserError, nearest
 
 COMMANDS = {
@@ -40,6 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Everything a command raises ends here."""
+    calm_threads()  # before anything imports torch
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s", stream=sys.stderr)
     command = "launch"
     try:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from executor.device.ops import KVLayer, Ops
 
-
 _TILE_ELEMENTS = 1 << 17
 
 

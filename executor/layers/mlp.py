@@ -16,9 +16,7 @@ class GatedMLP(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, group: Group, *, bias: bool = False) -> None:
         super().__init__()
         parts = fused(("gate_proj", "up_proj"), intermediate_size, group)
-        self.gate_up_proj = Linear(
-            hidden_size, 2 * intermediate_size, bias=bias, shard="out", group=group, parts=parts
-        )
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=bias, shard="out", group=group, parts=parts)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, shard="in", group=group)
 
     def forward(self, x: Tensor) -> Tensor:

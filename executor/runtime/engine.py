@@ -149,7 +149,9 @@ class Engine:
             if running:
                 self.abort(request_id)
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Completion]:
         """Answer all prompts together, in their order."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         collector = Collector()

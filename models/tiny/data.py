@@ -1,11 +1,12 @@
 """Training batches: pictures to patches, questions to packed token sequences with positions and an attention mask.
 
-A sequence is one picture (or clip) and as many question/answer turns about it as fit in `length` tokens. Mostly each turn
-sees the picture and itself only, at the positions of a first turn ("branches" over a shared prefix); some sequences are
-plain chats, where a turn sees all turns before it. Only answers and their <|im_end|> are learnt.
+A sequence is one picture (or clip) and as many question/answer turns about it as fit in `length` tokens. Mostly each
+turn sees the picture and itself only, at the positions of a first turn ("branches" over a shared prefix); some
+sequences are plain chats, where a turn sees all turns before it. Only answers and their <|im_end|> are learnt.
 
 Shapes: B sequences, T tokens, N temporal patches (one per picture, two or three per clip), 64 patches of D values each.
 """
+
 import io
 import random
 
@@ -17,10 +18,10 @@ from dataset import shapes
 from models.tiny.configs import CLIP_MEAN, CLIP_STD, PATCH_PX
 from models.tiny.tokenizer import SYSTEM_PROMPT
 
-TOKENS_PER_PATCH_PAIR = 16           # 8x8 patches, merged 2x2
+TOKENS_PER_PATCH_PAIR = 16  # 8x8 patches, merged 2x2
 MERGED_SIDE = 4
 HEADER = "<|im_end|>\n<|im_start|>assistant\n"
-SECONDS_STEP = 2                     # qwen2_5: second_per_grid 1.0 x tokens_per_second 2
+SECONDS_STEP = 2  # qwen2_5: second_per_grid 1.0 x tokens_per_second 2
 
 
 def patches(frames, family):
@@ -33,8 +34,8 @@ def patches(frames, family):
     mean, std = (CLIP_MEAN, CLIP_STD) if family == "qwen2_5" else ([0.5] * 3, [0.5] * 3)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
     pixels = (pixels.float() / 255 - mean) / std
-    grid = pixels.view(-1, 2, 3, 4, 2, size_px, 4, 2, size_px)   # N, frame, channel, (row, sub, y), (column, sub, x)
-    return grid.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 64, 3 * 2 * size_px ** 2).contiguous()
+    grid = pixels.view(-1, 2, 3, 4, 2, size_px, 4, 2, size_px)  # N, frame, channel, (row, sub, y), (column, sub, x)
+    return grid.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 64, 3 * 2 * size_px**2).contiguous()
 
 
 def sampled_frames(scene, family, fps=2.0):
@@ -103,6 +104,7 @@ class Packer:
         self.tokenizer, self.family, self.length = tokenizer, family, length
         self.pad_ids = {tokenizer.token_to_id("<|image_pad|>"), tokenizer.token_to_id("<|video_pad|>")}
         self.pad_id = tokenizer.token_to_id("<|endoftext|>")
+        self.label_ids = {tokenizer.token_to_id(f"Ġ{word}") for word in (*shapes.COLORS, *shapes.SHAPES)}
         self._cache = {}
 
     def encode(self, text):
@@ -116,9 +118,10 @@ class Packer:
         system = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n" if with_system else ""
         return self.encode(system + "<|im_start|>user\n" + media_text(self.family, num_pairs, times))
 
-    def pack(self, num_pairs, times, questions, with_system, chat=False):
+    def pack(self, num_pairs, times, questions, with_system, chat=False, hints=False):
         """One sequence: dict of ids [T], positions [3, T], segment [T] (0 shared, n the nth turn, -1 padding) and
-        target [T] (the token to predict next, -100 none). Turns that do not fit are left out."""
+        target [T] (the token to predict next, -100 none). Turns that do not fit are left out. With `hints` the shape
+        in "the red circle" of a question is learnt too: it must be looked up by the colour before it."""
         prefix = self.prefix(num_pairs, times, with_system)
         pos, next_position = positions(prefix, self.pad_ids, self.family)
         ids, segment = list(prefix), [0] * len(prefix)
@@ -130,15 +133,19 @@ class Packer:
             size = len(asked) + len(answer)
             if len(ids) + size > self.length:
                 continue
-            target += [-100] * (len(asked) - 1) + answer + [-100]
+            hinted = [b if hints and {a, b} <= self.label_ids else -100 for a, b in zip(asked, asked[1:])]
+            target += hinted + answer + [-100]
             ids += asked + answer
             segment += [0 if chat else turn + 1] * size
             parts.append(np.broadcast_to(next_position + np.arange(size), (3, size)))
             next_position += size if chat else 0
         room = self.length - len(ids)
-        return {"ids": np.array(ids + [self.pad_id] * room), "segment": np.array(segment + [-1] * room),
-                "target": np.array(target + [-100] * room),
-                "positions": np.concatenate([*parts, np.zeros((3, room), np.int64)], axis=1)}
+        return {
+            "ids": np.array(ids + [self.pad_id] * room),
+            "segment": np.array(segment + [-1] * room),
+            "target": np.array(target + [-100] * room),
+            "positions": np.concatenate([*parts, np.zeros((3, room), np.int64)], axis=1),
+        }
 
 
 def collate(rows, frames, family, pad_ids):
@@ -155,21 +162,31 @@ def collate(rows, frames, family, pad_ids):
     return batch
 
 
+def drills(scene, rng):
+    """Turns of training alone, one per thing: looked up by colour or by shape, answered by all there is to tell."""
+    return [shapes.Question("drill", f"What about the {rng.choice((thing.color + ' object', thing.shape))}?",
+                            f"the {thing.label} is at the {thing.place}") for thing in scene.things]
+
+
 def training_batch(packer, seed, step, num_pictures=24, num_clips=(6, 2), easy=False):
-    """The batch number `step` of a run: `num_pictures` pictures and (two-pair, three-pair) clips, a fixed count each, so
-    that every batch has the same shapes. A function of its arguments alone."""
+    """The batch number `step` of a run: `num_pictures` pictures and (two-pair, three-pair) clips, a fixed count each,
+    so that every batch has the same shapes. A function of its arguments alone."""
     rng = random.Random(f"train:{seed}:{step}")
     media = ["objects"] * (num_pictures - num_pictures // 3) + ["word", "number"] * (num_pictures // 6)
     media += ["objects"] * (num_pictures - len(media))
     rows, frames = [], []
     for medium, seconds in [(m, 0) for m in media] + [("clip", 2)] * num_clips[0] + [("clip", 3)] * num_clips[1]:
-        scene = shapes.make_scene(rng, medium, max_things=1 if easy else 3)
+        most = 1 if easy else 3
+        scene = shapes.make_scene(rng, medium, max_things=most, min_things=min(most, rng.choice((1, 2, 2))))
         while scene.is_clip and scene.num_frames != seconds * scene.fps:
             scene = shapes.make_scene(rng, medium)
         pixels, times = media_frames(scene, packer.family, rng)
-        questions = scene.questions(rng)
+        questions = scene.questions(rng) + ([] if scene.is_clip else drills(scene, rng))
         rng.shuffle(questions)
-        rows.append(packer.pack(len(pixels) // 2, times, questions, rng.random() < 0.5, chat=rng.random() < 0.15))
+        if len(scene.things) > 1 and rng.random() < 0.6:  # what must look an object up is hardest: more of it
+            questions = [q for q in questions if q.kind not in ("describe", "count")]
+        chat = rng.random() < 0.15
+        rows.append(packer.pack(len(pixels) // 2, times, questions, rng.random() < 0.5, chat, hints=not chat))
         frames.append(pixels)
     return collate(rows, frames, packer.family, packer.pad_ids)
 

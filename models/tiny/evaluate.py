@@ -1,8 +1,9 @@
 """Scores of a tiny model on held-out samples: `python -m models.tiny.evaluate --model qwen3_vl --num 500`.
 
 The folder's weights run in fp32 through transformers' own class, one first-turn question at a time in batches of equal
-length, greedily; a box is also scored by IoU. Prints JSON. `--check` compares training's forward pass with transformers'.
+length, greedily; a box is also scored by IoU. Prints JSON. `--check`: training's forward pass against transformers'.
 """
+
 import argparse
 import json
 import re
@@ -24,7 +25,7 @@ def teacher_forced(forward, packer, seed, num, batch=44):
     which is what greedy decoding would have produced."""
     samples, right = shapes.held_out(seed, num), defaultdict(list)
     for start in range(0, num, batch):
-        part = samples[start:start + batch]
+        part = samples[start : start + batch]
         fed = data.question_batch(packer, part, with_system=start % 2 == 0)
         with torch.autocast("cpu", torch.bfloat16):
             logits, target = forward.answer_logits(fed)
@@ -79,7 +80,11 @@ def evaluate(folder, name, seed, num):
             box, truth = said_box(said), said_box(sample.question.answer_for(packer.family))
             boxes.append(box is not None and shapes.iou(box, truth) >= 0.5)
     scores = {kind: round(sum(v) / len(v), 3) for kind, v in right.items()}
-    return {**scores, "box_iou": round(sum(boxes) / len(boxes), 3), "all": round(sum(map(sum, right.values())) / num, 4)}
+    return {
+        **scores,
+        "box_iou": round(sum(boxes) / len(boxes), 3),
+        "all": round(sum(map(sum, right.values())) / num, 4),
+    }
 
 
 @torch.no_grad()
@@ -92,10 +97,15 @@ def check(folder, name):
         sample = shapes.sample(3, index)
         batch = data.question_batch(packer, [sample])
         length = int((batch["target"][0] >= 0).nonzero()[-1]) + 2
-        theirs = model(input_ids=batch["ids"][:, :length], position_ids=batch["positions"][:, :, :length],
-                       mm_token_type_ids=torch.zeros(1, length, dtype=torch.long),
-                       **media_inputs(batch, sample.scene.is_clip)).logits
-        hidden = forward.hidden(batch["ids"], batch["positions"], batch["mask"], batch["vision_index"], batch["patches"])
+        theirs = model(
+            input_ids=batch["ids"][:, :length],
+            position_ids=batch["positions"][:, :, :length],
+            mm_token_type_ids=torch.zeros(1, length, dtype=torch.long),
+            **media_inputs(batch, sample.scene.is_clip),
+        ).logits
+        hidden = forward.hidden(
+            batch["ids"], batch["positions"], batch["mask"], batch["vision_index"], batch["patches"]
+        )
         worst = max(worst, float((model.lm_head(hidden[:, :length]) - theirs).abs().max()))
     return worst
 
@@ -110,8 +120,13 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder = args.folder or HERE / args.model
-    print(json.dumps({"forward_difference": check(folder, args.model)} if args.check
-                     else evaluate(folder, args.model, args.seed, args.num)))
+    print(
+        json.dumps(
+            {"forward_difference": check(folder, args.model)}
+            if args.check
+            else evaluate(folder, args.model, args.seed, args.num)
+        )
+    )
 
 
 if __name__ == "__main__":

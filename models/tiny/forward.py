@@ -1,9 +1,10 @@
 """A forward pass for training over the modules of transformers' own classes: same weights, fewer Python steps.
 
-All pictures are 8x8 patches, so vision attention is one call over [N, heads, 64, dim] (or [4N, heads, 16, dim] within
-Qwen2.5's windows) where transformers loops over the pictures. `python -m models.tiny.evaluate --check` compares the two.
+All pictures are 8x8 patches, so vision attention is one call over [N, heads, 64, dim] (or [4N, heads, 16, dim] in
+Qwen2.5's windows) where transformers loops over the pictures. `python -m models.tiny.evaluate --check` compares them.
 N temporal patches, T tokens, B sequences, H width.
 """
+
 import torch
 import torch.nn.functional as F
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
@@ -27,7 +28,7 @@ class Forward(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        self.expert_shares = []          # routing weights [tokens, E] of each MoE layer, of the latest pass
+        self.expert_shares = []  # routing weights [tokens, E] of each MoE layer, of the latest pass
         visual, grid = model.model.visual, torch.tensor([[1, 8, 8]])
         self.is_windowed = hasattr(visual, "fullatt_block_indexes")
         cos, sin = visual.rotary_pos_emb(torch.zeros(1), get_vision_position_ids(grid, 2))
@@ -37,8 +38,12 @@ class Forward(torch.nn.Module):
             self.back = torch.argsort(torch.tensor(WINDOW_CELLS))
         else:
             self.grid_index, self.grid_weight = get_vision_interpolation_indices_and_weights(
-                grid, num_grid_per_side=visual.num_grid_per_side, mode=visual.interpolation_mode,
-                align_corners=visual.interpolation_align_corners, spatial_merge_size=2)
+                grid,
+                num_grid_per_side=visual.num_grid_per_side,
+                mode=visual.interpolation_mode,
+                align_corners=visual.interpolation_align_corners,
+                spatial_merge_size=2,
+            )
         self.vision_cos, self.vision_sin = cos[self.order], sin[self.order]
 
     def vision(self, patches):
@@ -114,6 +119,8 @@ class Forward(torch.nn.Module):
 
     def answer_logits(self, batch, hidden=None):
         """(logits [A, vocab], target [A]) at the positions that predict an answer token."""
-        hidden = (hidden or self.hidden)(batch["ids"], batch["positions"], batch["mask"], batch["vision_index"], batch["patches"])
+        hidden = (hidden or self.hidden)(
+            batch["ids"], batch["positions"], batch["mask"], batch["vision_index"], batch["patches"]
+        )
         where = (batch["target"].flatten() >= 0).nonzero()[:, 0]
         return self.model.lm_head(hidden.flatten(0, 1)[where]), batch["target"].flatten()[where]

@@ -4,6 +4,7 @@ One thread is enough (two models train side by side on two cores). Hidden matric
 decay to zero. Batches are a function of (seed, step), so a run resumed from .work/<model>.pt goes on as it would have.
 The first `--easy-steps` steps show one object per picture. `--export-every` writes the checkpoint folder on the way.
 """
+
 import argparse
 import json
 import math
@@ -20,7 +21,7 @@ from models.tiny.forward import Forward
 
 HERE = Path(__file__).parent
 WORK = HERE / ".work"
-QUERY_KEY_RATE = 0.5
+QUERY_KEY_RATE = 0.25
 
 
 def parse_args():
@@ -28,7 +29,9 @@ def parse_args():
     parser.add_argument("--model", required=True, choices=list(configs.FAMILY))
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32, help="sequences per step; a quarter of them clips")
-    parser.add_argument("--lr", type=float, default=2e-3, help="AdamW: embeddings, head, norms, biases, patch embedding")
+    parser.add_argument(
+        "--lr", type=float, default=2e-3, help="AdamW: embeddings, head, norms, biases, patch embedding"
+    )
     parser.add_argument("--muon-lr", type=float, default=0.02, help="Muon: hidden matrices; 0 leaves all to AdamW")
     parser.add_argument("--warmup-steps", type=int, default=100)
     parser.add_argument("--easy-steps", type=int, default=200)
@@ -37,6 +40,7 @@ def parse_args():
     parser.add_argument("--eval-every", type=int, default=200)
     parser.add_argument("--export-every", type=int, default=600)
     parser.add_argument("--upcycle", metavar="FOLDER", help="start a qwen3_vl_moe from this dense checkpoint's weights")
+    parser.add_argument("--start", type=Path, help="begin with the weights of this saved state (a .pt of --work)")
     parser.add_argument("--work", type=Path, default=WORK, help="where the resumable state and the log lie")
     parser.add_argument("--no-export", action="store_true")
     return parser.parse_args()
@@ -87,8 +91,14 @@ def optimizers(model, lr, muon_lr):
             (query_key if slow else hidden).append(parameter)
         else:
             (rest if parameter.ndim >= 2 else bare).append(parameter)
-    found = [torch.optim.AdamW([{"params": rest, "weight_decay": 0.02}, {"params": bare, "weight_decay": 0.0}],
-                               lr=lr, betas=(0.9, 0.98), fused=True)]
+    found = [
+        torch.optim.AdamW(
+            [{"params": rest, "weight_decay": 0.02}, {"params": bare, "weight_decay": 0.0}],
+            lr=lr,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+    ]
     if muon_lr:
         groups = [{"params": hidden}] + ([{"params": query_key, "lr": QUERY_KEY_RATE * muon_lr}] if query_key else [])
         found.append(torch.optim.Muon(groups, lr=muon_lr, weight_decay=0.01, momentum=0.95))
@@ -127,7 +137,7 @@ def export(model, name, tok, folder):
     copy.config.dtype = torch.bfloat16
     copy.save_pretrained(folder)
     (Path(folder) / "model.safetensors").chmod(0o644)
-    written = Path(folder) / "config.json"          # the published files say num_experts
+    written = Path(folder) / "config.json"  # the published files say num_experts
     written.write_text(written.read_text().replace("num_local_experts", "num_experts"))
     configs.save_side_files(name, folder, tok)
 
@@ -141,13 +151,15 @@ def main():
     tok = tokenizer.build()
     packer = data.Packer(tok, configs.FAMILY[args.model])
     model = upcycled(args.upcycle, tok, args.seed) if args.upcycle else initialised(args.model, tok, args.seed)
+    if args.start:
+        model.load_state_dict(torch.load(args.start, weights_only=False)["model"])
     model.train()
     forward, found = Forward(model), optimizers(model, args.lr, args.muon_lr)
     first, spent_s = 0, 0.0
     if state_path.exists():
         state = torch.load(state_path, weights_only=False)
         model.load_state_dict(state["model"])
-        for optimizer, saved in zip(found, state["optimizers"]):
+        for optimizer, saved in zip(found, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         first, spent_s = state["step"], state["spent_s"]
     num_clips = args.batch // 4
@@ -159,14 +171,25 @@ def main():
         losses.append(train_step(forward, batch, found, scale))
         done = step + 1
         if done % 50 == 0 or done == args.steps:
-            loss, right = (sum(column) / len(losses) for column in zip(*losses))
+            loss, right = (sum(column) / len(losses) for column in zip(*losses, strict=True))
             losses = []
-            entry = {"step": done, "loss": round(loss, 4), "token_right": round(right, 4),
-                     "minutes": round((time.time() - started) / 60, 2)}
+            entry = {
+                "step": done,
+                "loss": round(loss, 4),
+                "token_right": round(right, 4),
+                "minutes": round((time.time() - started) / 60, 2),
+            }
             if done % args.eval_every == 0 or done == args.steps:
                 entry["held_out"] = teacher_forced(forward, packer, seed=1000, num=220)
-                torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in found], "step": done,
-                            "spent_s": time.time() - started}, state_path)
+                torch.save(
+                    {
+                        "model": model.state_dict(),
+                        "optimizers": [o.state_dict() for o in found],
+                        "step": done,
+                        "spent_s": time.time() - started,
+                    },
+                    state_path,
+                )
             with log_path.open("a") as log:
                 log.write(json.dumps(entry) + "\n")
             assert math.isfinite(loss), "the loss is not finite"

@@ -56,7 +56,9 @@ def test_mlps(size):
 @pytest.mark.parametrize("size", [2, 4])
 def test_experts(size):
     x, ids, weights = torch.randn(6, 24), torch.randint(0, 3, (6, 2)), torch.rand(6, 2)
-    summed(lambda g: torch.nn.ModuleDict({"experts": Experts(24, 16, 3, g)}), lambda m: m["experts"](x, ids, weights), size)
+    summed(
+        lambda g: torch.nn.ModuleDict({"experts": Experts(24, 16, 3, g)}), lambda m: m["experts"](x, ids, weights), size
+    )
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -152,10 +152,10 @@ def test_a_tiny_encoder_cache_changes_nothing(family):
 def test_bfloat16_loses_no_more_than_transformers(family):
     """bf16 logits are as near to the fp32 ones as those of transformers' own bf16 model, within a factor."""
     folder, prompts, wanted = family
+    import transformers
+
     from executor.apps.build import build_engine
     from executor.config import build_recipe
-
-    import transformers
 
     recipe = {"model_config": {"model_path": str(folder), "device": "cpu", "dtype": "bfloat16"}}
     recipe["scheduler_config"] = {"max_model_len": 512, "block_size": 16, "max_num_seqs": 1}

@@ -50,7 +50,12 @@ def test_pulls_cover_every_parameter_exactly_once(name):
 
 @pytest.mark.parametrize(
     "name, degree",
-    [("Qwen2.5-VL-3B-Instruct", 4), ("Qwen2.5-VL-7B-Instruct", 4), ("Qwen3-VL-2B-Instruct", 8), ("Qwen3-VL-30B-A3B-Instruct", 8)],
+    [
+        ("Qwen2.5-VL-3B-Instruct", 4),
+        ("Qwen2.5-VL-7B-Instruct", 4),
+        ("Qwen3-VL-2B-Instruct", 8),
+        ("Qwen3-VL-30B-A3B-Instruct", 8),
+    ],
 )
 def test_ranks_share_the_weights(name, degree):
     """Every rank's share is complete, and the ranks' linears together are the whole model, KV heads apart."""

@@ -1,4 +1,4 @@
-"""The tiny trained checkpoints, by our own engine: they know their little world, and transformers agrees word for word."""
+"""The tiny trained checkpoints, by our own engine: they know their little world; transformers agrees word for word."""
 
 from collections import defaultdict
 from pathlib import Path

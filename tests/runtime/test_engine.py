@@ -204,5 +204,3 @@ def test_an_id_in_use_is_refused(engine, describe):
     with pytest.raises(UserError, match="in use"):
         engine.add(describe, DESCRIBE, "mine")
     engine.abort("mine")
-
-

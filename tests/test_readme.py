@@ -1,0 +1,85 @@
+"""What the README says is so: its commands run, its Python runs, its table of cards is the arithmetic's."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from executor.checks import tp_faults
+from executor.config import build_recipe
+from executor.memory import GIB, weights_bytes
+from executor.shapes import read_shapes
+from tests.models.test_shapes import SHAPES, published_config
+from tests.reference import REPO
+
+README = (REPO / "README.md").read_text()
+
+
+def fenced(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(language: str) -> list[str]:
+    lines = [line for block in fenced(language) for line in block.splitlines()]
+    return [line.split(" #")[0].strip() for line in lines if line.strip()]
+
+
+def run(command: str, folder) -> subprocess.CompletedProcess:
+    """As typed in the repository's root, with this interpreter; what it writes goes to `folder`."""
+    words = [word.replace("output/answers.jsonl", str(folder / "answers.jsonl")) for word in shlex.split(command)]
+    words += ["--set", f"model_config.output_path={folder}"]
+    environment = os.environ | {"PYTHON": sys.executable}
+    return subprocess.run(words, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("command", [c for c in commands("bash") if "tests/run.sh" not in c])
+def test_commands_run_as_written(command, tmp_path):
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    document = json.loads(done.stdout.strip().splitlines()[-1])
+    assert document["outputs"] and all(row["error"] is None and row["text"] for row in document["outputs"])
+
+
+def test_the_suite_is_a_command_of_the_readme():
+    """It is what runs this test; running it again here would not end."""
+    assert "bash tests/run.sh" in commands("bash") and (REPO / "tests" / "run.sh").is_file()
+
+
+def test_commands_that_need_weights_say_so(tmp_path):
+    (command,) = commands("text")
+    done = run(command, tmp_path)
+    assert done.returncode == 2
+    assert "there is no folder /data/" in json.loads(done.stdout.strip().splitlines()[-1])["error"]
+
+
+def test_python_as_written(monkeypatch, capsys):
+    (code,) = fenced("python")
+    monkeypatch.chdir(REPO)
+    exec(compile(code, "README.md", "exec"), {})
+    first, again = capsys.readouterr().out.strip().splitlines()
+    assert first == again and "square" in first
+
+
+def test_the_table_of_cards_is_the_arithmetic():
+    rows = re.findall(r"^\| (Qwen\S+-Instruct) \|(.*)\|$", README, flags=re.MULTILINE)
+    assert {name for name, _ in rows} == set(SHAPES) - {"Qwen3-VL-235B-A22B-Instruct"}
+    for name, cells in rows:
+        shapes = read_shapes(published_config(name), name)
+        for degree, cell in zip((1, 2, 4, 8), cells.split("|"), strict=True):
+            if tp_faults(degree, shapes, "data"):
+                assert cell.strip() == "-"
+                continue
+            parallel = {"world_size": degree, "attn_tp_size": degree, "vision_parallel": "data"}
+            model = {"model_path": name, "dtype": "bfloat16", "device": "npu", "quantization": "none"}
+            recipe = build_recipe({"model_config": model, "parallel_config": parallel})
+            assert float(cell) == pytest.approx(weights_bytes(recipe, shapes) / GIB, abs=0.051)
+
+
+def test_links_lead_somewhere():
+    for page in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", (REPO / page).read_text()):
+            assert target.startswith("http") or (REPO / target).exists(), target
