@@ -1,6 +1,6 @@
 """docs/recipe.md lists every key of the schema, with its default and its docstring.
 
-python -m tests.config.test_recipe_page > docs/recipe.md      # after a change of executor/config.py
+    python -m tests.config.test_recipe_page > docs/recipe.md      # after a change of executor/config.py
 """
 
 import typing
