@@ -53,6 +53,14 @@ def frame_lengths(grids: Sequence[Grid]) -> list[int]:
     return [h * w for t, h, w in grids for _ in range(t)]
 
 
+def finite(x: Tensor) -> Tensor:
+    """fp16 only: what lies beyond its range becomes its largest value; other types hold more than they are given."""
+    if x.dtype is not torch.float16:
+        return x
+    most = torch.finfo(torch.float16).max
+    return x.clamp(-most, most)
+
+
 class VisionAttention(nn.Module):
     """Full attention inside packed segments, `[P, n] -> [P, n]`."""
 

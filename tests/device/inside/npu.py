@@ -26,11 +26,28 @@ from executor.runtime.weights import Checkpoint
 
 A2, A3, DUO = SOCS
 CPU = CpuOps()
+_products = torch.library.Library("aten", "IMPL")  # lives as long as the process
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(a.float().unsqueeze(0), b.float().unsqueeze(0))[0]
+
+
+def fast_products() -> None:
+    """Matrix products through fp32, rounded once: a CPU takes fifteen times as long over fp16 ones of its own."""
+    if not _products._op_impls:
+        _products.impl("mm", lambda a, b: _product(a, b).to(a.dtype), "CPU", allow_override=True)
+        _products.impl("addmm", _add_product, "CPU", allow_override=True)
+
+
+def _add_product(bias, a, b, *, beta=1, alpha=1):
+    return (bias.float() * beta + _product(a, b) * alpha).to(a.dtype)
 
 
 def backend(soc: str, **options: Any) -> NpuOps:
     """The backend of an emulated chip, which becomes the emulated one."""
     activate(soc)
+    fast_products()
     return NpuOps(SOCS[soc], torch.device("cpu"), **options)
 
 
