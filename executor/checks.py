@@ -4,6 +4,7 @@
 `prepare` does it all in order; the pieces are pure functions of recipe and sizes, and read no weights.
 """
 
+import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from executor.shapes import ModelShapes, read_shapes
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_MODEL_LEN = 32768
-SUPPORTED_DEVICES = ("cpu",)  # the backends of this release, best first
+SUPPORTED_DEVICES = ("cpu", "npu", "npu_emulated")  # the backends of this release; `auto` without a chip is the first
 NPU_DEVICES = ("npu", "npu_emulated")
 GRAPH_DEVICES = {"ge_graph": NPU_DEVICES, "npugraph_ex": NPU_DEVICES, "compile": ("cpu", "cuda")}
 
@@ -65,17 +66,24 @@ def check_supported(recipe: Recipe) -> None:
     if model.device not in (*SUPPORTED_DEVICES, "auto"):
         raise UserError(
             f"model_config.device: the {model.device} backend is not part of this release yet; device: cpu runs "
-            f"everywhere. Try:  {_as_on_cpu(recipe)}"
+            f"everywhere. Try:  {_that_runs(recipe)}"
+        )
+    if model.device == "npu" and not has_torch_npu():
+        raise UserError(
+            "model_config.device: npu needs torch_npu beside torch, and it is not installed in this environment: use "
+            "the interpreter of the Ascend host (PYTHON=...), or pip install the torch_npu of your torch and CANN "
+            "(python -m executor.apps.doctor says which). device: npu_emulated runs the same code on this CPU; "
+            f"device: cpu is fast. Try:  {_that_runs(recipe)}"
         )
     if model.exe_mode != "eager":
         raise UserError(
-            f"model_config.exe_mode: {model.exe_mode} is not part of this release yet; eager runs everywhere. "
-            f"Try:  {_as_on_cpu(recipe)}"
+            f"model_config.exe_mode: {model.exe_mode} is not part of this release yet; eager is. "
+            f"Try:  {_that_runs(recipe)}"
         )
     if world_size > 1:
         raise UserError(
             f"parallel_config.world_size: {world_size} ranks are not part of this release yet; one rank is. "
-            f"Try:  {_as_on_cpu(recipe)}"
+            f"Try:  {_that_runs(recipe)}"
         )
     if model.quantization not in ("auto", "none"):
         raise UserError(
@@ -84,12 +92,19 @@ def check_supported(recipe: Recipe) -> None:
         )
 
 
-def _as_on_cpu(recipe: Recipe) -> str:
-    """The overrides that make the recipe one for this release."""
-    changes = {"model_config.device=cpu": recipe.model.device not in SUPPORTED_DEVICES}
-    changes["model_config.soc=null"] = recipe.model.soc is not None
+def has_torch_npu() -> bool:
+    """Whether torch_npu is installed; it is not imported."""
+    return importlib.util.find_spec("torch_npu") is not None
+
+
+def _that_runs(recipe: Recipe) -> str:
+    """The overrides that make the recipe one for this release, on its NPU where there is one, else on the CPU."""
+    device = recipe.model.device
+    stays = device == "npu_emulated" or device == "npu" and has_torch_npu()
+    changes = {"model_config.device=cpu": not stays and device != "cpu"}
+    changes["model_config.soc=null"] = not stays and recipe.model.soc is not None
     changes["model_config.exe_mode=eager"] = recipe.model.exe_mode != "eager"
-    changes["model_config.dtype=auto"] = recipe.model.dtype == "float16"
+    changes["model_config.dtype=auto"] = not stays and recipe.model.dtype == "float16"
     changes["parallel_config.world_size=1"] = recipe.parallel.world_size > 1
     changes["parallel_config.attn_tp_size=1"] = (recipe.parallel.attn_tp_size or 1) > 1
     changes["parallel_config.moe_ep_size=1"] = recipe.parallel.moe_ep_size > 1
@@ -100,7 +115,7 @@ def check_chip(recipe: Recipe) -> None:
     """Refuse what contradicts itself on a chip: types, decode modes and schemes it does not have."""
     model = recipe.model
     if model.soc and model.device not in ("auto", *NPU_DEVICES):
-        elsewhere = f", or on this machine:  {_as_on_cpu(recipe)}" if model.device == "cpu" else ""
+        elsewhere = f", or on this machine:  {_that_runs(recipe)}" if model.device == "cpu" else ""
         raise UserError(
             f"model_config.soc: {model.soc} is an NPU, but device is {model.device}; set device: npu{elsewhere}"
         )
@@ -111,6 +126,10 @@ def check_chip(recipe: Recipe) -> None:
         raise UserError(
             f"model_config.exe_mode: {model.exe_mode} is for device {' or '.join(devices)}, "
             f"but device is {model.device}; set exe_mode: eager"
+        )
+    if model.device in NPU_DEVICES and model.dtype == "float32" and model.soc != "atlas_300i_duo":
+        raise UserError(
+            "model_config.dtype: attention on NPUs computes in bfloat16 or float16, got float32; set dtype: bfloat16"
         )
     if model.soc == "atlas_300i_duo":
         if model.dtype not in ("auto", "float16"):
@@ -152,6 +171,8 @@ def resolve(recipe: Recipe, shapes: ModelShapes, quantization: str = "none") -> 
     settled: dict[str, dict[str, Any]] = {"model": {}, "parallel": {}, "scheduler": {}}
     if model.dtype == "auto":
         own = shapes.dtype.removeprefix("torch.")
+        if own == "float32" and model.device in NPU_DEVICES:
+            own = "bfloat16"
         settled["model"]["dtype"] = "float16" if model.soc == "atlas_300i_duo" else own
     if model.quantization == "auto":
         settled["model"]["quantization"] = quantization

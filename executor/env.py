@@ -1,7 +1,10 @@
 """The process's surroundings: the repository's place, environment variables, host memory.
 
-The only module (with the launcher) that reads `os.environ`. Knows nothing of recipes and models.
+The only module (with the launcher) that reads `os.environ`. Knows nothing of recipes and models. Standard library
+only, and importable on Python 3.8, because the doctor starts from here on machines where nothing else works yet.
 """
+
+from __future__ import annotations
 
 import os
 from pathlib import Path
@@ -19,6 +22,11 @@ def find_path(path: str | Path) -> Path:
         return given
     in_repository = REPO_ROOT / given
     return in_repository if in_repository.exists() else given
+
+
+def environment() -> dict[str, str]:
+    """A copy of all environment variables, for the doctor, which reports what is set and changes nothing."""
+    return dict(os.environ)
 
 
 def calm_threads() -> None:

@@ -29,6 +29,10 @@ if [ ! -d "$torchvision_dir/torchvision" ] && ! "$PYTHON_FOUND" -c 'import torch
     fi
 fi
 
+# The real torch_npu, for the emulator; apart from the environment as well, where it would break torch without CANN.
+"$PYTHON_FOUND" -c 'from executor.emulator.stubs import require_wheel; require_wheel(install=True)' >&2 ||
+    echo "set-up: without torch_npu the tests on emulated chips are skipped" >&2
+
 "$PYTHON_FOUND" -m ruff check .
 "$PYTHON_FOUND" -m ruff format --check .
 

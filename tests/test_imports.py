@@ -20,6 +20,7 @@ RANKS = {
     "executor.generation": 1,
     "executor.shapes": 1,
     "executor.memory": 1,
+    "executor.doctor": 1,
     "executor.checks": 2,
     "executor.schedule": 3,
     "executor.device": 3,

@@ -10,6 +10,8 @@ from executor.checks import Prepared, prepare
 from executor.config import Recipe
 from executor.device import ops
 from executor.device.cpu import CpuOps
+from executor.errors import UserError
+from executor.memory import estimate
 from executor.runtime.engine import Engine
 from executor.runtime.loading import load_model
 from executor.runtime.prompt import MediaOptions
@@ -38,14 +40,37 @@ def build_engine(recipe: Recipe) -> Engine:
 def engine_of(prepared: Prepared) -> Engine:
     """The engine of a recipe that has been settled and checked."""
     recipe = prepared.recipe
-    logger.info("%s", prepared.memory)
-    device = CpuOps()
+    device = open_device(recipe)
     ops.bind(device)
+    free_bytes = device.free_bytes()
+    memory = prepared.memory if free_bytes is None else estimate(recipe, prepared.shapes, free_bytes)
+    logger.info("%s", memory)
     family = family_of(prepared.config["architectures"][0])
     processor = family.build_processor(prepared.folder, media_options(recipe))
     dtype = getattr(torch, recipe.model.dtype)
     model, _ = load_model(lambda: family.build_model(prepared.config), Checkpoint(prepared.folder), device, dtype)
-    return join(recipe, prepared.memory.num_blocks, model, processor, device, dtype)
+    return join(recipe, memory.num_blocks, model, processor, device, dtype)
+
+
+def open_device(recipe: Recipe) -> ops.Ops:
+    """The backend of a settled recipe. Raises UserError where this machine has not what it needs."""
+    model = recipe.model
+    if model.device == "cpu":
+        return CpuOps()
+    emulated = model.device == "npu_emulated"
+    if emulated:
+        from executor.emulator.activate import activate
+
+        activate(model.soc)
+    try:
+        from executor.device.npu.ops import open_npu  # late: it imports torch_npu
+    except ImportError as error:
+        raise UserError(
+            f"model_config.device: npu needs torch_npu beside torch, and it does not import here: {error}; "
+            "python -m executor.apps.doctor says what is missing"
+        ) from error
+    dtype = getattr(torch, model.dtype)
+    return open_npu(model.soc, dtype, emulated=emulated, weight_nz=model.enable_weight_nz)
 
 
 def join(

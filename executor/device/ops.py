@@ -27,6 +27,7 @@ class Ops(ABC):
 
     name: str
     device: torch.device
+    slot_dtype: torch.dtype = torch.int64  # of the slots that kv_write is given
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -43,6 +44,14 @@ class Ops(ABC):
     @abstractmethod
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate halves: `x [T, H, D]`, `cos`, `sin [T, D]` (each half the same angles)."""
+
+    def rope_pair(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys at once; `q` and `k` may be overwritten."""
+        return self.rope(q, cos, sin), self.rope(k, cos, sin)
+
+    def vision_head_dim(self, head_dim: int) -> int:
+        """The head dim that vision attention is computed in, `head_dim` or more: weights are padded to it once."""
+        return head_dim
 
     @abstractmethod
     def swiglu(self, gate_up: Tensor) -> Tensor:
@@ -61,7 +70,10 @@ class Ops(ABC):
 
     @abstractmethod
     def gate_topk(self, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-        """Softmax in fp32 over `[T, E]`, the k best: `(weights [T, k] in logits' dtype, ids [T, k] int64)`."""
+        """Softmax in fp32 over `[T, E]`, the k best: `(weights [T, k] in logits' dtype, ids [T, k])`.
+
+        The ids' integer type is the backend's own: they go to its experts.
+        """
 
     @abstractmethod
     def kv_cache(
@@ -71,7 +83,7 @@ class Ops(ABC):
 
     @abstractmethod
     def kv_write(self, k: Tensor, v: Tensor, cache: KVLayer, slots: Tensor) -> None:
-        """Write `k, v [T, K, D]` at `slots [T]` int64 (block * block_size + offset)."""
+        """Write `k, v [T, K, D]` at `slots [T]`, of `slot_dtype` (block * block_size + offset)."""
 
     @abstractmethod
     def prepare_attention(
@@ -86,6 +98,10 @@ class Ops(ABC):
     @abstractmethod
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
         """Full attention inside each of the packed segments: `[T, H, D] x3 -> [T, H * D]`."""
+
+    def free_bytes(self) -> int | None:
+        """Memory of the device that may still be taken; None where it is the host's."""
+        return None
 
     @abstractmethod
     def synchronize(self) -> None:

@@ -59,6 +59,6 @@ class Attention(nn.Module):
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = device.rope(q, cos, sin), device.rope(k, cos, sin)
+        q, k = device.rope_pair(q, k, cos, sin)
         device.kv_write(k, v, cache, slots)
         return self.o_proj(device.paged_attention(q, cache, prepared, self.scale))

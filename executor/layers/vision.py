@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from executor.device import ops
@@ -34,11 +35,15 @@ def patch_positions(grid: Grid, merge: int) -> Tensor:
 
 
 def rotary(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """2-d rotary angles: `positions [P, 2]` -> `cos, sin [P, D]`: a quarter rows, a quarter columns, and again."""
+    """2-d rotary angles: `positions [P, 2]` -> `cos, sin [P, D]`: a quarter rows, a quarter columns, and again.
+
+    Where the device computes in wider heads, D is their size, and the padding of both halves does not turn.
+    """
     spatial = head_dim // 2
     steps = torch.arange(0, spatial, 2, dtype=torch.float32, device=positions.device)
     frequencies = 1.0 / (10000.0 ** (steps / spatial))
     angles = (positions.unsqueeze(-1).to(torch.float32) * frequencies).flatten(1)
+    angles = F.pad(angles, (0, ops.bound().vision_head_dim(head_dim) // 2 - spatial))
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -46,6 +51,14 @@ def rotary(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor
 def frame_lengths(grids: Sequence[Grid]) -> list[int]:
     """Attention never crosses frames: the number of patches of every frame."""
     return [h * w for t, h, w in grids for _ in range(t)]
+
+
+def finite(x: Tensor) -> Tensor:
+    """fp16 only: what lies beyond its range becomes its largest value; other types hold more than they are given."""
+    if x.dtype is not torch.float16:
+        return x
+    most = torch.finfo(torch.float16).max
+    return x.clamp(-most, most)
 
 
 class VisionAttention(nn.Module):
@@ -63,8 +76,30 @@ class VisionAttention(nn.Module):
         self.qkv = Linear(hidden_size, 3 * hidden_size, bias=True, shard="out", group=group, parts=parts)
         self.proj = Linear(hidden_size, hidden_size, bias=True, shard="in", group=group)
 
+    def prepare(self) -> None:
+        """Widen every head to what the device computes in: zeros after each rotary half. The scale stays."""
+        wide = ops.bound().vision_head_dim(self.head_dim)
+        if wide == self.head_dim:
+            return
+        # The parent comes before its linears when a model is finalised: these hand over what stands here.
+        self.qkv.weight = _frozen(widen(self.qkv.weight, self.head_dim, wide))
+        self.qkv.bias = _frozen(widen(self.qkv.bias, self.head_dim, wide))
+        self.proj.weight = _frozen(widen(self.proj.weight.t(), self.head_dim, wide).t())
+        self.head_dim = wide
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
         device = ops.bound()
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
-        q, k = device.rope(q, cos, sin), device.rope(k, cos, sin)
+        q, k = device.rope_pair(q, k, cos, sin)
         return self.proj(device.varlen_attention(q, k, v, lengths, self.scale))
+
+
+def widen(x: Tensor, head_dim: int, wide: int) -> Tensor:
+    """Rows of heads `[heads * head_dim, ...]` -> `[heads * wide, ...]`, each head's two halves followed by zeros."""
+    halves = x.unflatten(0, (-1, head_dim // 2))
+    padding = (0, 0) * (halves.dim() - 2) + (0, (wide - head_dim) // 2)
+    return F.pad(halves, padding).flatten(0, 1)
+
+
+def _frozen(x: Tensor) -> nn.Parameter:
+    return nn.Parameter(x.contiguous(), requires_grad=False)

@@ -23,7 +23,7 @@ class DeepStack:
 class ForwardMeta:
     cos: Tensor  # [T, D], merged over the three axes
     sin: Tensor
-    slots: Tensor  # int64 [T], block * block_size + offset
+    slots: Tensor  # [T] of the backend's slot_dtype, block * block_size + offset
     attention: Any  # what the backend's prepare_attention made of this step
     kv: list[KVLayer]
     select: Tensor  # int64 [R]: the tokens whose logits are wanted

@@ -124,7 +124,7 @@ class Runner:
             [row.request.block_ids for row in rows],
             self.block_size,
         )
-        slots = torch.from_numpy(host.slots).to(to)
+        slots = torch.from_numpy(host.slots).to(self.device.slot_dtype).to(to)
         select = torch.tensor(host.select, dtype=torch.int64, device=to)
         return embeddings, ForwardMeta(cos, sin, slots, attention, self.kv, select, deepstack)
 

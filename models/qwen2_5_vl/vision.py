@@ -15,7 +15,15 @@ from executor.device import ops
 from executor.layers.linear import Linear
 from executor.layers.mlp import GatedMLP
 from executor.layers.norm import RMSNorm
-from executor.layers.vision import Grid, VisionAttention, frame_lengths, patch_embedding, patch_positions, rotary
+from executor.layers.vision import (
+    Grid,
+    VisionAttention,
+    finite,
+    frame_lengths,
+    patch_embedding,
+    patch_positions,
+    rotary,
+)
 from executor.parallel import Group
 from models.qwen2_5_vl.config import VisionConfig
 
@@ -85,7 +93,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
         x = x + self.attn(self.norm1(x), cos, sin, lengths)
-        return x + self.mlp(self.norm2(x))
+        return finite(x + self.mlp(self.norm2(x)))  # 3B's last block leaves fp16's range
 
 
 class Merger(nn.Module):

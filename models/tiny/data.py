@@ -187,7 +187,7 @@ def training_batch(packer, seed, step, num_pictures=24, num_clips=(6, 2), easy=F
         pixels, times = media_frames(scene, packer.family, rng)
         questions = scene.questions(rng) + aids.drills(scene, rng)
         rng.shuffle(questions)
-        if len(scene.things) > 1 and rng.random() < 0.6:  # what must look an object up is hardest: more of it
+        if len(scene.things) > 1 and rng.random() < 0.2:  # what must look an object up is hardest: more of it
             questions = [q for q in questions if q.kind not in ("describe", "count")]
         chat = rng.random() < 0.15
         rows.append(packer.pack(len(pixels) // 2, times, questions, rng.random() < 0.5, chat, scene))

@@ -29,14 +29,21 @@ def shapes_of(name: str):
 @pytest.mark.parametrize(
     "model, parallel, words",
     [
-        ({"device": "npu"}, {}, ["npu backend is not part of this release", "--set model_config.device=cpu"]),
+        ({"device": "npu"}, {}, ["needs torch_npu beside torch", "npu_emulated", "--set model_config.device=cpu"]),
+        (
+            {"device": "npu_emulated", "soc": "atlas_800i_a2", "exe_mode": "ge_graph"},
+            {},
+            ["ge_graph is not part", "Try:  --set model_config.exe_mode=eager"],
+        ),
+        ({"device": "npu_emulated", "soc": "atlas_800i_a3"}, {"world_size": 2}, ["2 ranks are not part"]),
         ({"device": "cuda"}, {}, ["cuda backend is not part of this release"]),
         ({"device": "cpu", "exe_mode": "compile"}, {}, ["compile is not part", "--set model_config.exe_mode=eager"]),
         ({"device": "cpu"}, {"world_size": 2}, ["2 ranks are not part", "--set parallel_config.world_size=1"]),
         ({"device": "cpu", "quantization": "w8a8"}, {}, ["w8a8 weights are not part", "float checkpoint"]),
     ],
 )
-def test_what_this_release_cannot_start(model, parallel, words):
+def test_what_this_release_cannot_start(model, parallel, words, monkeypatch):
+    monkeypatch.setattr(checks, "has_torch_npu", lambda: False)
     with pytest.raises(UserError) as error:
         check_supported(recipe_of(model, parallel=parallel))
     for word in words:
@@ -51,6 +58,7 @@ def test_what_this_release_cannot_start(model, parallel, words):
         ({"device": "cpu", "exe_mode": "ge_graph"}, "ge_graph is for device npu or npu_emulated"),
         ({"device": "npu", "exe_mode": "compile"}, "compile is for device cpu or cuda"),
         ({"device": "npu", "soc": "atlas_300i_duo", "dtype": "bfloat16"}, "float16 only, got bfloat16"),
+        ({"device": "npu", "soc": "atlas_800i_a3", "dtype": "float32"}, "bfloat16 or float16, got float32"),
         ({"device": "npu", "soc": "atlas_300i_duo", "exe_mode": "ge_graph"}, "decodes eagerly only"),
         ({"device": "npu", "soc": "atlas_800i_a2", "quantization": "w8a8sc"}, "atlas_300i_duo only"),
     ],

@@ -6,8 +6,9 @@ import pytest
 import torch
 import yaml
 
+from executor import checks
 from executor.apps.build import family_of
-from executor.checks import SUPPORTED_DEVICES, check_chip, check_recipe, check_supported, resolve
+from executor.checks import check_chip, check_recipe, check_supported, resolve
 from executor.config import Recipe, build_recipe, load_recipe
 from executor.errors import UserError
 from executor.memory import GIB, estimate, weights_bytes
@@ -118,11 +119,12 @@ def test_quick_starts_are_for_this_release(name):
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_recipes_of_a_coming_backend_say_so_and_what_runs_here(name):
+def test_recipes_for_npus_say_what_runs_here(name, monkeypatch):
     recipe = load_recipe(REPO / "config" / name)
-    if recipe.model.device in SUPPORTED_DEVICES:
+    if recipe.model.device != "npu":
         pytest.skip("its backend is here")
-    with pytest.raises(UserError, match="npu backend is not part of this release") as error:
+    monkeypatch.setattr(checks, "has_torch_npu", lambda: False)
+    with pytest.raises(UserError, match="needs torch_npu beside torch") as error:
         check_supported(recipe)
     # What it says to try is a recipe of this release, but for quantized weights.
     advice = str(error.value).split("Try:")[1].split("--set ")[1:]

@@ -1,0 +1,191 @@
+"""Attention and the cache it reads: one class per family of kernels, with the same methods.
+
+`prepare` makes everything that a step's layers share, once, from lists on the host: block table on the device,
+lengths where the op wants them. Nothing here reads a device tensor back.
+Legend: T tokens, H query heads, K kv heads, D head dim, R rows (requests) of the step.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch_npu
+from torch import Tensor
+
+from executor.device.npu import layout
+from executor.device.ops import KVLayer
+
+_FUSED_ROWS = 4096  # requests (or packed segments) of one npu_fused_infer_attention_score call
+_ATB_ROWS = 2000
+_TILE = 16  # rows of the 300I DUO's tiles
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every layer's attention of one step shares."""
+
+    q_ends: list[int]  # cumulative query lengths
+    kv_lens: list[int]
+    block_table: Tensor  # int32 [R, most blocks], on the device
+    block_size: int
+    q_lens_host: Tensor  # int32 [R]
+    kv_lens_host: Tensor  # int32 [R]
+    decodes: bool  # every row has one query token
+
+
+def prepare(
+    q_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    block_tables: Sequence[Sequence[int]],
+    block_size: int,
+    device: torch.device,
+) -> Step:
+    """The step of these rows; each has its own number of blocks, the rest of the table is block 0."""
+    needed = [-(-kv_len // block_size) for kv_len in kv_lens]
+    table = torch.zeros(len(needed), max(needed, default=1), dtype=torch.int32)
+    for row, (count, blocks) in enumerate(zip(needed, block_tables, strict=True)):
+        table[row, :count] = torch.tensor(blocks[:count], dtype=torch.int32)
+    return Step(
+        q_ends=list(accumulate(q_lens)),
+        kv_lens=list(kv_lens),
+        block_table=table.to(device),
+        block_size=block_size,
+        q_lens_host=torch.tensor(q_lens, dtype=torch.int32),
+        kv_lens_host=torch.tensor(kv_lens, dtype=torch.int32),
+        decodes=all(q_len == 1 for q_len in q_lens),
+    )
+
+
+class FusedAttention:
+    """A2 and A3: npu_fused_infer_attention_score_v2 over packed tokens, for prefill, chunks, decode and vision."""
+
+    def __init__(self, device: torch.device, cache_layout: str) -> None:
+        self.device = device
+        self.layout = cache_layout
+        self.mask = layout.triangle(device)
+
+    def caches(self, *sizes: int, dtype: torch.dtype) -> list[KVLayer]:
+        return layout.caches(*sizes, dtype, self.device, self.layout, formatted=False)
+
+    def write(self, k: Tensor, v: Tensor, cache: KVLayer, slots: Tensor) -> None:
+        torch_npu.npu_scatter_pa_kv_cache(
+            key=k.contiguous(),
+            value=v.contiguous(),
+            key_cache=cache.k,
+            value_cache=cache.v,
+            slot_mapping=slots,
+            cache_mode="Norm" if self.layout == "ND" else "PA_NZ",
+        )
+
+    def paged(self, q: Tensor, cache: KVLayer, step: Step, scale: float) -> Tensor:
+        num_heads, dim = q.shape[1:]
+        if self.layout == "ND":
+            num_kv_heads = cache.k.shape[2]
+            k, v = cache.k.flatten(2), cache.v.flatten(2)  # [blocks, block_size, K*D]
+        else:
+            num_kv_heads = cache.k.shape[1] * layout.STRIP // dim
+            k, v = (x.unflatten(1, (num_kv_heads, -1)) for x in (cache.k, cache.v))  # [blocks, K, D/16, block_size, 16]
+        out, _ = torch_npu.npu_fused_infer_attention_score_v2(
+            q.contiguous(),
+            k,
+            v,
+            atten_mask=self.mask,
+            actual_seq_qlen=step.q_ends,
+            actual_seq_kvlen=step.kv_lens,
+            block_table=step.block_table,
+            num_query_heads=num_heads,
+            num_key_value_heads=num_kv_heads,
+            softmax_scale=scale,
+            input_layout="TND",
+            sparse_mode=3,
+            block_size=step.block_size,
+        )
+        return out.flatten(1)
+
+    def varlen(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+        """The lengths are always given: without them some stacks return averages over the whole pack."""
+        parts = []
+        for rows, group in _groups(lengths, _FUSED_ROWS):
+            ends = list(accumulate(group))
+            out, _ = torch_npu.npu_fused_infer_attention_score_v2(
+                q[rows].contiguous(),
+                k[rows].contiguous(),
+                v[rows].contiguous(),
+                actual_seq_qlen=ends,
+                actual_seq_kvlen=ends,
+                num_query_heads=q.shape[1],
+                num_key_value_heads=k.shape[1],
+                softmax_scale=scale,
+                input_layout="TND",
+                sparse_mode=0,
+            )
+            parts.append(out)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
+
+
+class AtbAttention:
+    """300I DUO: ATB's paged attention over NZ caches, one token a row or chunks; fp16; lengths on the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.layout = "NZ"
+        self.mask = layout.triangle_nz(device)
+
+    def caches(self, *sizes: int, dtype: torch.dtype) -> list[KVLayer]:
+        return layout.caches(*sizes, dtype, self.device, "NZ", formatted=True)
+
+    def write(self, k: Tensor, v: Tensor, cache: KVLayer, slots: Tensor) -> None:
+        torch_npu._npu_reshape_and_cache(
+            key=k.contiguous(), value=v.contiguous(), key_cache=cache.k, value_cache=cache.v, slot_indices=slots
+        )
+
+    def paged(self, q: Tensor, cache: KVLayer, step: Step, scale: float) -> Tensor:
+        q = q.contiguous()
+        num_heads, dim = q.shape[1:]
+        shared = {
+            "query": q,
+            "key_cache": cache.k,
+            "value_cache": cache.v,
+            "num_kv_heads": cache.k.shape[1] * layout.STRIP // dim,
+            "num_heads": num_heads,
+            "scale_value": scale,
+            "block_table": step.block_table,
+            "context_lens": step.kv_lens_host,
+            "out": torch.empty_like(q),
+        }
+        if step.decodes:
+            torch_npu._npu_paged_attention(**shared)
+        else:
+            torch_npu._npu_paged_attention_splitfuse_v2(**shared, mask=self.mask, seq_len=step.q_lens_host)
+        return shared["out"].flatten(1)
+
+    def varlen(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+        parts = []
+        for rows, group in _groups(lengths, _ATB_ROWS):
+            total = sum(group)
+            pad = -total % _TILE
+            padded = [torch.nn.functional.pad(x[rows], (0, 0, 0, 0, 0, pad)).contiguous() for x in (q, k, v)]
+            out = torch.empty_like(padded[0])
+            torch_npu._npu_flash_attention_unpad(
+                query=padded[0],
+                key=padded[1],
+                value=padded[2],
+                seq_len=torch.tensor(group, dtype=torch.int32),
+                scale_value=scale,
+                num_heads=q.shape[1],
+                num_kv_heads=k.shape[1],
+                out=out,
+            )
+            parts.append(out[:total])
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
+
+
+def _groups(lengths: Sequence[int], most: int) -> Iterator[tuple[slice, list[int]]]:
+    """Segments in runs of at most `most`: the rows they cover, and their lengths."""
+    start = 0
+    for first in range(0, len(lengths), most):
+        group = list(lengths[first : first + most])
+        end = start + sum(group)
+        yield slice(start, end), group
+        start = end

@@ -1,0 +1,186 @@
+"""The op surface on NPUs: eager calls into torch_npu, the same on a chip and on CPU tensors under the emulator.
+
+Which call serves an op on a chip stands in soc.py; where weights and caches lie stands in layout.py.
+Legend: T tokens, H query heads, K kv heads, D head dim, E experts, I intermediate, k experts per token.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+import torch_npu
+from torch import Tensor
+
+from executor.device.npu import attention, forms, layout
+from executor.device.npu.soc import COMPOSED, SOCS, Soc, chip_named, choose, soc_of
+from executor.device.ops import KVLayer, Ops
+from executor.errors import UserError
+
+_HEAD_DIMS = (64, 128)  # what rotary and packed attention take
+
+
+class NpuOps(Ops):
+    """One chip. `weight_nz`: linear weights in FRACTAL_NZ also where the chip takes both; `cache`: "ND" or "NZ"."""
+
+    name = "npu"
+
+    def __init__(self, soc: Soc, device: torch.device, *, weight_nz: bool = True, cache: str | None = None) -> None:
+        self.soc = soc
+        self.device = device
+        self.weight_nz = weight_nz or soc.always_nz
+        self.slot_dtype = soc.slot_dtype
+        self.calls = choose(soc, _installed)
+        if self.calls["attention"] == "_npu_paged_attention":
+            assert cache in (None, "NZ"), f"{soc.name} has NZ caches only"
+            self.attention = attention.AtbAttention(device)
+        else:
+            self.attention = attention.FusedAttention(device, cache or soc.cache)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return forms.RMS_NORM[self.calls["rms_norm"]](x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if residual is None or self.calls["add_rms_norm"] == COMPOSED:
+            return super().add_rms_norm(x, residual, weight, eps)
+        return forms.add_rms_norm(x, residual, weight, eps)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return forms.rotated(x, cos, sin)
+
+    def rope_pair(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return forms.ROPE[self.calls["rope"]](q, k, cos, sin)
+
+    def vision_head_dim(self, head_dim: int) -> int:
+        """Rotary and packed attention have kernels for 64 and 128."""
+        fitting = [size for size in _HEAD_DIMS if size >= head_dim]
+        assert fitting, f"vision heads of {head_dim} are wider than {_HEAD_DIMS[-1]}"
+        return fitting[0]
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        # 300I DUO: the fused op wants whole vectors; 3B's and 7B's vision MLP (2 * 3420) has none.
+        fits = gate_up.shape[-1] % self.soc.swiglu_columns == 0
+        return forms.SWIGLU[self.calls["swiglu"] if fits else COMPOSED](gate_up)
+
+    def gelu(self, x: Tensor, tanh: bool) -> Tensor:
+        return F.gelu(x, approximate="tanh" if tanh else "none")
+
+    def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        w = layout.weight(weight.detach(), self.weight_nz)
+        if bias is None:
+            return lambda x: torch.mm(x, w)
+        return lambda x: torch.addmm(bias, x, w)
+
+    def prepare_experts(self, gate_up: Tensor, down: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Rows are sorted by expert, multiplied group by group, and summed back with their weights."""
+        num_experts = gate_up.shape[0]
+        up_w, down_w = (layout.weight(w.detach(), self.weight_nz) for w in (gate_up, down))
+
+        def grouped(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+            return torch_npu.npu_grouped_matmul(
+                [x], [w], group_list=counts, split_item=2, group_type=0, group_list_type=1
+            )[0]
+
+        def run(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            rows, places, counts, _ = torch_npu.npu_moe_init_routing_v2(
+                x,
+                ids,
+                active_num=ids.numel(),
+                expert_num=num_experts,
+                expert_tokens_num_type=1,  # counts, as group_list_type 1 wants them
+                expert_tokens_num_flag=True,
+                quant_mode=-1,
+                active_expert_range=[0, num_experts],
+                row_idx_type=0,
+            )
+            y = grouped(self.swiglu(grouped(rows, up_w, counts)), down_w, counts)
+            return torch_npu.npu_moe_finalize_routing(
+                y,
+                skip1=None,
+                skip2=None,
+                bias=None,
+                scales=weights,
+                expanded_src_to_dst_row=places,
+                export_for_source_row=None,
+                drop_pad_mode=2,  # the places count a token's experts side by side
+            )
+
+        return run
+
+    def gate_topk(self, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+        """In fp32 throughout, cast once; ids int32."""
+        gate, wide = forms.GATE[self.calls["gate_topk"]], logits.float()
+        if self.soc.gate_rows is None or len(wide) <= self.soc.gate_rows:
+            weights, ids = gate(wide, k)
+        else:
+            parts = [gate(part, k) for part in wide.split(self.soc.gate_rows)]
+            weights, ids = (torch.cat(each) for each in zip(*parts, strict=True))
+        if renormalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights.to(logits.dtype), ids
+
+    def kv_cache(
+        self, num_layers: int, num_blocks: int, block_size: int, heads: int, dim: int, dtype: torch.dtype
+    ) -> list[KVLayer]:
+        return self.attention.caches(num_layers, num_blocks, block_size, heads, dim, dtype=dtype)
+
+    def kv_write(self, k: Tensor, v: Tensor, cache: KVLayer, slots: Tensor) -> None:
+        self.attention.write(k, v, cache, slots)
+
+    def prepare_attention(
+        self, q_lens: Sequence[int], kv_lens: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int
+    ) -> attention.Step:
+        return attention.prepare(q_lens, kv_lens, block_tables, block_size, self.device)
+
+    def paged_attention(self, q: Tensor, cache: KVLayer, prepared: attention.Step, scale: float) -> Tensor:
+        return self.attention.paged(q, cache, prepared, scale)
+
+    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+        return self.attention.varlen(q, k, v, lengths, scale)
+
+    def free_bytes(self) -> int | None:
+        return None if self.device.type == "cpu" else torch_npu.npu.mem_get_info()[0]
+
+    def synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch_npu.npu.synchronize()
+
+
+def _installed(call: str) -> bool:
+    """Whether the installed torch_npu has this op: ATB's have an underscore before their name."""
+    return hasattr(torch.ops.atb if call.startswith("_npu") else torch.ops.npu, call)
+
+
+def open_npu(name: str | None, dtype: torch.dtype, *, emulated: bool, weight_nz: bool) -> NpuOps:
+    """The backend of the chip `name`, over CPU tensors where it is emulated; None: the chip that is there.
+
+    Raises UserError where the machine has another chip, or the chip does not compute in `dtype`.
+    """
+    index = 0
+    soc = soc_of(name) if emulated else _chip_here(name, index)
+    if dtype not in soc.dtypes:
+        allowed = ", ".join(str(each).removeprefix("torch.") for each in soc.dtypes)
+        raise UserError(
+            f"model_config.dtype: {soc.name} computes in {allowed}, got {str(dtype).removeprefix('torch.')}"
+        )
+    if emulated:
+        return NpuOps(soc, torch.device("cpu"), weight_nz=weight_nz)
+    torch_npu.npu.set_device(index)
+    torch_npu.npu.config.allow_internal_format = True  # else format casts are ignored
+    return NpuOps(soc, torch.device("npu", index), weight_nz=weight_nz)
+
+
+def _chip_here(name: str | None, index: int) -> Soc:
+    found_name = torch_npu.npu.get_device_name(index)
+    found = chip_named(found_name)
+    if found is None:
+        raise UserError(
+            f"model_config.device: this release does not know the chip {found_name}; known: {', '.join(SOCS)}"
+        )
+    if name not in (None, found.name):
+        raise UserError(
+            f"model_config.soc: the recipe says {name}, this machine has {found_name}, which is {found.name}"
+        )
+    return found

@@ -1,0 +1,80 @@
+"""Shared by the tests of the NPU backend: backends per chip, engines over them, and kernels that take fp32."""
+
+import contextlib
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from executor.apps.build import family_of, join, media_options
+from executor.checks import prepare
+from executor.config import build_recipe
+from executor.device import ops
+from executor.device.cpu import CpuOps
+from executor.device.npu.ops import NpuOps
+from executor.device.npu.soc import SOCS
+from executor.device.ops import Ops
+from executor.emulator import kernels
+from executor.emulator.activate import activate
+from executor.emulator.limits import FLOATS
+from executor.runtime.engine import Engine
+from executor.runtime.loading import load_model
+from executor.runtime.weights import Checkpoint
+
+A2, A3, DUO = SOCS
+CPU = CpuOps()
+_products = torch.library.Library("aten", "IMPL")  # lives as long as the process
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(a.float().unsqueeze(0), b.float().unsqueeze(0))[0]
+
+
+def fast_products() -> None:
+    """Matrix products through fp32, rounded once: a CPU takes fifteen times as long over fp16 ones of its own."""
+    if not _products._op_impls:
+        _products.impl("mm", lambda a, b: _product(a, b).to(a.dtype), "CPU", allow_override=True)
+        _products.impl("addmm", _add_product, "CPU", allow_override=True)
+
+
+def _add_product(bias, a, b, *, beta=1, alpha=1):
+    return (bias.float() * beta + _product(a, b) * alpha).to(a.dtype)
+
+
+def backend(soc: str, **options: Any) -> NpuOps:
+    """The backend of an emulated chip, which becomes the emulated one."""
+    activate(soc)
+    fast_products()
+    return NpuOps(SOCS[soc], torch.device("cpu"), **options)
+
+
+def engine_on(device: Ops, folder: Path, dtype: torch.dtype, **scheduler: Any) -> Engine:
+    """An engine on any backend in any dtype: past the recipe's own checks of the two."""
+    settings = {"max_model_len": 2048, "block_size": 16, "max_num_seqs": 8, "num_blocks": 256} | scheduler
+    model = {"model_path": str(folder), "device": "cpu", "dtype": "float32"}
+    prepared = prepare(build_recipe({"model_config": model, "scheduler_config": settings}))
+    ops.bind(device)
+    family = family_of(prepared.config["architectures"][0])
+    processor = family.build_processor(prepared.folder, media_options(prepared.recipe))
+    loaded, _ = load_model(lambda: family.build_model(prepared.config), Checkpoint(prepared.folder), device, dtype)
+    return join(prepared.recipe, prepared.memory.num_blocks, loaded, processor, device, dtype)
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """Kernels of A2 and A3 that take halves only take fp32 too, which no chip does: only then is equality exact.
+
+    The kernels' arithmetic is fp32 anyway; their limits are lifted, nothing else.
+    """
+    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    changed = [(module, module.HALF) for module in modules if hasattr(module, "HALF")]
+    for module, _ in changed:
+        module.HALF = FLOATS
+    try:
+        yield
+    finally:
+        for module, half in changed:
+            module.HALF = half

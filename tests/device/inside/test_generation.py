@@ -1,0 +1,110 @@
+"""Random checkpoints end to end on emulated chips: logits and greedy tokens equal the CPU backend's.
+
+A2 and A3 in fp32, which their kernels are allowed here only (see npu.exact): there equality is exact. On 300I DUO,
+whose ops and masks are fp16 by shape of their arguments, logits lose no more than fp16 does on the CPU.
+"""
+
+import pytest
+import torch
+
+from executor.emulator.record import Recorder
+from executor.request import SamplingParams
+from tests.device.inside.npu import A2, A3, CPU, DUO, backend, engine_on, exact
+from tests.models.test_generation import CASES, RecordedLogits
+from tests.reference import FAMILIES, config_of, random_model, save_checkpoint, tokenizer_of
+
+NUM_TOKENS = 8
+GREEDY = SamplingParams(max_new_tokens=NUM_TOKENS, ignore_eos=True, temperature=0.0)
+
+
+def answers(engine, prompts) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Tokens and first logits of every prompt, asked one by one."""
+    tokens, logits = [], []
+    for prompt in prompts.values():
+        with RecordedLogits(engine.runner) as recorded:
+            (completion,) = engine.generate([prompt], GREEDY)
+        tokens.append(list(completion.token_ids[0]))
+        logits.append(recorded.logits[0][0])
+    return tokens, logits
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """(folder, prompts by case, the CPU's fp32 tokens and logits, its fp16 logits)."""
+    name = request.param
+    model = random_model(name, config_of(name, tokenizer_of(name)))
+    folder = save_checkpoint(tmp_path_factory.mktemp(name), name, model)
+    engine = engine_on(CPU, folder, torch.float32)
+    prompts = {case: engine.processor.build(messages) for case, messages in CASES.items()}
+    tokens, logits = answers(engine, prompts)
+    _, halves = answers(engine_on(CPU, folder, torch.float16), prompts)
+    return folder, prompts, tokens, logits, halves
+
+
+@pytest.mark.parametrize("soc, cache", [(A2, "ND"), (A2, "NZ"), (A3, "ND")])
+def test_fp32_is_the_cpu(family, soc, cache) -> None:
+    folder, prompts, wanted, wanted_logits, _ = family
+    with exact():
+        engine = engine_on(backend(soc, cache=cache), folder, torch.float32)
+        tokens, logits = answers(engine, prompts)
+    assert tokens == wanted
+    for ours, true in zip(logits, wanted_logits, strict=True):
+        assert (ours - true).abs().max() <= 1e-4 * true.abs().max()
+
+
+@pytest.mark.parametrize("chunk", [7, 33])
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_chunks_and_batches_change_nothing(family, chunk, prefix_caching) -> None:
+    folder, prompts, wanted, _, _ = family
+    with exact():
+        engine = engine_on(
+            backend(A2), folder, torch.float32, max_num_batched_tokens=chunk, enable_prefix_caching=prefix_caching
+        )
+        for _ in range(2):  # the second time out of the prefix cache
+            done = engine.generate(list(prompts.values()), GREEDY)
+            assert [list(completion.token_ids[0]) for completion in done] == wanted
+
+
+@pytest.mark.parametrize("soc, dtype", [(A2, torch.float16), (A3, torch.float16), (DUO, torch.float16)])
+def test_fp16_loses_what_fp16_loses(family, soc, dtype) -> None:
+    folder, prompts, _, exact_logits, halves = family
+    engine = engine_on(backend(soc), folder, dtype)
+    _, logits = answers(engine, prompts)
+
+    def loss(found: list[torch.Tensor]) -> float:
+        pairs = zip(found, exact_logits, strict=True)
+        return float(torch.stack([(one - true).square().mean().sqrt() for one, true in pairs]).mean())
+
+    assert loss(logits) <= 1.5 * loss(halves), (loss(logits), loss(halves))
+
+
+@pytest.mark.parametrize("soc", [A2, A3, DUO])
+def test_chunks_on_the_chips_own_dtype(family, soc) -> None:
+    """Mixed steps of prefill and decode run on every chip; answers are whole."""
+    folder, prompts, *_ = family
+    engine = engine_on(backend(soc), folder, torch.float16, max_num_batched_tokens=33)
+    done = engine.generate(list(prompts.values()), GREEDY)
+    assert all(len(completion.token_ids[0]) == NUM_TOKENS for completion in done)
+    engine.scheduler.check()
+
+
+OPS = {
+    A2: {"npu_rms_norm", "npu_add_rms_norm", "npu_apply_rotary_pos_emb", "npu_scatter_pa_kv_cache", "npu_swiglu"}
+    | {"npu_fused_infer_attention_score_v2"},
+    DUO: {"npu_rms_norm", "npu_add_rms_norm", "npu_apply_rotary_pos_emb", "_npu_reshape_and_cache", "npu_swiglu"}
+    | {"_npu_paged_attention", "_npu_paged_attention_splitfuse_v2", "_npu_flash_attention_unpad"},
+}
+EXPERTS = {"npu_moe_gating_top_k_softmax", "npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_moe_finalize_routing"}
+
+
+@pytest.mark.parametrize("soc", [A2, DUO])
+def test_a_layer_is_made_of_fused_ops(family, soc) -> None:
+    """What is called, and that no step but the sampler's result reads the device back."""
+    folder, prompts, *_ = family
+    engine = engine_on(backend(soc), folder, torch.float16)
+    with Recorder() as recorded:
+        engine.generate([prompts["picture"]], GREEDY)
+    called = {call.bare for call in recorded.calls}
+    expected = OPS[soc] | (EXPERTS if engine.runner.model.config.text.__dict__.get("moe") else set())
+    missing = expected - called
+    assert missing <= {"npu_swiglu"} if soc == DUO else not missing, missing

@@ -1,0 +1,225 @@
+"""The fused attention ops against attention's formula: packed, padded, paged in every layout, chunks, decode."""
+
+import pytest
+import torch
+import torch_npu
+import torchair
+
+from executor.emulator.formats import to_nz
+from executor.emulator.limits import LimitError
+from tests.emulator.helpers import BF16, FP16, HALF, blocks_of, close, like_meta, naive, rand, slots_of
+
+MASK = torch.ones(2048, 2048, dtype=torch.int8).triu_(1)
+SCALE = 0.11
+HEADS = pytest.mark.parametrize("heads", [(4, 4), (8, 2), (7, 1)])
+
+
+def cumulative(lengths):
+    return torch.tensor(lengths).cumsum(0).tolist()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("lengths", [[1], [5, 1, 9], [64, 3]])
+def test_vision_attention(a2, dtype, dim, lengths) -> None:
+    total = sum(lengths)
+    q, k, v = (rand(total, 4, dim, dtype=dtype, seed=s) for s in range(3))
+    out, _ = torch_npu.npu_fused_infer_attention_score(
+        q, k, v, actual_seq_lengths=cumulative(lengths), actual_seq_lengths_kv=cumulative(lengths), num_heads=4,
+        num_key_value_heads=4, scale=SCALE, input_layout="TND", sparse_mode=0,
+    )  # fmt: skip
+    parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    close(out, torch.cat([naive(*part, SCALE, False) for part in parts]))
+
+
+def pages(layout, k, v, table, blocks, lengths, size):
+    """Keys and values of all requests, written into a paged cache of a layout."""
+    heads, dim = k.shape[1:]
+    slots = slots_of(table, lengths, size)
+    made = []
+    for rows in (k, v):
+        plain = torch.full((blocks, size, heads, dim), float("nan"), dtype=k.dtype)
+        plain.view(-1, heads, dim)[slots] = rows
+        if layout == "BSH":
+            made.append(plain.flatten(2))
+        elif layout == "BNSD":
+            made.append(plain.transpose(1, 2).contiguous())
+        else:
+            made.append(to_nz(plain.transpose(1, 2)))
+    return made
+
+
+def expected(q, k, v, q_lens, kv_lens):
+    parts = zip(q.split(q_lens), k.split(kv_lens), v.split(kv_lens), strict=True)
+    return torch.cat([naive(*part, SCALE, True) for part in parts])
+
+
+@HEADS
+@pytest.mark.parametrize("layout", ["BSH", "BNSD", "NZ"])
+@pytest.mark.parametrize(
+    "q_lens,kv_lens", [([1], [1]), ([1, 1, 1], [17, 16, 130]), ([5, 1, 16], [5, 33, 16]), ([2, 16], [48, 47])]
+)
+@pytest.mark.parametrize("dtype", HALF)
+def test_paged_tnd(a2, heads, layout, q_lens, kv_lens, dtype) -> None:
+    size, dim = 16, 64
+    q = rand(sum(q_lens), heads[0], dim, dtype=dtype)
+    k, v = (rand(sum(kv_lens), heads[1], dim, dtype=dtype, seed=s) for s in (1, 2))
+    table, blocks = blocks_of(kv_lens, size)
+    caches = pages(layout, k, v, table, blocks, kv_lens, size)
+    shared = {"atten_mask": MASK, "block_table": table, "num_query_heads": heads[0], "num_key_value_heads": heads[1]}
+    shared |= {"softmax_scale": SCALE, "input_layout": "TND", "sparse_mode": 3, "block_size": size}
+    lens = {"actual_seq_qlen": cumulative(q_lens), "actual_seq_kvlen": kv_lens}
+    out, _ = torch_npu.npu_fused_infer_attention_score_v2(q, *caches, **shared, **lens)
+    close(out, expected(q, k, v, q_lens, kv_lens))
+    tensors = {name: torch.tensor(values) for name, values in lens.items()}
+    assert torch.equal(torchair.ops.npu_fused_infer_attention_score_v2(q, *caches, **shared, **tensors)[0], out)
+
+
+def test_prefill_without_a_cache(a3) -> None:
+    lengths = [7, 1, 20]
+    q, k, v = rand(28, 8, 128), rand(28, 2, 128, seed=1), rand(28, 2, 128, seed=2)
+    out, lse = torch_npu.npu_fused_infer_attention_score_v2(
+        q, k, v, atten_mask=MASK, actual_seq_qlen=cumulative(lengths), actual_seq_kvlen=cumulative(lengths),
+        num_query_heads=8,
+        num_key_value_heads=2, softmax_scale=SCALE, input_layout="TND", sparse_mode=3, return_softmax_lse=True,
+    )  # fmt: skip
+    close(out, expected(q, k, v, lengths, lengths))
+    scores = torch.einsum("hd,lhd->hl", q[27].double(), k[8:28].double().repeat_interleave(4, 1)) * SCALE
+    close(lse[27, :, 0], scores.logsumexp(-1).float(), 4)
+    assert lse.shape == (28, 8, 1)
+
+
+def test_padding_requests_of_a_graph_step_give_zeros(a2) -> None:
+    table, cache = torch.zeros(3, 1, dtype=torch.int32), rand(2, 16, 128)
+    out, _ = torch_npu.npu_fused_infer_attention_score_v2(
+        rand(3, 2, 64), cache, cache, atten_mask=MASK, block_table=table, actual_seq_qlen=[1, 2, 3],
+        actual_seq_kvlen=[4, 0, 0],
+        num_query_heads=2, num_key_value_heads=2, softmax_scale=SCALE, input_layout="TND", sparse_mode=3, block_size=16,
+    )  # fmt: skip
+    assert out[0].any() and not out[1:].any()
+
+
+@pytest.mark.parametrize("layout", ["BSH", "BSND", "BNSD"])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_padded_layouts(a2, layout, tokens) -> None:
+    q, k, v = rand(2, tokens, 4, 32), rand(2, 9, 2, 32, seed=1), rand(2, 9, 2, 32, seed=2)
+    arrange = {"BSH": lambda x: x.flatten(2), "BSND": lambda x: x, "BNSD": lambda x: x.transpose(1, 2).contiguous()}[
+        layout
+    ]
+    out, _ = like_meta_first(
+        torch_npu.npu_fused_infer_attention_score, *(arrange(x) for x in (q, k, v)), actual_seq_lengths_kv=[9, 7],
+        num_heads=4, num_key_value_heads=2, scale=SCALE, input_layout=layout,
+    )  # fmt: skip
+    wanted = torch.stack([naive(q[i], k[i, :n], v[i, :n], SCALE, False) for i, n in enumerate((9, 7))])
+    close(out, arrange(wanted))
+
+
+def like_meta_first(op, *args, **kwargs):
+    like_meta(lambda *a, **k: op(*a, **k)[0], *args, **kwargs)
+    return op(*args, **kwargs)
+
+
+def test_a_mask_of_ones_own(a2) -> None:
+    q, k = rand(1, 5, 2, 32), rand(1, 5, 2, 32, seed=1)
+    mask = torch.ones(5, 5, dtype=torch.bool).triu_(1)
+    out, _ = torch_npu.npu_fused_infer_attention_score_v2(
+        q, k, k, atten_mask=mask, num_query_heads=2, softmax_scale=SCALE, input_layout="BSND"
+    )
+    close(out[0], naive(q[0], k[0], k[0], SCALE, True))
+
+
+@pytest.mark.parametrize("layout", ["BSH", "BNSD"])
+@pytest.mark.parametrize("soc", ["a2", "duo"])
+def test_prompt_flash_attention(request, soc, layout) -> None:
+    request.getfixturevalue(soc)
+    q, k, v = (rand(2, 6, 4, 32, dtype=FP16, seed=s) for s in range(3))
+    arrange = (lambda x: x.flatten(2)) if layout == "BSH" else (lambda x: x.transpose(1, 2).contiguous())
+    mask = torch.ones(6, 6, dtype=torch.bool).triu_(1)
+    for causal in (True, False):
+        out = like_meta(
+            torch_npu.npu_prompt_flash_attention, *(arrange(x) for x in (q, k, v)), atten_mask=mask if causal else None,
+            num_heads=4, scale_value=SCALE, input_layout=layout,
+        )  # fmt: skip
+        close(out, arrange(torch.stack([naive(q[i], k[i], v[i], SCALE, causal) for i in range(2)])))
+
+
+@pytest.mark.parametrize("soc", ["a2", "duo"])
+@pytest.mark.parametrize("layout", ["BSH", "BNSD"])
+def test_incre_flash_attention_paged(request, soc, layout) -> None:
+    request.getfixturevalue(soc)
+    lengths, size = [17, 3, 32], 16
+    q = rand(3, 4, 32, dtype=FP16)
+    k, v = (rand(sum(lengths), 2, 32, dtype=FP16, seed=s) for s in (1, 2))
+    table, blocks = blocks_of(lengths, size)
+    caches = pages(layout, k, v, table, blocks, lengths, size)
+    out = torch_npu.npu_incre_flash_attention(
+        q.view(3, 1, 128) if layout == "BSH" else q.unsqueeze(2), *caches, actual_seq_lengths=lengths,
+        block_table=table,
+        num_heads=4, num_key_value_heads=2, scale_value=SCALE, input_layout=layout, block_size=size,
+    )  # fmt: skip
+    close(out.view(3, 4, 32), expected(q, k, v, [1, 1, 1], lengths))
+
+
+def test_bf16_runs_where_the_chip_has_it(a3) -> None:
+    assert torch_npu.npu_rms_norm(rand(2, 32), torch.ones(32, dtype=BF16))[0].dtype == BF16
+
+
+def test_attention_in_inference_mode_and_a_mask_that_changes(a2) -> None:
+    with torch.inference_mode():
+        q, mask = rand(3, 2, 64), MASK.clone()
+        call = {
+            "actual_seq_lengths": [3],
+            "actual_seq_lengths_kv": [3],
+            "num_heads": 2,
+            "scale": SCALE,
+            "input_layout": "TND",
+        }
+        out, _ = torch_npu.npu_fused_infer_attention_score(q, q, q, atten_mask=mask, sparse_mode=3, **call)
+    close(out, naive(q, q, q, SCALE, True))
+    mask = MASK.clone()
+    torch_npu.npu_fused_infer_attention_score(q, q, q, atten_mask=mask, sparse_mode=3, **call)
+    mask[0, 1] = 0
+    with pytest.raises(LimitError, match="above the diagonal"):
+        torch_npu.npu_fused_infer_attention_score(q, q, q, atten_mask=mask, sparse_mode=3, **call)
+
+
+@pytest.mark.parametrize("mode,pre,after", [(1, 0, 0), (2, 0, 0), (3, 0, 0), (4, 3, 1), (0, 2, 1)])
+def test_sparse_modes(a2, mode, pre, after) -> None:
+    """A 5 x 8 problem: which keys each mode shows, written out."""
+    q, k, v = rand(1, 5, 2, 32), rand(1, 8, 2, 32, seed=1), rand(1, 8, 2, 32, seed=2)
+    ahead = torch.arange(8) - torch.arange(5).unsqueeze(1)
+    own = torch.rand(5, 8, generator=torch.Generator().manual_seed(3)) < 0.3
+    own[:, 0] = False
+    hidden = {
+        0: own | (ahead > 1) | (-ahead > 2),
+        1: own,
+        2: ahead > 0,
+        3: ahead > 3,
+        4: (ahead - 3 > 1) | (-(ahead - 3) > 3),
+    }[mode]
+    out, _ = torch_npu.npu_fused_infer_attention_score_v2(
+        q, k, v, atten_mask=own if mode < 2 else MASK, num_query_heads=2, softmax_scale=SCALE, input_layout="BSND",
+        sparse_mode=mode, pre_tokens=pre, next_tokens=after,
+    )  # fmt: skip
+    scores = (torch.einsum("thd,lhd->htl", q[0].double(), k[0].double()) * SCALE).masked_fill(hidden, float("-inf"))
+    wanted = torch.einsum("htl,lhd->thd", scores.softmax(-1).nan_to_num(0.0), v[0].double())
+    close(out[0], wanted)
+
+
+def test_shifted_scores_and_int8_output(a2) -> None:
+    q, k, v = (rand(2, 2, 6, 32, dtype=FP16, seed=s) for s in range(3))
+    shift, scale = rand(1, 2, 6, 6, dtype=FP16, seed=4), torch.rand(2, 32) * 50 + 10
+    call = {"num_heads": 2, "scale": SCALE, "input_layout": "BNSD"}
+    plain, _ = torch_npu.npu_fused_infer_attention_score(q, k, v, pse_shift=shift, **call)
+    scores = torch.einsum("bhtd,bhld->bhtl", q.double(), k.double()) * SCALE + shift.double()
+    wanted = scores.softmax(-1) @ v.double()
+    close(plain, wanted, 2)
+    turned, _ = torch_npu.npu_fused_infer_attention_score(
+        q, k, v, pse_shift=shift, **call | {"input_layout": "BNSD_BSND"}
+    )
+    assert torch.equal(turned, plain.transpose(1, 2))
+    small, _ = torch_npu.npu_fused_infer_attention_score(
+        q, k, v, pse_shift=shift, quant_scale2=scale, quant_offset2=torch.full((2, 32), 2.0), **call
+    )
+    exact = wanted * scale.view(1, 2, 1, 32) + 2
+    assert small.dtype == torch.int8 and (small - exact.clamp(-128, 127)).abs().max() < 0.51

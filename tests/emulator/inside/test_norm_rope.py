@@ -1,0 +1,142 @@
+"""Norms, rotary embeddings and activations against the CPU backend's formulas."""
+
+import pytest
+import torch
+import torch_npu
+
+from executor.device.cpu import CpuOps
+from tests.emulator.helpers import BF16, FP16, FP32, close, like_meta, rand
+
+CPU = CpuOps()
+DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+ROWS = pytest.mark.parametrize("rows", [1, 7, 64])
+
+
+@DTYPES
+@ROWS
+def test_rms_norm(a2, dtype, rows) -> None:
+    x, weight = rand(rows, 96, dtype=dtype), rand(96, dtype=dtype, seed=1)
+    y, rstd = like_meta(torch_npu.npu_rms_norm, x, weight, 1e-6)
+    close(y, CPU.rms_norm(x, weight, 1e-6), 2)
+    close(rstd, (x.float().square().mean(-1, keepdim=True) + 1e-6).rsqrt())
+
+
+@DTYPES
+@ROWS
+def test_add_rms_norm(a2, dtype, rows) -> None:
+    x, residual, weight = (
+        rand(rows, 96, dtype=dtype),
+        rand(rows, 96, dtype=dtype, seed=2),
+        rand(96, dtype=dtype, seed=1),
+    )
+    y, _, total = like_meta(torch_npu.npu_add_rms_norm, x, residual, weight, 1e-6)
+    wanted, wanted_total = CPU.add_rms_norm(x, residual, weight, 1e-6)
+    close(y, wanted, 2)
+    assert torch.equal(total, wanted_total)
+
+
+def test_add_rms_norm_of_no_rows(a2) -> None:
+    x = torch.empty(0, 32, dtype=BF16)
+    assert torch_npu.npu_add_rms_norm(x, x, torch.ones(32, dtype=BF16))[0].shape == (0, 32)
+
+
+@pytest.mark.parametrize("divide", [True, False])
+def test_add_rms_norm_quant(a2, divide) -> None:
+    x, residual, weight = rand(5, 64), rand(5, 64, seed=2), rand(64, seed=1)
+    scale, zero = torch.full((64,), 0.03), torch.full((64,), 3, dtype=torch.int32)
+    y, _, total = like_meta(
+        torch_npu.npu_add_rms_norm_quant, x, residual, weight, scale if divide else 1 / scale, zero, div_mode=divide
+    )
+    wanted = (CPU.rms_norm((x + residual).float(), weight.float(), 1e-6) / 0.03 + 3).round().clamp(-128, 127)
+    assert (y.float() - wanted).abs().max() <= 1
+    assert (y.float() != wanted).float().mean() < 0.01
+    assert torch.equal(total, x + residual)
+
+
+def test_add_rms_norm_dynamic_quant(a2) -> None:
+    x, residual, weight, smooth = rand(5, 64), rand(5, 64, seed=2), rand(64, seed=1), rand(64, seed=4).abs() + 0.5
+    y, _, total, scale, _ = like_meta(
+        torch_npu.npu_add_rms_norm_dynamic_quant, x, residual, weight, smooth_scale1=smooth, output_mask=[True, False]
+    )
+    wanted = CPU.rms_norm((x + residual).float(), weight.float(), 1e-6) * smooth.float()
+    close(scale, wanted.abs().amax(-1) / 127, 16)
+    assert (y.float() * scale[:, None] - wanted).abs().max() <= scale.max() * 0.51
+    assert torch.equal(total, x + residual)
+
+
+@DTYPES
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("layout", ["TND", "BSND"])
+def test_apply_rotary_pos_emb(a2, dtype, dim, layout) -> None:
+    q, k = rand(6, 4, dim, dtype=dtype), rand(6, 2, dim, dtype=dtype, seed=1)
+    angles = rand(6, dim // 2, dtype=FP32, seed=2)
+    cos, sin = (torch.cat((f(angles), f(angles)), -1).to(dtype) for f in (torch.cos, torch.sin))
+    wanted = CPU.rope(q.float(), cos.float(), sin.float()), CPU.rope(k.float(), cos.float(), sin.float())
+    given = [q.clone(), k.clone(), cos.unsqueeze(1), sin.unsqueeze(1)]
+    if layout == "BSND":
+        given = [x.unsqueeze(0) for x in given]
+    got = like_meta(torch_npu.npu_apply_rotary_pos_emb, *given, layout, "half")
+    for mine, theirs, source in zip(got, wanted, given[:2], strict=True):
+        close(mine.view(theirs.shape), theirs)
+        assert torch.equal(source, mine), "the op is documented to work in place"
+
+
+@DTYPES
+def test_rotary_mul(a2, dtype) -> None:
+    x, angles = rand(1, 6, 4, 128, dtype=dtype), rand(1, 6, 1, 64, dtype=FP32, seed=2)
+    cos, sin = (torch.cat((f(angles), f(angles)), -1).to(dtype) for f in (torch.cos, torch.sin))
+    got = like_meta(torch_npu.npu_rotary_mul, x, cos, sin)
+    close(got[0], CPU.rope(x[0].float(), cos[0, :, 0].float(), sin[0, :, 0].float()))
+    flipped = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    close(torch_npu.npu_rotary_mul(x, cos, sin, "interleave"), x.float() * cos.float() + flipped.float() * sin.float())
+    turn = torch.eye(128, dtype=dtype).roll(1, 0)
+    close(
+        torch_npu.npu_rotary_mul(x, cos, sin, rotate=turn),
+        x.float() * cos.float() + (x.float() @ turn.float()) * sin.float(),
+    )
+
+
+@DTYPES
+@ROWS
+def test_swiglu(a2, dtype, rows) -> None:
+    x = rand(rows, 64, dtype=dtype)
+    close(like_meta(torch_npu.npu_swiglu, x), CPU.swiglu(x.float()))
+    close(torch_npu.npu_swiglu(x.view(rows, 2, 32), 1)[:, 0], CPU.swiglu(x.float()))
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_dequant_swiglu_quant(a2, left, bias) -> None:
+    x = torch.randint(-3000, 3000, (5, 128), dtype=torch.int32)
+    weight_scale, token_scale = torch.rand(1, 128) * 1e-3, torch.rand(5) + 0.5
+    extra = torch.randint(-50, 50, (128,), dtype=torch.int32) if bias else None
+    y, scale = torch_npu.npu_dequant_swiglu_quant(
+        x, weight_scale=weight_scale, activation_scale=token_scale, bias=extra, activate_left=left, quant_mode=1
+    )
+    wide = (x + (extra if bias else 0)).float() * weight_scale * token_scale[:, None]
+    halves = wide.chunk(2, -1) if left else wide.chunk(2, -1)[::-1]
+    wanted = CPU.swiglu(torch.cat(halves, -1))
+    close(scale, wanted.abs().amax(-1) / 127, 16)
+    assert (y * scale[:, None] - wanted).abs().max() <= scale.max() * 0.51
+
+
+def test_dequant_swiglu_quant_by_groups(a2) -> None:
+    x, counts = torch.randint(-3000, 3000, (6, 128), dtype=torch.int32), torch.tensor([2, 0, 3])
+    weight_scale, token_scale = torch.rand(3, 128) * 1e-3, torch.rand(6) + 0.5
+    y, scale = torch_npu.npu_dequant_swiglu_quant(
+        x, weight_scale=weight_scale, activation_scale=token_scale, group_index=counts, activate_left=True, quant_mode=1
+    )
+    for rows, group in ((slice(0, 2), 0), (slice(2, 5), 2)):
+        wanted = CPU.swiglu(x[rows].float() * weight_scale[group] * token_scale[rows, None])
+        assert (y[rows] * scale[rows, None] - wanted).abs().max() <= scale[rows].max() * 0.51
+    assert scale[5].isnan(), "rows beyond the groups are undefined"
+
+
+def test_the_clamped_swiglu(a2) -> None:
+    x = rand(4, 64, dtype=BF16) * 6
+    y, scale = torch_npu.npu_dequant_swiglu_quant(
+        x, quant_mode=1, swiglu_mode=1, clamp_limit=5.0, glu_alpha=1.5, glu_bias=0.5
+    )
+    gate, linear = x[:, ::2].float().clamp(max=5), x[:, 1::2].float().clamp(-5, 5)
+    wanted = gate * torch.sigmoid(1.5 * gate) * (linear + 0.5)
+    assert (y * scale[:, None] - wanted).abs().max() <= scale.max() * 0.51
