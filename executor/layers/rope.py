@@ -5,6 +5,7 @@ Source: Qwen2-VL (arXiv 2409.12191) for contiguous sections; Qwen3-VL interleave
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -34,10 +35,15 @@ class MRope:
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`positions [3, T]` int64 -> `cos, sin [T, D]`, both halves of D the same angles."""
-        device = positions.device
-        steps = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
-        frequencies = 1.0 / (self.theta ** (steps / self.head_dim))
-        chosen = positions.index_select(0, self.axis_of_frequency().to(device))  # [D/2, T]
+        axes, frequencies = _tables(self, positions.device)
+        chosen = positions.index_select(0, axes)  # [D/2, T]
         angles = chosen.t().to(torch.float32) * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@lru_cache(maxsize=8)
+def _tables(rope: MRope, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The axis of each frequency, int64 [D/2], and the frequencies, fp32 [D/2]; made once, not every step."""
+    steps = torch.arange(0, rope.head_dim, 2, dtype=torch.float32, device=device)
+    return rope.axis_of_frequency().to(device), 1.0 / (rope.theta ** (steps / rope.head_dim))
