@@ -15,7 +15,7 @@ from executor.memory import estimate
 from executor.runtime.engine import Engine
 from executor.runtime.loading import load_model
 from executor.runtime.prompt import MediaOptions
-from executor.runtime.runner import PixelFormat, Runner
+from executor.runtime.runner import Runner
 from executor.runtime.sampler import Sampler
 from executor.runtime.weights import Checkpoint
 from executor.schedule.scheduler import Scheduler
@@ -91,12 +91,8 @@ def join(
     )
     heads = model.language_model.layers[0].self_attn.num_kv_heads
     kv = device.kv_cache(text.num_layers, num_blocks, limits.block_size, heads, text.head_dim, dtype)
-    picture = processor.picture
-    pixel_format = PixelFormat(
-        picture.mean, picture.std, picture.patch_size, picture.temporal_patch_size, picture.merge_size
-    )
     sampler = Sampler(text.vocab_size, device.device, eos_token_ids=processor.eos_token_ids)
-    runner = Runner(model, device, kv, limits.block_size, sampler, pixel_format, dtype)
+    runner = Runner(model, device, kv, limits.block_size, sampler, processor.picture, dtype)
     return Engine(processor, scheduler, runner, text.vocab_size)
 
 

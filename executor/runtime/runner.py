@@ -13,21 +13,11 @@ from torch import Tensor, nn
 
 from executor.device.ops import KVLayer, Ops
 from executor.request import MediaItem, Request
+from executor.runtime.checkpoint_files import PixelSettings
 from executor.runtime.forward import DeepStack, ForwardMeta
 from executor.runtime.sampler import Sampled, Sampler
 from executor.schedule.scheduler import Plan, Row
 from executor.vision.image import normalize_patchify
-
-
-@dataclass(frozen=True)
-class PixelFormat:
-    """How uint8 pixels become patches, from the checkpoint's preprocessor_config.json."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
 
 
 @dataclass
@@ -52,7 +42,7 @@ class Runner:
         kv: list[KVLayer],
         block_size: int,
         sampler: Sampler,
-        pixel_format: PixelFormat,
+        pixel_format: PixelSettings,
         dtype: torch.dtype,
     ) -> None:
         self.model = model

@@ -21,9 +21,10 @@ from executor.device import ops
 from executor.device.cpu import CpuOps
 from executor.layers.pull import finalize
 from executor.request import MediaItem, Prompt, SamplingParams, Span
+from executor.runtime.checkpoint_files import PixelSettings
 from executor.runtime.engine import Engine
 from executor.runtime.loading import default_dtype
-from executor.runtime.runner import PixelFormat, Runner
+from executor.runtime.runner import Runner
 from executor.runtime.sampler import Sampler
 from executor.schedule.scheduler import Scheduler
 from models.qwen2_5_vl import runner as family
@@ -83,7 +84,7 @@ def our_engine(reference, layers: int) -> Engine:
     text = model.config.text
     num_blocks, block_size = 8 * 12, 128
     kv = device.kv_cache(layers, num_blocks, block_size, text.num_kv_heads, text.head_dim, torch.bfloat16)
-    pixel_format = PixelFormat((0.48, 0.46, 0.41), (0.27, 0.26, 0.28), 14, 2, 2)
+    pixel_format = PixelSettings(14, 2, 2, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), 4 * 28**2, 16384 * 28**2)
     sampler = Sampler(text.vocab_size, device.device)
     runner = Runner(model.eval(), device, kv, block_size, sampler, pixel_format, torch.bfloat16)
     scheduler = Scheduler(
