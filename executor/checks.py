@@ -75,7 +75,7 @@ def check_supported(recipe: Recipe) -> None:
             "(python -m executor.apps.doctor says which). device: npu_emulated runs the same code on this CPU; "
             f"device: cpu is fast. Try:  {_that_runs(recipe)}"
         )
-    if model.exe_mode != "eager":
+    if model.exe_mode == "compile":
         raise UserError(
             f"model_config.exe_mode: {model.exe_mode} is not part of this release yet; eager is. "
             f"Try:  {_that_runs(recipe)}"
@@ -92,6 +92,11 @@ def check_supported(recipe: Recipe) -> None:
         )
 
 
+def _has_graphs(recipe: Recipe) -> bool:
+    """Whether the recipe's device has its decode mode."""
+    return recipe.model.device in GRAPH_DEVICES.get(recipe.model.exe_mode, ())
+
+
 def has_torch_npu() -> bool:
     """Whether torch_npu is installed; it is not imported."""
     return importlib.util.find_spec("torch_npu") is not None
@@ -103,7 +108,7 @@ def _that_runs(recipe: Recipe) -> str:
     stays = device == "npu_emulated" or device == "npu" and has_torch_npu()
     changes = {"model_config.device=cpu": not stays and device != "cpu"}
     changes["model_config.soc=null"] = not stays and recipe.model.soc is not None
-    changes["model_config.exe_mode=eager"] = recipe.model.exe_mode != "eager"
+    changes["model_config.exe_mode=eager"] = recipe.model.exe_mode != "eager" and not (stays and _has_graphs(recipe))
     changes["model_config.dtype=auto"] = not stays and recipe.model.dtype == "float16"
     changes["parallel_config.world_size=1"] = recipe.parallel.world_size > 1
     changes["parallel_config.attn_tp_size=1"] = (recipe.parallel.attn_tp_size or 1) > 1

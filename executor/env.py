@@ -6,6 +6,7 @@ only, and importable on Python 3.8, because the doctor starts from here on machi
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -27,6 +28,15 @@ def find_path(path: str | Path) -> Path:
 def environment() -> dict[str, str]:
     """A copy of all environment variables, for the doctor, which reports what is set and changes nothing."""
     return dict(os.environ)
+
+
+def code_digest() -> str:
+    """Digest of every Python file of the product: two machines, or two runs, with the same one run the same code."""
+    digest = hashlib.sha256()
+    for folder in ("executor", "models", "dataset"):
+        for path in sorted((REPO_ROOT / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(REPO_ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def calm_threads() -> None:

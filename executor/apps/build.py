@@ -1,7 +1,10 @@
 """From a recipe to an engine: the one place where backend, model, processor, scheduler and runner are joined."""
 
+import hashlib
 import importlib
+import json
 import logging
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -10,13 +13,16 @@ from executor.checks import Prepared, prepare
 from executor.config import Recipe
 from executor.device import ops
 from executor.device.cpu import CpuOps
+from executor.env import code_digest
 from executor.errors import UserError
 from executor.memory import estimate
+from executor.runtime.decode import DecodeGraphs, batch_sizes, spare_blocks
 from executor.runtime.engine import Engine
 from executor.runtime.loading import load_model
 from executor.runtime.prompt import MediaOptions
 from executor.runtime.runner import Runner
 from executor.runtime.sampler import Sampler
+from executor.runtime.step import ModelStep
 from executor.runtime.weights import Checkpoint
 from executor.schedule.scheduler import Scheduler
 from models import RUNNERS
@@ -89,11 +95,56 @@ def join(
         encoder_cache_tokens=limits.encoder_cache_tokens,
         eos_token_ids=processor.eos_token_ids,
     )
-    heads = model.language_model.layers[0].self_attn.num_kv_heads
-    kv = device.kv_cache(text.num_layers, num_blocks, limits.block_size, heads, text.head_dim, dtype)
+    attention = model.language_model.layers[0].self_attn
+    sizes = graph_sizes(recipe)
+    blocks = num_blocks + spare_blocks(sizes, limits.block_size)
+    kv = device.kv_cache(
+        text.num_layers, blocks, limits.block_size, attention.num_kv_heads, text.head_dim, dtype,
+        normed=attention.q_norm is not None,
+    )  # fmt: skip
     sampler = Sampler(text.vocab_size, device.device, eos_token_ids=processor.eos_token_ids)
     runner = Runner(model, device, kv, limits.block_size, sampler, processor.picture, dtype)
+    if sizes:
+        runner.graphs = _captured(recipe, runner.step, device, sizes, num_blocks)
     return Engine(processor, scheduler, runner, text.vocab_size)
+
+
+def graph_sizes(recipe: Recipe) -> tuple[int, ...]:
+    """Batch sizes of the decode graphs of a recipe; none where decode steps run eagerly."""
+    if recipe.model.exe_mode == "eager":
+        return ()
+    return recipe.scheduler.graph_batch_sizes or batch_sizes(recipe.scheduler.max_num_seqs)
+
+
+def _captured(
+    recipe: Recipe, step: ModelStep, device: ops.Ops, sizes: tuple[int, ...], num_blocks: int
+) -> DecodeGraphs | None:
+    """The decode graphs, or None and a warning where the device cannot make them and the recipe allows eager steps."""
+    mode = recipe.model.exe_mode
+    folder = Path(recipe.model.output_path) / "graphs" / graph_key(recipe, step)
+    graphs = DecodeGraphs(step, device, mode, sizes, num_blocks, recipe.scheduler.max_model_len, folder)
+    try:
+        graphs.capture()
+    except RuntimeError as error:
+        if recipe.model.strict_graph:
+            raise RuntimeError(
+                f"model_config.exe_mode: {mode} graphs cannot be made: {error}. Set exe_mode: eager, or strict_graph: "
+                "false to run eagerly where there is no graph"
+            ) from error
+        logger.warning("no %s graphs, decode steps run eagerly: %s", mode, error)
+        return None
+    return graphs
+
+
+def graph_key(recipe: Recipe, step: ModelStep) -> str:
+    """A name for what a compiled graph depends on: sizes, degrees, versions and our own code."""
+    told = {
+        "model": repr(step.model.config),
+        "recipe": recipe.model_dump(include={"model", "parallel", "scheduler"}),
+        "torch": torch.__version__,
+        "code": code_digest(),
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def media_options(recipe: Recipe) -> MediaOptions:

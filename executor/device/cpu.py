@@ -97,8 +97,9 @@ class CpuOps(Ops):
         return weights.to(logits.dtype), ids
 
     def kv_cache(
-        self, num_layers: int, num_blocks: int, block_size: int, heads: int, dim: int, dtype: torch.dtype
-    ) -> list[KVLayer]:
+        self, num_layers: int, num_blocks: int, block_size: int, heads: int, dim: int, dtype: torch.dtype,
+        normed: bool = False,
+    ) -> list[KVLayer]:  # fmt: skip
         shape = (num_blocks, block_size, heads, dim)
         # Never zeroed: only written slots are read, and an idle cache takes no memory.
         return [KVLayer(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)) for _ in range(num_layers)]

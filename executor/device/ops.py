@@ -8,6 +8,7 @@ Legend: T tokens, H query heads, K key/value heads, D head dim, S cache slots, E
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,25 @@ class KVLayer:
 
     k: Tensor
     v: Tensor
+    q_out: Tensor | None = None  # [T, H * D]: in a graph, where the layer's queries are left
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How the rows of a fused q, k, v projection are cut: H query heads, then K key and K value heads of size D."""
+
+    num_heads: int
+    num_kv_heads: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMS norms of every query and key head, weights [D] (Qwen3)."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
 
 
 class Ops(ABC):
@@ -64,9 +84,19 @@ class Ops(ABC):
     def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         """`weight [out, in]` in the layout this device multiplies fastest, as a function of `x [T, in]`."""
 
+    def prepare_summed_linear(self, weight: Tensor, bias: Tensor | None, group: Any) -> Callable[[Tensor], Tensor]:
+        """The same where every rank of `group` (executor.parallel.Group) has some of the inputs: results are summed."""
+        multiply = self.prepare_linear(weight, bias)
+        return lambda x: group.all_reduce(multiply(x))
+
     @abstractmethod
-    def prepare_experts(self, gate_up: Tensor, down: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """Expert weights `[E, 2I, n]`, `[E, n, I]` as a function of `(x [T, n], ids [T, k], weights [T, k])`."""
+    def prepare_experts(
+        self, gate_up: Tensor, down: Tensor, first: int = 0, num_experts: int | None = None
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Expert weights `[E, 2I, n]`, `[E, n, I]` as a function of `(x [T, n], ids [T, k], weights [T, k])`.
+
+        They are experts `first` to `first + E` of `num_experts` (None: all there are): the others add nothing.
+        """
 
     @abstractmethod
     def gate_topk(self, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -77,13 +107,26 @@ class Ops(ABC):
 
     @abstractmethod
     def kv_cache(
-        self, num_layers: int, num_blocks: int, block_size: int, heads: int, dim: int, dtype: torch.dtype
-    ) -> list[KVLayer]:
-        """An empty paged cache."""
+        self, num_layers: int, num_blocks: int, block_size: int, heads: int, dim: int, dtype: torch.dtype,
+        normed: bool = False,
+    ) -> list[KVLayer]:  # fmt: skip
+        """An empty paged cache. `normed`: keys come through a norm of every head; a device may lay it out for that."""
 
     @abstractmethod
     def kv_write(self, k: Tensor, v: Tensor, cache: KVLayer, slots: Tensor) -> None:
         """Write `k, v [T, K, D]` at `slots [T]`, of `slot_dtype` (block * block_size + offset)."""
+
+    def qkv_norm_rope_write(
+        self, qkv: Tensor, heads: Heads, norms: HeadNorms | None, cos: Tensor, sin: Tensor, cache: KVLayer,
+        slots: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """`qkv [T, (H + 2K) * D]`: norm and rotate queries and keys, write keys and values, give `q [T, H, D]`."""
+        q, k, v = qkv.unflatten(-1, (-1, heads.dim)).split((heads.num_heads, heads.num_kv_heads, heads.num_kv_heads), 1)
+        if norms is not None:
+            q, k = self.rms_norm(q, norms.q, norms.eps), self.rms_norm(k, norms.k, norms.eps)
+        q, k = self.rope_pair(q, k, cos, sin)
+        self.kv_write(k, v, cache, slots)
+        return q
 
     @abstractmethod
     def prepare_attention(
@@ -98,6 +141,22 @@ class Ops(ABC):
     @abstractmethod
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
         """Full attention inside each of the packed segments: `[T, H, D] x3 -> [T, H * D]`."""
+
+    def static_attention(self, kv_lens: Tensor | Sequence[int], block_table: Tensor, block_size: int) -> Any:
+        """What `prepare_attention` gives for one token a row, over tensors that stay in place from step to step.
+
+        `kv_lens` int64 [R] or numbers, `block_table` int32 [R, blocks].
+        """
+        raise NotImplementedError(f"{self.name} has no graphs")
+
+    def capture(self, decode: Callable[..., Tensor], mode: str, folder: Path) -> Callable[..., Tensor]:
+        """`decode`, a module's method of tensors and one sequence of lengths, as a graph of its static shapes.
+
+        Takes the arguments of ModelStep.decode, and the lengths as a list once more: a mode uses the form it needs.
+        Compiles at its first call, which raises RuntimeError with the reason where that fails. What can be kept of the
+        compilation is kept below `folder`.
+        """
+        raise NotImplementedError(f"{self.name} has no graphs")
 
     def free_bytes(self) -> int | None:
         """Memory of the device that may still be taken; None where it is the host's."""

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 
-from executor.emulator import chips, registry, stubs
+from executor.emulator import chips, graph, registry, stubs
 from executor.emulator.chips import Chip
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ def activate(soc: str, install: bool = False) -> Chip:
         _import(str(wheel.folder))
         chips.use(chip)
         registry.register()
+        graph.install()
         logger.info("emulating %s with torch_npu %s on CPU tensors", chip, wheel.version)
     _core.emulator_set_soc(chip.acl_name.encode())
     chips.use(chip)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from executor.emulator import activate
+from executor.emulator import chips
 
 # Nodes that are no kernel: inputs, weights, and changes of shape that move nothing.
 NOT_KERNELS = frozenset(
@@ -76,6 +76,27 @@ class Graph:
         path.write_text(self.text)
 
 
+def install() -> None:
+    """Let graphs that torchair compiles run on CPU tensors: converted to GE for real, then executed op by op.
+
+    Generating the code that a chip would keep on disk is tried as well; nothing is kept.
+    """
+    from torchair._ge_concrete_graph import compat_ir, fx2ge_converter
+
+    concrete = fx2ge_converter.GeConcreteGraph
+    export, generate = concrete.__call__, concrete.codegen
+    fx2ge_converter.initialize_graph_engine = lambda *_, **__: None
+    compat_ir.is_cann_compat = lambda *_, **__: ""
+
+    def run(self: Any, *args: Any) -> Any:
+        return export(self, *args) if self.config.export.export_mode else self.fx_graph(*args)
+
+    def codegen(self: Any, *args: Any, **kwargs: Any) -> None:
+        generate(self, *args, **kwargs)
+
+    concrete.__call__, concrete.codegen = run, codegen
+
+
 def source_of(name: str) -> str:
     """The node that an input `node:output` comes from (output -1 is an order, no data)."""
     return name.rpartition(":")[0] or name
@@ -89,9 +110,9 @@ def convert(
     `configure` may change torchair's CompilerConfig, for the options that the backend runs with. RuntimeError names
     what torchair could not convert.
     """
-    assert activate.active(), "graphs are converted in an emulating process: call executor.emulator.activate.activate"
+    chips.current()  # graphs are converted in an emulating process
     found: list[Any] = []
-    with _without_cann(found) as done:
+    with _exporting(found) as done:
         torch._dynamo.reset()
         compiled = torch.compile(function, backend=_backend(configure), fullgraph=True, dynamic=False)
         try:
@@ -142,19 +163,17 @@ def _backend(configure: Callable[[Any], None] | None) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _without_cann(found: list[Any]) -> Iterator[type[Exception]]:
-    """Replace the three points where torchair calls into CANN; gives the exception that ends an export."""
-    from torchair._ge_concrete_graph import compat_ir, fx2ge_converter
+def _exporting(found: list[Any]) -> Iterator[type[Exception]]:
+    """Put exported graphs into `found` instead of files; gives the exception that ends an export."""
+    from torchair._ge_concrete_graph import fx2ge_converter
 
     concrete = fx2ge_converter.GeConcreteGraph
-    before = fx2ge_converter.initialize_graph_engine, compat_ir.is_cann_compat, concrete.export
-    fx2ge_converter.initialize_graph_engine = lambda *_, **__: None
-    compat_ir.is_cann_compat = lambda *_, **__: ""
+    before = concrete.export
     concrete.export = lambda self, inputs: found.append(self.graph)
     try:
         yield fx2ge_converter.ExportSuccess
     finally:
-        fx2ge_converter.initialize_graph_engine, compat_ir.is_cann_compat, concrete.export = before
+        concrete.export = before
 
 
 def _reason(error: BaseException) -> str:

@@ -6,7 +6,7 @@ Legend: T tokens, H query heads of this rank, K key/value heads of this rank, D 
 from torch import Tensor, nn
 
 from executor.device import ops
-from executor.device.ops import KVLayer
+from executor.device.ops import HeadNorms, Heads, KVLayer
 from executor.layers.linear import Linear, Part
 from executor.layers.norm import RMSNorm
 from executor.parallel import Group, kv_heads_part, part
@@ -55,10 +55,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVLayer, slots: Tensor, prepared: object) -> Tensor:
         device = ops.bound()
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = device.rope_pair(q, k, cos, sin)
-        device.kv_write(k, v, cache, slots)
+        norms = None if self.q_norm is None else HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        heads = Heads(self.num_heads, self.num_kv_heads, self.head_dim)
+        q = device.qkv_norm_rope_write(self.qkv_proj(x), heads, norms, cos, sin, cache, slots)
         return self.o_proj(device.paged_attention(q, cache, prepared, self.scale))

@@ -30,10 +30,10 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         if self.group.size == 1:
             return F.embedding(ids, self.weight)
-        local = ids - self.rows.start
-        outside = (local < 0) | (local >= self.weight.shape[0])
-        part_of = F.embedding(local.masked_fill(outside, 0), self.weight).masked_fill_(outside.unsqueeze(-1), 0)
-        return self.group.all_reduce(part_of)
+        wanted = ids - self.rows.start
+        local = wanted.clamp(0, len(self.weight) - 1)
+        others = (wanted != local).unsqueeze(-1)  # ids that another rank holds
+        return self.group.all_reduce(F.embedding(local, self.weight).masked_fill_(others, 0))
 
 
 class Head(nn.Module):

@@ -81,13 +81,15 @@ class Linear(nn.Module):
     def prepare(self) -> None:
         """Hand the weight to the backend in its own layout and drop the plain copy."""
         bias = None if self.bias is None else self.bias.data
-        self._multiply = ops.bound().prepare_linear(self.weight.data, bias)
+        if self.shard == "in" and self.group.size > 1:
+            self._multiply = ops.bound().prepare_summed_linear(self.weight.data, bias, self.group)
+        else:
+            self._multiply = ops.bound().prepare_linear(self.weight.data, bias)
         del self.weight
         self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._multiply(x)
-        return self.group.all_reduce(y) if self.shard == "in" else y
+        return self._multiply(x)
 
 
 def fused(names: tuple[str, ...], num_out: int, group: Group) -> tuple[Part, ...]:

@@ -4,21 +4,23 @@ Legend: T tokens, D head dim. Angles are computed in fp32 and cast once.
 Source: Qwen2-VL (arXiv 2409.12191) for contiguous sections; Qwen3-VL interleaves them.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from executor.device import ops
 
 
-@dataclass(frozen=True)
-class MRope:
+class MRope(nn.Module):
     """`sections`: how many of the D/2 frequencies follow time, height and width."""
 
-    head_dim: int
-    theta: float
-    sections: tuple[int, int, int]
-    interleaved: bool
+    def __init__(self, head_dim: int, theta: float, sections: tuple[int, int, int], *, interleaved: bool) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.theta = theta
+        self.sections = sections
+        self.interleaved = interleaved
+        self.axes: Tensor | None = None  # int64 [D], and its frequencies fp32 [D]: both halves of D the same
+        self.frequencies: Tensor | None = None
 
     def axis_of_frequency(self) -> Tensor:
         """int64 [D/2]: 0, 1 or 2 for each frequency.
@@ -33,17 +35,16 @@ class MRope:
             axes[axis : self.sections[axis] * 3 : 3] = axis
         return axes
 
-    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`positions [3, T]` int64 -> `cos, sin [T, D]`, both halves of D the same angles."""
-        axes, frequencies = _tables(self, positions.device)
-        chosen = positions.index_select(0, axes)  # [D/2, T]
-        angles = chosen.t().to(torch.float32) * frequencies
-        angles = torch.cat((angles, angles), dim=-1)
+    def prepare(self) -> None:
+        """Put the tables on the bound device, once."""
+        steps = torch.arange(0, self.head_dim, 2, dtype=torch.float32)
+        frequencies = 1.0 / (self.theta ** (steps / self.head_dim))
+        device = ops.bound().device
+        self.axes = self.axis_of_frequency().repeat(2).to(device)
+        self.frequencies = frequencies.repeat(2).to(device)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`positions` int64 `[3, T]`, or `[T]` where the three axes are equal -> `cos, sin [T, D]`."""
+        chosen = positions.unsqueeze(-1) if positions.dim() == 1 else positions.index_select(0, self.axes).t()
+        angles = chosen.to(torch.float32) * self.frequencies
         return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-@lru_cache(maxsize=8)
-def _tables(rope: MRope, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The axis of each frequency, int64 [D/2], and the frequencies, fp32 [D/2]; made once, not every step."""
-    steps = torch.arange(0, rope.head_dim, 2, dtype=torch.float32, device=device)
-    return rope.axis_of_frequency().to(device), 1.0 / (rope.theta ** (steps / rope.head_dim))

@@ -26,5 +26,5 @@ class ForwardMeta:
     slots: Tensor  # [T] of the backend's slot_dtype, block * block_size + offset
     attention: Any  # what the backend's prepare_attention made of this step
     kv: list[KVLayer]
-    select: Tensor  # int64 [R]: the tokens whose logits are wanted
+    select: Tensor | None  # int64 [R]: the tokens whose logits are wanted; None: all
     deepstack: DeepStack | None = None

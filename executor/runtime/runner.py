@@ -6,6 +6,7 @@ Legend: T tokens of the step, M visual tokens of a media item, n hidden size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from executor.device.ops import KVLayer, Ops
 from executor.request import MediaItem, Request
 from executor.runtime.checkpoint_files import PixelSettings
-from executor.runtime.forward import DeepStack, ForwardMeta
+from executor.runtime.decode import DecodeGraphs
 from executor.runtime.sampler import Sampled, Sampler
+from executor.runtime.step import ModelStep, Visual
 from executor.schedule.scheduler import Plan, Row
 from executor.vision.image import normalize_patchify
 
@@ -46,6 +48,8 @@ class Runner:
         dtype: torch.dtype,
     ) -> None:
         self.model = model
+        self.step = ModelStep(model, kv, block_size, dtype)
+        self.graphs: DecodeGraphs | None = None  # set by whoever captures them
         self.device = device
         self.kv = kv
         self.block_size = block_size
@@ -67,8 +71,9 @@ class Runner:
             self.features.pop(digest, None)
         if plan.encode:
             self.encode(plan.encode)
-        embeddings, meta = self._inputs(plan.rows)
-        return self.model(embeddings, meta)
+        if self.graphs is not None and self.graphs.takes(plan.rows):
+            return self.graphs(plan.rows)
+        return self.step(*self._inputs(plan.rows))
 
     @torch.inference_mode()
     def encode(self, media: Sequence[MediaItem]) -> None:
@@ -96,27 +101,24 @@ class Runner:
         """Drop what is kept for a request that has ended."""
         self.sampler.forget(request.id)
 
-    def _inputs(self, rows: Sequence[Row]) -> tuple[Tensor, ForwardMeta]:
+    def _inputs(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor, Any, Tensor, Visual | None]:
+        """The arguments of ModelStep."""
         host = self._gather(rows)
         to = self.device.device
-        embeddings = self.model.embed(torch.from_numpy(host.token_ids).to(to))
-        deepstack = None
+        visual = None
         if host.visual_places:
             index = torch.from_numpy(np.concatenate(host.visual_places)).to(to)
-            features = torch.cat(host.visual_features)
-            embeddings = embeddings.index_copy(0, index, features[:, 0])
-            if self.model.num_taps:
-                deepstack = DeepStack(index, features[:, 1:])
-        cos, sin = self.model.rope(torch.from_numpy(host.positions).to(to), self.dtype)
+            visual = Visual(index, torch.cat(host.visual_features))
         attention = self.device.prepare_attention(
             [row.num_tokens for row in rows],
             [row.start + row.num_tokens for row in rows],
             [row.request.block_ids for row in rows],
             self.block_size,
         )
+        token_ids, positions = (torch.from_numpy(x).to(to) for x in (host.token_ids, host.positions))
         slots = torch.from_numpy(host.slots).to(self.device.slot_dtype).to(to)
         select = torch.tensor(host.select, dtype=torch.int64, device=to)
-        return embeddings, ForwardMeta(cos, sin, slots, attention, self.kv, select, deepstack)
+        return token_ids, positions, slots, attention, select, visual
 
     def _gather(self, rows: Sequence[Row]) -> _HostInputs:
         total = sum(row.num_tokens for row in rows)

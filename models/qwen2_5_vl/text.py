@@ -27,7 +27,9 @@ class Text(nn.Module):
         residual = None
         for layer, kv in zip(self.layers, meta.kv, strict=True):
             x, residual = layer(x, residual, meta, kv)
-        return self.norm(x[meta.select] + residual[meta.select])
+        if meta.select is not None:
+            x, residual = x[meta.select], residual[meta.select]
+        return self.norm.add(x, residual)[0]
 
 
 class Layer(nn.Module):

@@ -30,7 +30,9 @@ class Text(nn.Module):
             x, residual = layer(x, residual, meta, meta.kv[index])
             if meta.deepstack is not None and index < meta.deepstack.features.shape[1]:
                 x = x.index_add(0, meta.deepstack.index, meta.deepstack.features[:, index])
-        return self.norm(x[meta.select] + residual[meta.select])
+        if meta.select is not None:
+            x, residual = x[meta.select], residual[meta.select]
+        return self.norm.add(x, residual)[0]
 
 
 class Layer(nn.Module):

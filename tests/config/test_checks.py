@@ -30,11 +30,6 @@ def shapes_of(name: str):
     "model, parallel, words",
     [
         ({"device": "npu"}, {}, ["needs torch_npu beside torch", "npu_emulated", "--set model_config.device=cpu"]),
-        (
-            {"device": "npu_emulated", "soc": "atlas_800i_a2", "exe_mode": "ge_graph"},
-            {},
-            ["ge_graph is not part", "Try:  --set model_config.exe_mode=eager"],
-        ),
         ({"device": "npu_emulated", "soc": "atlas_800i_a3"}, {"world_size": 2}, ["2 ranks are not part"]),
         ({"device": "cuda"}, {}, ["cuda backend is not part of this release"]),
         ({"device": "cpu", "exe_mode": "compile"}, {}, ["compile is not part", "--set model_config.exe_mode=eager"]),

@@ -10,7 +10,7 @@ from executor.emulator.activate import available
 from tests.reference import REPO
 
 
-@pytest.mark.parametrize("file", ["test_ops.py", "test_generation.py", "test_trained.py"])
+@pytest.mark.parametrize("file", ["test_ops.py", "test_generation.py", "test_graph.py", "test_trained.py"])
 def test_npu_backend(file: str) -> None:
     reason = available()
     if reason:

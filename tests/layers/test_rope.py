@@ -2,6 +2,8 @@
 
 import torch
 
+from executor.device import ops
+from executor.device.cpu import CpuOps
 from executor.layers.rope import MRope
 
 
@@ -20,7 +22,11 @@ def test_equal_axes_are_plain_rope():
     """A text token's three positions are equal: sections must not matter."""
     positions = torch.arange(50).expand(3, 50)
     plain = torch.outer(torch.arange(50.0), 1e4 ** (-torch.arange(0, 128, 2) / 128))
+    ops.bind(CpuOps())
     for interleaved, sections in ((False, (16, 24, 24)), (True, (24, 20, 20))):
-        cos, sin = MRope(128, 1e4, sections, interleaved)(positions, torch.float32)
+        rope = MRope(128, 1e4, sections, interleaved=interleaved)
+        rope.prepare()
+        cos, sin = rope(positions, torch.float32)
         torch.testing.assert_close(cos, torch.cat((plain, plain), -1).cos(), atol=1e-5, rtol=0)
         torch.testing.assert_close(sin, torch.cat((plain, plain), -1).sin(), atol=1e-5, rtol=0)
+        assert all(torch.equal(a, b) for a, b in zip(rope(positions[0], torch.float32), (cos, sin), strict=True))

@@ -11,10 +11,11 @@ from itertools import accumulate
 
 import torch
 import torch_npu
+import torchair
 from torch import Tensor
 
 from executor.device.npu import layout
-from executor.device.ops import KVLayer
+from executor.device.ops import HeadNorms, Heads, KVLayer
 
 _FUSED_ROWS = 4096  # requests (or packed segments) of one npu_fused_infer_attention_score call
 _ATB_ROWS = 2000
@@ -25,13 +26,13 @@ _TILE = 16  # rows of the 300I DUO's tiles
 class Step:
     """What every layer's attention of one step shares."""
 
-    q_ends: list[int]  # cumulative query lengths
-    kv_lens: list[int]
+    q_ends: list[int] | Tensor  # cumulative query lengths; int64 [R] on the device in a GE graph
+    kv_lens: list[int] | Tensor
     block_table: Tensor  # int32 [R, most blocks], on the device
     block_size: int
-    q_lens_host: Tensor  # int32 [R]
-    kv_lens_host: Tensor  # int32 [R]
-    decodes: bool  # every row has one query token
+    q_lens_host: Tensor | None = None  # int32 [R], for ATB
+    kv_lens_host: Tensor | None = None
+    decodes: bool = False  # every row has one query token
 
 
 def prepare(
@@ -57,16 +58,37 @@ def prepare(
     )
 
 
+def static(kv_lens: Tensor | Sequence[int], block_table: Tensor, block_size: int) -> Step:
+    """The step of a decode graph, one token a row: lengths are a tensor (GE), or numbers a replay updates (ACL)."""
+    rows = block_table.shape[0]
+    if isinstance(kv_lens, Tensor):
+        q_ends = torch.arange(1, rows + 1, device=block_table.device)
+    else:
+        q_ends = list(range(1, rows + 1))
+    return Step(q_ends, kv_lens, block_table, block_size)
+
+
 class FusedAttention:
     """A2 and A3: npu_fused_infer_attention_score_v2 over packed tokens, for prefill, chunks, decode and vision."""
 
-    def __init__(self, device: torch.device, cache_layout: str) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.layout = cache_layout
         self.mask = layout.triangle(device)
 
-    def caches(self, *sizes: int, dtype: torch.dtype) -> list[KVLayer]:
-        return layout.caches(*sizes, dtype, self.device, self.layout, formatted=False)
+    def caches(self, *sizes: int, dtype: torch.dtype, form: str) -> list[KVLayer]:
+        return layout.caches(*sizes, dtype, self.device, form, formatted=False)
+
+    def norm_rope_write(
+        self, qkv: Tensor, heads: Heads, norms: HeadNorms, cos: Tensor, sin: Tensor, cache: KVLayer, slots: Tensor
+    ) -> Tensor:  # fmt: skip
+        """Norms, rotation and the write in one kernel: `qkv [T, (H + 2K) * D] -> q [T, H, D]`. NZ caches, D 128."""
+        counts = [heads.num_heads, heads.num_kv_heads, heads.num_kv_heads]
+        q_out = qkv.new_empty(len(qkv), heads.num_heads * heads.dim) if cache.q_out is None else cache.q_out
+        torch_npu.npu_qkv_rms_norm_rope_cache(
+            qkv, norms.q, norms.k, cos, sin, slots, q_out, cache.k, cache.v,
+            [1, len(qkv), sum(counts), heads.dim], counts, epsilon=norms.eps, cache_mode="PA_NZ",
+        )  # fmt: skip
+        return q_out.view(-1, heads.num_heads, heads.dim)
 
     def write(self, k: Tensor, v: Tensor, cache: KVLayer, slots: Tensor) -> None:
         torch_npu.npu_scatter_pa_kv_cache(
@@ -75,18 +97,20 @@ class FusedAttention:
             key_cache=cache.k,
             value_cache=cache.v,
             slot_mapping=slots,
-            cache_mode="Norm" if self.layout == "ND" else "PA_NZ",
+            cache_mode="PA_NZ" if layout.in_strips(cache) else "Norm",
         )
 
     def paged(self, q: Tensor, cache: KVLayer, step: Step, scale: float) -> Tensor:
         num_heads, dim = q.shape[1:]
-        if self.layout == "ND":
+        if not layout.in_strips(cache):
             num_kv_heads = cache.k.shape[2]
             k, v = cache.k.flatten(2), cache.v.flatten(2)  # [blocks, block_size, K*D]
         else:
             num_kv_heads = cache.k.shape[1] * layout.STRIP // dim
             k, v = (x.unflatten(1, (num_kv_heads, -1)) for x in (cache.k, cache.v))  # [blocks, K, D/16, block_size, 16]
-        out, _ = torch_npu.npu_fused_infer_attention_score_v2(
+        # The same op; torchair's form takes the lengths as tensors.
+        ops = torchair.ops if isinstance(step.kv_lens, Tensor) else torch_npu
+        out, _ = ops.npu_fused_infer_attention_score_v2(
             q.contiguous(),
             k,
             v,
@@ -129,10 +153,10 @@ class AtbAttention:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.layout = "NZ"
         self.mask = layout.triangle_nz(device)
 
-    def caches(self, *sizes: int, dtype: torch.dtype) -> list[KVLayer]:
+    def caches(self, *sizes: int, dtype: torch.dtype, form: str) -> list[KVLayer]:
+        assert form == "NZ", f"this chip's caches are NZ, got {form}"
         return layout.caches(*sizes, dtype, self.device, "NZ", formatted=True)
 
     def write(self, k: Tensor, v: Tensor, cache: KVLayer, slots: Tensor) -> None:

@@ -56,6 +56,11 @@ def caches(
     return [KVLayer(one(), one()) for _ in range(num_layers)]
 
 
+def in_strips(cache: KVLayer) -> bool:
+    """Whether a cache is "NZ": no head is as narrow as a strip."""
+    return cache.k.shape[-1] == STRIP
+
+
 def triangle(device: torch.device) -> Tensor:
     """The compressed causal mask of npu_fused_infer_attention_score: int8 `[2048, 2048]`, 1 above the diagonal."""
     return torch.ones(MASK_SIDE, MASK_SIDE, dtype=torch.int8).triu_(1).to(device)

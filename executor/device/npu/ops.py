@@ -5,22 +5,28 @@ Legend: T tokens, H query heads, K kv heads, D head dim, E experts, I intermedia
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
-from executor.device.npu import attention, forms, layout
+from executor.device.npu import attention, forms, graph, layout, linear
 from executor.device.npu.soc import COMPOSED, SOCS, Soc, chip_named, choose, soc_of
-from executor.device.ops import KVLayer, Ops
+from executor.device.ops import HeadNorms, Heads, KVLayer, Ops
 from executor.errors import UserError
 
 _HEAD_DIMS = (64, 128)  # what rotary and packed attention take
+_FUSED_DIM = 128  # of heads whose norm, rotation and write are one kernel
 
 
 class NpuOps(Ops):
-    """One chip. `weight_nz`: linear weights in FRACTAL_NZ also where the chip takes both; `cache`: "ND" or "NZ"."""
+    """One chip. `weight_nz`: linear weights in FRACTAL_NZ also where the chip takes both.
+
+    `cache`: "ND" or "NZ" for every cache; None: what suits the chip and the model.
+    """
 
     name = "npu"
 
@@ -30,11 +36,9 @@ class NpuOps(Ops):
         self.weight_nz = weight_nz or soc.always_nz
         self.slot_dtype = soc.slot_dtype
         self.calls = choose(soc, _installed)
-        if self.calls["attention"] == "_npu_paged_attention":
-            assert cache in (None, "NZ"), f"{soc.name} has NZ caches only"
-            self.attention = attention.AtbAttention(device)
-        else:
-            self.attention = attention.FusedAttention(device, cache or soc.cache)
+        self.cache = cache
+        paged = self.calls["attention"] == "_npu_paged_attention"
+        self.attention = attention.AtbAttention(device) if paged else attention.FusedAttention(device)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return forms.RMS_NORM[self.calls["rms_norm"]](x, weight, eps)
@@ -51,7 +55,8 @@ class NpuOps(Ops):
         return forms.rotated(x, cos, sin)
 
     def rope_pair(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        return forms.ROPE[self.calls["rope"]](q, k, cos, sin)
+        op = "rope_in_graph" if torch.compiler.is_compiling() else "rope"
+        return forms.ROPE[self.calls[op]](q, k, cos, sin)
 
     def vision_head_dim(self, head_dim: int) -> int:
         """Rotary and packed attention have kernels for 64 and 128."""
@@ -68,71 +73,61 @@ class NpuOps(Ops):
         return F.gelu(x, approximate="tanh" if tanh else "none")
 
     def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        w = layout.weight(weight.detach(), self.weight_nz)
-        if bias is None:
-            return lambda x: torch.mm(x, w)
-        return lambda x: torch.addmm(bias, x, w)
+        return linear.Linear(layout.weight(weight.detach(), self.weight_nz), bias)
 
-    def prepare_experts(self, gate_up: Tensor, down: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """Rows are sorted by expert, multiplied group by group, and summed back with their weights."""
-        num_experts = gate_up.shape[0]
-        up_w, down_w = (layout.weight(w.detach(), self.weight_nz) for w in (gate_up, down))
+    def prepare_summed_linear(self, weight: Tensor, bias: Tensor | None, group: Any) -> Callable[[Tensor], Tensor]:
+        if self.calls.get("summed_linear", COMPOSED) == COMPOSED:
+            return linear.SummedLinear(self.prepare_linear(weight, bias), group)
+        return linear.FusedSummedLinear(layout.weight(weight.detach(), self.weight_nz), bias, group)
 
-        def grouped(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
-            return torch_npu.npu_grouped_matmul(
-                [x], [w], group_list=counts, split_item=2, group_type=0, group_list_type=1
-            )[0]
-
-        def run(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            rows, places, counts, _ = torch_npu.npu_moe_init_routing_v2(
-                x,
-                ids,
-                active_num=ids.numel(),
-                expert_num=num_experts,
-                expert_tokens_num_type=1,  # counts, as group_list_type 1 wants them
-                expert_tokens_num_flag=True,
-                quant_mode=-1,
-                active_expert_range=[0, num_experts],
-                row_idx_type=0,
-            )
-            y = grouped(self.swiglu(grouped(rows, up_w, counts)), down_w, counts)
-            return torch_npu.npu_moe_finalize_routing(
-                y,
-                skip1=None,
-                skip2=None,
-                bias=None,
-                scales=weights,
-                expanded_src_to_dst_row=places,
-                export_for_source_row=None,
-                drop_pad_mode=2,  # the places count a token's experts side by side
-            )
-
-        return run
+    def prepare_experts(
+        self, gate_up: Tensor, down: Tensor, first: int = 0, num_experts: int | None = None
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        weights = (layout.weight(w.detach(), self.weight_nz) for w in (gate_up, down))
+        return linear.Experts(*weights, self.swiglu, first, num_experts or len(gate_up))
 
     def gate_topk(self, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-        """In fp32 throughout, cast once; ids int32."""
-        gate, wide = forms.GATE[self.calls["gate_topk"]], logits.float()
-        if self.soc.gate_rows is None or len(wide) <= self.soc.gate_rows:
-            weights, ids = gate(wide, k)
+        """The softmax is the op's own, in fp32 inside; ids int32."""
+        gate = forms.GATE[self.calls["gate_topk"]]
+        if self.soc.gate_rows is None or len(logits) <= self.soc.gate_rows:
+            weights, ids = gate(logits, k)
         else:
-            parts = [gate(part, k) for part in wide.split(self.soc.gate_rows)]
+            parts = [gate(part, k) for part in logits.split(self.soc.gate_rows)]
             weights, ids = (torch.cat(each) for each in zip(*parts, strict=True))
         if renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        return weights.to(logits.dtype), ids
+        return weights, ids
 
     def kv_cache(
-        self, num_layers: int, num_blocks: int, block_size: int, heads: int, dim: int, dtype: torch.dtype
-    ) -> list[KVLayer]:
-        return self.attention.caches(num_layers, num_blocks, block_size, heads, dim, dtype=dtype)
+        self, num_layers: int, num_blocks: int, block_size: int, heads: int, dim: int, dtype: torch.dtype,
+        normed: bool = False,
+    ) -> list[KVLayer]:  # fmt: skip
+        fused = normed and dim == _FUSED_DIM and self.calls.get("qkv_norm_rope_write", COMPOSED) != COMPOSED
+        form = self.cache or ("NZ" if fused else self.soc.cache)
+        return self.attention.caches(num_layers, num_blocks, block_size, heads, dim, dtype=dtype, form=form)
 
     def kv_write(self, k: Tensor, v: Tensor, cache: KVLayer, slots: Tensor) -> None:
         self.attention.write(k, v, cache, slots)
+
+    def qkv_norm_rope_write(
+        self, qkv: Tensor, heads: Heads, norms: HeadNorms | None, cos: Tensor, sin: Tensor, cache: KVLayer,
+        slots: Tensor,
+    ) -> Tensor:  # fmt: skip
+        composed = self.calls.get("qkv_norm_rope_write", COMPOSED) == COMPOSED
+        if composed or norms is None or heads.dim != _FUSED_DIM or not layout.in_strips(cache):
+            return super().qkv_norm_rope_write(qkv, heads, norms, cos, sin, cache, slots)
+        return self.attention.norm_rope_write(qkv, heads, norms, cos, sin, cache, slots)
 
     def prepare_attention(
         self, q_lens: Sequence[int], kv_lens: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int
     ) -> attention.Step:
         return attention.prepare(q_lens, kv_lens, block_tables, block_size, self.device)
+
+    def static_attention(self, kv_lens: Tensor | Sequence[int], block_table: Tensor, block_size: int) -> attention.Step:
+        return attention.static(kv_lens, block_table, block_size)
+
+    def capture(self, decode: Callable[..., Tensor], mode: str, folder: Path) -> Callable[..., Tensor]:
+        return graph.ge_graph(decode, folder) if mode == "ge_graph" else graph.acl_graph(decode, folder.name)
 
     def paged_attention(self, q: Tensor, cache: KVLayer, prepared: attention.Step, scale: float) -> Tensor:
         return self.attention.paged(q, cache, prepared, scale)

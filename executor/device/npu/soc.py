@@ -62,12 +62,16 @@ TABLE = (
     ("rms_norm", _ALL, "bf16 fp16", "[..., n]", ("npu_rms_norm", COMPOSED)),
     ("add_rms_norm", _ALL, "bf16 fp16", "[..., n]", ("npu_add_rms_norm", COMPOSED)),
     ("rope", _ALL, "bf16 fp16", "TND, D 64 or 128", ("npu_apply_rotary_pos_emb", "npu_rotary_mul", COMPOSED)),
+    # In a GE graph: torchair's converter of the in-place form copies queries and keys first.
+    ("rope_in_graph", _TRAINED, "bf16 fp16", "TND, D 64 or 128", ("npu_rotary_mul", COMPOSED)),
+    ("qkv_norm_rope_write", _TRAINED, "bf16 fp16", "NZ cache, D 128", ("npu_qkv_rms_norm_rope_cache", COMPOSED)),
     ("swiglu", _ALL, "bf16 fp16", "[T, 2I]; 300I DUO: 2I % 32 == 0", ("npu_swiglu", COMPOSED)),
     ("kv_write", _TRAINED, "bf16 fp16", "ND or NZ cache", ("npu_scatter_pa_kv_cache",)),
     ("kv_write", _DUO, "fp16", "NZ cache", ("_npu_reshape_and_cache",)),
     ("attention", _TRAINED, "bf16 fp16", "TND, paged", ("npu_fused_infer_attention_score_v2",)),
     ("attention", _DUO, "fp16", "TND, paged, 16-row tiles", ("_npu_paged_attention",)),
-    ("gate_topk", _ALL, "fp32", "[T, E]", ("npu_moe_gating_top_k_softmax", COMPOSED)),
+    ("summed_linear", ("atlas_800i_a2",), "bf16 fp16", "[in, out]", ("npu_mm_all_reduce_base", COMPOSED)),
+    ("gate_topk", _ALL, "bf16 fp16", "[T, E]", ("npu_moe_gating_top_k_softmax", COMPOSED)),
     ("experts", _ALL, "bf16 fp16", "[E, n, 2I], [E, I, n]", ("npu_grouped_matmul",)),
 )
 

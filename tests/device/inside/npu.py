@@ -51,16 +51,19 @@ def backend(soc: str, **options: Any) -> NpuOps:
     return NpuOps(SOCS[soc], torch.device("cpu"), **options)
 
 
-def engine_on(device: Ops, folder: Path, dtype: torch.dtype, **scheduler: Any) -> Engine:
-    """An engine on any backend in any dtype: past the recipe's own checks of the two."""
+def engine_on(
+    device: Ops, folder: Path, dtype: torch.dtype, *, model: dict[str, Any] | None = None, **scheduler: Any
+) -> Engine:
+    """An engine on any backend in any dtype: past the recipe's own checks of the two. `model`: keys of model_config."""
     settings = {"max_model_len": 2048, "block_size": 16, "max_num_seqs": 8, "num_blocks": 256} | scheduler
-    model = {"model_path": str(folder), "device": "cpu", "dtype": "float32"}
-    prepared = prepare(build_recipe({"model_config": model, "scheduler_config": settings}))
+    start = {"model_path": str(folder), "device": "cpu", "dtype": "float32"}
+    prepared = prepare(build_recipe({"model_config": start, "scheduler_config": settings}))
+    recipe = prepared.recipe.replace(model=model or {})
     ops.bind(device)
     family = family_of(prepared.config["architectures"][0])
-    processor = family.build_processor(prepared.folder, media_options(prepared.recipe))
+    processor = family.build_processor(prepared.folder, media_options(recipe))
     loaded, _ = load_model(lambda: family.build_model(prepared.config), Checkpoint(prepared.folder), device, dtype)
-    return join(prepared.recipe, prepared.memory.num_blocks, loaded, processor, device, dtype)
+    return join(recipe, prepared.memory.num_blocks, loaded, processor, device, dtype)
 
 
 @contextlib.contextmanager

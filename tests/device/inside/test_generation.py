@@ -105,6 +105,9 @@ def test_a_layer_is_made_of_fused_ops(family, soc) -> None:
     with Recorder() as recorded:
         engine.generate([prompts["picture"]], GREEDY)
     called = {call.bare for call in recorded.calls}
-    expected = OPS[soc] | (EXPERTS if engine.runner.model.config.text.__dict__.get("moe") else set())
+    expected = OPS[soc]
+    if soc == A2 and engine.runner.model.num_taps:  # Qwen3-VL: norms of heads, rotation and write are one op
+        expected = expected - {"npu_scatter_pa_kv_cache"} | {"npu_qkv_rms_norm_rope_cache"}
+    expected = expected | (EXPERTS if engine.runner.model.config.text.__dict__.get("moe") else set())
     missing = expected - called
     assert missing <= {"npu_swiglu"} if soc == DUO else not missing, missing

@@ -1,0 +1,74 @@
+"""Decode steps as graphs, by torchair: GE graphs, compiled whole; or captured ACL graphs, replayed.
+
+Knows no model: a module's method goes in, a callable of the same tensors comes out.
+"""
+
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchair
+from torch import Tensor
+
+
+def configure(config: Any) -> None:
+    """The options of a GE decode graph, on torchair's CompilerConfig."""
+    config.mode = "max-autotune"
+    # Weights are constants of the graph: they are laid out once, and no step passes them in.
+    config.experimental_config.frozen_parameter = True
+    # Static shapes: tiling is computed when the graph is compiled, not at every step.
+    config.experimental_config.tiling_schedule_optimize = True
+
+
+def ge_graph(decode: Callable[..., Tensor], folder: Path) -> Callable[..., Tensor]:
+    """`decode` with lengths as a tensor, as a GE graph; the compilation is kept in `folder`."""
+    config = torchair.CompilerConfig()
+    configure(config)
+    # It would be told for every graph, and the weights do stay where they are.
+    warnings.filterwarnings("ignore", message="When enable frozen_parameter")
+    compiled = torchair.inference.cache_compile(
+        _named(decode, folder.name), config=config, dynamic=False, cache_dir=str(folder), ge_cache=True
+    )
+
+    def run(*tensors: Any) -> Tensor:
+        *arguments, _ = tensors
+        return _explained(compiled, arguments)
+
+    return run
+
+
+def acl_graph(decode: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    """The same captured as an ACL graph: lengths are numbers on the host that every replay updates."""
+    config = torchair.CompilerConfig()
+    config.mode = "npugraph_ex"
+    backend = torchair.get_npu_backend(compiler_config=config)
+    # Numbers must stay symbols, else every length would be a graph of its own; tensors have one shape.
+    compiled = torch.compile(_named(decode, name), backend=backend, fullgraph=True, dynamic=True)
+
+    def run(token_ids: Tensor, positions: Tensor, slots: Tensor, _: Tensor, *rest: Any) -> Tensor:
+        block_table, q_outs, lengths = rest
+        for tensor in (token_ids, positions, slots, block_table, *q_outs):
+            torch._dynamo.mark_static(tensor)
+        return _explained(compiled, [token_ids, positions, slots, lengths, block_table, q_outs])
+
+    return run
+
+
+def _named(method: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    """A copy under a name of its own: torchair keeps what it compiled by the method's name and code."""
+    function = method.__func__
+    code = function.__code__.replace(co_name=name)
+    copy = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    return types.MethodType(copy, method.__self__)
+
+
+def _explained(compiled: Callable[..., Tensor], arguments: Sequence[Any]) -> Tensor:
+    """RuntimeError for whatever the compiler stack raises: its exceptions have no common parent."""
+    try:
+        return compiled(*arguments)
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise RuntimeError(text[:600]) from error

@@ -1,0 +1,163 @@
+"""Decode graphs: the tokens of eager steps, the nodes of the design, and what happens where a graph cannot be made."""
+
+import logging
+from collections import Counter
+
+import pytest
+import torch
+import torch_npu
+
+from executor.device.npu.attention import FusedAttention
+from executor.device.npu.graph import configure
+from executor.emulator import graph
+from executor.request import SamplingParams
+from tests.device.inside.npu import A2, A3, CPU, backend, engine_on, exact
+from tests.models.test_generation import CASES
+from tests.reference import FAMILIES, config_of, random_model, save_checkpoint, tokenizer_of
+
+NUM_TOKENS = 20  # past a block's end
+GREEDY = SamplingParams(max_new_tokens=NUM_TOKENS, ignore_eos=True, temperature=0.0)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """(folder, prompts, the CPU's tokens of all prompts together)."""
+    name = request.param
+    model = random_model(name, config_of(name, tokenizer_of(name)))
+    folder = save_checkpoint(tmp_path_factory.mktemp(name), name, model)
+    engine = engine_on(CPU, folder, torch.float32)
+    prompts = [engine.processor.build(messages) for messages in CASES.values()]
+    return folder, prompts, tokens_of(engine, prompts)
+
+
+def tokens_of(engine, prompts) -> list[list[int]]:
+    return [list(done.token_ids[0]) for done in engine.generate(prompts, GREEDY)]
+
+
+def graph_engine(folder, tmp_path, soc=A3, mode="ge_graph", strict=True, **scheduler):
+    model = {"exe_mode": mode, "strict_graph": strict, "output_path": str(tmp_path)}
+    return engine_on(backend(soc), folder, torch.float32, model=model, **scheduler)
+
+
+@pytest.mark.parametrize("soc", [A2, A3])
+@pytest.mark.parametrize("sizes", [(2, 8), (3,)])
+def test_graph_tokens_are_the_cpus(family, tmp_path, soc, sizes) -> None:
+    """Padded batches, batches larger than every graph (they run eagerly), blocks that fill up."""
+    folder, prompts, wanted = family
+    with exact():
+        engine = graph_engine(folder, tmp_path, soc, graph_batch_sizes=sizes)
+        replayed = count_calls(engine.runner.graphs)
+        assert tokens_of(engine, prompts) == wanted
+        engine.scheduler.check()
+    assert replayed[0] >= NUM_TOKENS - 1 - (len(prompts) > max(sizes)) * NUM_TOKENS
+
+
+def test_one_after_another(family, tmp_path) -> None:
+    """A request's blocks do not stay in the table for the next one; the prefix cache feeds decode steps too."""
+    folder, prompts, wanted = family
+    with exact():
+        engine = graph_engine(folder, tmp_path, graph_batch_sizes=(1, 4))
+        for _ in range(2):
+            assert [tokens_of(engine, [prompt])[0] for prompt in prompts] == wanted
+
+
+def count_calls(graphs) -> list[int]:
+    """How often the graphs are replayed from now on."""
+    count, run = [0], graphs._run
+
+    def counted(rows, size):
+        count[0] += 1
+        return run(rows, size)
+
+    graphs._run = counted
+    return count
+
+
+def test_only_token_ids_come_back(family, tmp_path, monkeypatch) -> None:
+    """Around the graph a decode step reads the device once: the sampled ids."""
+    folder, prompts, _ = family
+    read: list[tuple[str, tuple[int, ...]]] = []
+    with exact():
+        engine = graph_engine(folder, tmp_path, graph_batch_sizes=(8,))
+        for prompt in prompts[:2]:
+            engine.add(prompt, GREEDY)
+        engine.step(), engine.step()
+        logits = torch.zeros(8, engine.vocab_size)
+        engine.runner.graphs._graphs[8] = lambda *_: logits
+        for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "cpu"):
+            plain = getattr(torch.Tensor, name)
+            monkeypatch.setattr(
+                torch.Tensor, name, lambda x, *a, _n=name, _p=plain: read.append((_n, tuple(x.shape))) or _p(x, *a)
+            )
+        engine.step()
+        monkeypatch.undo()
+    assert read == [("tolist", (2,))]
+
+
+def decode_arguments(engine, size):
+    graphs = engine.runner.graphs
+    values = graphs._values[:, :size].unbind(0)
+    return [*values, graphs._block_table[:size], [q[:size] for q in graphs._q_outs]]
+
+
+def test_nodes_of_the_engines_own_graph(family, tmp_path) -> None:
+    """The tiny models' layers have the nodes that the true models have: fixed here for one rank."""
+    folder, _, _ = family
+    engine = engine_on(
+        backend(A3),
+        folder,
+        torch.bfloat16,
+        model={"exe_mode": "ge_graph", "output_path": str(tmp_path)},
+        graph_batch_sizes=(4,),
+    )
+    made = graph.convert(engine.runner.step.decode, *decode_arguments(engine, 4), configure=configure)
+    layers = len(engine.runner.kv)
+    kernels = made.kernels
+    assert kernels["FusedInferAttentionScore"] == layers
+    assert kernels["AddRmsNorm"] == 2 * layers and kernels["RmsNorm"] == 1
+    if engine.runner.model.num_taps:
+        assert kernels["QkvRmsNormRopeCache"] == layers
+    else:
+        assert kernels["ScatterPaKvCache"] == layers and kernels["RotaryMul"] == 2 * layers
+    assert not made.collectives and not kernels["TensorMove"] and not kernels["Transpose"]
+
+
+def test_a_graph_that_fails_is_told_and_eager_steps_go_on(family, tmp_path, monkeypatch, caplog) -> None:
+    folder, prompts, wanted = family
+    plain = FusedAttention.paged
+
+    def unconvertible(self, q, cache, step, scale):
+        out = plain(self, q, cache, step, scale)
+        if not torch.compiler.is_compiling():
+            return out
+        return torch_npu.npu_top_k_top_p(out, None, torch.ones(len(out), dtype=torch.int32))
+
+    monkeypatch.setattr(FusedAttention, "paged", unconvertible)
+    with exact(), caplog.at_level(logging.WARNING):
+        engine = graph_engine(folder, tmp_path, strict=False)
+        assert engine.runner.graphs is None
+        assert tokens_of(engine, prompts[:2]) == wanted[:2]
+        (told,) = [r.getMessage() for r in caplog.records if "no ge_graph graphs" in r.getMessage()]
+        assert "eagerly" in told and "npu_top_k_top_p" in told
+        with pytest.raises(RuntimeError, match="strict_graph"):
+            graph_engine(folder, tmp_path, strict=True)
+
+
+def test_acl_graphs_come_as_far_as_the_capture(family, tmp_path, monkeypatch) -> None:
+    """Everything before the chip's own part: one graph, in which the lengths of attention are what a replay updates."""
+    import torchair._acl_concrete_graph.acl_graph as acl
+
+    folder, _, _ = family
+    seen = []
+    plain = acl.get_updated_ops_rulers_param
+    monkeypatch.setattr(acl, "get_updated_ops_rulers_param", lambda *a: seen.append(plain(*a)) or seen[-1])
+    for module in ("fx2acl_converter", "graph_pass"):
+        found = __import__(f"torchair._acl_concrete_graph.{module}", fromlist=["x"])
+        if hasattr(found, "get_updated_ops_rulers_param"):
+            monkeypatch.setattr(found, "get_updated_ops_rulers_param", acl.get_updated_ops_rulers_param)
+    with exact(), pytest.raises(RuntimeError, match="(?i)capture"):
+        graph_engine(folder, tmp_path, mode="npugraph_ex", graph_batch_sizes=(2,))
+    ((rulers, updated),) = seen
+    named = Counter(name.removesuffix("_1")[:38] for name in rulers)
+    assert sum(named.values()) > 0 and all("npu_fused_infer_attention_score_v2" in name for name in rulers)
+    assert {key for keys in updated.values() for key in keys} >= {"actual_seq_kvlen"}
