@@ -34,6 +34,23 @@ def find_checkpoint(model_path: str, hub: str) -> Path:
     return _from_modelscope(model_path) if hub == "modelscope" else _from_huggingface(model_path)
 
 
+def local_checkpoint(model_path: str, hub: str) -> Path | None:
+    """The folder if it is on this machine, whole or with its config.json at least; nothing is downloaded."""
+    folder = find_path(model_path)
+    if folder.is_dir():
+        return folder
+    if not _HUB_ID.match(model_path) or hub == "modelscope":
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        cached = Path(snapshot_download(model_path, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return cached if (cached / "config.json").is_file() else None
+
+
 def read_json(folder: Path, name: str, *, required: bool = True) -> dict[str, Any]:
     """A JSON object of the checkpoint; {} for an absent one that is not `required`. UserError if it is broken."""
     path = Path(folder) / name

@@ -11,6 +11,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from executor.env import calm_threads
@@ -24,7 +25,7 @@ COMMANDS = {
     "plan": "memory and speed of the recipe, by arithmetic",
     "check": "what the recipe needs of a chip, without weights",
 }
-MODULES = {"generate": "executor.apps.generate"}  # the commands of this release
+MODULES = {"generate": "executor.apps.generate", "check": "executor.apps.check"}  # the commands of this release
 
 EXAMPLES = """examples:
   bash infer.sh config/quickstart.yaml
@@ -84,10 +85,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default=[],
         help="change a value of the recipe; may be repeated",
     )
+    parser.add_argument("--save", metavar="FILE", type=Path, help="check: write the decode graph there (GE, as text)")
     arguments = parser.parse_args(argv)
     if arguments.command not in COMMANDS:
         known = f"{', '.join(COMMANDS)}{nearest(arguments.command, COMMANDS)}"
         raise UserError(f"unknown command '{arguments.command}'; commands: {known}")
+    if arguments.save is not None and arguments.command != "check":
+        raise UserError(f"--save belongs to the command check, got {arguments.command}")
     return arguments
 
 
@@ -100,7 +104,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         )
     from executor.config import load_recipe  # pydantic takes a moment that --help need not wait for
 
-    return importlib.import_module(module).run(load_recipe(arguments.config, arguments.overrides))
+    options = {} if arguments.save is None else {"save": arguments.save}
+    return importlib.import_module(module).run(load_recipe(arguments.config, arguments.overrides), **options)
 
 
 if __name__ == "__main__":

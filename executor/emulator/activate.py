@@ -75,5 +75,6 @@ def _import(folder: str) -> None:
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    logging.getLogger("torch_npu").setLevel(logging.WARNING)  # it reports every variable that it reads
     for line in said.getvalue().splitlines():
         logger.debug("torch_npu: %s", line)

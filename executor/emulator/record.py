@@ -101,6 +101,7 @@ _NO_WORK = frozenset(
         "new_empty",
         "_unsafe_view",
         "detach",
+        "detach_",
         "lift_fresh",
         "is_pinned",
     )

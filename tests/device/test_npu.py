@@ -9,8 +9,10 @@ import pytest
 from executor.emulator.activate import available
 from tests.reference import REPO
 
+FILES = sorted(path.name for path in (REPO / "tests" / "device" / "inside").glob("test_*.py"))
 
-@pytest.mark.parametrize("file", ["test_ops.py", "test_generation.py", "test_graph.py", "test_trained.py"])
+
+@pytest.mark.parametrize("file", FILES)
 def test_npu_backend(file: str) -> None:
     reason = available()
     if reason:

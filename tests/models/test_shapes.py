@@ -1,7 +1,5 @@
 """All ten real sizes build on the meta device from their true config, with the published parameter count."""
 
-import json
-
 import pytest
 import torch
 
@@ -10,23 +8,9 @@ from executor.layers.pull import local_bytes
 from executor.parallel import Group, Parallel
 from executor.runtime.loading import build_on_meta
 from executor.runtime.weights import check_complete
-from tests.reference import REPO
+from models.published import published_config, published_shapes
 
-SHAPES = json.loads((REPO / "tests" / "data" / "shapes.json").read_text())
-
-
-def published_config(name: str) -> dict:
-    """A config.json of the true dimensions, in the layout of the published files."""
-    shape = SHAPES[name]
-    text, vision = dict(shape["text"]), dict(shape["vision"])
-    ids = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652}
-    top = {"architectures": [shape["architecture"]], "tie_word_embeddings": shape["tie_word_embeddings"], **ids}
-    if shape["architecture"].startswith("Qwen2_5"):
-        text["rope_scaling"] = {"type": "mrope", "mrope_section": text.pop("mrope_section")}
-        return {**top, **text, "vision_config": vision}
-    sections = {"mrope_section": text.pop("mrope_section"), "mrope_interleaved": text.pop("mrope_interleaved")}
-    text["rope_scaling"] = {"rope_type": "default", **sections}
-    return {**top, "text_config": text, "vision_config": vision}
+SHAPES = published_shapes()
 
 
 def build(name: str, parallel: Parallel) -> torch.nn.Module:

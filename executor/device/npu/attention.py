@@ -6,7 +6,7 @@ Legend: T tokens, H query heads, K kv heads, D head dim, R rows (requests) of th
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -33,6 +33,7 @@ class Step:
     q_lens_host: Tensor | None = None  # int32 [R], for ATB
     kv_lens_host: Tensor | None = None
     decodes: bool = False  # every row has one query token
+    mask: Tensor | None = None  # for ops that want a row for every token
 
 
 def prepare(
@@ -74,6 +75,10 @@ class FusedAttention:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.mask = layout.triangle(device)
+
+    def complete(self, step: Step, q_lens: Sequence[int], kv_lens: Sequence[int]) -> Step:
+        """Nothing is missing: the mask is one for all steps."""
+        return step
 
     def caches(self, *sizes: int, dtype: torch.dtype, form: str) -> list[KVLayer]:
         return layout.caches(*sizes, dtype, self.device, form, formatted=False)
@@ -149,11 +154,22 @@ class FusedAttention:
 
 
 class AtbAttention:
-    """300I DUO: ATB's paged attention over NZ caches, one token a row or chunks; fp16; lengths on the host."""
+    """300I DUO: ATB's paged attention over NZ caches, one token a row or chunks; fp16; lengths on the host.
 
-    def __init__(self, device: torch.device) -> None:
+    `chunk_call`: the op for chunks; releases 2.8 and 2.9 have only the one whose mask has a row for every token.
+    """
+
+    def __init__(self, device: torch.device, chunk_call: str) -> None:
         self.device = device
-        self.mask = layout.triangle_nz(device)
+        self.chunk_call = chunk_call
+        self.by_rows = not chunk_call.endswith("_v2")
+        self.mask = None if self.by_rows else layout.triangle_nz(device)
+
+    def complete(self, step: Step, q_lens: Sequence[int], kv_lens: Sequence[int]) -> Step:
+        """The step with its mask, where chunks want one of their own."""
+        if not self.by_rows or step.decodes:
+            return step
+        return replace(step, mask=layout.rows_nz(q_lens, kv_lens, self.device))
 
     def caches(self, *sizes: int, dtype: torch.dtype, form: str) -> list[KVLayer]:
         assert form == "NZ", f"this chip's caches are NZ, got {form}"
@@ -181,7 +197,8 @@ class AtbAttention:
         if step.decodes:
             torch_npu._npu_paged_attention(**shared)
         else:
-            torch_npu._npu_paged_attention_splitfuse_v2(**shared, mask=self.mask, seq_len=step.q_lens_host)
+            mask = step.mask if self.by_rows else self.mask
+            getattr(torch_npu, self.chunk_call)(**shared, mask=mask, seq_len=step.q_lens_host)
         return shared["out"].flatten(1)
 
     def varlen(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:

@@ -3,8 +3,8 @@
 Knows no model: a module's method goes in, a callable of the same tensors comes out.
 """
 
+import logging
 import types
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,19 @@ import torch
 import torchair
 from torch import Tensor
 
+# Told for every graph and collective: that frozen weights must stay where they are (they do), and what torchair itself
+# should call otherwise. torchair puts its own filters in front of ours, so they are left out of the log instead.
+_KNOWN_WARNINGS = ("When enable frozen_parameter", "`_get_pg_default_device` will", "Multiple backends are registered")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(message in record.getMessage() for message in _KNOWN_WARNINGS)
+
 
 def configure(config: Any) -> None:
     """The options of a GE decode graph, on torchair's CompilerConfig."""
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addFilter(_is_news)
     config.mode = "max-autotune"
     # Weights are constants of the graph: they are laid out once, and no step passes them in.
     config.experimental_config.frozen_parameter = True
@@ -27,8 +37,6 @@ def ge_graph(decode: Callable[..., Tensor], folder: Path) -> Callable[..., Tenso
     """`decode` with lengths as a tensor, as a GE graph; the compilation is kept in `folder`."""
     config = torchair.CompilerConfig()
     configure(config)
-    # It would be told for every graph, and the weights do stay where they are.
-    warnings.filterwarnings("ignore", message="When enable frozen_parameter")
     compiled = torchair.inference.cache_compile(
         _named(decode, folder.name), config=config, dynamic=False, cache_dir=str(folder), ge_cache=True
     )

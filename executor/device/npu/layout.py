@@ -5,6 +5,8 @@ storage and the shape stays; in caches and ATB's masks the strips are visible in
 Legend: E experts, K kv heads, D head dim.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch_npu
 from torch import Tensor
@@ -68,8 +70,24 @@ def triangle(device: torch.device) -> Tensor:
 
 def triangle_nz(device: torch.device) -> Tensor:
     """The same for ATB on the 300I DUO: fp16 `[1, 128, 2048, 16]` in NZ, the least fp16 above the diagonal."""
-    hidden = torch.ones(MASK_SIDE, MASK_SIDE, dtype=torch.bool).triu_(1)
-    mask = torch.zeros(MASK_SIDE, MASK_SIDE, dtype=torch.float16)
-    mask.masked_fill_(hidden, torch.finfo(torch.float16).min)
-    strips = mask.view(MASK_SIDE, MASK_SIDE // STRIP, STRIP).transpose(0, 1).unsqueeze(0).contiguous()
+    return _mask_nz(torch.ones(MASK_SIDE, MASK_SIDE, dtype=torch.bool).triu_(1), device)
+
+
+def rows_nz(q_lens: Sequence[int], kv_lens: Sequence[int], device: torch.device) -> Tensor:
+    """A row for every token of a step of chunks, NZ: causal inside each request, all hidden behind its last key."""
+    hidden = torch.ones(sum(q_lens), max(kv_lens), dtype=torch.bool)
+    start = 0
+    for q_len, kv_len in zip(q_lens, kv_lens, strict=True):
+        later = torch.ones(q_len, kv_len, dtype=torch.bool).triu_(kv_len - q_len + 1)
+        hidden[start : start + q_len, :kv_len] = later
+        start += q_len
+    return _mask_nz(hidden, device)
+
+
+def _mask_nz(hidden: Tensor, device: torch.device) -> Tensor:
+    """`hidden [m, n]` as an additive fp16 mask in strips, both sides padded to whole strips."""
+    rows, columns = (-(-size // STRIP) * STRIP for size in hidden.shape)
+    mask = torch.zeros(rows, columns, dtype=torch.float16)
+    mask[: hidden.shape[0], : hidden.shape[1]].masked_fill_(hidden, torch.finfo(torch.float16).min)
+    strips = mask.view(rows, columns // STRIP, STRIP).transpose(0, 1).unsqueeze(0).contiguous()
     return torch_npu.npu_format_cast(strips.to(device), NZ)

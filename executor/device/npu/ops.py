@@ -4,6 +4,7 @@ Which call serves an op on a chip stands in soc.py; where weights and caches lie
 Legend: T tokens, H query heads, K kv heads, D head dim, E experts, I intermediate, k experts per token.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,10 @@ class NpuOps(Ops):
         self.slot_dtype = soc.slot_dtype
         self.calls = choose(soc, _installed)
         self.cache = cache
-        paged = self.calls["attention"] == "_npu_paged_attention"
-        self.attention = attention.AtbAttention(device) if paged else attention.FusedAttention(device)
+        if self.calls["attention"] == "_npu_paged_attention":
+            self.attention = attention.AtbAttention(device, self.calls["chunk_attention"])
+        else:
+            self.attention = attention.FusedAttention(device)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return forms.RMS_NORM[self.calls["rms_norm"]](x, weight, eps)
@@ -121,7 +124,8 @@ class NpuOps(Ops):
     def prepare_attention(
         self, q_lens: Sequence[int], kv_lens: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int
     ) -> attention.Step:
-        return attention.prepare(q_lens, kv_lens, block_tables, block_size, self.device)
+        step = attention.prepare(q_lens, kv_lens, block_tables, block_size, self.device)
+        return self.attention.complete(step, q_lens, kv_lens)
 
     def static_attention(self, kv_lens: Tensor | Sequence[int], block_table: Tensor, block_size: int) -> attention.Step:
         return attention.static(kv_lens, block_table, block_size)
@@ -162,6 +166,7 @@ def open_npu(name: str | None, dtype: torch.dtype, *, emulated: bool, weight_nz:
         )
     if emulated:
         return NpuOps(soc, torch.device("cpu"), weight_nz=weight_nz)
+    logging.getLogger("torch_npu").setLevel(logging.WARNING)  # it reports every variable that it reads
     torch_npu.npu.set_device(index)
     torch_npu.npu.config.allow_internal_format = True  # else format casts are ignored
     return NpuOps(soc, torch.device("npu", index), weight_nz=weight_nz)

@@ -71,6 +71,13 @@ TABLE = (
     ("attention", _TRAINED, "bf16 fp16", "TND, paged", ("npu_fused_infer_attention_score_v2",)),
     ("attention", _DUO, "fp16", "TND, paged, 16-row tiles", ("_npu_paged_attention",)),
     ("summed_linear", ("atlas_800i_a2",), "bf16 fp16", "[in, out]", ("npu_mm_all_reduce_base", COMPOSED)),
+    (
+        "chunk_attention",
+        _DUO,
+        "fp16",
+        "TND, paged; the first with a mask of 2048, the other with one row a token",
+        ("_npu_paged_attention_splitfuse_v2", "_npu_paged_attention_splitfuse"),
+    ),
     ("gate_topk", _ALL, "bf16 fp16", "[T, E]", ("npu_moe_gating_top_k_softmax", COMPOSED)),
     ("experts", _ALL, "bf16 fp16", "[E, n, 2I], [E, I, n]", ("npu_grouped_matmul",)),
 )

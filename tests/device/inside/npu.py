@@ -19,10 +19,15 @@ from executor.device.npu.soc import SOCS
 from executor.device.ops import Ops
 from executor.emulator import kernels
 from executor.emulator.activate import activate
+from executor.emulator.graph import fake_world
 from executor.emulator.limits import FLOATS
+from executor.emulator.steps import Steps
+from executor.layers.pull import finalize
+from executor.parallel import SINGLE, groups
 from executor.runtime.engine import Engine
-from executor.runtime.loading import load_model
+from executor.runtime.loading import build_on_meta, load_model
 from executor.runtime.weights import Checkpoint
+from models.published import published_config
 
 A2, A3, DUO = SOCS
 CPU = CpuOps()
@@ -81,3 +86,21 @@ def exact() -> Iterator[None]:
     finally:
         for module, half in changed:
             module.HALF = half
+
+
+@contextlib.contextmanager
+def true_size(
+    name: str, soc: str, *, tp: int = 1, ep: int = 1, dtype: torch.dtype | None = None, layers: int = 2
+) -> Iterator[Steps]:
+    """The steps of a published model's first layers on a chip, as rank 0 of `tp` ranks, on meta tensors."""
+    activate(soc)
+    dtype = dtype or SOCS[soc].dtypes[0]
+    device = NpuOps(SOCS[soc], torch.device("meta"))
+    ops.bind(device)
+    config = published_config(name)
+    with fake_world(tp) if tp > 1 else contextlib.nullcontext():
+        parallel = groups(tp, tp, ep, "tp", rank=0) if tp > 1 else SINGLE
+        model = build_on_meta(lambda: family_of(config["architectures"][0]).build_model(config, parallel), dtype)
+        model.language_model.layers = model.language_model.layers[:layers]
+        finalize(model)
+        yield Steps(model, device, dtype, batch=8, blocks=32, block_size=128)

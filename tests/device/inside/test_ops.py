@@ -106,6 +106,23 @@ def test_experts(npu, tokens, renormalize) -> None:
     close(device.prepare_experts(gate_up, down)(x, ids, weights), wanted, scale=8)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("groups", [2, 3, 6])
+def test_dealt_experts_add_up(npu, tokens, groups) -> None:
+    """Ranks that hold some of the experts: their results together are the whole, also where one has no row at all."""
+    device, dtype = npu
+    x, logits = rand(tokens, 64, dtype=dtype), rand(tokens, 6, dtype=dtype, seed=1)
+    gate_up = rand(6, 96, 64, dtype=dtype, seed=2).mul_(0.1)
+    down = rand(6, 64, 48, dtype=dtype, seed=3).mul_(0.1)
+    weights, ids = device.gate_topk(logits, 2, True)
+    whole = device.prepare_experts(gate_up, down)(x, ids, weights)
+    size, total = 6 // groups, torch.zeros_like(x, dtype=torch.float32)
+    for first in range(0, 6, size):
+        mine = slice(first, first + size)
+        total += device.prepare_experts(gate_up[mine], down[mine], first, 6)(x, ids, weights).float()
+    close(total.to(dtype), whole.float(), scale=8)
+
+
 def test_all_tokens_to_one_expert(npu) -> None:
     device, dtype = npu
     x, ids = rand(5, 32, dtype=dtype), torch.full((5, 1), 3, dtype=torch.int32)

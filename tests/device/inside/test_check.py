@@ -1,0 +1,126 @@
+"""The decode graph at true sizes: nodes per layer, nodes outside, collectives; and the check command's document."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from executor.apps import check
+from executor.config import load_recipe
+from executor.emulator.graph import per_layer
+from executor.errors import UserError
+from tests.device.inside.npu import A2, A3, DUO, true_size
+from tests.reference import REPO
+
+QWEN2_5, QWEN3, MOE = "Qwen2.5-VL-7B-Instruct", "Qwen3-VL-8B-Instruct", "Qwen3-VL-30B-A3B-Instruct"
+BIG = "Qwen2.5-VL-72B-Instruct"  # 7B's 28 heads do not divide by 8
+FIGURES = [  # model, ranks, most nodes per layer on A2 and on A3
+    (QWEN2_5, 1, 12, 12), (QWEN3, 1, 9, 9), (MOE, 1, 16, 16),
+    (QWEN2_5, 2, 12, 14), (QWEN3, 2, 9, 11), (MOE, 2, 16, 17),
+    (BIG, 8, 12, 14), (QWEN3, 8, 9, 11), (MOE, 8, 16, 17),
+]  # fmt: skip
+ON_HOST = {"LocalScalarDense", "Where", "NonZero", "Unique2", "MaskedSelect"}  # their shape or value is the host's
+
+
+@pytest.mark.parametrize("soc", [A2, A3])
+@pytest.mark.parametrize("name, tp, most_a2, most_a3", FIGURES)
+def test_nodes_of_a_decode_layer(soc, name, tp, most_a2, most_a3) -> None:
+    with true_size(name, soc, tp=tp) as steps:
+        one, two = steps.decode_graph(1), steps.decode_graph(2)
+    layer = per_layer(one, two)
+    fixed = Counter(one.kernels)
+    fixed.subtract(layer)
+    assert layer.total() <= (most_a2 if soc == A2 else most_a3), layer
+    assert fixed.total() <= 20, fixed
+    assert not ON_HOST & set(two.kernels)
+    collectives = Counter({kind: layer[kind] for kind in layer if kind in two.collectives})
+    assert collectives.total() == (2 if tp > 1 else 0), collectives
+    assert (two.collectives - collectives - collectives).total() == (2 if tp > 1 else 0), "embedding and logits"
+
+
+@pytest.mark.parametrize("soc", [A2, A3])
+@pytest.mark.parametrize("name", [QWEN2_5, QWEN3, MOE])
+def test_half_precision_has_the_same_graph(soc, name) -> None:
+    graphs = []
+    for dtype in (torch.bfloat16, torch.float16):
+        with true_size(name, soc, tp=2, dtype=dtype) as steps:
+            graphs.append(steps.decode_graph(2).kernels)
+            assert steps.decode_calls(tensors=True).violations == []
+    assert graphs[0] == graphs[1]
+
+
+@pytest.mark.parametrize("name", [QWEN2_5, QWEN3, MOE])
+def test_nodes_of_a_vision_block(name) -> None:
+    with true_size(name, A3) as steps:
+        assert steps.vision_block_graph(1024).kernels.total() <= 14
+
+
+def checked(recipe: str, *overrides: str) -> dict:
+    document, status = check.run(load_recipe(REPO / "config" / recipe, overrides))
+    assert document["ok"] == (status == 0)
+    return json.loads(json.dumps(document))
+
+
+KEYS = {
+    "command", "model", "soc", "dtype", "world_size", "attn_tp_size", "moe_ep_size", "layers", "kernel_nodes_per_layer",
+    "kernel_nodes_fixed", "collectives_per_layer", "ops_per_layer", "unsupported", "ok",
+}  # fmt: skip
+
+
+def test_the_document_of_a_graph_chip(capsys) -> None:
+    document = checked("qwen3_vl_2b.yaml", "parallel_config.world_size=1", "model_config.soc=atlas_800i_a3")
+    assert document.keys() >= KEYS and document["ok"] and document["layers"] == 28
+    assert document["kernel_nodes_per_layer"] == sum(document["ops_per_layer"].values()) == 9
+    assert document["decode_from"] == "ge_graph" and document["weights_bytes"] > 4e9
+    assert "9 kernels per layer" in capsys.readouterr().out
+
+
+def test_the_document_of_the_eager_chip() -> None:
+    document = checked("qwen3_vl_2b_300i_duo.yaml")
+    assert document.keys() >= KEYS and document["ok"] and document["dtype"] == "float16"
+    assert document["ops_per_layer"]["atb::_npu_paged_attention"] == 1
+    assert document["decode_from"] == "traced step"
+
+
+def test_what_a_chip_cannot_do_is_listed() -> None:
+    """A kernel's limit that a recipe breaks is found without the chip: blocks of 16 tokens are no multiple of 128."""
+    document = checked("qwen3_vl_2b.yaml", "scheduler_config.block_size=2048", "parallel_config.world_size=1")
+    assert not document["ok"] and any("block" in text for text in document["unsupported"])
+
+
+@pytest.mark.parametrize(
+    "recipe, overrides, words",
+    [
+        ("quickstart.yaml", [], ["check asks what a recipe needs of a chip", "--set model_config.soc="]),
+        ("qwen3_vl_8b.yaml", ["model_config.model_path=Qwen/Qwen3-VL-9B-Instruct"], ["Qwen3-VL-9B", "Qwen3-VL-8B"]),
+        ("qwen3_vl_8b.yaml", ["parallel_config.world_size=3"], ["Degrees that work"]),
+        ("qwen3_vl_8b_300i_duo.yaml", ["model_config.dtype=bfloat16"], ["float16 only"]),
+    ],
+)
+def test_recipes_that_cannot_be_checked(recipe, overrides, words) -> None:
+    with pytest.raises(UserError) as error:
+        checked(recipe, *overrides)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_graph_can_only_be_saved_where_there_is_one(tmp_path) -> None:
+    with pytest.raises(UserError, match="decodes eagerly and has no graph"):
+        check.run(load_recipe(REPO / "config" / "qwen3_vl_2b_300i_duo.yaml"), save=tmp_path / "graph.pbtxt")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("soc", [A2, A3, DUO])
+@pytest.mark.parametrize("path", sorted((REPO / "config").glob("qwen*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_at_its_true_size(path, soc) -> None:
+    """The full table: all shipped float recipes of the nine models on the chips they are for."""
+    recipe = load_recipe(path)
+    if ("300i_duo" in path.stem) != (soc == DUO) or any(w in path.stem for w in ("w8a8", "w4a")):
+        pytest.skip("not for this chip, or quantized")
+    document = checked(path.name, f"model_config.soc={soc}")
+    assert document["ok"], document["unsupported"]
+    if soc != DUO:
+        most = {"Qwen2.5": 12, "Qwen3-VL": 9}[next(k for k in ("Qwen2.5", "Qwen3-VL") if k in recipe.model.model_path)]
+        most = 16 if "A3B" in recipe.model.model_path else most
+        on_a3 = 0 if soc == A2 or document["world_size"] == 1 else 1 if "A3B" in recipe.model.model_path else 2
+        assert document["kernel_nodes_per_layer"] <= most + on_a3

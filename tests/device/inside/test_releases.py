@@ -1,0 +1,82 @@
+"""Supported releases of torch_npu: every call the backend makes binds to their forms of the op, and what a release
+lacks is composed from other ops, with the same answers."""
+
+import contextlib
+import logging
+
+import pytest
+import torch
+
+from executor.device.npu.soc import COMPOSED, SOCS, TABLE
+from executor.emulator import releases
+from executor.emulator.record import hide
+from executor.request import SamplingParams
+from tests.device.inside.npu import A2, A3, CPU, DUO, backend, engine_on, exact, true_size
+from tests.models.test_generation import CASES
+from tests.reference import FAMILIES, config_of, random_model, save_checkpoint, tokenizer_of
+
+MODELS = ("Qwen2.5-VL-7B-Instruct", "Qwen3-VL-8B-Instruct", "Qwen3-VL-30B-A3B-Instruct")
+REPLACEABLE = sorted({call for row in TABLE for call in row[-1][:-1] if call != COMPOSED})
+
+
+def calls_of(steps) -> list:
+    recorded = [
+        steps.prefill_calls(4096, 4096, 100),
+        steps.vision_calls((1, 16, 16)),
+        steps.decode_calls(tensors=False),
+    ]
+    if steps.device.soc.name != DUO:
+        recorded.append(steps.decode_calls(tensors=True))
+    assert [violation for one in recorded for violation in one.violations] == []
+    return [call for one in recorded for call in one.calls]
+
+
+@pytest.mark.parametrize("soc", [A2, A3, DUO])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("hidden", [(), tuple(REPLACEABLE)], ids=["all", "composed"])
+def test_calls_bind_to_every_supported_release(soc, name, hidden) -> None:
+    with hide(*hidden) if hidden else contextlib.nullcontext(), true_size(name, soc, tp=2) as steps:
+        calls = calls_of(steps)
+    assert len({call.bare for call in calls}) >= (2 if hidden else 5)
+    assert not {call.bare for call in calls} & set(hidden)
+    misfits = {releases.misfit(call, release) for call in calls for release in releases.SUPPORTED}
+    if not hidden:  # newer ops have an older form, which the other run binds
+        misfits -= {f"{op} is not in torch_npu {release}" for op in REPLACEABLE for release in releases.SUPPORTED}
+    assert misfits <= {""}, misfits
+
+
+def test_a_call_that_an_old_release_does_not_know_is_found() -> None:
+    """The check above can fail."""
+    with true_size(MODELS[1], A2) as steps:
+        (call, *_) = [call for call in calls_of(steps) if call.bare == "npu_qkv_rms_norm_rope_cache"]
+    assert releases.misfit(call, "2.6.0.post5") and not releases.misfit(call, "2.7.1.post11")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks_with_a_mask_of_rows(family, tmp_path) -> None:
+    """300I DUO on releases 2.8 and 2.9: the same answers with the older op, in chunks and mixed batches."""
+    folder = save_checkpoint(tmp_path, family, random_model(family, config_of(family, tokenizer_of(family))))
+    greedy = SamplingParams(max_new_tokens=8, ignore_eos=True, temperature=0.0)
+    answers = []
+    for hidden in ((), ("_npu_paged_attention_splitfuse_v2",)):
+        with hide(*hidden):
+            engine = engine_on(backend(DUO), folder, torch.float16, max_num_batched_tokens=33)
+            prompts = [engine.processor.build(messages) for messages in CASES.values()]
+            answers.append([done.token_ids for done in engine.generate(prompts, greedy)])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_composed_forms_answer_the_same(family, tmp_path, caplog) -> None:
+    folder = save_checkpoint(tmp_path, family, random_model(family, config_of(family, tokenizer_of(family))))
+    greedy = SamplingParams(max_new_tokens=8, ignore_eos=True, temperature=0.0)
+    engine = engine_on(CPU, folder, torch.float32)
+    prompts = [engine.processor.build(messages) for messages in CASES.values()]
+    wanted = [done.token_ids for done in engine.generate(prompts, greedy)]
+    with exact(), hide(*REPLACEABLE), caplog.at_level(logging.WARNING):
+        device = backend(A2)
+        told = [record.getMessage() for record in caplog.records if "installed torch_npu lacks" in record.getMessage()]
+        assert set(device.calls.values()) & set(REPLACEABLE) == set()
+        assert [done.token_ids for done in engine_on(device, folder, torch.float32).generate(prompts, greedy)] == wanted
+    missing = [row for row in TABLE if SOCS[A2].name in row[1] and row[-1][0] in REPLACEABLE]
+    assert len(told) == len(missing), "one warning for each op"
