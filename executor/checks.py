@@ -13,7 +13,7 @@ from typing import Any
 
 from executor.checkpoint_folder import find_checkpoint, read_json
 from executor.config import Recipe
-from executor.env import host_memory_bytes
+from executor.env import host_memory_bytes, rank_place
 from executor.errors import UserError
 from executor.memory import MemoryEstimate, estimate
 from executor.shapes import ModelShapes, read_shapes
@@ -55,14 +55,14 @@ def prepare(recipe: Recipe) -> Prepared:
     recipe = resolve(recipe, shapes, quantization=find_quantization(folder, config))
     check_supported(recipe)  # once more: the checkpoint may have brought a scheme
     check_recipe(recipe, shapes)
-    memory = estimate(recipe, shapes, host_memory_bytes())
+    memory = estimate(recipe, shapes, host_memory_bytes() // rank_place().local_world_size)
     generation_config = read_json(folder, "generation_config.json", required=False)
     return Prepared(recipe, folder, shapes, memory, config, generation_config)
 
 
 def check_supported(recipe: Recipe) -> None:
     """Refuse what the schema knows and this release cannot start yet. The one place that decides it."""
-    model, world_size = recipe.model, recipe.parallel.world_size
+    model = recipe.model
     if model.device not in (*SUPPORTED_DEVICES, "auto"):
         raise UserError(
             f"model_config.device: the {model.device} backend is not part of this release yet; device: cpu runs "
@@ -78,11 +78,6 @@ def check_supported(recipe: Recipe) -> None:
     if model.exe_mode == "compile":
         raise UserError(
             f"model_config.exe_mode: {model.exe_mode} is not part of this release yet; eager is. "
-            f"Try:  {_that_runs(recipe)}"
-        )
-    if world_size > 1:
-        raise UserError(
-            f"parallel_config.world_size: {world_size} ranks are not part of this release yet; one rank is. "
             f"Try:  {_that_runs(recipe)}"
         )
     if model.quantization not in ("auto", "none"):
@@ -110,9 +105,9 @@ def _that_runs(recipe: Recipe) -> str:
     changes["model_config.soc=null"] = not stays and recipe.model.soc is not None
     changes["model_config.exe_mode=eager"] = recipe.model.exe_mode != "eager" and not (stays and _has_graphs(recipe))
     changes["model_config.dtype=auto"] = not stays and recipe.model.dtype == "float16"
-    changes["parallel_config.world_size=1"] = recipe.parallel.world_size > 1
-    changes["parallel_config.attn_tp_size=1"] = (recipe.parallel.attn_tp_size or 1) > 1
-    changes["parallel_config.moe_ep_size=1"] = recipe.parallel.moe_ep_size > 1
+    changes["parallel_config.world_size=1"] = not stays and recipe.parallel.world_size > 1
+    changes["parallel_config.attn_tp_size=1"] = not stays and (recipe.parallel.attn_tp_size or 1) > 1
+    changes["parallel_config.moe_ep_size=1"] = not stays and recipe.parallel.moe_ep_size > 1
     return " ".join(f"--set {change}" for change, needed in changes.items() if needed)
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -13,13 +14,15 @@ from executor.checks import Prepared, prepare
 from executor.config import Recipe
 from executor.device import ops
 from executor.device.cpu import CpuOps
-from executor.env import code_digest
+from executor.env import code_digest, rank_place
 from executor.errors import UserError
 from executor.memory import estimate
+from executor.parallel import Parallel, connect
 from executor.runtime.decode import DecodeGraphs, batch_sizes, spare_blocks
 from executor.runtime.engine import Engine
 from executor.runtime.loading import load_model
 from executor.runtime.prompt import MediaOptions
+from executor.runtime.replica import Replica
 from executor.runtime.runner import Runner
 from executor.runtime.sampler import Sampler
 from executor.runtime.step import ModelStep
@@ -48,14 +51,19 @@ def engine_of(prepared: Prepared) -> Engine:
     recipe = prepared.recipe
     device = open_device(recipe)
     ops.bind(device)
+    parallel = connect(recipe, device)
     free_bytes = device.free_bytes()
     memory = prepared.memory if free_bytes is None else estimate(recipe, prepared.shapes, free_bytes)
     logger.info("%s", memory)
+    # One scheduler plans for all of them.
+    (num_blocks,) = parallel.control.least(memory.num_blocks)
     family = family_of(prepared.config["architectures"][0])
     processor = family.build_processor(prepared.folder, media_options(recipe))
     dtype = getattr(torch, recipe.model.dtype)
-    model, _ = load_model(lambda: family.build_model(prepared.config), Checkpoint(prepared.folder), device, dtype)
-    return join(recipe, memory.num_blocks, model, processor, device, dtype)
+    checkpoint = Checkpoint(prepared.folder)
+    model, _ = load_model(lambda: family.build_model(prepared.config, parallel), checkpoint, device, dtype)
+    replica = Replica(parallel, model.visual.cost, shares_experts=prepared.shapes.num_experts > 0)
+    return join(recipe, num_blocks, model, processor, device, dtype, replica)
 
 
 def open_device(recipe: Recipe) -> ops.Ops:
@@ -76,11 +84,18 @@ def open_device(recipe: Recipe) -> ops.Ops:
             "python -m executor.apps.doctor says what is missing"
         ) from error
     dtype = getattr(torch, model.dtype)
-    return open_npu(model.soc, dtype, emulated=emulated, weight_nz=model.enable_weight_nz)
+    index = rank_place().local_rank
+    return open_npu(model.soc, dtype, emulated=emulated, weight_nz=model.enable_weight_nz, index=index)
 
 
 def join(
-    recipe: Recipe, num_blocks: int, model: torch.nn.Module, processor, device: ops.Ops, dtype: torch.dtype
+    recipe: Recipe,
+    num_blocks: int,
+    model: torch.nn.Module,
+    processor: Any,
+    device: ops.Ops,
+    dtype: torch.dtype,
+    replica: Replica,
 ) -> Engine:
     """The engine over a loaded model."""
     limits, text = recipe.scheduler, model.config.text
@@ -103,9 +118,9 @@ def join(
         normed=attention.q_norm is not None,
     )  # fmt: skip
     sampler = Sampler(text.vocab_size, device.device, eos_token_ids=processor.eos_token_ids)
-    runner = Runner(model, device, kv, limits.block_size, sampler, processor.picture, dtype)
+    runner = Runner(model, device, kv, limits.block_size, sampler, processor.picture, dtype, replica)
     if sizes:
-        runner.graphs = _captured(recipe, runner.step, device, sizes, num_blocks)
+        runner.graphs = _captured(recipe, runner.step, device, sizes, num_blocks, replica.parallel)
     return Engine(processor, scheduler, runner, text.vocab_size)
 
 
@@ -117,28 +132,37 @@ def graph_sizes(recipe: Recipe) -> tuple[int, ...]:
 
 
 def _captured(
-    recipe: Recipe, step: ModelStep, device: ops.Ops, sizes: tuple[int, ...], num_blocks: int
+    recipe: Recipe, step: ModelStep, device: ops.Ops, sizes: tuple[int, ...], num_blocks: int, parallel: Parallel
 ) -> DecodeGraphs | None:
-    """The decode graphs, or None and a warning where the device cannot make them and the recipe allows eager steps."""
+    """The decode graphs, or None and a warning where the device cannot make them and the recipe allows eager steps.
+
+    All ranks of the job have them, or none: a collective needs every rank in the same place.
+    """
     mode = recipe.model.exe_mode
-    folder = Path(recipe.model.output_path) / "graphs" / graph_key(recipe, step)
+    folder = Path(recipe.model.output_path) / "graphs" / graph_key(recipe, step, parallel.rank)
     graphs = DecodeGraphs(step, device, mode, sizes, num_blocks, recipe.scheduler.max_model_len, folder)
+    fault: RuntimeError | None = None
     try:
         graphs.capture()
     except RuntimeError as error:
-        if recipe.model.strict_graph:
-            raise RuntimeError(
-                f"model_config.exe_mode: {mode} graphs cannot be made: {error}. Set exe_mode: eager, or strict_graph: "
-                "false to run eagerly where there is no graph"
-            ) from error
-        logger.warning("no %s graphs, decode steps run eagerly: %s", mode, error)
-        return None
-    return graphs
+        fault = error
+    (failed,) = parallel.job.most(fault is not None)
+    if not failed:
+        return graphs
+    reason = fault or "another rank could not make them; its log says why"
+    if recipe.model.strict_graph:
+        raise RuntimeError(
+            f"model_config.exe_mode: {mode} graphs cannot be made: {reason}. Set exe_mode: eager, or strict_graph: "
+            "false to run eagerly where there is no graph"
+        ) from fault
+    logger.warning("no %s graphs, decode steps run eagerly: %s", mode, reason)
+    return None
 
 
-def graph_key(recipe: Recipe, step: ModelStep) -> str:
-    """A name for what a compiled graph depends on: sizes, degrees, versions and our own code."""
+def graph_key(recipe: Recipe, step: ModelStep, rank: int) -> str:
+    """A name for what a compiled graph depends on: sizes, degrees and the place in them, versions and our own code."""
     told = {
+        "rank": rank,
         "model": repr(step.model.config),
         "recipe": recipe.model_dump(include={"model", "parallel", "scheduler"}),
         "torch": torch.__version__,

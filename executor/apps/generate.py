@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from dataset.load import load_dataset
 from dataset.sample import Dataset, Sample, media_source
-from executor.apps.results import ResultsFile, settings_of
+from executor.apps.results import ResultsFile, fingerprint, settings_of
 from executor.checks import Prepared, prepare
 from executor.config import Recipe
+from executor.env import rank_place
 from executor.errors import UserError
 from executor.generation import sampling_params
 from executor.request import Prompt, SamplingParams
@@ -55,6 +56,9 @@ def run(recipe: Recipe, build: Callable[[Prepared], Any] | None = None, out: Tex
     prepared = prepare(recipe)
     recipe = prepared.recipe
     params = sampling_params(recipe.generation, prepared.generation_config)
+    if rank_place().rank:
+        _assist(prepared, params, dataset, build)
+        return {"command": "generate"}, 0
     opened = ResultsFile(recipe.data.results_path, settings_of(recipe)) if recipe.data.results_path else nullcontext()
     with opened as results:
         rows = results.answered(dataset) if results else {}
@@ -62,7 +66,7 @@ def run(recipe: Recipe, build: Callable[[Prepared], Any] | None = None, out: Tex
         if rows:
             logger.info("%d of %d answers are in %s already", len(rows), len(dataset), recipe.data.results_path)
         started = time.monotonic()
-        if len(rows) < len(dataset):
+        if len(rows) < len(dataset) or recipe.parallel.world_size > 1:  # the other ranks wait for this one
             started = _answer_missing(prepared, params, dataset, rows, results, build, out)
         if results:
             results.sort()
@@ -92,21 +96,20 @@ def _answer_missing(
 
     Returns when the engine was ready, in monotonic seconds.
     """
-    if build is None:
-        from executor.apps.build import engine_of as build  # loads torch: only when there is work for it
+    from executor.apps.spread import Spread  # loads torch: only when there is work for it
 
-    recipe = prepared.recipe
-    missing = ((index, sample) for index, sample in enumerate(dataset) if index not in rows)
-    engine = build(prepared)
+    engine = _build(prepared, build)
+    spread = Spread(engine.replica.parallel, dataset)
+    spread.start([index for index in range(len(dataset)) if index not in rows])
     ready = time.monotonic()
     printer = _Printer(len(dataset), out, already=rows)
     on_screen = sys.stderr.isatty()
     interval_s = 0.2 if on_screen else 30.0  # a log file gets a line now and then
     with tqdm(total=len(dataset), initial=len(rows), unit="request", delay=BAR_AFTER_S, mininterval=interval_s) as bar:
-        for row, sample in answer(engine, recipe, params, missing):
-            rows[row["index"]] = row
+        for row in _all_rows(engine, prepared.recipe, params, spread, len(dataset) - len(rows)):
             if results:
-                results.append(row, sample)
+                results.append(row)
+            rows[row["index"]] = {key: row[key] for key in row if key != "fingerprint"}
             bar.update()
             if printer.has_next(row["index"]):
                 shown = on_screen and bar.format_dict["elapsed"] > BAR_AFTER_S
@@ -115,17 +118,70 @@ def _answer_missing(
                 printer.print_ready(rows)
                 if shown:
                     bar.refresh()
+    engine.replica.parallel.disconnect()
     return ready
 
 
+def _build(prepared: Prepared, build: Callable[[Prepared], Any] | None) -> Any:
+    if build is None:
+        from executor.apps.build import engine_of as build  # loads torch
+    return build(prepared)
+
+
+def _assist(
+    prepared: Prepared, params: SamplingParams, dataset: Dataset, build: Callable[[Prepared], Any] | None
+) -> None:
+    """What a rank other than 0 does: answer for its replica, or follow the rank that does."""
+    from executor.apps.spread import Spread
+
+    engine = _build(prepared, build)
+    if engine.replica.leads:
+        spread = Spread(engine.replica.parallel, dataset)
+        spread.start()
+        for row in _own_rows(engine, prepared.recipe, params, spread):
+            if row is not None:
+                spread.send(row)
+    else:
+        engine.follow()
+    engine.replica.parallel.disconnect()
+
+
+def _all_rows(engine: Any, recipe: Recipe, params: SamplingParams, spread: Any, count: int) -> Iterator[Row]:
+    """The rows of all replicas, `count` in all, as they are finished."""
+    for row in _own_rows(engine, recipe, params, spread):
+        arrived = [*([] if row is None else [row]), *spread.received()]
+        count -= len(arrived)
+        yield from arrived
+    while count:
+        for row in spread.received():
+            count -= 1
+            yield row
+        spread.wait()
+
+
+def _own_rows(engine: Any, recipe: Recipe, params: SamplingParams, spread: Any) -> Iterator[Row | None]:
+    """This replica's rows, each with its fingerprint, and None after a step that finished none."""
+    settings = settings_of(recipe)
+    for answered in answer(engine, recipe, params, spread.mine(), spread.most):
+        if answered is None:
+            yield None
+            continue
+        row, sample = answered
+        yield {**row, "fingerprint": fingerprint(sample, settings)}
+    yield from engine.close()
+
+
 def answer(
-    engine: Any, recipe: Recipe, params: SamplingParams, samples: Iterable[tuple[int, Sample]]
-) -> Iterator[tuple[Row, Sample]]:
-    """Rows of all samples as they are finished, not in order. Bad samples yield a row with `error` set."""
+    engine: Any, recipe: Recipe, params: SamplingParams, samples: Iterable[tuple[int, Sample]], most: int
+) -> Iterator[tuple[Row, Sample] | None]:
+    """Rows of all samples as they are finished, not in order, and None after each step.
+
+    Bad samples yield a row with `error` set. At most `most` samples are taken at a time.
+    """
     from executor.runtime.engine import Collector
 
     collector, waiting, pending = Collector(), iter(samples), {}
-    most = recipe.scheduler.max_num_seqs + LOOK_AHEAD
+    most = min(recipe.scheduler.max_num_seqs + LOOK_AHEAD, most)
     exhausted = False
     while pending or not exhausted:
         slice_end = time.monotonic() + BUILD_SLICE_S
@@ -149,6 +205,7 @@ def answer(
         for completion in collector.feed(outputs):
             asked = pending.pop(completion.request_id)
             yield _row(asked, completion, engine, recipe), asked.sample
+        yield None
 
 
 def _ask(engine: Any, recipe: Recipe, params: SamplingParams, index: int, sample: Sample) -> Asked:

@@ -94,9 +94,8 @@ class ResultsFile:
                     )
         return {index: {key: row[key] for key in row if key != "fingerprint"} for index, row in good.items()}
 
-    def append(self, row: dict[str, Any], sample: Sample) -> None:
-        """Write one row through to the operating system; it replaces an earlier row of the same index."""
-        row = {**row, "fingerprint": fingerprint(sample, self.settings)}
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row, with its `fingerprint`, through to the operating system; it replaces one of the same index."""
         self._rows[row["index"]] = row
         self._file.write(_line(row))
         self._file.flush()

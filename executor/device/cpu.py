@@ -68,7 +68,10 @@ class CpuOps(Ops):
         run = torch.ops.mkldnn._linear_pointwise.default
         return lambda x: run(x, packed, bias, "none", [], "")
 
-    def prepare_experts(self, gate_up: Tensor, down: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def prepare_experts(
+        self, gate_up: Tensor, down: Tensor, first: int = 0, num_experts: int | None = None
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        num_experts = num_experts or len(gate_up)
         up_fns = [self.prepare_linear(w, None) for w in gate_up]
         down_fns = [self.prepare_linear(w, None) for w in down]
 
@@ -76,10 +79,10 @@ class CpuOps(Ops):
             out = torch.zeros_like(x)
             flat = ids.flatten()
             order = torch.argsort(flat, stable=True)
-            counts = torch.bincount(flat, minlength=len(up_fns)).tolist()
+            counts = torch.bincount(flat, minlength=num_experts).tolist()
             tokens, scale = order // ids.shape[1], weights.flatten()[order]
-            start = 0
-            for expert, count in enumerate(counts):
+            start = sum(counts[:first])
+            for expert, count in enumerate(counts[first : first + len(up_fns)]):
                 if not count:
                     continue
                 mine = tokens[start : start + count]

@@ -48,6 +48,7 @@ class Ops(ABC):
     name: str
     device: torch.device
     slot_dtype: torch.dtype = torch.int64  # of the slots that kv_write is given
+    collectives: str = "gloo"  # torch.distributed's backend for tensors of this device, and for the host's
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -157,6 +158,10 @@ class Ops(ABC):
         compilation is kept below `folder`.
         """
         raise NotImplementedError(f"{self.name} has no graphs")
+
+    def group_options(self, buffer_mb: int) -> Any:
+        """Options of a communicator for messages of about `buffer_mb`, as torch.distributed.new_group takes them."""
+        return None
 
     def free_bytes(self) -> int | None:
         """Memory of the device that may still be taken; None where it is the host's."""

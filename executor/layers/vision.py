@@ -53,6 +53,15 @@ def frame_lengths(grids: Sequence[Grid]) -> list[int]:
     return [h * w for t, h, w in grids for _ in range(t)]
 
 
+def encoding_cost(grid: Grid, hidden_size: int, segment: float) -> float:
+    """Work of one picture's layers in multiplications, up to a factor: linears, and attention over `segment` patches.
+
+    A layer's linears hold about 12 n² weights; queries meet keys, and weights meet values, over the segment.
+    """
+    t, h, w = grid
+    return t * h * w * (6 * hidden_size + segment)
+
+
 def finite(x: Tensor) -> Tensor:
     """fp16 only: what lies beyond its range becomes its largest value; other types hold more than they are given."""
     if x.dtype is not torch.float16:

@@ -80,9 +80,13 @@ class DecodeGraphs:
             row.num_tokens == 1 and row.samples and row.start >= len(row.request.prompt.token_ids) for row in rows
         )
 
-    def __call__(self, rows: Sequence[Row]) -> Tensor:
-        """Logits of the rows, fp32 [len(rows), V]; they are the graph's own memory, valid until the next step."""
-        size = next(size for size in self.sizes if size >= len(rows))
+    def __call__(self, rows: Sequence[Row], padded_tokens: int | None = None) -> Tensor:
+        """Logits of the rows, fp32 [len(rows), V]; they are the graph's own memory, valid until the next step.
+
+        `padded_tokens`: the most rows that any replica has in this step, so that all replay a graph of one size.
+        """
+        count = max(len(rows), padded_tokens or 0)
+        size = next(size for size in self.sizes if size >= count)
         return self._run(rows, size)[: len(rows)]
 
     def _run(self, rows: Sequence[Row], size: int) -> Tensor:

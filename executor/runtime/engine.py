@@ -11,6 +11,7 @@ from typing import Any
 
 from executor.request import FinishReason, Prompt, Request, SamplingParams
 from executor.runtime.detokenize import Detokenizer
+from executor.runtime.replica import Replica
 from executor.runtime.runner import Runner
 from executor.runtime.sampler import check_params, child_seed
 from executor.schedule.scheduler import Scheduler
@@ -69,7 +70,10 @@ class _Answer:
 
 
 class Engine:
-    """One replica: a processor, a scheduler and a runner. Not thread-safe: one thread calls it."""
+    """One rank of a replica: a processor, a scheduler and a runner. Not thread-safe: one thread calls it.
+
+    With several ranks the leader takes the requests and is closed in the end; the others follow it.
+    """
 
     def __init__(self, processor: Any, scheduler: Scheduler, runner: Runner, vocab_size: int) -> None:
         self.processor = processor
@@ -98,7 +102,7 @@ class Engine:
     def step(self) -> list[Output]:
         """Run one step; what it added to each answer. Empty when there is nothing to do."""
         plan = self.scheduler.schedule()
-        if not plan.rows:
+        if not plan.rows and not self.replica.in_step:
             return []
         sampled = self.runner.execute(plan)
         logprobs = {
@@ -127,6 +131,19 @@ class Engine:
             del self._answers[request.id]
             self.runner.forget(request)
         return Output(answer.parent_id, answer.index, delta, tuple(new), request.finish_reason, request)
+
+    @property
+    def replica(self) -> Replica:
+        """The ranks around this one. Only a rank that `leads` takes requests; the others `follow`."""
+        return self.runner.replica
+
+    def close(self) -> Iterator[None]:
+        """After the last request: let the replica's other ranks go, once no replica needs them; yields while some do."""
+        yield from self.runner.close()
+
+    def follow(self) -> None:
+        """Compute what this replica's leader plans, until it is closed."""
+        self.runner.follow()
 
     def abort(self, request_id: str) -> None:
         """Free everything of a request; unknown ids are ignored (it may just have ended)."""

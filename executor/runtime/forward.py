@@ -28,3 +28,4 @@ class ForwardMeta:
     kv: list[KVLayer]
     select: Tensor | None  # int64 [R]: the tokens whose logits are wanted; None: all
     deepstack: DeepStack | None = None
+    padded_tokens: int | None = None  # what every replica brings to this step's experts; None: as many as this one

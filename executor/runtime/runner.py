@@ -4,7 +4,7 @@ Knows no scheduling policy and no text. One runner drives one model on one devic
 Legend: T tokens of the step, M visual tokens of a media item, n hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from executor.device.ops import KVLayer, Ops
 from executor.request import MediaItem, Request
 from executor.runtime.checkpoint_files import PixelSettings
 from executor.runtime.decode import DecodeGraphs
+from executor.runtime.replica import Replica
 from executor.runtime.sampler import Sampled, Sampler
 from executor.runtime.step import ModelStep, Visual
 from executor.schedule.scheduler import Plan, Row
@@ -35,7 +36,10 @@ class _HostInputs:
 
 
 class Runner:
-    """The model, its KV cache and the embeddings of encoded media."""
+    """One rank's part of the model, its KV cache and the embeddings of encoded media.
+
+    A replica's leader calls `execute`, and `close` after its last plan; its other ranks `follow`.
+    """
 
     def __init__(
         self,
@@ -46,6 +50,7 @@ class Runner:
         sampler: Sampler,
         pixel_format: PixelSettings,
         dtype: torch.dtype,
+        replica: Replica,
     ) -> None:
         self.model = model
         self.step = ModelStep(model, kv, block_size, dtype)
@@ -56,13 +61,38 @@ class Runner:
         self.sampler = sampler
         self.pixel_format = pixel_format
         self.dtype = dtype
+        self.replica = replica
         self.features: dict[bytes, Tensor] = {}  # media digest -> [M, 1 + taps, n]
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> Sampled:
-        """One step. The result has one token per row that samples, in the order of the rows."""
+        """One step. The result has one token per row that samples, in the order of the rows.
+
+        A plan without rows is a step of other replicas that share this one's experts, where there is one.
+        """
+        plan = self.replica.lead(plan, self._is_captured(plan))
+        if plan is None:
+            return Sampled([], [])
         logits = self.forward(plan)
+        if not plan.rows:
+            return Sampled([], [])
         return self.sampler.sample(logits, [row.request for row in plan.rows if row.samples])
+
+    def close(self) -> Iterator[None]:
+        """After the last plan: help the other replicas until they have ended as well; yields between two steps."""
+        nothing = Plan(())
+        while (plan := self.replica.lead(nothing, self._is_captured(nothing), more=False)) is not None:
+            self.forward(plan)
+            yield
+        self.replica.dismiss()
+
+    def follow(self) -> None:
+        """Run the leader's plans until it ends."""
+        for plan in self.replica.follow():
+            self.forward(plan)
+
+    def _is_captured(self, plan: Plan) -> bool:
+        return self.graphs is not None and self.graphs.takes(plan.rows)
 
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Tensor:
@@ -71,13 +101,35 @@ class Runner:
             self.features.pop(digest, None)
         if plan.encode:
             self.encode(plan.encode)
-        if self.graphs is not None and self.graphs.takes(plan.rows):
-            return self.graphs(plan.rows)
-        return self.step(*self._inputs(plan.rows))
+        if plan.in_graph and self._is_captured(plan):
+            return self.graphs(plan.rows, plan.padded_tokens)
+        if not plan.rows:
+            self.model.help(plan.padded_tokens)
+            return torch.empty(0, self.model.config.text.vocab_size)
+        return self.step(*self._inputs(plan.rows), plan.padded_tokens)
 
     @torch.inference_mode()
     def encode(self, media: Sequence[MediaItem]) -> None:
-        """Encode all items in one pass and keep their embeddings."""
+        """Encode all items, this rank's in one pass, and keep the embeddings of all."""
+        group, owners = self.replica.parallel.pictures, self.replica.owners(media)
+        shares = [[item for item, owner in zip(media, owners, strict=True) if owner == rank] for rank in range(group.size)]
+        mine = shares[group.rank]
+        encoded = self._encoded(mine) if mine else None
+        for rank, items in enumerate(shares):
+            if not items:
+                continue
+            counts = [item.num_tokens for item in items]
+            if rank == group.rank:
+                features = encoded
+            else:
+                width = self.model.config.text.hidden_size
+                shape = sum(counts), 1 + self.model.num_taps, width
+                features = torch.empty(shape, dtype=self.dtype, device=self.device.device)
+            for item, part in zip(items, group.broadcast(features, rank).split(counts), strict=True):
+                self.features[item.digest] = part
+
+    def _encoded(self, media: Sequence[MediaItem]) -> Tensor:
+        """`[M, 1 + taps, n]` of all items, one after another."""
         form = self.pixel_format
         patches = torch.cat(
             [
@@ -93,13 +145,12 @@ class Runner:
                 for item in media
             ]
         )
-        features = self.model.encode(patches, [item.grid_thw for item in media])
-        for item, part in zip(media, features.split([item.num_tokens for item in media]), strict=True):
-            self.features[item.digest] = part
+        return self.model.encode(patches, [item.grid_thw for item in media])
 
     def forget(self, request: Request) -> None:
         """Drop what is kept for a request that has ended."""
         self.sampler.forget(request.id)
+        self.replica.forget(request)
 
     def _inputs(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor, Any, Tensor, Visual | None]:
         """The arguments of ModelStep."""

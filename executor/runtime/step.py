@@ -41,8 +41,12 @@ class ModelStep(nn.Module):
         attention: Any,
         select: Tensor | None = None,
         visual: Visual | None = None,
+        padded_tokens: int | None = None,
     ) -> Tensor:
-        """`token_ids [T]`, `positions [3, T]` or `[T]`, `slots [T]` -> fp32 logits of `select [R]`, or of all."""
+        """`token_ids [T]`, `positions [3, T]` or `[T]`, `slots [T]` -> fp32 logits of `select [R]`, or of all.
+
+        `padded_tokens`: see ForwardMeta.
+        """
         embeddings = self.model.embed(token_ids)
         deepstack = None
         if visual is not None:
@@ -50,7 +54,8 @@ class ModelStep(nn.Module):
             if self.model.num_taps:
                 deepstack = DeepStack(visual.index, visual.features[:, 1:])
         cos, sin = self.model.rope(positions, self.dtype)
-        return self.model(embeddings, ForwardMeta(cos, sin, slots, attention, self.kv, select, deepstack))
+        meta = ForwardMeta(cos, sin, slots, attention, self.kv, select, deepstack, padded_tokens)
+        return self.model(embeddings, meta)
 
     def decode(
         self,

@@ -36,11 +36,17 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step. The runner drops the embeddings of `release`, then encodes `encode`, then computes `rows`."""
+    """One step. The runner drops the embeddings of `release`, then encodes `encode`, then computes `rows`.
+
+    Where replicas share experts they agree on the last two: how many tokens each of them brings, its own filled up,
+    and whether they all replay a graph.
+    """
 
     rows: tuple[Row, ...]
     encode: tuple[MediaItem, ...] = ()
     release: tuple[bytes, ...] = ()
+    padded_tokens: int | None = None
+    in_graph: bool = True
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from executor.layers.norm import RMSNorm
 from executor.layers.vision import (
     Grid,
     VisionAttention,
+    encoding_cost,
     finite,
     frame_lengths,
     patch_embedding,
@@ -54,6 +55,13 @@ class Vision(nn.Module):
             x = block(x, cos, sin, frames if layer in config.full_attention_layers else window_lengths)
         merged = self.merger(x)
         return torch.empty_like(merged).index_copy_(0, order, merged).unsqueeze(1)
+
+    def cost(self, grid: Grid) -> float:
+        """Work of one picture or video beside others, for dealing them to ranks."""
+        config = self.config
+        whole = len(config.full_attention_layers) / config.depth
+        window = (config.window_size // config.patch_size) ** 2
+        return encoding_cost(grid, config.hidden_size, whole * grid[1] * grid[2] + (1 - whole) * window)
 
 
 @lru_cache(maxsize=256)

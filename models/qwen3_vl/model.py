@@ -25,7 +25,7 @@ class Model(nn.Module):
         self.config = config
         self.rope = MRope(text.head_dim, text.rope_theta, text.mrope_sections, interleaved=True)
         self.visual = Vision(config.vision, parallel.vision)
-        self.language_model = Text(text, parallel.text)
+        self.language_model = Text(text, parallel)
         tied = self.language_model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = Head(text.vocab_size, text.hidden_size, parallel.text, tied)
 
@@ -43,6 +43,10 @@ class Model(nn.Module):
     def encode(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Packed normalised patches `[P, C*tp*p*p]` -> `[M, 1 + num_taps, n]`."""
         return self.visual(patches, grids)
+
+    def help(self, padded_tokens: int) -> None:
+        """Take part in the experts' step of the other replicas, without tokens of its own."""
+        self.language_model.help(padded_tokens)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """`[T] -> [T, n]`."""

@@ -11,16 +11,16 @@ from executor.layers.embedding import Embedding
 from executor.layers.mlp import GatedMLP
 from executor.layers.moe import MoE
 from executor.layers.norm import RMSNorm
-from executor.parallel import Group
+from executor.parallel import Parallel
 from executor.runtime.forward import ForwardMeta
 from models.qwen3_vl.config import TextConfig
 
 
 class Text(nn.Module):
-    def __init__(self, config: TextConfig, group: Group) -> None:
+    def __init__(self, config: TextConfig, parallel: Parallel) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, group)
-        self.layers = nn.ModuleList(Layer(config, index, group) for index in range(config.num_layers))
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, parallel.text)
+        self.layers = nn.ModuleList(Layer(config, index, parallel) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, meta: ForwardMeta) -> Tensor:
@@ -34,9 +34,17 @@ class Text(nn.Module):
             x, residual = x[meta.select], residual[meta.select]
         return self.norm.add(x, residual)[0]
 
+    def help(self, padded_tokens: int) -> None:
+        """A step of the other replicas in which this one has no tokens: its experts answer for theirs."""
+        weight = self.norm.weight
+        nothing = weight.new_empty(0, len(weight))
+        for layer in self.layers:
+            if layer.is_sparse:
+                layer.mlp(nothing, padded_tokens)
+
 
 class Layer(nn.Module):
-    def __init__(self, config: TextConfig, index: int, group: Group) -> None:
+    def __init__(self, config: TextConfig, index: int, parallel: Parallel) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(
@@ -44,20 +52,21 @@ class Layer(nn.Module):
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
-            group,
+            parallel.text,
             qk_norm_eps=config.rms_norm_eps,
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         moe = config.moe
-        if moe is not None and moe.is_sparse(index):
+        self.is_sparse = moe is not None and moe.is_sparse(index)
+        if self.is_sparse:
             self.mlp = MoE(
-                config.hidden_size, moe.intermediate_size, moe.num_experts, moe.top_k, moe.renormalize, group
+                config.hidden_size, moe.intermediate_size, moe.num_experts, moe.top_k, moe.renormalize, parallel
             )
         else:
-            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, group)
+            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, parallel.text)
 
     def forward(self, x: Tensor, residual: Tensor | None, meta: ForwardMeta, kv: KVLayer) -> tuple[Tensor, Tensor]:
         x, residual = self.input_layernorm.add(x, residual)
         x = self.self_attn(x, meta.cos, meta.sin, kv, meta.slots, meta.attention)
         x, residual = self.post_attention_layernorm.add(x, residual)
-        return self.mlp(x), residual
+        return self.mlp(x, meta.padded_tokens) if self.is_sparse else self.mlp(x), residual

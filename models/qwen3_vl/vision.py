@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from executor.layers.mlp import PlainMLP
 from executor.layers.norm import LayerNorm
 from executor.layers.pull import empty, pull_all, whole
-from executor.layers.vision import Grid, VisionAttention, frame_lengths, patch_embedding, patch_positions, rotary
+from executor.layers.vision import (
+    Grid,
+    VisionAttention,
+    encoding_cost,
+    frame_lengths,
+    patch_embedding,
+    patch_positions,
+    rotary,
+)
 from executor.parallel import Group
 from models.qwen3_vl.config import VisionConfig
 
@@ -46,6 +54,10 @@ class Vision(nn.Module):
             if layer in config.deepstack_layers:
                 taps.append(self.deepstack_merger_list[len(taps)](x))
         return torch.stack([self.merger(x), *taps], dim=1)
+
+    def cost(self, grid: Grid) -> float:
+        """Work of one picture or video beside others, for dealing them to ranks."""
+        return encoding_cost(grid, self.config.hidden_size, grid[1] * grid[2])
 
 
 class PatchEmbed(nn.Module):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dataset.sample import Sample
-from executor.apps.results import ResultsFile, settings_of
+from executor.apps.results import ResultsFile, fingerprint, settings_of
 from executor.config import build_recipe
 from executor.errors import UserError
 
@@ -16,6 +16,11 @@ def sample(text: str) -> Sample:
 
 def row(index: int, error: str | None = None) -> dict:
     return {"index": index, "text": f"answer {index}", "error": error}
+
+
+def marked(index: int, error: str | None = None) -> dict:
+    """A row as it is handed over, for the settings "s"."""
+    return {**row(index, error), "fingerprint": fingerprint(SAMPLES[index], "s")}
 
 
 SAMPLES = [sample(f"question {index}") for index in range(4)]
@@ -29,7 +34,7 @@ def path(tmp_path):
 def test_rows_are_on_disk_as_they_come_and_sorted_at_the_end(path):
     with ResultsFile(path, "s") as results:
         for index in (2, 0):
-            results.append(row(index), SAMPLES[index])
+            results.append(marked(index))
             assert json.loads(path.read_text().splitlines()[-1])["index"] == index
         results.sort()
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 2]
@@ -38,14 +43,14 @@ def test_rows_are_on_disk_as_they_come_and_sorted_at_the_end(path):
 
 def test_a_half_written_line_is_dropped_and_failures_are_tried_again(path):
     with ResultsFile(path, "s") as results:
-        results.append(row(0), SAMPLES[0])
-        results.append(row(1, error="broken picture"), SAMPLES[1])
+        results.append(marked(0))
+        results.append(marked(1, error="broken picture"))
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"index": 2, "te')
     with ResultsFile(path, "s") as results:
         assert set(results.answered(SAMPLES)) == {0}
-        results.append(row(1), SAMPLES[1])
-        results.append(row(2), SAMPLES[2])
+        results.append(marked(1))
+        results.append(marked(2))
         results.sort()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(item["index"], item["error"]) for item in rows] == [(0, None), (1, None), (2, None)]
@@ -54,7 +59,7 @@ def test_a_half_written_line_is_dropped_and_failures_are_tried_again(path):
 @pytest.mark.parametrize("settings, samples", [("other", SAMPLES), ("s", SAMPLES[::-1])])
 def test_answers_of_another_run_are_refused_and_kept(path, settings, samples):
     with ResultsFile(path, "s") as results:
-        results.append(row(0), SAMPLES[0])
+        results.append(marked(0))
     before = path.read_bytes()
     with ResultsFile(path, settings) as results, pytest.raises(UserError, match="holds the answers of another run"):
         results.answered(samples)

@@ -24,6 +24,8 @@ from executor.request import MediaItem, Prompt, SamplingParams, Span
 from executor.runtime.checkpoint_files import PixelSettings
 from executor.runtime.engine import Engine
 from executor.runtime.loading import default_dtype
+from executor.parallel import SINGLE
+from executor.runtime.replica import Replica
 from executor.runtime.runner import Runner
 from executor.runtime.sampler import Sampler
 from executor.schedule.scheduler import Scheduler
@@ -86,7 +88,8 @@ def our_engine(reference, layers: int) -> Engine:
     kv = device.kv_cache(layers, num_blocks, block_size, text.num_kv_heads, text.head_dim, torch.bfloat16)
     pixel_format = PixelSettings(14, 2, 2, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), 4 * 28**2, 16384 * 28**2)
     sampler = Sampler(text.vocab_size, device.device)
-    runner = Runner(model.eval(), device, kv, block_size, sampler, pixel_format, torch.bfloat16)
+    replica = Replica(SINGLE, model.visual.cost, shares_experts=False)
+    runner = Runner(model.eval(), device, kv, block_size, sampler, pixel_format, torch.bfloat16, replica)
     scheduler = Scheduler(
         num_blocks=num_blocks, block_size=block_size, max_num_seqs=8, max_num_batched_tokens=8192, max_model_len=1536,
         enable_prefix_caching=False,

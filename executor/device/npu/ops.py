@@ -36,6 +36,8 @@ class NpuOps(Ops):
         self.device = device
         self.weight_nz = weight_nz or soc.always_nz
         self.slot_dtype = soc.slot_dtype
+        if device.type == "npu":
+            self.collectives = "cpu:gloo,npu:hccl"
         self.calls = choose(soc, _installed)
         self.cache = cache
         if self.calls["attention"] == "_npu_paged_attention":
@@ -139,6 +141,13 @@ class NpuOps(Ops):
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
         return self.attention.varlen(q, k, v, lengths, scale)
 
+    def group_options(self, buffer_mb: int) -> Any:
+        if self.device.type != "npu":
+            return None
+        options = torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options()
+        options.hccl_config = {"hccl_buffer_size": buffer_mb}
+        return options
+
     def free_bytes(self) -> int | None:
         return None if self.device.type == "cpu" else torch_npu.npu.mem_get_info()[0]
 
@@ -152,12 +161,13 @@ def _installed(call: str) -> bool:
     return hasattr(torch.ops.atb if call.startswith("_npu") else torch.ops.npu, call)
 
 
-def open_npu(name: str | None, dtype: torch.dtype, *, emulated: bool, weight_nz: bool) -> NpuOps:
+def open_npu(name: str | None, dtype: torch.dtype, *, emulated: bool, weight_nz: bool, index: int = 0) -> NpuOps:
     """The backend of the chip `name`, over CPU tensors where it is emulated; None: the chip that is there.
+
+    `index`: which of the chips that this process sees.
 
     Raises UserError where the machine has another chip, or the chip does not compute in `dtype`.
     """
-    index = 0
     soc = soc_of(name) if emulated else _chip_here(name, index)
     if dtype not in soc.dtypes:
         allowed = ", ".join(str(each).removeprefix("torch.") for each in soc.dtypes)

@@ -1,0 +1,41 @@
+"""Cases for tests.parallel.ranks, and jobs that run them."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from executor.env import environment
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def case(family: str, world_size: int = 1, **parallel: Any) -> dict[str, Any]:
+    """A recipe of a tiny model that answers the default questions."""
+    return {
+        "model_config": {"model_path": f"models/tiny/{family}", "device": "cpu", "dtype": "float32"},
+        "parallel_config": {"world_size": world_size, **parallel},
+        "scheduler_config": {"block_size": 16, "max_num_seqs": 3, "max_model_len": 512, "max_num_batched_tokens": 96},
+        "generation_config": {"max_new_tokens": 40, "temperature": 0, "ignore_eos": True, "logprobs": 0},
+    }
+
+
+def run_ranks(num_ranks: int, cases: list[dict[str, Any]], folder: Path, timeout_s: float = 300) -> list[dict[str, Any]]:
+    """What rank 0 saw of every case, over `num_ranks` processes that torchrun starts."""
+    told, out = folder / f"cases_{num_ranks}.json", folder / f"found_{num_ranks}.json"
+    told.write_text(json.dumps(cases))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable]
+    if num_ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--master-port", str(port)]
+    command = [*launcher, "-m", "tests.parallel.ranks", str(told), str(out)]
+    settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        command, cwd=REPO, env=environment() | settings, capture_output=True, text=True, timeout=timeout_s
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return json.loads(out.read_text())

@@ -1,0 +1,96 @@
+"""One rank of a test job: `torchrun ... -m tests.parallel.ranks CASES.json OUT.json`.
+
+Answers every case's questions as the generate command does, and leaves what rank 0 saw: tokens, collectives of each
+decode step, and of every rank how much of the checkpoint it has read. Cases come one after another in the same processes.
+"""
+
+import io
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from executor.apps import build, generate
+from executor.config import build_recipe
+from executor.device import ops
+from executor.runtime.runner import Runner
+from executor.runtime.weights import LoadReport
+
+FIELDS = ("text", "world", "replicas")
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING)
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    found = [run(case) for case in cases]
+    if found[0] is not None:
+        out.write_text(json.dumps(found))
+
+
+def run(case: dict[str, Any]) -> dict[str, Any] | None:
+    """What rank 0 saw of one case; None on the other ranks."""
+    recipe = build_recipe(case)
+    watched = Watched()
+    document, status = generate.run(recipe, build=watched.build, out=io.StringIO())
+    if "outputs" not in document:
+        return None
+    rows = document["outputs"]
+    return {
+        "status": status,
+        "answers": [row["text"] if row["error"] is None else row["error"] for row in rows],
+        "token_ids": [[token["token_id"] for token in row["logprobs"][0]] if "logprobs" in row else None for row in rows],
+        "logprobs": [[token["logprob"] for token in row["logprobs"][0]] if "logprobs" in row else None for row in rows],
+        "steps": watched.steps,
+        "loads": watched.loads,
+    }
+
+
+class Watched:
+    """An engine whose steps and loading are counted."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[int]] = []  # of every decode step of rank 0: collectives, rows
+        self.loads: list[list[int]] = []  # of every rank: bytes read, bytes estimated, all bytes of the checkpoint
+
+    def build(self, prepared: Any) -> Any:
+        load, reports = build.load_model, []
+
+        def noted(*args: Any) -> tuple[Any, LoadReport]:
+            model, report = load(*args)
+            reports.append(report)
+            return model, report
+
+        build.load_model = noted
+        try:
+            engine = build.engine_of(prepared)
+        finally:
+            build.load_model = load
+        parallel, report = engine.replica.parallel, reports[0]
+        mine = [report.bytes_read, prepared.memory.weights_bytes, report.total_bytes]
+        self.loads = [mine]
+        if parallel.job.size > 1:
+            self.loads = [None] * parallel.job.size
+            dist.all_gather_object(self.loads, mine, group=parallel.job.handle)
+        self._count(engine.runner)
+        return engine
+
+    def _count(self, runner: Runner) -> None:
+        parallel, forward = runner.replica.parallel, runner.forward
+        groups = {id(group): group for group in (getattr(parallel, name) for name in FIELDS)}.values()
+
+        def counted(plan: Any) -> Any:
+            before = sum(group.traffic.collectives for group in groups)
+            logits = forward(plan)
+            if plan.rows and all(row.num_tokens == 1 for row in plan.rows):
+                self.steps.append([sum(group.traffic.collectives for group in groups) - before, len(plan.rows)])
+            return logits
+
+        runner.forward = counted
+
+
+if __name__ == "__main__":
+    main()
+    assert ops.bound() is not None

@@ -1,0 +1,82 @@
+"""Greedy tokens of every degree are those of one rank, over real processes that torchrun starts; collectives counted."""
+
+from typing import Any
+
+import pytest
+
+from tests.parallel.jobs import case, run_ranks
+
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+LAYERS = 3  # of each tiny model
+
+# name -> family, degrees, collectives of a decode step
+TWO_RANKS = {
+    **{f"{family}_tp2": (family, {}, 2 * LAYERS + 2) for family in FAMILIES},
+    **{f"{family}_vision_data": (family, {"vision_parallel": "data"}, 2 * LAYERS + 2) for family in FAMILIES},
+    "dense_replicas": ("qwen2_5_vl", {"attn_tp_size": 1}, 0),
+    "moe_ep2": ("qwen3_vl_moe", {"moe_ep_size": 2}, 2 * LAYERS + 2),
+    "moe_dp2_ep2": ("qwen3_vl_moe", {"moe_ep_size": 2, "attn_tp_size": 1}, 2 * LAYERS),
+    "moe_dp2_tp_experts": ("qwen3_vl_moe", {"attn_tp_size": 1}, 2 * LAYERS),
+}
+# The tiny encoders have two heads: four ranks take whole pictures.
+FOUR_RANKS = {
+    **{f"{family}_tp4": (family, {"vision_parallel": "data"}, 2 * LAYERS + 2) for family in FAMILIES},
+    **{f"{family}_dp2_tp2": (family, {"attn_tp_size": 2}, 2 * LAYERS + 2) for family in FAMILIES[:2]},
+    "moe_tp4_ep4": ("qwen3_vl_moe", {"moe_ep_size": 4, "vision_parallel": "data"}, 2 * LAYERS + 2),
+    "moe_dp2_tp2_ep1": ("qwen3_vl_moe", {"attn_tp_size": 2}, 3 * LAYERS + 2),
+    "moe_dp2_tp2_ep2": ("qwen3_vl_moe", {"attn_tp_size": 2, "moe_ep_size": 2}, 3 * LAYERS + 2),
+    "moe_dp2_tp2_ep4": ("qwen3_vl_moe", {"attn_tp_size": 2, "moe_ep_size": 4}, 3 * LAYERS + 2),
+    "moe_dp4_ep4": ("qwen3_vl_moe", {"attn_tp_size": 1, "moe_ep_size": 4}, 2 * LAYERS),
+}
+Found = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Found:
+    found = run_ranks(1, [case(family) for family in FAMILIES], tmp_path_factory.mktemp("one"))
+    return dict(zip(FAMILIES, found, strict=True))
+
+
+def _run(size: int, cases: dict[str, tuple[str, dict[str, Any], int]], folder: Any) -> Found:
+    found = run_ranks(size, [case(family, size, **degrees) for family, degrees, _ in cases.values()], folder)
+    return dict(zip(cases, found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Found:
+    return _run(2, TWO_RANKS, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> Found:
+    return _run(4, FOUR_RANKS, tmp_path_factory.mktemp("four"))
+
+
+def _check(found: dict[str, Any], wanted: dict[str, Any], collectives: int) -> None:
+    assert found["status"] == wanted["status"] == 0
+    assert found["answers"] == wanted["answers"]
+    assert found["token_ids"] == wanted["token_ids"]
+    assert all(len(ids) == 40 for ids in found["token_ids"])
+    for ours, theirs in zip(found["logprobs"], wanted["logprobs"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    assert found["steps"] and {count for count, _ in found["steps"]} == {collectives}
+    for read, estimated, _ in found["loads"]:
+        assert read <= 1.05 * estimated / 2, "the files hold bfloat16, the estimate is of float32"
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_two_ranks(name, two, alone) -> None:
+    family, _, collectives = TWO_RANKS[name]
+    _check(two[name], alone[family], collectives)
+
+
+@pytest.mark.parametrize("name", FOUR_RANKS)
+def test_four_ranks(name, four, alone) -> None:
+    family, _, collectives = FOUR_RANKS[name]
+    _check(four[name], alone[family], collectives)
+
+
+def test_ranks_read_their_share_only(four, alone) -> None:
+    whole = alone["qwen3_vl_moe"]["loads"][0][0]
+    shares = [read / whole for read, _, _ in four["moe_tp4_ep4"]["loads"]]
+    assert len(shares) == 4 and max(shares) < 0.6, "vision is replicated, a third of these tiny models"
