@@ -128,7 +128,6 @@ class Parallel:
     def rank(self) -> int:
         return self.world.rank
 
-
     def disconnect(self) -> None:
         """Leave the job's groups; every rank does, and may connect again."""
         if dist.is_initialized():
@@ -157,11 +156,11 @@ def connect(recipe: Recipe, device: Ops) -> Parallel:
     store.set_timeout(PATIENCE)
     store = dist.PrefixStore(f"connection/{next(_connections)}", store)
     joined = dist.PrefixStore("groups", store)
-    dist.init_process_group(device.collectives, store=joined, rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", store=joined, rank=rank, world_size=world_size)
     vision = degrees.vision_parallel
 
     def on_device(ranks: list[int], buffer_mb: int) -> Any:
-        return dist.new_group(ranks, pg_options=device.group_options(buffer_mb))
+        return dist.new_group(ranks, backend=device.collectives, pg_options=device.group_options(buffer_mb))
 
     def on_host(ranks: list[int], buffer_mb: int) -> Any:
         return dist.new_group(ranks, backend="gloo", timeout=PATIENCE)

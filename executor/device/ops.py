@@ -48,7 +48,7 @@ class Ops(ABC):
     name: str
     device: torch.device
     slot_dtype: torch.dtype = torch.int64  # of the slots that kv_write is given
-    collectives: str = "gloo"  # torch.distributed's backend for tensors of this device, and for the host's
+    collectives: str = "gloo"  # torch.distributed's backend for tensors of this device
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -138,7 +138,7 @@ class Engine:
         return self.runner.replica
 
     def close(self) -> Iterator[None]:
-        """After the last request: let the replica's other ranks go, once no replica needs them; yields while some do."""
+        """After the last request: let the other ranks go, once no replica needs this one; yields while some do."""
         yield from self.runner.close()
 
     def follow(self) -> None:

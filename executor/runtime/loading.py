@@ -43,5 +43,6 @@ def load_model(
     pulls = list(model.pulls(checkpoint.catalog))
     check_complete(model, pulls)
     report = load_weights(pulls, checkpoint, ignore=("lm_head.weight",) if model.config.tie_word_embeddings else ())
+    del pulls  # they hold the plain weights, which every layer is about to give up
     finalize(model)
     return model.eval(), report

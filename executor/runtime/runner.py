@@ -112,7 +112,9 @@ class Runner:
     def encode(self, media: Sequence[MediaItem]) -> None:
         """Encode all items, this rank's in one pass, and keep the embeddings of all."""
         group, owners = self.replica.parallel.pictures, self.replica.owners(media)
-        shares = [[item for item, owner in zip(media, owners, strict=True) if owner == rank] for rank in range(group.size)]
+        shares = [
+            [item for item, owner in zip(media, owners, strict=True) if owner == rank] for rank in range(group.size)
+        ]
         mine = shares[group.rank]
         encoded = self._encoded(mine) if mine else None
         for rank, items in enumerate(shares):

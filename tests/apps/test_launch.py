@@ -69,7 +69,6 @@ def test_exit_status_of_what_a_command_raises(monkeypatch, capsys, error, status
         ([QUICK, "--set", "model_config.model_pth=a"], "generate", "did you mean 'model_path'?"),
         ([QUICK, "--set", "scheduler_config.max_num_seqs=many"], "generate", "a whole number, at least 1"),
         ([QUICK, "--set", "model_config.model_path=./absent"], "generate", "there is no folder ./absent"),
-        ([QUICK, "--set", "parallel_config.world_size=2"], "generate", "2 ranks are not part of this release"),
         ([QUICK, "--set", "model_config.device=cuda"], "generate", "the cuda backend is not part of this release"),
     ],
 )

@@ -20,11 +20,11 @@ import transformers
 from executor.device import ops
 from executor.device.cpu import CpuOps
 from executor.layers.pull import finalize
+from executor.parallel import SINGLE
 from executor.request import MediaItem, Prompt, SamplingParams, Span
 from executor.runtime.checkpoint_files import PixelSettings
 from executor.runtime.engine import Engine
 from executor.runtime.loading import default_dtype
-from executor.parallel import SINGLE
 from executor.runtime.replica import Replica
 from executor.runtime.runner import Runner
 from executor.runtime.sampler import Sampler

@@ -12,7 +12,7 @@ from executor.checks import check_chip, check_recipe, check_supported, resolve
 from executor.config import Recipe, build_recipe, load_recipe
 from executor.errors import UserError
 from executor.memory import GIB, estimate, weights_bytes
-from executor.parallel import Group, Parallel
+from executor.parallel import groups
 from executor.runtime.loading import build_on_meta
 from executor.shapes import read_shapes
 from tests.models.test_shapes import SHAPES, published_config
@@ -49,7 +49,7 @@ def settled(recipe: Recipe, model: str) -> Recipe:
 
 def meta_bytes(model: str, tp: int, vision_tp: int) -> int:
     config = published_config(model)
-    parallel = Parallel(text=Group(0, tp), vision=Group(0, vision_tp))
+    parallel = groups(tp, tp, 1, "tp" if vision_tp == tp else "data", rank=0, new_group=lambda ranks, buffer_mb: None)
     module = build_on_meta(lambda: family_of(config["architectures"][0]).build_model(config, parallel), torch.bfloat16)
     return 2 * sum(parameter.numel() for parameter in module.parameters())
 

@@ -9,10 +9,10 @@ from executor.errors import UserError
 from executor.layers.attention import Attention
 from executor.layers.linear import Linear
 from executor.layers.mlp import GatedMLP, PlainMLP
-from executor.layers.moe import Experts
+from executor.layers.moe import Experts, MoE
 from executor.layers.pull import finalize, pull_all
 from executor.layers.vision import VisionAttention
-from executor.parallel import Group, kv_heads_part, part
+from executor.parallel import SINGLE, Group, Parallel, kv_heads_part, part
 
 
 class Silent(Group):
@@ -53,12 +53,41 @@ def test_mlps(size):
     summed(lambda g: PlainMLP(24, 32, 12, g, tanh=True), lambda m: m(x), size)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_experts(size):
-    x, ids, weights = torch.randn(6, 24), torch.randint(0, 3, (6, 2)), torch.rand(6, 2)
-    summed(
-        lambda g: torch.nn.ModuleDict({"experts": Experts(24, 16, 3, g)}), lambda m: m["experts"](x, ids, weights), size
-    )
+@pytest.mark.parametrize("groups, columns", [(1, 2), (1, 4), (2, 1), (4, 1), (2, 2)])
+def test_experts_dealt_whole_and_in_slices(groups, columns):
+    x, ids, weights = torch.randn(6, 24), torch.randint(0, 4, (6, 2)), torch.rand(6, 2)
+
+    def make(group):
+        if group.size == 1:
+            return torch.nn.ModuleDict({"experts": Experts(24, 16, 4, SINGLE)})
+        places = Group(group.rank // columns, groups), Group(group.rank % columns, columns)
+        return torch.nn.ModuleDict(
+            {"experts": Experts(24, 16, 4, Parallel(expert_groups=places[0], expert_columns=places[1]))}
+        )
+
+    summed(make, lambda m: m["experts"](x, ids, weights), groups * columns)
+
+
+def test_experts_answer_for_the_padded_tokens_of_all_replicas():
+    torch.manual_seed(0)
+    tensors, mine, theirs = {}, torch.randn(3, 24), torch.randn(5, 24)
+    joined = []
+
+    class Peers(Group):
+        """Rank 1 of two replicas: the other brings five tokens."""
+
+        def stack(self, x):
+            joined.append(x.shape)
+            return torch.stack((theirs, x))
+
+    def moe(parallel):
+        return fill(torch.nn.ModuleDict({"mlp": MoE(24, 16, 4, 2, True, parallel)}), tensors)["mlp"]
+
+    with torch.no_grad():
+        alone = moe(SINGLE)(mine)
+        together = moe(Parallel(replicas=Peers(1, 2)))(mine, padded_tokens=5)
+    assert joined == [(5, 24)]
+    torch.testing.assert_close(together, alone)
 
 
 @pytest.mark.parametrize("size", [2, 4])

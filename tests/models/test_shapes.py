@@ -1,11 +1,13 @@
 """All ten real sizes build on the meta device from their true config, with the published parameter count."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from executor.apps.build import family_of
 from executor.layers.pull import local_bytes
-from executor.parallel import Group, Parallel
+from executor.parallel import SINGLE, groups
 from executor.runtime.loading import build_on_meta
 from executor.runtime.weights import check_complete
 from models.published import published_config, published_shapes
@@ -13,7 +15,7 @@ from models.published import published_config, published_shapes
 SHAPES = published_shapes()
 
 
-def build(name: str, parallel: Parallel) -> torch.nn.Module:
+def build(name: str, parallel: Any) -> torch.nn.Module:
     config = published_config(name)
     family = family_of(config["architectures"][0])
     return build_on_meta(lambda: family.build_model(config, parallel), torch.bfloat16)
@@ -21,14 +23,14 @@ def build(name: str, parallel: Parallel) -> torch.nn.Module:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameter_count_is_the_published_one(name):
-    model = build(name, Parallel())
+    model = build(name, SINGLE)
     assert sum(p.numel() for p in model.parameters()) == SHAPES[name]["parameters"]
     assert sum(p.numel() for p in model.visual.parameters()) == SHAPES[name]["vision_parameters"]
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_pulls_cover_every_parameter_exactly_once(name):
-    model = build(name, Parallel())
+    model = build(name, SINGLE)
     check_complete(model, model.pulls({}))
 
 
@@ -46,7 +48,7 @@ def test_ranks_share_the_weights(name, degree):
     shape = SHAPES[name]
     total = 0
     for rank in range(degree):
-        parallel = Parallel(text=Group(rank, degree))  # pictures whole on every rank, as vision_parallel: data
+        parallel = groups(degree, degree, 1, "data", rank, new_group=lambda ranks, buffer_mb: None)
         model = build(name, parallel)
         pulls = list(model.pulls({}))
         check_complete(model, pulls)

@@ -22,7 +22,9 @@ def case(family: str, world_size: int = 1, **parallel: Any) -> dict[str, Any]:
     }
 
 
-def run_ranks(num_ranks: int, cases: list[dict[str, Any]], folder: Path, timeout_s: float = 300) -> list[dict[str, Any]]:
+def run_ranks(
+    num_ranks: int, cases: list[dict[str, Any]], folder: Path, timeout_s: float = 300
+) -> list[dict[str, Any]]:
     """What rank 0 saw of every case, over `num_ranks` processes that torchrun starts."""
     told, out = folder / f"cases_{num_ranks}.json", folder / f"found_{num_ranks}.json"
     told.write_text(json.dumps(cases))

@@ -1,13 +1,14 @@
 """One rank of a test job: `torchrun ... -m tests.parallel.ranks CASES.json OUT.json`.
 
 Answers every case's questions as the generate command does, and leaves what rank 0 saw: tokens, collectives of each
-decode step, and of every rank how much of the checkpoint it has read. Cases come one after another in the same processes.
+decode step, and of every rank how much of the checkpoint it has read. Cases follow each other in the same processes.
 """
 
 import io
 import json
 import logging
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch.distributed as dist
 
 from executor.apps import build, generate
 from executor.config import build_recipe
-from executor.device import ops
 from executor.runtime.runner import Runner
 from executor.runtime.weights import LoadReport
 
@@ -41,11 +41,38 @@ def run(case: dict[str, Any]) -> dict[str, Any] | None:
     return {
         "status": status,
         "answers": [row["text"] if row["error"] is None else row["error"] for row in rows],
-        "token_ids": [[token["token_id"] for token in row["logprobs"][0]] if "logprobs" in row else None for row in rows],
+        "token_ids": [
+            [token["token_id"] for token in row["logprobs"][0]] if "logprobs" in row else None for row in rows
+        ],
         "logprobs": [[token["logprob"] for token in row["logprobs"][0]] if "logprobs" in row else None for row in rows],
         "steps": watched.steps,
         "loads": watched.loads,
     }
+
+
+class AnonymousMemory:
+    """How much this process's own memory (no mapped files) grew at most while inside."""
+
+    grown_bytes = 0
+
+    def __enter__(self) -> "AnonymousMemory":
+        self._before, self._ended = _anonymous_bytes(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.005):
+            self.grown_bytes = max(self.grown_bytes, _anonymous_bytes() - self._before)
+
+
+def _anonymous_bytes() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
 
 
 class Watched:
@@ -53,14 +80,16 @@ class Watched:
 
     def __init__(self) -> None:
         self.steps: list[list[int]] = []  # of every decode step of rank 0: collectives, rows
-        self.loads: list[list[int]] = []  # of every rank: bytes read, bytes estimated, all bytes of the checkpoint
+        self.loads: list[list[int]] = []  # of every rank: bytes read, bytes estimated, growth of its memory
 
     def build(self, prepared: Any) -> Any:
-        load, reports = build.load_model, []
+        load, reports, peaks = build.load_model, [], []
 
         def noted(*args: Any) -> tuple[Any, LoadReport]:
-            model, report = load(*args)
+            with AnonymousMemory() as memory:
+                model, report = load(*args)
             reports.append(report)
+            peaks.append(memory.grown_bytes)
             return model, report
 
         build.load_model = noted
@@ -69,7 +98,7 @@ class Watched:
         finally:
             build.load_model = load
         parallel, report = engine.replica.parallel, reports[0]
-        mine = [report.bytes_read, prepared.memory.weights_bytes, report.total_bytes]
+        mine = [report.bytes_read, prepared.memory.weights_bytes, peaks[0]]
         self.loads = [mine]
         if parallel.job.size > 1:
             self.loads = [None] * parallel.job.size
@@ -93,4 +122,3 @@ class Watched:
 
 if __name__ == "__main__":
     main()
-    assert ops.bound() is not None

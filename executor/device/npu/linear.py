@@ -43,8 +43,10 @@ class FusedSummedLinear(Linear):
     def __init__(self, weight: Tensor, bias: Tensor | None, group: Any) -> None:
         super().__init__(weight, bias)
         self.communicator = communicator(group, weight.device)
+        self.traffic = group.traffic
 
     def forward(self, x: Tensor) -> Tensor:
+        self.traffic.add(x)
         return torch_npu.npu_mm_all_reduce_base(x, self.weight, self.communicator, reduce_op="sum", bias=self.bias)
 
 

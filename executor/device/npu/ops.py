@@ -17,6 +17,7 @@ from torch import Tensor
 from executor.device.npu import attention, forms, graph, layout, linear
 from executor.device.npu.soc import COMPOSED, SOCS, Soc, chip_named, choose, soc_of
 from executor.device.ops import HeadNorms, Heads, KVLayer, Ops
+from executor.env import environment
 from executor.errors import UserError
 
 _HEAD_DIMS = (64, 128)  # what rotary and packed attention take
@@ -37,7 +38,7 @@ class NpuOps(Ops):
         self.weight_nz = weight_nz or soc.always_nz
         self.slot_dtype = soc.slot_dtype
         if device.type == "npu":
-            self.collectives = "cpu:gloo,npu:hccl"
+            self.collectives = "hccl"
         self.calls = choose(soc, _installed)
         self.cache = cache
         if self.calls["attention"] == "_npu_paged_attention":
@@ -142,7 +143,7 @@ class NpuOps(Ops):
         return self.attention.varlen(q, k, v, lengths, scale)
 
     def group_options(self, buffer_mb: int) -> Any:
-        if self.device.type != "npu":
+        if self.device.type != "npu" or "HCCL_BUFFSIZE" in environment():  # the user's own size holds
             return None
         options = torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options()
         options.hccl_config = {"hccl_buffer_size": buffer_mb}

@@ -90,16 +90,24 @@ def exact() -> Iterator[None]:
 
 @contextlib.contextmanager
 def true_size(
-    name: str, soc: str, *, tp: int = 1, ep: int = 1, dtype: torch.dtype | None = None, layers: int = 2
+    name: str,
+    soc: str,
+    *,
+    tp: int = 1,
+    ep: int = 1,
+    replicas: int = 1,
+    dtype: torch.dtype | None = None,
+    layers: int = 2,
 ) -> Iterator[Steps]:
-    """The steps of a published model's first layers on a chip, as rank 0 of `tp` ranks, on meta tensors."""
+    """The steps of a published model's first layers on a chip, as rank 0 of `tp * replicas` ranks, on meta tensors."""
     activate(soc)
     dtype = dtype or SOCS[soc].dtypes[0]
     device = NpuOps(SOCS[soc], torch.device("meta"))
     ops.bind(device)
     config = published_config(name)
-    with fake_world(tp) if tp > 1 else contextlib.nullcontext():
-        parallel = groups(tp, tp, ep, "tp", rank=0) if tp > 1 else SINGLE
+    world_size = tp * replicas
+    with fake_world(world_size) if world_size > 1 else contextlib.nullcontext():
+        parallel = groups(world_size, tp, ep, "tp", rank=0) if world_size > 1 else SINGLE
         model = build_on_meta(lambda: family_of(config["architectures"][0]).build_model(config, parallel), dtype)
         model.language_model.layers = model.language_model.layers[:layers]
         finalize(model)

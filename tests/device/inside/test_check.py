@@ -40,6 +40,19 @@ def test_nodes_of_a_decode_layer(soc, name, tp, most_a2, most_a3) -> None:
 
 
 @pytest.mark.parametrize("soc", [A2, A3])
+@pytest.mark.parametrize("tp, replicas, ep", [(2, 1, 2), (4, 1, 4), (8, 1, 8), (4, 2, 2), (4, 2, 8), (8, 2, 16)])
+def test_collectives_of_dealt_experts(soc, tp, replicas, ep) -> None:
+    with true_size(MOE, soc, tp=tp, replicas=replicas, ep=ep) as steps:
+        one, two = steps.decode_graph(1), steps.decode_graph(2)
+    layer = per_layer(one, two)
+    collectives = Counter({kind: layer[kind] for kind in layer if kind in two.collectives})
+    assert collectives.total() == (2 if replicas == 1 else 3), collectives
+    assert (two.collectives - collectives - collectives).total() == 2, "embedding and logits"
+    assert not ON_HOST & set(two.kernels)
+    assert layer.total() <= 26, layer
+
+
+@pytest.mark.parametrize("soc", [A2, A3])
 @pytest.mark.parametrize("name", [QWEN2_5, QWEN3, MOE])
 def test_half_precision_has_the_same_graph(soc, name) -> None:
     graphs = []

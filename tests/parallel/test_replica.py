@@ -1,0 +1,113 @@
+"""What a leader tells is what its followers run: every plan, whatever the scheduler does to requests in between."""
+
+import random
+from collections import deque
+
+import pytest
+import torch
+
+from executor.parallel import Group, Parallel
+from executor.runtime.replica import SMALL_BYTES, Replica, deal
+from tests.schedule.fakes import FakeRunner, media, request, scheduler
+
+
+class Wire(Replica):
+    """Broadcasts through a queue instead of a network."""
+
+    def __init__(self, wire: deque, rank: int) -> None:
+        super().__init__(Parallel(control=Group(rank, 2, object())), lambda grid: 1.0, shares_experts=False)
+        self.wire = wire
+        self.leader = rank == 0
+
+    def _broadcast(self, x):
+        if self.leader:
+            self.wire.append(x.clone())
+            return x
+        return x.copy_(self.wire.popleft())
+
+
+@pytest.fixture
+def pair() -> tuple[Wire, Wire]:
+    wire: deque = deque()
+    return Wire(wire, 0), Wire(wire, 1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_followers_run_the_leaders_plans(pair, seed) -> None:
+    rng = random.Random(seed)
+    leader, follower = pair
+    plans = follower.follow()
+    # Few blocks: requests are preempted and get others.
+    s = scheduler(num_blocks=14, max_num_seqs=4, max_num_batched_tokens=24)
+    runner = FakeRunner(s)
+    for number in range(12):
+        words = [rng.randrange(9) for _ in range(rng.randrange(1, 16))]
+        segments = (words, media(f"m{rng.randrange(3)}", 5), [1, 2]) if rng.random() < 0.5 else (words,)
+        for segment in segments:
+            if not isinstance(segment, list):
+                object.__setattr__(segment, "pixels", torch.full((1, 3, 4, 4), number, dtype=torch.uint8))
+        s.add(request(f"r{number}", *segments, max_new_tokens=rng.randrange(1, 40), ignore_eos=True))
+    alive, steps, preempted = {}, 0, 0
+    while s.has_work:
+        plan = s.schedule()
+        assert leader.lead(plan, in_graph=False) is plan
+        told = next(plans)
+        steps += 1
+        assert (told.release, [m.digest for m in told.encode]) == (plan.release, [m.digest for m in plan.encode])
+        for ours, theirs in zip(told.encode, plan.encode, strict=True):
+            assert torch.equal(ours.pixels, theirs.pixels) and ours.grid_thw == theirs.grid_thw
+        for ours, theirs in zip(told.rows, plan.rows, strict=True):
+            assert (ours.start, ours.num_tokens, ours.samples) == (theirs.start, theirs.num_tokens, theirs.samples)
+            end = ours.start + ours.num_tokens
+            assert ours.request.token_ids(0, end) == theirs.request.token_ids(0, end)
+            assert ours.request.block_ids == theirs.request.block_ids
+            assert ours.request.prompt.spans == theirs.request.prompt.spans
+            assert (ours.request.prompt.positions == theirs.request.prompt.positions).all()
+            alive[theirs.request.id] = theirs.request
+        for ended in s.update(plan, runner.execute(plan)):
+            if ended.finished:
+                preempted += ended.num_preemptions
+                leader.forget(ended)
+    assert steps > 10 and len(alive) == 12 and preempted
+    leader.dismiss()
+    assert list(plans) == []
+
+
+def test_a_decode_step_is_one_small_message(pair) -> None:
+    leader, follower = pair
+    plans = follower.follow()
+    s = scheduler(num_blocks=2048, max_num_seqs=16, max_num_batched_tokens=8192, max_model_len=512)
+    runner = FakeRunner(s)
+    for number in range(16):
+        s.add(request(f"r{number}", [number] * 300, max_new_tokens=8, ignore_eos=True))
+    sizes = []
+    while s.has_work:
+        plan = s.schedule()
+        leader.lead(plan, in_graph=False)
+        sizes.append([len(x) for x in leader.wire])
+        assert next(plans).rows
+        s.update(plan, runner.execute(plan))
+    assert len(sizes[0]) == 2, "the prompts of sixteen requests take a second broadcast"
+    assert sizes[-1] == [SMALL_BYTES]
+
+
+def test_a_whole_prompt_longer_than_a_message_arrives(pair) -> None:
+    leader, follower = pair
+    s = scheduler(num_blocks=4096, max_num_batched_tokens=20000, max_model_len=20000)
+    s.add(request("long", [*range(9000)], max_new_tokens=2))
+    leader.lead(s.schedule(), in_graph=False)
+    assert next(follower.follow()).rows[0].request.prompt.token_ids == [*range(9000)]
+
+
+def test_pictures_are_dealt_by_cost() -> None:
+    assert deal([], 4) == []
+    assert deal([3.0, 1.0], 1) == [0, 0]
+    costs = [5.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    owners = deal(costs, 2)
+    assert sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == owners[0]) == 5.0
+    rng = random.Random(0)
+    for _ in range(50):
+        costs = [rng.uniform(1, 100) for _ in range(rng.randrange(1, 40))]
+        owners = deal(costs, 8)
+        loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(8)]
+        assert max(loads) <= 4 / 3 * max(sum(costs) / 8, max(costs)) + 1e-9  # Graham's bound for largest first
