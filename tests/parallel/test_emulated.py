@@ -1,0 +1,52 @@
+"""The NPU backend over two ranks: emulated chips answer as one CPU rank does, eagerly and from decode graphs."""
+
+from typing import Any
+
+import pytest
+
+from executor.emulator.activate import available
+from tests.parallel.jobs import case, run_ranks
+
+CASES = {
+    "a2_graph_tp2": ("qwen2_5_vl", {}, "atlas_800i_a2", {"exe_mode": "ge_graph", "strict_graph": True}),
+    "a3_graph_moe_dp2_ep2": (
+        "qwen3_vl_moe",
+        {"attn_tp_size": 1, "moe_ep_size": 2},
+        "atlas_800i_a3",
+        {"exe_mode": "ge_graph", "strict_graph": True},
+    ),
+    "duo_tp2": ("qwen3_vl", {"vision_parallel": "data"}, "atlas_300i_duo", {}),
+}
+
+
+def emulated(family: str, parallel: dict[str, Any], soc: str, model: dict[str, Any]) -> dict[str, Any]:
+    told = case(family, 2, **parallel)
+    told["model_config"] |= {"device": "npu_emulated", "soc": soc, "dtype": "auto", **model}
+    told["scheduler_config"] |= {"block_size": 128, "max_num_batched_tokens": 512}
+    told["generation_config"]["ignore_eos"] = False
+    return told
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("emulated")
+    alone = [case(family) for family, *_ in CASES.values()]
+    for told in alone:
+        told["generation_config"]["ignore_eos"] = False
+    wanted = run_ranks(1, alone, folder)
+    # A process emulates one chip.
+    found = [run_ranks(2, [emulated(*each)], folder)[0] for each in CASES.values()]
+    return {
+        name: {"found": ours, "wanted": theirs["answers"]}
+        for name, ours, theirs in zip(CASES, found, wanted, strict=True)
+    }
+
+
+@pytest.mark.skipif(bool(available()), reason=available() or "")
+@pytest.mark.parametrize("name", CASES)
+def test_two_emulated_ranks_answer_as_the_cpu(name, answers) -> None:
+    found, wanted = answers[name]["found"], answers[name]["wanted"]
+    equal = [ours == theirs for ours, theirs in zip(found["answers"], wanted, strict=True)]
+    # Half precision may move one box by a pixel.
+    assert found["status"] == 0 and len(equal) == 6 and sum(equal) >= 5, found["answers"]
+    assert found["steps"]
