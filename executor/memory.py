@@ -78,7 +78,11 @@ def peak_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
     vision = patches * (pixels + block) * size
     width = max(4 * shapes.num_heads * shapes.head_dim, 2 * shapes.intermediate_size) / tp
     if shapes.num_experts:
-        width = max(width, 16 * shapes.expert_intermediate_size)
+        # Every replica's tokens, and for each of a token's experts its input, the gated product and its output.
+        replicas = recipe.parallel.world_size // tp
+        inner = shapes.expert_intermediate_size * recipe.parallel.moe_ep_size / recipe.parallel.world_size
+        routed = shapes.experts_per_token * (2 * shapes.hidden_size + inner)
+        width = max(width, replicas * (shapes.hidden_size + routed))
     prefill = recipe.scheduler.max_num_batched_tokens * (3 * shapes.hidden_size + width) * size
     cache = recipe.scheduler.encoder_cache_tokens * shapes.hidden_size * (1 + v.num_taps) * size
     logits = 3 * recipe.scheduler.max_num_seqs * shapes.vocab_size * 4  # float32, with a sorted copy and its order

@@ -53,6 +53,7 @@ class ModelShapes:
     max_position_embeddings: int
     num_experts: int  # 0: dense
     expert_intermediate_size: int
+    experts_per_token: int
     num_dense_layers: int  # of a mixture-of-experts model: layers with a plain MLP
     dtype: str  # of the checkpoint
 
@@ -161,6 +162,7 @@ def read_shapes(config: Mapping[str, Any], name: str) -> ModelShapes:
         max_position_embeddings=get("max_position_embeddings"),
         num_experts=num_experts,
         expert_intermediate_size=get("moe_intermediate_size") if num_experts else 0,
+        experts_per_token=get("num_experts_per_tok") if num_experts else 0,
         num_dense_layers=_num_dense_layers(text, num_layers) if num_experts else 0,
         dtype=str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "bfloat16"),
     )

@@ -52,13 +52,13 @@ def run(recipe: Recipe, build: Callable[[Prepared], Any] | None = None, out: Tex
     `build` makes the engine (executor.apps.build.engine_of). Raises UserError for what keeps all from starting.
     """
     out = out or sys.stdout
+    if rank_place().rank:
+        _assist(prepare(recipe), build)
+        return {"command": "generate"}, 0
     dataset = load_dataset(recipe.data)
     prepared = prepare(recipe)
     recipe = prepared.recipe
     params = sampling_params(recipe.generation, prepared.generation_config)
-    if rank_place().rank:
-        _assist(prepared, params, dataset, build)
-        return {"command": "generate"}, 0
     opened = ResultsFile(recipe.data.results_path, settings_of(recipe)) if recipe.data.results_path else nullcontext()
     with opened as results:
         rows = results.answered(dataset) if results else {}
@@ -128,21 +128,23 @@ def _build(prepared: Prepared, build: Callable[[Prepared], Any] | None) -> Any:
     return build(prepared)
 
 
-def _assist(
-    prepared: Prepared, params: SamplingParams, dataset: Dataset, build: Callable[[Prepared], Any] | None
-) -> None:
+def _assist(prepared: Prepared, build: Callable[[Prepared], Any] | None) -> None:
     """What a rank other than 0 does: answer for its replica, or follow the rank that does."""
     from executor.apps.spread import Spread
 
-    engine = _build(prepared, build)
-    if engine.replica.leads:
+    recipe = prepared.recipe
+    if rank_place().rank % recipe.attn_tp_size:
+        engine = _build(prepared, build)
+        engine.follow()
+    else:
+        dataset = load_dataset(recipe.data)  # before the weights: a mistake shows at once
+        params = sampling_params(recipe.generation, prepared.generation_config)
+        engine = _build(prepared, build)
         spread = Spread(engine.replica.parallel, dataset)
         spread.start()
-        for row in _own_rows(engine, prepared.recipe, params, spread):
+        for row in _own_rows(engine, recipe, params, spread):
             if row is not None:
                 spread.send(row)
-    else:
-        engine.follow()
     engine.replica.parallel.disconnect()
 
 
