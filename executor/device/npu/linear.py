@@ -64,16 +64,20 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self, gate_up: Tensor, down: Tensor, swiglu: Callable[[Tensor], Tensor], first: int, num_experts: int
+        self,
+        gate_up: Tensor,
+        down: Tensor,
+        swiglu: Callable[[Tensor], Tensor],
+        first: int,
+        num_experts: int,
+        drops_rows: bool,
     ) -> None:
         super().__init__()
         self.gate_up, self.down = _frozen(gate_up), _frozen(down)
         self.swiglu = swiglu
         self.first, self.num_experts = first, num_experts
-
-    @property
-    def is_whole(self) -> bool:
-        return self.gate_up.shape[0] == self.num_experts
+        self.drops_rows = drops_rows and self.gate_up.shape[0] < num_experts
+        self.fills_rows = not drops_rows and self.gate_up.shape[0] < num_experts
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         rows, places, counts, _ = torch_npu.npu_moe_init_routing_v2(
@@ -88,8 +92,10 @@ class Experts(nn.Module):
             row_idx_type=0,
         )
         y = _grouped(self.swiglu(_grouped(rows, self.gate_up, counts)), self.down, counts)
-        if not self.is_whole:
+        if self.fills_rows:
             y, places, weights = _without_others(y, places, counts, weights)
+        if self.drops_rows:
+            y = y.unsqueeze(1)  # each routed row is an expert of capacity 1, and -1 is the place of another rank's
         return torch_npu.npu_moe_finalize_routing(
             y,
             skip1=None,
@@ -98,7 +104,7 @@ class Experts(nn.Module):
             scales=weights,
             expanded_src_to_dst_row=places,
             export_for_source_row=None,
-            drop_pad_mode=2,  # the places count a token's experts side by side
+            drop_pad_mode=3 if self.drops_rows else 2,  # the places count a token's experts side by side
         )
 
 

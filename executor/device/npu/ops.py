@@ -90,7 +90,7 @@ class NpuOps(Ops):
         self, gate_up: Tensor, down: Tensor, first: int = 0, num_experts: int | None = None
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         weights = (layout.weight(w.detach(), self.weight_nz) for w in (gate_up, down))
-        return linear.Experts(*weights, self.swiglu, first, num_experts or len(gate_up))
+        return linear.Experts(*weights, self.swiglu, first, num_experts or len(gate_up), self.soc.drops_rows)
 
     def gate_topk(self, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
         """The softmax is the op's own, in fp32 inside; ids int32."""

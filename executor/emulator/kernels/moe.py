@@ -134,11 +134,10 @@ def _check_finalize(
     k: int | None = 1,
 ) -> None:
     x = expanded_permuted_rows
-    require(
-        drop_pad_mode in (0, 2), "drop_pad_mode must be 0 or 2 (dropping is documented and not emulated)", drop_pad_mode
-    )
+    require(drop_pad_mode in (0, 1, 2, 3), "drop_pad_mode must be 0 to 3", drop_pad_mode)
+    drops = drop_pad_mode in (1, 3)
     require_dtype("expanded_permuted_rows", x, FLOATS)
-    require_rank("expanded_permuted_rows", x, 2)
+    require_rank("expanded_permuted_rows", x, 3 if drops else 2)
     require_same_dtype("expanded_permuted_rows", x, skip1=skip1, skip2=skip2, bias=bias, scales=scales)
     require_dtype("expanded_src_to_dst_row", expanded_src_to_dst_row, (torch.int32,))
     require_rank("expanded_src_to_dst_row", expanded_src_to_dst_row, 1)
@@ -146,14 +145,19 @@ def _check_finalize(
     per_row = scales.shape[1] if scales is not None else k
     require(total % per_row == 0, f"expanded_src_to_dst_row must have {per_row} entries per row", total)
     rows = total // per_row
-    require_shape("expanded_permuted_rows", x, total, x.shape[1])
+    if drops:
+        require(x.shape[0] >= per_row, "expanded_permuted_rows must have as many experts as a row has", list(x.shape))
+    else:
+        require_shape("expanded_permuted_rows", x, total, x.shape[1])
     require_shape("scales", scales, rows, per_row)
-    require_shape("skip1", skip1, rows, x.shape[1])
-    require_shape("skip2", skip2, rows, x.shape[1])
+    require_shape("skip1", skip1, rows, x.shape[-1])
+    require_shape("skip2", skip2, rows, x.shape[-1])
     require(skip1 is not None or skip2 is None, "skip2 needs skip1")
     require_shape("export_for_source_row", export_for_source_row, rows, per_row)
     require(bias is None or export_for_source_row is not None, "bias needs export_for_source_row")
     if chips.current().soc == "atlas_300i_duo":
+        require(drop_pad_mode == 2, "drop_pad_mode must be 2", drop_pad_mode)
+        refuse(skip1=skip1, skip2=skip2, bias=bias, export_for_source_row=export_for_source_row)
         require(x.shape[1] % 32 == 0, "the row size must be a multiple of 32", x.shape[1])
 
 
@@ -169,16 +173,19 @@ def npu_moe_finalize_routing(
     drop_pad_mode: int | None = 0,
     k: int | None = 1,
 ) -> Tensor:
-    x, index = expanded_permuted_rows, expanded_src_to_dst_row.long()
+    # Modes 1 and 3 have experts padded to one capacity, [E, C, n], and places of -1 for what was dropped.
+    drops, index = drop_pad_mode in (1, 3), expanded_src_to_dst_row.long()
+    x = expanded_permuted_rows.flatten(0, 1) if drops else expanded_permuted_rows
+    lowest = -1 if drops else 0
     require(
-        not len(index) or (int(index.min()) >= 0 and int(index.max()) < len(x)),
-        f"expanded_src_to_dst_row must lie in [0, {len(x)})",
+        not len(index) or (int(index.min()) >= lowest and int(index.max()) < len(x)),
+        f"expanded_src_to_dst_row must lie in [{lowest}, {len(x)})",
         index.tolist()[:32],
     )
     per_row = scales.shape[1] if scales is not None else k
-    # Mode 0 counts experts first (i + k * rows), mode 2 rows first (i * k + j).
-    index = index.view(per_row, -1).t() if drop_pad_mode == 0 else index.view(-1, per_row)
-    parts = x[index].float()
+    # Modes 0 and 1 count experts first (i + k * rows), 2 and 3 rows first (i * k + j).
+    index = index.view(per_row, -1).t() if drop_pad_mode in (0, 1) else index.view(-1, per_row)
+    parts = x[index].float().masked_fill_((index < 0).unsqueeze(-1), 0)
     if bias is not None:
         parts = parts + bias[export_for_source_row.long()].float()
     if scales is not None:

@@ -26,6 +26,7 @@ from executor.layers.pull import finalize
 from executor.parallel import SINGLE, groups
 from executor.runtime.engine import Engine
 from executor.runtime.loading import build_on_meta, load_model
+from executor.runtime.replica import Replica
 from executor.runtime.weights import Checkpoint
 from models.published import published_config
 
@@ -68,7 +69,8 @@ def engine_on(
     family = family_of(prepared.config["architectures"][0])
     processor = family.build_processor(prepared.folder, media_options(recipe))
     loaded, _ = load_model(lambda: family.build_model(prepared.config), Checkpoint(prepared.folder), device, dtype)
-    return join(recipe, prepared.memory.num_blocks, loaded, processor, device, dtype)
+    replica = Replica(SINGLE, loaded.visual.cost, shares_experts=False)
+    return join(recipe, prepared.memory.num_blocks, loaded, processor, device, dtype, replica)
 
 
 @contextlib.contextmanager

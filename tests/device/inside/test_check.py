@@ -49,7 +49,7 @@ def test_collectives_of_dealt_experts(soc, tp, replicas, ep) -> None:
     assert collectives.total() == (2 if replicas == 1 else 3), collectives
     assert (two.collectives - collectives - collectives).total() == 2, "embedding and logits"
     assert not ON_HOST & set(two.kernels)
-    assert layer.total() <= 26, layer
+    assert layer.total() <= (16 if soc == A2 else 17) + 2 * (replicas > 1), "dealing adds the gather and own rows only"
 
 
 @pytest.mark.parametrize("soc", [A2, A3])

@@ -122,6 +122,25 @@ def test_finalize_routing(a2, mode) -> None:
         torch_npu.npu_moe_finalize_routing(rows, None, None, None, scales, index - 1, None, mode)
 
 
+@pytest.mark.parametrize("mode", [1, 3])
+def test_finalize_routing_without_what_was_dropped(a2, mode) -> None:
+    rows, scales = rand(E, 4, N), rand(5, K, seed=1)
+    index = torch.randperm(E * 4)[: 5 * K].to(torch.int32)
+    index[::3] = -1
+    got = like_meta(torch_npu.npu_moe_finalize_routing, rows, None, None, None, scales, index, None, mode)
+    wanted = torch.zeros(5, N)
+    for i in range(5):
+        for j in range(K):
+            source = int(index[i + j * 5] if mode == 1 else index[i * K + j])
+            if source >= 0:
+                wanted[i] += scales[i, j].float() * rows[source // 4, source % 4].float()
+    close(got, wanted, 2)
+    with pytest.raises(LimitError, match=r"must lie in \[-1, "):
+        torch_npu.npu_moe_finalize_routing(rows, None, None, None, scales, index - 1, None, mode)
+    with pytest.raises(LimitError, match="must have 3 dimensions"):
+        torch_npu.npu_moe_finalize_routing(rows.flatten(0, 1), None, None, None, scales, index, None, mode)
+
+
 def test_permute_and_back(a2) -> None:
     x, ids = rand(6, N), torch.randint(0, E, (6, K))
     permuted, index = like_meta(torch_npu.npu_moe_token_permute, x, ids)
