@@ -49,8 +49,8 @@ class Spread:
 
     @property
     def most(self) -> int:
-        """As many requests as one replica may hold while others have none."""
-        return -(-len(self._todo) // self._num_replicas)
+        """As many requests as one replica may hold while others have none; at least one."""
+        return max(1, -(-len(self._todo) // self._num_replicas))
 
     def mine(self) -> Iterator[tuple[int, Sample]]:
         """The requests that this replica takes, one by one."""

@@ -70,3 +70,7 @@ def test_one_ordered_file_with_a_bad_row_and_a_resume(tmp_path, family, degrees)
     after = [json.loads(line) for line in results.read_text().splitlines()]
     assert (again["status"], [row["index"] for row in after]) == (0, list(range(12)))
     assert [row for row in after if row["index"] % 4 != 3] == [row for row in rows if row["error"] is None]
+
+    whole = results.read_bytes()
+    (nothing,) = run_ranks(2, [told], tmp_path)
+    assert (nothing["status"], len(nothing["answers"]), results.read_bytes()) == (0, 12, whole)
