@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +30,36 @@ def find_path(path: str | Path) -> Path:
 def environment() -> dict[str, str]:
     """A copy of all environment variables, for the doctor, which reports what is set and changes nothing."""
     return dict(os.environ)
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Where this process stands among the processes of its job."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+def rank_place() -> RankPlace:
+    """From RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; a world of one where no launcher has set them."""
+    if "RANK" not in os.environ:
+        return RankPlace()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return RankPlace(*(int(os.environ[name]) for name in names))
+
+
+def set_where_unset(values: Mapping[str, str]) -> dict[str, str]:
+    """Set environment variables of this process and its children; the user's own stay. Returns what was set."""
+    missing = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(missing)
+    return missing
+
+
+def set_always(values: Mapping[str, str]) -> None:
+    """Set what the launcher itself hands to its ranks, whatever was there."""
+    os.environ.update(values)
 
 
 def code_digest() -> str:
