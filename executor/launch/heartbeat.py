@@ -44,7 +44,7 @@ class Fault:
     """The last lines of that log."""
     weight: int = 2
     """Of faults that are noticed together the one of the least weight is the cause, the others follow from it: 0 a
-    rank was killed, 1 the user's mistake, 2 a rank raised, 3 a rank was told to end."""
+    rank was killed, 1 the user's mistake, 2 a rank raised, 3 it did after another, or was told to end."""
     own_status: int | None = None
     lost_node: int | None = None
     """The node that gives no sign of life, which nobody waits for."""
@@ -72,7 +72,8 @@ def fault_of_exit(rank: int, name: str, code: int, told: dict[str, Any] | None, 
     if code == 2 and words:
         return Fault(words, 2, rank, log, weight=1)
     reason = f"failed: {words}" if words else f"ended with exit status {code} and no word"
-    return Fault(f"{name} {reason}", 1, rank, log, tuple(tail))
+    weight = 3 if words and not told.get("is_first") else 2
+    return Fault(f"{name} {reason}", 1, rank, log, tuple(tail), weight)
 
 
 def hang_of(name: str, timeout_s: int) -> str:

@@ -48,8 +48,8 @@ from executor.launch.rank import outcome_of
 logger = logging.getLogger(__name__)
 
 WATCH_S = 0.1
-SETTLE_S = 1.0
-"""After a rank's exception: its peer, perhaps on another node, may have been killed, and is the cause."""
+SETTLE_S = (0.0, 0.0, 1.0, 2.0)
+"""By a fault's weight: after a rank's exception its peer, perhaps on another node, may turn out to be the cause."""
 TOLD_S = 1.0
 """How long the master stays for the others to learn why the job ends."""
 LEAVE_S = 5.0
@@ -193,7 +193,7 @@ class Job:
             now = time.time()  # to the millisecond: jobs may be started in one breath
             started = time.strftime("%Y%m%d-%H%M%S", time.localtime(now)) + f"-{int(now % 1 * 1000):03d}"
             self._await(lambda: store.set("started", started))
-        rivals = _Rivals(plan) if plan.node == 0 else lambda: None
+        rivals = _Rivals(plan) if plan.node == 0 else lambda missing: None
         try:
             agree(self._await(lambda: exchange(store, plan.node, self._names, self._card, rivals)))
         except UserError:
@@ -219,7 +219,7 @@ class Job:
             logger.exception("this node cannot start")
             problem = f"{type(error).__name__}: {error}"
         name = self._names[self._plan.node]
-        return Card(name, self._command, code_digest(), recipe.model_dump(mode="json"), problem)
+        return Card(name, self._command, code_digest(), recipe.model_dump(mode="json", by_alias=True), problem)
 
     def _log_root(self) -> Path:
         return Path(self._recipe.model.output_path) / "logs"
@@ -267,7 +267,7 @@ class Job:
         self._failed_at = min(self._failed_at, time.monotonic())
         faults = [self._fault_of_rank(rank) for rank in failed]
         cause = min(faults, key=lambda fault: fault.weight)
-        if cause.weight < 2 or time.monotonic() - self._failed_at > SETTLE_S:
+        if time.monotonic() - self._failed_at >= SETTLE_S[cause.weight]:
             raise _Over(cause)
 
     def _fault_of_rank(self, rank: RankProcess) -> Fault:
@@ -377,12 +377,12 @@ class _Rivals:
         self._plan = plan
         self._looked_at = 0.0
 
-    def __call__(self) -> None:
-        """UserError, there too, when there is one."""
+    def __call__(self, missing: list[int]) -> None:
+        """UserError, there too, when one of the missing nodes is one."""
         if time.monotonic() - self._looked_at < RIVAL_S:
             return
         self._looked_at = time.monotonic()
-        for address in self._plan.addresses[1:]:
+        for address in (self._plan.addresses[node] for node in missing):
             try:
                 with socket.create_connection((address, self._plan.port), timeout=0.5):
                     pass

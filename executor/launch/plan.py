@@ -105,10 +105,8 @@ def npu_ranks(soc: str | None, machine: Machine) -> int:
     visible = machine.environment.get("ASCEND_RT_VISIBLE_DEVICES")
     if visible is not None:
         read = parse_visible_devices(visible, chips)
-        if read.problem or not read.devices:
-            raise UserError(
-                f"ASCEND_RT_VISIBLE_DEVICES={visible}: {read.problem or 'no chip is left'}; write 0,1,2 or unset it"
-            )
+        if read.problem:
+            raise UserError(f"ASCEND_RT_VISIBLE_DEVICES={visible}: {read.problem}; write 0,1,2 or unset it")
         return len(read.devices)
     if chips:
         return chips

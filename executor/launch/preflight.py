@@ -56,25 +56,34 @@ def exchange(
     index: int,
     names: list[str],
     make_card: Callable[[], Card],
-    meanwhile: Callable[[], object] = lambda: None,
+    meanwhile: Callable[[list[int]], object] = lambda missing: None,
     timeout_s: float = JOIN_S,
 ) -> list[Card]:
     """Meet the others, then show one's own card and read everyone's.
 
     `make_card` may take long (a download of weights), so it comes after the meeting, and its end is awaited without
-    limit. `meanwhile` is called often while the others are not there. UserError for those who do not come, and for
-    those who say that they cannot.
+    limit. `meanwhile` often gets the indices of those who are not there yet. UserError for those who do not come, and
+    for those who say that they cannot.
     """
 
+    def indices(keys: list[str]) -> list[int]:
+        return [int(key.split("/")[1]) for key in keys]
+
     def listed(keys: list[str]) -> str:
-        return ", ".join(names[int(key.split("/")[1])] for key in keys)
+        return ", ".join(names[other] for other in indices(keys))
 
     def keys(stage: str) -> list[str]:
         return [f"{stage}/{other}" for other in range(len(names))]
 
     store.set(f"here/{index}", "yes")
     advice = "type the same command there"
-    missing = wait_for(store, keys("here"), timeout_s, lambda keys: f"waiting for {listed(keys)}: {advice}", meanwhile)
+    missing = wait_for(
+        store,
+        keys("here"),
+        timeout_s,
+        remind=lambda keys: f"waiting for {listed(keys)}: {advice}",
+        meanwhile=lambda keys: meanwhile(indices(keys)),
+    )
     if missing:
         raise UserError(f"{listed(missing)} did not join within {timeout_s:.0f} s: {advice}")
     store.set(f"card/{index}", json.dumps(asdict(make_card())))

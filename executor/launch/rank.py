@@ -32,7 +32,7 @@ Document = dict[str, Any]
 
 
 def outcome_of(store: Any, rank: int) -> dict[str, Any] | None:
-    """What a rank has left: its `document`, its `status`, and the `error` in words."""
+    """What a rank has left: its `document`, its `status`, the `error` in words, and whether it `is_first` to fail."""
     key = f"outcome/{rank}"
     return json.loads(store.get(key)) if store.check([key]) else None
 
@@ -110,7 +110,7 @@ class Rank:
             settled, problem = None, ""
             try:
                 if self.place.local_rank == 0:  # the others look at the same files
-                    settled = check(recipe).model_dump(mode="json")
+                    settled = check(recipe).model_dump(mode="json", by_alias=True)
             except UserError as error:
                 problem = str(error)
             return Card(names[self.place.rank], command, code_digest(), settled, problem)
@@ -158,6 +158,9 @@ class Rank:
             with contextlib.suppress(*BROKEN):  # the launcher, or the other ranks, see that this one is gone
                 if self._has_launcher:
                     told = {"document": document, "status": status, "error": document.get("error")}
+                    if failed:
+                        me = str(self.place.rank)
+                        told["is_first"] = self._store.compare_set("first_failed", "", me).decode() == me
                     self._store.set(f"outcome/{self.place.rank}", json.dumps(told))
                 else:
                     self._tell_others(document, status, failed)

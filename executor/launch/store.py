@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 ANSWER_S = 30
 """How long one question to the store may take before its connection counts as broken."""
+CONNECT_S = 10
+"""How long something that listens may take to show that it is a store."""
 JOIN_S = 600
 """How long everyone waits for each other; the commands are typed by hand on every node."""
 REMIND_S = 20
@@ -89,10 +91,11 @@ def connect(address: str, port: int, is_server: bool = False) -> Store:
         address,
         port,
         is_master=is_server,
-        timeout=timedelta(seconds=ANSWER_S),
+        timeout=timedelta(seconds=CONNECT_S),
         wait_for_workers=False,
         multi_tenant=True,
     )
+    store.set_timeout(timedelta(seconds=ANSWER_S))
     return PrefixStore("recipe", store)
 
 
@@ -101,9 +104,10 @@ def wait_for(
     keys: Iterable[str],
     timeout_s: float,
     remind: Callable[[list[str]], str] | None = None,
-    meanwhile: Callable[[], object] = lambda: None,
+    meanwhile: Callable[[list[str]], object] = lambda missing: None,
 ) -> list[str]:
-    """Wait until all keys are set; returns those that are not after `timeout_s`. `remind` words what is missing.
+    """Wait until all keys are set; returns those that are not after `timeout_s`. `remind` words what is missing,
+    `meanwhile` gets it often.
 
     UserError when someone says that it cannot take part.
     """
@@ -119,7 +123,7 @@ def wait_for(
         if remind and now - reminded > REMIND_S:
             reminded = now
             logger.info(remind(missing))
-        meanwhile()
+        meanwhile(missing)
         time.sleep(POLL_S)
 
 

@@ -64,7 +64,7 @@ class Job:
 
     def log(self, rank: int, timeout_s: float = 60) -> Path:
         """A rank's log, once it is there."""
-        return self.until(lambda: next(iter(self.folder.glob(f"node*/logs/*/rank_{rank:02d}.log")), None), timeout_s)
+        return self.until(lambda: next(iter(self.folder.glob(f"*/logs/*/rank_{rank:02d}.log")), None), timeout_s)
 
     def sleeper(self, rank: int) -> int:
         """The process id of a rank that was told to sleep, once it does."""

@@ -1,10 +1,11 @@
 """A command for tests of the launcher: `probe=tests.launch.probe` in RECIPE_COMMANDS.
 
 All ranks meet over gloo and add up their numbers; what else happens is told by data_config.prompt:
-`RANK:ACTION` words, where the action is user, all_user (RANK is *), raise, exit, status, sleep or print.
+`RANK:ACTION` words (every rank: *), where the action is user, raise, exit, status, child or sleep.
 """
 
 import os
+import subprocess
 import sys
 import time
 
@@ -27,7 +28,9 @@ def run(recipe):
     dist.init_process_group("gloo", init_method="env://")
     value = torch.ones(1) * (place.rank + 1)
     dist.all_reduce(value)
-    print(f"rank {place.rank} sees {value.item():.0f}", file=sys.stderr, flush=True)
+    print(f"rank {place.rank} sees {value.item():.0f}", file=sys.stderr)
+    told = ", ".join(f"{name}={os.environ.get(name)}" for name in ("GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS"))
+    print(f"rank {place.rank} has {told}", file=sys.stderr, flush=True)
     print(f"stdout of rank {place.rank}", flush=True)
     status = 0
     for word in (recipe.data.prompt or "").split():
@@ -42,6 +45,8 @@ def run(recipe):
             os._exit(7)
         if action == "status":
             status = 2
+        if action == "child":
+            subprocess.Popen(["sleep", "1000"])
         if action == "sleep":
             print(f"rank {place.rank} is process {os.getpid()}", file=sys.stderr, flush=True)
             while True:
@@ -51,5 +56,4 @@ def run(recipe):
     dist.barrier()
     dist.destroy_process_group()
     document = {"command": "probe", "sum": value.item(), "world_size": place.world_size}
-    document["threads"] = os.environ.get("OMP_NUM_THREADS")
     return document, status

@@ -4,10 +4,12 @@ Needs root; skipped with the reason where namespaces cannot be made.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +17,6 @@ from executor.env import REPO_ROOT as REPO
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 SET_ENV = "executor/scripts/set_env.sh"
-TWO = ("parallel_config.world_size=4",)
 
 
 def ip(*words: str) -> None:
@@ -48,37 +49,43 @@ def nodes():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-@pytest.fixture
-def trees(tmp_path):
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
     """A copy of the repository for each node, with the same set_env.sh."""
-    return [copy_of_repository(tmp_path / f"tree{node}", ADDRESSES) for node in range(2)]
+    folder = tmp_path_factory.mktemp("nodes")
+    return [copy_of_repository(folder / f"tree{node}") for node in range(2)]
 
 
-def copy_of_repository(folder, addresses):
-    kept = ("executor", "models", "dataset", "config", "tests/launch", "infer.sh")
+@pytest.fixture
+def own_trees(tmp_path):
+    """Copies that a test may change."""
+    return [copy_of_repository(tmp_path / f"tree{node}") for node in range(2)]
+
+
+def copy_of_repository(folder: Path) -> Path:
     skip = shutil.ignore_patterns("*.safetensors", "media", "__pycache__", "*.mp4", "*.png")
-    for name in kept:
-        source, target = REPO / name, folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=skip)
-        else:
-            shutil.copy(source, target)
-    for name in ("tests/__init__.py",):
+    for name in ("executor", "models", "dataset", "config", "tests/launch"):
+        shutil.copytree(REPO / name, folder / name, ignore=skip)
+    for name in ("infer.sh", "requirements.txt", "tests/__init__.py"):
         shutil.copy(REPO / name, folder / name)
-    script = folder / SET_ENV
+    return write_ips(folder, ADDRESSES)
+
+
+def write_ips(tree: Path, addresses) -> Path:
+    script = tree / SET_ENV
     listed = " ".join(f"'{address}'" for address in addresses)
-    script.write_text(script.read_text().replace("IPs=()", f"IPs=({listed})"))
-    return folder
+    script.write_text(re.sub(r"(?m)^IPs=.*$", f"IPs=({listed})", script.read_text()))
+    return tree
 
 
-def start_both(job, nodes, trees, *settings, prompt="", on_second=()):
+def start_both(job, nodes, trees, *settings, prompt="", on_second=(), world_size=2):
+    """`bash infer.sh` on each node, one rank a node unless told otherwise."""
     for node, (name, tree) in enumerate(zip(nodes, trees, strict=True)):
         job.start(
-            *TWO,
+            f"parallel_config.world_size={world_size}",
+            f"model_config.output_path={job.folder / 'output'}",  # a folder that the nodes share
             *settings,
             *(on_second if node else ()),
-            "model_config.output_path=output",
             prompt=prompt,
             prefix=["ip", "netns", "exec", name],
             command=["bash", str(tree / "infer.sh")],
@@ -89,33 +96,28 @@ def start_both(job, nodes, trees, *settings, prompt="", on_second=()):
     return job
 
 
-@pytest.fixture
-def job(job, trees):
-    """Its logs lie in each node's own tree."""
-    for node, tree in enumerate(trees):
-        (job.folder / f"node{node}").symlink_to(tree / "output")
-    return job
-
-
 def test_one_document_from_two_nodes(job, nodes, trees):
-    start_both(job, nodes, trees)
+    start_both(job, nodes, trees, world_size=4)
     assert job.wait() == [0, 0], job.err(0) + job.err(1)
     assert job.document(0)["sum"] == 10
     assert job.document(1) == {"command": "probe", "node": 1, "ranks": [2, 3], "ok": True}
     assert "stdout of rank 0" in job.out(0) and "stdout" not in job.out(1)
-    assert [job.log(rank).parents[2].parent.name for rank in range(4)] == ["node0", "node0", "node1", "node1"]
+    assert [f"rank {rank} sees 10" in job.log(rank).read_text() for rank in range(4)] == [True] * 4
+    assert len({job.log(rank).parent for rank in range(4)}) == 1
+    for node, ranks in enumerate(((0, 1), (2, 3))):  # each node has the interface to the other
+        assert all(f"rank {rank} has GLOO_SOCKET_IFNAME=cable" in job.log(rank).read_text() for rank in ranks), node
 
 
 def test_a_killed_rank_ends_both_nodes(job, nodes, trees):
-    start_both(job, nodes, trees, prompt="2:sleep")
-    victim = job.sleeper(2)
+    start_both(job, nodes, trees, prompt="1:sleep")
+    victim = job.sleeper(1)
     at = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     assert job.ends(at) == [1, 1]
     for node in range(2):
-        assert "rank 2 on node 10.77.0.2 was killed by SIGKILL" in job.document(node)["error"]
-        assert "rank_02.log on node 10.77.0.2" in job.err(node)
-        assert f"| rank 2 is process {victim}" in job.err(node)
+        assert "rank 1 on node 10.77.0.2 was killed by SIGKILL" in job.document(node)["error"]
+        assert "rank_01.log on node 10.77.0.2" in job.err(node)
+        assert f"| rank 1 is process {victim}" in job.err(node)
     assert job.document(1)["ok"] is False
 
 
@@ -129,8 +131,8 @@ def test_a_killed_launcher_ends_both_nodes(job, nodes, trees):
 
 
 def test_a_killed_master_ends_both_nodes(job, nodes, trees):
-    start_both(job, nodes, trees, prompt="3:sleep")
-    job.sleeper(3)
+    start_both(job, nodes, trees, prompt="1:sleep")
+    job.sleeper(1)
     at = time.monotonic()
     job.launchers[0].kill()
     assert job.ends(at)[1] == 1
@@ -138,8 +140,8 @@ def test_a_killed_master_ends_both_nodes(job, nodes, trees):
 
 
 def test_a_cable_that_is_pulled_ends_both_nodes(job, nodes, trees):
-    start_both(job, nodes, trees, prompt="0:sleep 3:sleep")
-    job.sleeper(0), job.sleeper(3)
+    start_both(job, nodes, trees, prompt="0:sleep 1:sleep")
+    job.sleeper(0), job.sleeper(1)
     at = time.monotonic()
     ip("-n", nodes[0], "link", "set", "cable", "down")
     try:
@@ -159,40 +161,49 @@ def test_ctrl_c_on_one_node_ends_both(job, nodes, trees):
     assert job.document(0)["error"] == "interrupted by SIGINT on node 10.77.0.2"
 
 
+def refused(job, words: str) -> None:
+    """Every node ends with status 2 and says the same, in one line, before any rank has started."""
+    assert job.wait() == [2, 2], job.err(0) + job.err(1)
+    for node in range(len(job.launchers)):
+        assert words in job.document(node)["error"]
+        assert job.err(node).count("error: ") == 1
+    assert not list(job.folder.glob("output/logs/*/*"))
+
+
 def test_another_recipe_on_one_node(job, nodes, trees):
     start_both(job, nodes, trees, on_second=["generation_config.seed=3"])
-    assert job.wait() == [2, 2]
-    for node in range(2):
-        assert (
-            "node 10.77.0.2 has another recipe than node 10.77.0.1: generation_config.seed is 3 there, None on"
-            in (job.document(node)["error"])
-        )
-        assert job.err(node).count("error: ") == 1
-    assert not list(trees[0].glob("output/logs/*/*"))
+    refused(job, "node 10.77.0.2 has another recipe than node 10.77.0.1: generation_config.seed is 3 there, None on")
 
 
-def test_other_code_on_one_node(job, nodes, trees):
-    with (trees[1] / "executor" / "errors.py").open("a") as file:
+def test_other_code_on_one_node(job, nodes, own_trees):
+    with (own_trees[1] / "executor" / "errors.py").open("a") as file:
         file.write("# changed\n")
-    start_both(job, nodes, trees)
-    assert job.wait() == [2, 2]
-    assert "node 10.77.0.2 runs other code than node 10.77.0.1" in job.document(0)["error"]
-    assert job.document(1)["error"] == job.document(0)["error"]
+    start_both(job, nodes, own_trees)
+    refused(job, "node 10.77.0.2 runs other code than node 10.77.0.1")
 
 
-def test_weights_on_one_node_only(job, nodes, trees):
-    (trees[0] / "weights" / "mine").mkdir(parents=True)
-    start_both(job, nodes, trees, "model_config.model_path=weights/mine")
-    assert job.wait() == [2, 2]
-    for node in range(2):
-        assert job.document(node)["error"].startswith("on node 10.77.0.2: model_config.model_path: there is no folder")
+def test_weights_on_one_node_only(job, nodes, own_trees):
+    (own_trees[0] / "weights").mkdir()
+    shutil.copytree(own_trees[0] / "models" / "tiny", own_trees[0] / "weights" / "mine")
+    start_both(job, nodes, own_trees, "model_config.model_path=weights/mine")
+    refused(job, "on node 10.77.0.2: model_config.model_path: weights/mine is neither a folder here")
 
 
-def test_a_machine_that_is_not_in_ips(job, nodes, trees):
-    for tree in trees:
-        script = tree / SET_ENV
-        script.write_text(script.read_text().replace(ADDRESSES[1], "10.77.0.9"))
-    start_both(job, nodes, trees)
-    assert job.wait() == [2, 2]
-    for node in range(2):
-        assert "(10.77.0.2) is not among the 2 nodes of the job (10.77.0.1, 10.77.0.9)" in job.document(node)["error"]
+def test_a_machine_that_is_not_in_ips(job, nodes, own_trees):
+    for tree in own_trees:
+        write_ips(tree, (ADDRESSES[0], "10.77.0.9"))
+    start_both(job, nodes, own_trees)
+    refused(job, "(10.77.0.2) is not among the 2 nodes of the job (10.77.0.1, 10.77.0.9)")
+
+
+def test_addresses_in_another_order_on_one_node(job, nodes, own_trees):
+    """Both take themselves for the master."""
+    write_ips(own_trees[1], ADDRESSES[::-1])
+    start_both(job, nodes, own_trees)
+    refused(job, "the nodes do not agree on the job: ")
+
+
+def test_another_number_of_nodes_on_one_node(job, nodes, own_trees):
+    write_ips(own_trees[1], (*ADDRESSES, "10.77.0.3"))
+    start_both(job, nodes, own_trees, world_size=6)
+    refused(job, "the nodes do not agree on the job: ")
