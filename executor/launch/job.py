@@ -341,7 +341,7 @@ class Job:
         stores.soon(lambda: store.set(f"left/{plan.node}", "yes"), TOLD_S)
         if plan.node == 0:
             others = [f"left/{node}" for node in range(plan.num_nodes) if node != without]
-            stores.soon(lambda: stores.wait_for(store, others, patience_s), patience_s + TOLD_S)
+            stores.soon(lambda: stores.wait_for(store, others, patience_s), patience_s)
 
     def _copy_log(self) -> None:
         if self._follower:

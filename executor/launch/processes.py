@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-GRACE_S = 1.5
+GRACE_S = 1.0
 """Between SIGTERM and SIGKILL."""
 TAIL_LINES = 15
 TAIL_BYTES = 8192
