@@ -96,6 +96,23 @@ def node_beat(node: int) -> str:
     return f"beat/node/{node}"
 
 
+class _Awake:
+    """A clock that a pause of this process (Ctrl-Z, a suspended machine) moves by one second at most: who was away
+    cannot say that the others were silent."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds, self._at = 0.0, time.monotonic()
+
+    def __call__(self) -> float:
+        """Seconds; to be asked more often than once in one."""
+        with self._lock:
+            now = time.monotonic()
+            self._seconds += min(now - self._at, 1.0)
+            self._at = now
+            return self._seconds
+
+
 class Heartbeat(threading.Thread):
     """Beats for one launcher or rank, and notes the beats of those it watches; what is done about it is its owner's
     business. `store` is its own connection, `own` the key of its beats, `watched` the keys it reads.
@@ -107,7 +124,8 @@ class Heartbeat(threading.Thread):
         super().__init__(name="heartbeat", daemon=True)
         self._store, self._own = store, own
         self._watched = list(watched)
-        self._began = self._round_at = time.monotonic()
+        self._awake = _Awake()
+        self._began = self._round_at = self._awake()
         self._last: dict[str, tuple[bytes, float]] = {}  # a watched key: its value, and when that was new
         self._stopped = threading.Event()
         self.told: Fault | None = None
@@ -125,19 +143,19 @@ class Heartbeat(threading.Thread):
     @property
     def stuck_s(self) -> float:
         """How long the store has not answered."""
-        return time.monotonic() - self._round_at
+        return self._awake() - self._round_at
 
     def watch(self, keys: Iterable[str]) -> None:
         """Read these beats as well, from now on."""
-        self._began = time.monotonic()
+        self._began = self._awake()
         self._watched = [*self._watched, *keys]
 
     def silence_s(self, key: str, patience_s: float | None = None) -> float:
         """Seconds since the last beat of a watched key. Before the first: since the watch began, less `patience_s`;
         0 without it, for those who may come at any time."""
         if key in self._last:
-            return time.monotonic() - self._last[key][1]
-        return 0.0 if patience_s is None else time.monotonic() - self._began - patience_s
+            return self._awake() - self._last[key][1]
+        return 0.0 if patience_s is None else self._awake() - self._began - patience_s
 
     def run(self) -> None:
         count = 0
@@ -149,10 +167,10 @@ class Heartbeat(threading.Thread):
                     if self._store.check([key]):
                         value = self._store.get(key)
                         if self._last.get(key, (None,))[0] != value:
-                            self._last[key] = (value, time.monotonic())
+                            self._last[key] = (value, self._awake())
                 if self.told is None and self._store.check([FAULT]):
                     self.told = Fault.from_json(self._store.get(FAULT))
-                self._round_at = time.monotonic()
+                self._round_at = self._awake()
                 self._stopped.wait(BEAT_S)
         except BROKEN as error:
             if not self._stopped.is_set():

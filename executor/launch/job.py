@@ -145,6 +145,9 @@ class Job:
             return self._finish()
         except _Over as over:
             return self._end(over.fault)
+        except UserError:
+            self._leave(LEAVE_S)  # the others read what is wrong from the master
+            raise
         finally:
             end_all(self._ranks)
             if self._heart:
@@ -194,11 +197,7 @@ class Job:
             started = time.strftime("%Y%m%d-%H%M%S", time.localtime(now)) + f"-{int(now % 1 * 1000):03d}"
             self._await(lambda: store.set("started", started))
         rivals = _Rivals(plan) if plan.node == 0 else lambda missing: None
-        try:
-            agree(self._await(lambda: exchange(store, plan.node, self._names, self._card, rivals)))
-        except UserError:
-            self._leave(LEAVE_S)  # the others read the cards from the master
-            raise
+        agree(self._await(lambda: exchange(store, plan.node, self._names, self._card, rivals)))
         started = self._await(lambda: store.get("started").decode())
         folder = self._log_root() / started
         folder.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:  # torch takes seconds to import; a mistake in the command lin
     from executor.launch.heartbeat import Heartbeat
 
 WATCH_S = 0.2
-LEAVE_S = 30.0
+TOLD_S = 1.0
+"""How long the rank that holds the store stays for the others to learn why the job ends."""
 
 Document = dict[str, Any]
 
@@ -137,7 +138,7 @@ class Rank:
         print(f"error: {reason}; rank {self.place.rank} ends", file=sys.stderr, flush=True)
         if self.place.rank == 0:
             print(json.dumps({"command": "launch", "error": reason}, ensure_ascii=False), flush=True)
-            time.sleep(2 * WATCH_S if self._is_host else 0)  # the others read the reason from this process
+            time.sleep(TOLD_S if self._is_host else 0)
         os._exit(status)
 
     def _has_left(self, rank: int) -> bool:
@@ -148,7 +149,7 @@ class Rank:
 
         Under our launcher only what was raised is a failed rank: a command that ends with status 2 is done.
         """
-        if self._heart is not None:
+        if self._heart is not None and (failed or self._has_launcher):
             self._heart.stop()
         if not self._has_launcher and self.place.rank == 0:
             print(json.dumps(document, ensure_ascii=False), flush=True)
@@ -174,9 +175,9 @@ class Rank:
             words = str(document["error"])
             post(self._store, Fault(words if status == 2 else f"rank {self.place.rank} failed: {words}", status))
         self._store.set(f"left/{self.place.rank}", "yes")
-        deadline = time.monotonic() + LEAVE_S
-        others = range(1, self.place.world_size) if self._is_host and not failed else range(0)
-        while time.monotonic() < deadline and not all(self._has_left(rank) for rank in others):
-            time.sleep(0.05)
-        if failed and self._is_host:
-            time.sleep(1.0)  # a beat of the others, who then know why
+        if self._is_host and failed:
+            time.sleep(TOLD_S)
+        elif self._is_host:  # without limit: _watch ends this process when one of them hangs
+            while not all(self._has_left(rank) for rank in range(1, self.place.world_size)):
+                time.sleep(0.05)
+        self._heart.stop()

@@ -40,6 +40,17 @@ def test_the_first_fault_is_the_jobs():
     assert post(store, second) == Fault("first", rank=3, tail=("a", "b"))
 
 
+def test_a_launcher_that_was_stopped_does_not_blame_the_others(monkeypatch):
+    """Ctrl-Z and fg: hours later by the clock, a moment later by its own account."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    heart = Heartbeat(HashStore(), rank_beat(0), [rank_beat(1)])
+    clock[0] += 0.5
+    assert heart.stuck_s == heart.silence_s(rank_beat(1), patience_s=0.0) == 0.5
+    clock[0] += 7200
+    assert heart.stuck_s == heart.silence_s(rank_beat(1), patience_s=0.0) == 1.5
+
+
 def test_beats_are_heard_and_missed():
     store = HashStore()
     other = Heartbeat(store, rank_beat(1))
