@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from executor.config import Recipe
@@ -47,6 +47,8 @@ class Rank:
         self._heart: Heartbeat | None = None
         self._store: Any = None
         self._is_host = False
+        self._result = threading.Lock()  # held by the thread that gives the result, of which there is one
+        self._is_agreed = False  # the ranks have started: from here on a mistake may be one rank's alone
 
     @classmethod
     def of_this_process(cls) -> Rank | None:
@@ -70,10 +72,10 @@ class Rank:
 
     @property
     def shows_mistakes(self) -> bool:
-        """Whether a UserError is for this rank to print: the launcher does it, or one rank of each node."""
+        """Whether a UserError is for this rank to print: not what the launcher prints, or all ranks of a node find."""
         if self._has_launcher:
             return self.place.rank > 0  # for its log; rank 0's log is on the launcher's screen
-        return self.place.local_rank == 0
+        return self._is_agreed or self.place.local_rank == 0
 
     def start(
         self, recipe: Recipe, command: str, check: Callable[[Recipe], Recipe], options: Callable[[], dict[str, str]]
@@ -85,8 +87,11 @@ class Rank:
         check_world(self._variables, recipe.parallel.world_size)
         if not self._has_launcher:
             set_where_unset(options())
-        if self.place.world_size == 1:
-            return
+        if self.place.world_size > 1:
+            self._join(recipe, command, check)
+        self._is_agreed = True
+
+    def _join(self, recipe: Recipe, command: str, check: Callable[[Recipe], Recipe]) -> None:
         from executor.launch import store as stores
         from executor.launch.heartbeat import Heartbeat, rank_beat
 
@@ -135,8 +140,11 @@ class Rank:
                     post(self._store, Fault(hang_of(f"rank {rank}", timeout_s), rank=rank))
 
     def _leave_at_once(self, reason: str, status: int) -> None:
+        is_result = self._result.acquire(blocking=False)
+        if not is_result and self._heart.is_stopped:
+            return  # the main thread is ending this process
         print(f"error: {reason}; rank {self.place.rank} ends", file=sys.stderr, flush=True)
-        if self.place.rank == 0:
+        if self.place.rank == 0 and is_result:
             print(json.dumps({"command": "launch", "error": reason}, ensure_ascii=False), flush=True)
             time.sleep(TOLD_S if self._is_host else 0)
         os._exit(status)
@@ -145,35 +153,49 @@ class Rank:
         return self._store.check([f"left/{rank}"])
 
     def finish(self, document: Document, status: int, failed: bool) -> int:
-        """Hand the result over; returns this process's exit status.
-
-        Under our launcher only what was raised is a failed rank: a command that ends with status 2 is done.
-        """
-        if self._heart is not None and (failed or self._has_launcher):
+        """Hand the result over; returns this process's exit status."""
+        if self._has_launcher:
+            return self._tell_launcher(document, status, failed)
+        if failed and self._heart is not None:
             self._heart.stop()
-        if not self._has_launcher and self.place.rank == 0:
+        if not self._result.acquire(blocking=False):
+            threading.Event().wait()  # _leave_at_once ends this process
+        if failed and self._store is not None:
+            document, status = self._tell_others(document, status)
+        if self.place.rank == 0:
             print(json.dumps(document, ensure_ascii=False), flush=True)
         if self._store is not None:
-            from executor.launch.store import BROKEN
+            with _while_there_is_a_store():
+                self._leave(failed)
+        return status
 
-            with contextlib.suppress(*BROKEN):  # the launcher, or the other ranks, see that this one is gone
-                if self._has_launcher:
-                    told = {"document": document, "status": status, "error": document.get("error")}
-                    if failed:
-                        me = str(self.place.rank)
-                        told["is_first"] = self._store.compare_set("first_failed", "", me).decode() == me
-                    self._store.set(f"outcome/{self.place.rank}", json.dumps(told))
-                else:
-                    self._tell_others(document, status, failed)
-        return status if failed or not self._has_launcher else 0
+    def _tell_launcher(self, document: Document, status: int, failed: bool) -> int:
+        """Only what was raised is a failed rank: a command that ends with status 2 is done."""
+        if self._heart is not None:
+            self._heart.stop()
+        if self._store is not None:
+            with _while_there_is_a_store():
+                told = {"document": document, "status": status, "error": document.get("error")}
+                if failed:
+                    me = str(self.place.rank)
+                    told["is_first"] = self._store.compare_set("first_failed", "", me).decode() == me
+                self._store.set(f"outcome/{self.place.rank}", json.dumps(told))
+        return status if failed else 0
 
-    def _tell_others(self, document: Document, status: int, failed: bool) -> None:
-        """Post what was raised here, and leave; the rank that holds the store goes last."""
+    def _tell_others(self, document: Document, status: int) -> tuple[Document, int]:
+        """What was raised here is the job's fault, unless that is another's, from which this one followed."""
         from executor.launch.heartbeat import Fault, post
 
-        if failed:
-            words = str(document["error"])
-            post(self._store, Fault(words if status == 2 else f"rank {self.place.rank} failed: {words}", status))
+        words = str(document["error"])
+        own = Fault(words if status == 2 else f"rank {self.place.rank} failed: {words}", status)
+        fault = post(self._store, own)
+        if fault.summary == own.summary:
+            return document, status
+        print(f"error: {fault.summary}", file=sys.stderr, flush=True)
+        return document | {"error": fault.summary}, fault.status
+
+    def _leave(self, failed: bool) -> None:
+        """The rank that holds the store goes last."""
         self._store.set(f"left/{self.place.rank}", "yes")
         if self._is_host and failed:
             time.sleep(TOLD_S)
@@ -181,3 +203,12 @@ class Rank:
             while not all(self._has_left(rank) for rank in range(1, self.place.world_size)):
                 time.sleep(0.05)
         self._heart.stop()
+
+
+@contextlib.contextmanager
+def _while_there_is_a_store() -> Iterator[None]:
+    """Without one the launcher, or the other ranks, see that this one is gone."""
+    from executor.launch.store import BROKEN
+
+    with contextlib.suppress(*BROKEN):
+        yield

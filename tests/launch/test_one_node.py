@@ -175,6 +175,16 @@ def test_srun(job):
     assert job.out(1) == "" and "stdout of rank 1" in job.err(1)
 
 
+def test_srun_with_a_mistake_of_one_rank(job):
+    """Rank 0, which waits for it in a collective and so fails too, gives the cause."""
+    port = free_port()
+    for rank in range(2):
+        job.start(TWO, prompt="1:user", **slurm(port, rank))
+    assert job.wait() == [2, 2]
+    assert job.document(0)["error"] == "mend this"
+    assert "error: mend this" in job.err(0) and "error: mend this" in job.err(1)
+
+
 def test_srun_with_a_rank_that_is_stopped(job):
     port = free_port()
     for rank in range(2):
