@@ -202,7 +202,8 @@ class Rank:
         elif self._is_host:  # without limit: _watch ends this process when one of them hangs
             while not all(self._has_left(rank) for rank in range(1, self.place.world_size)):
                 time.sleep(0.05)
-        self._heart.stop()
+        if self._heart is not None:
+            self._heart.stop()
 
 
 @contextlib.contextmanager

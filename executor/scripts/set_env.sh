@@ -1,7 +1,8 @@
 # The fields of a node, which infer.sh sources. On one machine there is nothing to fill in.
 
 # Addresses of all nodes of a job in the order of their ranks, alike on every node, each typing the same command:
-# IPs=('192.168.0.1' '192.168.0.2'). Empty (or placeholders): this machine alone. docs/multi_node.md tells more.
+# IPs=('192.168.0.1' '192.168.0.2'). Empty (or placeholders): this machine alone. Without NPUs the number of addresses
+# is the number of nodes. docs/multi_node.md tells more.
 IPs=()
 # Root of this repository. Empty: found from where this file lies.
 recipes_path=""
