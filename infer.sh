@@ -7,8 +7,10 @@ set -euo pipefail
 
 repo_root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$repo_root/executor/scripts/find_python.sh"
-find_python "$repo_root" requirements.txt
 source "$repo_root/executor/scripts/set_env.sh"
+find_python "$recipes_path" requirements.txt
 
-export PYTHONPATH="$repo_root${PYTHONPATH:+:$PYTHONPATH}"
+# An array cannot be exported: the launcher gets the nodes as words.
+export RECIPE_NODES="${IPs[*]:-}"
+export PYTHONPATH="$recipes_path${PYTHONPATH:+:$PYTHONPATH}"
 exec "$PYTHON_FOUND" -m executor.apps.launch "$@"

@@ -83,6 +83,8 @@ class ParallelSection(Section):
     """Groups the experts of a mixture-of-experts model are dealt to."""
     vision_parallel: Literal["tp", "data"] = "tp"
     """tp: every rank computes a slice of each picture's encoder. data: whole pictures are dealt to ranks."""
+    hang_timeout_s: Positive = 300
+    """Seconds a rank may give no sign of life before it is reported and the job is ended."""
 
 
 class SchedulerSection(Section):

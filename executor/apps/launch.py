@@ -12,10 +12,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from executor.env import calm_threads
+from executor.env import calm_threads, environment
 from executor.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from executor.config import Recipe
+    from executor.launch.rank import Rank
 
 COMMANDS = {
     "generate": "answer the recipe's questions (the default)",
@@ -26,6 +30,7 @@ COMMANDS = {
     "check": "what the recipe needs of a chip, without weights",
 }
 MODULES = {"generate": "executor.apps.generate", "check": "executor.apps.check"}  # the commands of this release
+ONE_PROCESS = ("plan", "check")  # compute nothing on ranks, however many the recipe has
 
 EXAMPLES = """examples:
   bash infer.sh config/quickstart.yaml
@@ -44,13 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Everything a command raises ends here."""
     calm_threads()  # before anything imports torch
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s", stream=sys.stderr)
-    command = "launch"
+    command, rank, failed = "launch", None, True
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = parse(sys.argv[1:] if argv is None else argv)
+        rank = _rank()
+        arguments = parse(argv)
         command = arguments.command
-        document, status = run(arguments)
+        document, status = run(arguments, argv, rank)
+        failed = False
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if rank is None or rank.shows_mistakes:
+            print(f"error: {error}", file=sys.stderr)
         document, status = {"command": command, "error": str(error)}, 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -59,8 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         document, status = {"command": command, "error": f"{type(error).__name__}: {error}"}, 1
     sys.stderr.flush()
+    if rank is not None:
+        return rank.finish(document, status, failed)
     print(json.dumps(document, ensure_ascii=False), flush=True)
     return status
+
+
+def _rank() -> "Rank | None":
+    """This process as a rank, where a launcher (ours, torchrun, Slurm) has made it one."""
+    if not {"RANK", "SLURM_PROCID"} & environment().keys():
+        return None
+    from executor.launch.rank import Rank
+
+    return Rank.of_this_process()
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -87,7 +107,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--save", metavar="FILE", type=Path, help="check: write the decode graph there (GE, as text)")
     arguments = parser.parse_args(argv)
-    if arguments.command not in COMMANDS:
+    if arguments.command not in COMMANDS | extra_commands():
         known = f"{', '.join(COMMANDS)}{nearest(arguments.command, COMMANDS)}"
         raise UserError(f"unknown command '{arguments.command}'; commands: {known}")
     if arguments.save is not None and arguments.command != "check":
@@ -95,17 +115,49 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """The JSON document and the exit status of a parsed command line."""
-    module = MODULES.get(arguments.command)
-    if module is None:
+def run(arguments: argparse.Namespace, argv: Sequence[str], rank: "Rank | None" = None) -> tuple[dict[str, Any], int]:
+    """The JSON document and the exit status of a parsed command line, which was `argv`.
+
+    A rank runs the command; without a launcher a recipe of one rank is run right here, and a larger one is launched.
+    """
+    modules = MODULES | extra_commands()
+    name = modules.get(arguments.command)
+    if name is None:
         raise UserError(
             f"the command {arguments.command} is not part of this release yet; there is: {', '.join(MODULES)}"
         )
     from executor.config import load_recipe  # pydantic takes a moment that --help need not wait for
 
-    options = {} if arguments.save is None else {"save": arguments.save}
-    return importlib.import_module(module).run(load_recipe(arguments.config, arguments.overrides), **options)
+    recipe = load_recipe(arguments.config, arguments.overrides)
+    if arguments.command in ONE_PROCESS or (rank is None and recipe.parallel.world_size == 1):
+        options = {} if arguments.save is None else {"save": arguments.save}
+        return importlib.import_module(name).run(recipe, **options)
+
+    from executor.checks import prepare, resolve_device
+
+    def check(recipe: "Recipe") -> "Recipe":
+        return prepare(recipe).recipe if arguments.command in MODULES else importlib.import_module(name).check(recipe)
+
+    if rank is None:
+        from executor.launch.job import start_job
+
+        return start_job(recipe, arguments.command, argv, check)
+
+    from executor.launch.options import rank_options
+
+    device = resolve_device(recipe).model.device
+    rank.start(recipe, arguments.command, check, lambda: rank_options(recipe, device, rank.place.local_world_size))
+    return importlib.import_module(name).run(recipe)
+
+
+def extra_commands() -> dict[str, str]:
+    """Commands beyond those of COMMANDS, as RECIPE_COMMANDS names them: `probe=package.module,...`.
+
+    Such a module has `run(recipe)`, and `check(recipe)`, which settles the recipe of several ranks or raises UserError
+    for what keeps a node from starting.
+    """
+    named = environment().get("RECIPE_COMMANDS", "")
+    return dict(entry.split("=", 1) for entry in named.split(",") if "=" in entry)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-# What infer.sh sources before it starts Python. These fields matter on Ascend devices only; leave them empty on a CPU.
+# The fields of a node, which infer.sh sources. On one machine there is nothing to fill in.
 
-# Addresses of all nodes in the order of their ranks, e.g. IPs=('192.168.0.1' '192.168.0.2'). Empty: this node alone.
+# Addresses of all nodes of a job in the order of their ranks, alike on every node, each typing the same command:
+# IPs=('192.168.0.1' '192.168.0.2'). Empty (or placeholders): this machine alone. Without NPUs the number of addresses
+# is the number of nodes. docs/multi_node.md tells more.
 IPs=()
 # Root of this repository. Empty: found from where this file lies.
 recipes_path=""
@@ -11,6 +13,8 @@ driver_path=""
 
 if [ -z "$recipes_path" ]; then
     recipes_path="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+elif [ ! -f "$recipes_path/executor/apps/launch.py" ]; then
+    _fail "executor/scripts/set_env.sh: recipes_path=$recipes_path is not this repository; give its root, or leave it empty"
 fi
 
 if [ -n "$cann_path" ]; then
@@ -22,8 +26,7 @@ if [ -n "$cann_path" ]; then
         fi
     done
     if [ -z "$cann_script" ]; then
-        echo "error: executor/scripts/set_env.sh: cann_path=$cann_path has no set_env.sh; give the folder of the CANN toolkit" >&2
-        exit 2
+        _fail "executor/scripts/set_env.sh: cann_path=$cann_path has no set_env.sh; give the folder of the CANN toolkit"
     fi
     # CANN's own scripts use variables before they set them.
     set +u
@@ -33,8 +36,7 @@ fi
 
 if [ -n "$driver_path" ]; then
     if [ ! -d "$driver_path/lib64" ]; then
-        echo "error: executor/scripts/set_env.sh: driver_path=$driver_path has no lib64; give the folder of the driver" >&2
-        exit 2
+        _fail "executor/scripts/set_env.sh: driver_path=$driver_path has no lib64; give the folder of the driver"
     fi
     export LD_LIBRARY_PATH="$driver_path/lib64/driver:$driver_path/lib64/common:$driver_path/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 fi

@@ -1,0 +1,391 @@
+"""A job of several ranks, as one node's launcher sees it: who takes part, preflight, the ranks, the watch, the end.
+
+The ranks get torchrun's variables and meet in torch.distributed's TCPStore, so a rank cannot tell the two launchers
+apart. torchrun's agent itself is not used here: it knows its own node only, tells other nodes nothing, and gives ranks
+30 s to end. Whatever may block (the store of a machine that is gone) is asked in a thread; this process's main thread
+looks at everything ten times a second, and ends the job at the first fault.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+from typing import Any, TypeVar
+
+from executor.checks import resolve_device
+from executor.config import Recipe
+from executor.doctor.machine import Machine
+from executor.doctor.nodes import is_address, parse_set_env
+from executor.env import REPO_ROOT, code_digest
+from executor.errors import UserError
+from executor.launch import store as stores
+from executor.launch.heartbeat import (
+    LOST_S,
+    STARTUP_S,
+    Fault,
+    Heartbeat,
+    fault_of_exit,
+    hang_of,
+    node_beat,
+    post,
+    rank_beat,
+)
+from executor.launch.options import network_options, rank_options
+from executor.launch.plan import LOCAL_ADDRESS, SET_ENV, NodePlan, plan_nodes
+from executor.launch.preflight import Card, agree, exchange, take_place
+from executor.launch.processes import Follower, RankProcess, end_all, start_rank
+from executor.launch.rank import outcome_of
+
+logger = logging.getLogger(__name__)
+
+WATCH_S = 0.1
+SETTLE_S = (0.0, 0.0, 1.0, 2.0)
+"""By a fault's weight: after a rank's exception its peer, perhaps on another node, may turn out to be the cause."""
+TOLD_S = 1.0
+"""How long the master stays for the others to learn why the job ends."""
+LEAVE_S = 5.0
+TELL_S = 10.0
+"""A node that is not part of the job tries so long to tell the master."""
+RIVAL_S = 1.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+Document = dict[str, Any]
+T = TypeVar("T")
+
+
+def start_job(
+    recipe: Recipe, command: str, argv: Sequence[str], check: Callable[[Recipe], Recipe]
+) -> tuple[Document, int]:
+    """Run this node's part of a job: its JSON document and the exit status. UserError before any rank starts.
+
+    Every rank is `python -m executor.apps.launch ARGV`. `check` settles the recipe on this node, or raises UserError
+    for what keeps it from starting.
+    """
+    machine = Machine()
+    device = resolve_device(recipe).model.device
+    entries = node_entries(machine)
+    try:
+        plan = plan_nodes(recipe, device, entries, machine)
+    except UserError as error:
+        _tell_master(entries, machine, str(error))
+        raise
+    options = rank_options(recipe, device, len(plan.ranks)) | network_options(plan, device, machine)
+    return Job(recipe, command, argv, plan, options, check).run()
+
+
+def node_entries(machine: Machine) -> tuple[str, ...]:
+    """The entries of IPs in set_env.sh: as infer.sh hands them over, else as the file has them."""
+    told = machine.environment.get("RECIPE_NODES")
+    if told is not None:
+        return tuple(told.replace(",", " ").split())
+    return parse_set_env(machine.read(str(REPO_ROOT / SET_ENV)) or "").ips
+
+
+def _tell_master(entries: tuple[str, ...], machine: Machine, reason: str) -> None:
+    """Say to the nodes that may be waiting for this one why it does not come."""
+    master = machine.resolve(entries[0]) if len(entries) > 1 and is_address(entries[0]) else None
+    if master is None or machine.is_local(master):
+        return
+    port = machine.environment.get("MASTER_PORT", "")
+    try:
+        stores.join(master, int(port) if port.isdigit() else stores.PORTS[0], TELL_S).set(stores.PROBLEM, reason)
+    except (UserError, *stores.BROKEN):
+        return  # nobody is waiting yet; they will be told when they ask
+
+
+class _Over(Exception):
+    """The job ends, for the reason in `fault`."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.summary)
+        self.fault = fault
+
+
+class Job:
+    """One run of a recipe of several ranks. `options` are environment variables for the ranks; the user's own win."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        command: str,
+        argv: Sequence[str],
+        plan: NodePlan,
+        options: dict[str, str],
+        check: Callable[[Recipe], Recipe],
+    ) -> None:
+        self._recipe, self._command, self._argv = recipe, command, argv
+        self._plan, self._options, self._check = plan, options, check
+        self._names = [f"node {address}" for address in plan.addresses] if plan.num_nodes > 1 else ["this node"]
+        self._store: Any = None
+        self._heart: Heartbeat | None = None
+        self._ranks: list[RankProcess] = []
+        self._follower: Follower | None = None
+        self._failed_at = inf
+        self._signal: int | None = None
+
+    def run(self) -> tuple[Document, int]:
+        """The JSON document of this node's launcher and the job's exit status. UserError for what preflight finds."""
+        former = self._catch_signals()
+        try:
+            self._join()
+            folder = self._preflight()
+            self._start_ranks(folder)
+            while any(rank.exit_code != 0 for rank in self._ranks):
+                self._look()
+                time.sleep(WATCH_S)
+            return self._finish()
+        except _Over as over:
+            return self._end(over.fault)
+        except UserError:
+            self._leave(LEAVE_S)  # the others read what is wrong from the master
+            raise
+        finally:
+            end_all(self._ranks)
+            if self._heart:
+                self._heart.stop()
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def _catch_signals(self) -> dict[int, Any]:
+        """From now on a signal is noted. One that is ignored (nohup, a shell's background job) stays ignored."""
+
+        def note(number: int, _: object) -> None:
+            self._signal = self._signal or number
+
+        caught = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        return {number: signal.signal(number, note) for number in caught}
+
+    def _await(self, action: Callable[[], T]) -> T:
+        """The result of `action`, which asks the store and may block, while the watch goes on."""
+        future = stores.in_thread(action)
+        while not wait([future], WATCH_S).done:
+            self._look()
+        try:
+            return future.result()
+        except stores.BROKEN as error:
+            raise _Over(self._lost_master(stores.first_line(error))) from None
+
+    # Before the ranks
+
+    def _join(self) -> None:
+        plan = self._plan
+        if plan.node == 0:
+            self._store, port = self._await(lambda: stores.serve(plan.master, plan.port, Machine()))
+            self._plan = plan = replace(plan, port=port)
+        else:
+            self._store = self._await(lambda: stores.join(plan.master, plan.port))
+        self._await(lambda: take_place(self._store, plan.node, self._names, plan.in_words))
+        others = [node_beat(node) for node in range(plan.num_nodes) if node != plan.node]
+        store = self._await(lambda: stores.connect(plan.master, plan.port))
+        self._heart = Heartbeat(store, node_beat(plan.node), others)
+        self._heart.start()
+
+    def _preflight(self) -> Path:
+        """The folder of this node's logs, when all nodes have agreed to start."""
+        plan, store = self._plan, self._store
+        if plan.node == 0:
+            now = time.time()  # to the millisecond: jobs may be started in one breath
+            started = time.strftime("%Y%m%d-%H%M%S", time.localtime(now)) + f"-{int(now % 1 * 1000):03d}"
+            self._await(lambda: store.set("started", started))
+        rivals = _Rivals(plan) if plan.node == 0 else lambda missing: None
+        agree(self._await(lambda: exchange(store, plan.node, self._names, self._card, rivals)))
+        started = self._await(lambda: store.get("started").decode())
+        folder = self._log_root() / started
+        folder.mkdir(parents=True, exist_ok=True)
+        where = f"{plan.num_nodes} nodes ({', '.join(plan.addresses)})" if plan.num_nodes > 1 else "this node"
+        logger.info("%d ranks on %s; logs in %s", plan.world_size, where, folder)
+        return folder
+
+    def _card(self) -> Card:
+        recipe, problem = self._recipe, ""
+        try:
+            recipe = self._check(self._recipe)
+            self._log_root().mkdir(parents=True, exist_ok=True)
+        except UserError as error:
+            problem = str(error)
+        except PermissionError as error:
+            problem = f"model_config.output_path: no logs can be written to {self._log_root()} ({error.strerror})"
+        except Exception as error:  # whatever it is, the other nodes must not wait for this one
+            logger.exception("this node cannot start")
+            problem = f"{type(error).__name__}: {error}"
+        name = self._names[self._plan.node]
+        return Card(name, self._command, code_digest(), recipe.model_dump(mode="json", by_alias=True), problem)
+
+    def _log_root(self) -> Path:
+        return Path(self._recipe.model.output_path) / "logs"
+
+    def _start_ranks(self, folder: Path) -> None:
+        plan = self._plan
+        own = {
+            "WORLD_SIZE": str(plan.world_size),
+            "LOCAL_WORLD_SIZE": str(len(plan.ranks)),
+            "MASTER_ADDR": plan.master,
+            "MASTER_PORT": str(plan.port),
+            # This process has opened the store: torch.distributed's env:// joins it (as under torchrun).
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "RECIPE_LAUNCHER": str(os.getpid()),
+        }
+        variables = self._options | Machine().environment | own
+        for local, rank in enumerate(plan.ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(local)}
+            self._ranks.append(start_rank(rank, self._argv, variables | place, folder))
+        if plan.node == 0:
+            self._follower = Follower(self._ranks[0].log)
+        self._heart.watch(rank_beat(rank) for rank in plan.ranks)
+
+    # The watch
+
+    def _look(self) -> None:
+        """Raise _Over for the first fault there is."""
+        self._copy_log()
+        if self._signal:
+            where = f" on node {self._plan.address}" if self._plan.address != LOCAL_ADDRESS else ""
+            summary = f"interrupted by {signal.Signals(self._signal).name}{where}"
+            raise _Over(Fault(summary, weight=0, own_status=128 + self._signal))
+        if self._heart is None:
+            return
+        if self._heart.told:
+            raise _Over(self._heart.told)
+        self._look_at_ranks()
+        self._look_for_silence()
+
+    def _look_at_ranks(self) -> None:
+        failed = [rank for rank in self._ranks if rank.exit_code]
+        if not failed:
+            return
+        self._failed_at = min(self._failed_at, time.monotonic())
+        faults = [self._fault_of_rank(rank) for rank in failed]
+        cause = min(faults, key=lambda fault: fault.weight)
+        if time.monotonic() - self._failed_at >= SETTLE_S[cause.weight]:
+            raise _Over(cause)
+
+    def _fault_of_rank(self, rank: RankProcess) -> Fault:
+        told = stores.soon(lambda: outcome_of(self._store, rank.rank), 0.5) if rank.exit_code > 0 else None
+        return fault_of_exit(rank.rank, self._rank_name(rank), rank.exit_code, told, str(rank.log), rank.tail())
+
+    def _look_for_silence(self) -> None:
+        """A node, the store, or a rank of this node that gives no sign of life."""
+        heart, plan = self._heart, self._plan
+        if heart.broken or heart.stuck_s > LOST_S:
+            raise _Over(self._lost_master(heart.broken or f"no answer for {heart.stuck_s:.0f} s"))
+        for node, address in enumerate(plan.addresses):
+            if node != plan.node and heart.silence_s(node_beat(node)) > LOST_S:
+                words = f"no sign of life for {LOST_S:.0f} s: its launcher or the network is gone; see what it printed"
+                raise _Over(Fault(f"node {address}: {words}", lost_node=node))
+        timeout_s = self._recipe.parallel.hang_timeout_s
+        for rank in self._ranks:
+            if rank.exit_code is None and heart.silence_s(rank_beat(rank.rank), STARTUP_S) > timeout_s:
+                why = f": {rank.state}" if rank.state else ""
+                summary = f"{hang_of(self._rank_name(rank), timeout_s)}{why}"
+                raise _Over(Fault(summary, rank=rank.rank, log=str(rank.log), tail=rank.tail()))
+
+    def _rank_name(self, rank: RankProcess) -> str:
+        return f"rank {rank.rank}" + (f" on node {self._plan.address}" if self._plan.num_nodes > 1 else "")
+
+    def _lost_master(self, why: str) -> Fault:
+        words = f"has lost the master {self._plan.master} ({why}): its launcher or the network is gone"
+        return Fault(f"node {self._plan.address} {words}; see what it printed", lost_node=0)
+
+    # The end
+
+    def _finish(self) -> tuple[Document, int]:
+        """All ranks of this node have ended well: wait for the other nodes', and take the result of rank 0."""
+        plan, store = self._plan, self._store
+        for rank in self._ranks:
+            if self._await(lambda rank=rank: outcome_of(store, rank.rank)) is None:
+                raise _Over(Fault(f"{self._rank_name(rank)} ended without a result", 1, rank.rank, str(rank.log)))
+        self._await(lambda: store.set(f"finished/{plan.node}", "yes"))
+        keys = [f"finished/{node}" for node in range(plan.num_nodes)]
+        self._await(lambda: stores.wait_for(store, keys, inf, _waiting_for_nodes))
+        told = self._await(lambda: outcome_of(store, 0))
+        self._copy_log()
+        self._leave(LEAVE_S)
+        if plan.node == 0:
+            return told["document"], told["status"]
+        return self._document() | {"ok": told["status"] == 0}, told["status"]
+
+    def _end(self, fault: Fault) -> tuple[Document, int]:
+        """End this node's part of the job, tell the other nodes why, and say it."""
+        is_master, lost = self._plan.node == 0, fault.lost_node
+        if self._store is not None and (is_master or lost != 0) and fault is not (self._heart and self._heart.told):
+            fault = replace(post(self._store, fault), own_status=fault.own_status)
+        if not is_master and lost != 0:
+            self._leave(0)  # it knows; the master need not wait for its ranks to end
+        end_all(self._ranks)
+        self._copy_log()
+        if is_master:
+            self._leave(TOLD_S, without=lost)
+        document = self._document() if self._plan.node else {"command": self._command}
+        document["error"] = self._report(fault)
+        if self._plan.node:
+            document["ok"] = False
+        return document, fault.own_status or fault.status
+
+    def _leave(self, patience_s: float, without: int | None = None) -> None:
+        """The master goes last, as its process holds the store that the others read: it waits for those who are not
+        known to be lost."""
+        plan, store = self._plan, self._store
+        if store is None or plan.num_nodes == 1:
+            return
+        stores.soon(lambda: store.set(f"left/{plan.node}", "yes"), TOLD_S)
+        if plan.node == 0:
+            others = [f"left/{node}" for node in range(plan.num_nodes) if node != without]
+            stores.soon(lambda: stores.wait_for(store, others, patience_s), patience_s)
+
+    def _copy_log(self) -> None:
+        if self._follower:
+            self._follower.copy()
+
+    def _report(self, fault: Fault) -> str:
+        """Say on the screen why the job ends; returns it in one line."""
+        print(f"error: {fault.summary}", file=sys.stderr)
+        if fault.status == 2 or fault.log is None:
+            return fault.summary
+        where = f"{fault.log} on node {self._plan.address_of(fault.rank)}" if self._plan.num_nodes > 1 else fault.log
+        print(f"its log: {where}", file=sys.stderr)
+        if not (fault.rank == 0 and self._follower):  # then they are on the screen
+            for line in fault.tail:
+                print(f"  | {line}", file=sys.stderr)
+        return f"{fault.summary}; log: {where}"
+
+    def _document(self) -> Document:
+        return {"command": self._command, "node": self._plan.node, "ranks": list(self._plan.ranks)}
+
+
+def _waiting_for_nodes(keys: list[str]) -> str:
+    return f"waiting for node(s) {', '.join(key.split('/')[1] for key in keys)} to finish"
+
+
+class _Rivals:
+    """Looks, while the master waits, whether another node takes itself for the master: IPs in another order there.
+
+    Both would wait for each other until they give up.
+    """
+
+    def __init__(self, plan: NodePlan) -> None:
+        self._plan = plan
+        self._looked_at = 0.0
+
+    def __call__(self, missing: list[int]) -> None:
+        """UserError, there too, when one of the missing nodes is one."""
+        if time.monotonic() - self._looked_at < RIVAL_S:
+            return
+        self._looked_at = time.monotonic()
+        for address in (self._plan.addresses[node] for node in missing):
+            try:
+                with socket.create_connection((address, self._plan.port), timeout=0.5):
+                    pass
+                rival = stores.connect(address, self._plan.port)
+                take_place(rival, 0, [f"node {self._plan.master}"], self._plan.in_words)
+            except stores.BROKEN:
+                continue  # nobody there, or something that is no store

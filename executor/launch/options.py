@@ -1,0 +1,77 @@
+"""Environment variables a job's ranks get. What the user has set wins; whoever hands them on sees to that.
+
+Sources: the HCCL and Ascend Extension for PyTorch chapters of the CANN documentation (names and meanings of variables).
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import re
+from collections.abc import Mapping
+
+from executor.config import Recipe
+from executor.doctor.machine import Machine
+from executor.doctor.npu_smi import A2, A3
+from executor.launch.plan import NodePlan
+
+HCCL_CONNECT_TIMEOUT_S = 1200  # ranks read their weights at different speeds before they meet
+HCCL_EXEC_TIMEOUT_S = 1800
+MOE_BUFFER_MB = 1024
+
+
+def rank_options(recipe: Recipe, device: str, local_ranks: int) -> dict[str, str]:
+    """What the `local_ranks` ranks of a node get. `device` is the recipe's with `auto` settled."""
+    if device != "npu":
+        cores = len(os.sched_getaffinity(0))  # which the ranks share
+        return {"OMP_NUM_THREADS": str(max(1, cores // local_ranks))}
+    return npu_options(recipe.model.soc, recipe.parallel.moe_ep_size > 1, ctypes.util.find_library("jemalloc"))
+
+
+def npu_options(soc: str | None, has_experts: bool, jemalloc: str | None) -> dict[str, str]:
+    """For ranks on NPUs; `jemalloc` is the library's file name where it is installed."""
+    options = {
+        "OMP_NUM_THREADS": "1",
+        "OMP_PROC_BIND": "false",
+        "CPU_AFFINITY_CONF": "1",
+        "TASK_QUEUE_ENABLE": "1",
+        "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
+        "HCCL_CONNECT_TIMEOUT": str(HCCL_CONNECT_TIMEOUT_S),
+        "HCCL_EXEC_TIMEOUT": str(HCCL_EXEC_TIMEOUT_S),
+    }
+    if soc in (A2, A3):
+        options["HCCL_OP_EXPANSION_MODE"] = "AIV"
+    if has_experts:
+        options["HCCL_BUFFSIZE"] = str(MOE_BUFFER_MB)
+    if jemalloc:
+        options["LD_PRELOAD"] = jemalloc
+    return options
+
+
+def network_options(plan: NodePlan, device: str, machine: Machine) -> dict[str, str]:
+    """The way of gloo, and on NPUs of HCCL, to the other nodes; a job of one node stays on the loopback.
+
+    Where `ip` is missing the interface is left to the libraries, whose own choice is the first that looks right.
+    HCCL_IF_IP outranks HCCL_SOCKET_IFNAME, so it is left out where the user has chosen an interface.
+    """
+    if plan.num_nodes == 1:
+        return {"GLOO_SOCKET_IFNAME": "lo"}
+    routed = machine.run(["ip", "route", "get", plan.master], 10)
+    name = interface(routed.stdout if routed else "", machine.addresses(), plan.address)
+    options = {"GLOO_SOCKET_IFNAME": name} if name else {}
+    if device == "npu" and "HCCL_SOCKET_IFNAME" not in machine.environment:
+        options["HCCL_IF_IP"] = plan.address
+        if name:
+            options["HCCL_SOCKET_IFNAME"] = name
+    return options
+
+
+def interface(route: str, interfaces: Mapping[str, list[str]], address: str) -> str | None:
+    """The network interface that leads to the master, by what `ip route get MASTER` prints.
+
+    The master's way to itself is the loopback; there it is the interface that has `address`.
+    """
+    found = re.search(r"\bdev\s+(\S+)", route)
+    if found and found[1] != "lo":
+        return found[1]
+    return next((name for name, addresses in interfaces.items() if address in addresses), None)

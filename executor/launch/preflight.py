@@ -1,0 +1,128 @@
+"""What the nodes tell each other before any rank starts: the same nodes, code, recipe and command, weights everywhere.
+
+Under another launcher every rank takes part, with us every node's launcher: a member has an index and a name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from math import inf
+from typing import Any
+
+from torch.distributed import Store
+
+from executor.errors import UserError
+from executor.launch.store import JOIN_S, PROBLEM, wait_for
+
+
+@dataclass(frozen=True)
+class Card:
+    """One member as it presents itself."""
+
+    name: str
+    command: str
+    code: str
+    recipe: dict[str, Any] | None
+    """Settled, as executor.checks.prepare returns it. None: the member looks at the same files as one that tells."""
+    problem: str = ""
+    """What keeps it from starting, in words for the user: no weights ..."""
+
+
+def take_place(store: Store, index: int, names: list[str], layout: str) -> None:
+    """Enter the job. UserError where this place is taken, or where the first who came has another `layout`.
+
+    The layout is how a member sees the job's nodes, in words: who waits for others must wait for the right ones. The
+    others are told, as one of them may be the one who is wrong.
+    """
+    first = store.compare_set("layout", "", layout).decode()
+    if first != layout:
+        words = (
+            f"the nodes do not agree on the job: {names[index]} has {layout}, another node {first}; give every node "
+            "the same YAML, --set and IPs in executor/scripts/set_env.sh (and ASCEND_RT_VISIBLE_DEVICES alike)"
+        )
+        store.set(PROBLEM, words)
+        raise UserError(words)
+    if store.add(f"joined/{index}", 1) > 1:
+        raise UserError(
+            f"{names[index]} has joined this job before: an earlier job still runs on the master {names[0]}; end it "
+            "(Ctrl-C there), or set MASTER_PORT to another port on every node"
+        )
+
+
+def exchange(
+    store: Store,
+    index: int,
+    names: list[str],
+    make_card: Callable[[], Card],
+    meanwhile: Callable[[list[int]], object] = lambda missing: None,
+    timeout_s: float = JOIN_S,
+) -> list[Card]:
+    """Meet the others, then show one's own card and read everyone's.
+
+    `make_card` may take long (a download of weights), so it comes after the meeting, and its end is awaited without
+    limit. `meanwhile` often gets the indices of those who are not there yet. UserError for those who do not come, and
+    for those who say that they cannot.
+    """
+
+    def indices(keys: list[str]) -> list[int]:
+        return [int(key.split("/")[1]) for key in keys]
+
+    def listed(keys: list[str]) -> str:
+        return ", ".join(names[other] for other in indices(keys))
+
+    def keys(stage: str) -> list[str]:
+        return [f"{stage}/{other}" for other in range(len(names))]
+
+    store.set(f"here/{index}", "yes")
+    advice = "type the same command there"
+    missing = wait_for(
+        store,
+        keys("here"),
+        timeout_s,
+        remind=lambda keys: f"waiting for {listed(keys)}: {advice}",
+        meanwhile=lambda keys: meanwhile(indices(keys)),
+    )
+    if missing:
+        raise UserError(f"{listed(missing)} did not join within {timeout_s:.0f} s: {advice}")
+    store.set(f"card/{index}", json.dumps(asdict(make_card())))
+    wait_for(store, keys("card"), inf, lambda keys: f"waiting for {listed(keys)}: busy with checks or a download")
+    return [Card(**json.loads(store.get(key))) for key in keys("card")]
+
+
+def agree(cards: list[Card]) -> None:
+    """UserError for the first thing that keeps the job from starting, naming the member."""
+    for card in cards:
+        if card.problem:
+            where = f"on {card.name}: " if len(cards) > 1 else ""
+            raise UserError(where + card.problem)
+    first = cards[0]
+    for card in cards[1:]:
+        if card.code != first.code:
+            raise UserError(
+                f"{card.name} runs other code than {first.name} ({card.code[:12]}, {first.code[:12]}): copy the same "
+                "version of this repository to every node"
+            )
+        if card.command != first.command:
+            raise UserError(
+                f"{card.name} was told to {card.command}, {first.name} to {first.command}: type one command"
+            )
+        differences = _differences(first.recipe or {}, card.recipe) if card.recipe is not None else []
+        if differences:
+            key, ours, theirs = differences[0]
+            more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
+            raise UserError(
+                f"{card.name} has another recipe than {first.name}: {key} is {theirs} there, {ours} on {first.name}"
+                f"{more}; give every node the same YAML, the same --set and the same checkpoint"
+            )
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(section.key, our value, their value) where two recipes differ."""
+    return [
+        (f"{section}.{key}", ours[section].get(key), theirs[section].get(key))
+        for section in ours
+        for key in sorted(ours[section].keys() | theirs[section].keys())
+        if ours[section].get(key) != theirs[section].get(key)
+    ]
