@@ -4,6 +4,7 @@ Knows nothing of models. Processes and rendezvous belong to torch.distributed.
 """
 
 import itertools
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,9 @@ from executor.config import Recipe
 from executor.device.ops import Ops
 from executor.env import rank_place
 from executor.errors import UserError
+
+# torch 2.13 names it all_gather_single, which the older releases that Ascend has do not know.
+warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*is deprecated", FutureWarning)
 
 PATIENCE = timedelta(days=365)
 """Of what waits for people or files (the next plan, another replica's media). Ranks that are gone are the launcher's

@@ -17,7 +17,6 @@ from executor.launch.plan import NodePlan
 
 HCCL_CONNECT_TIMEOUT_S = 1200  # ranks read their weights at different speeds before they meet
 HCCL_EXEC_TIMEOUT_S = 1800
-MOE_BUFFER_MB = 1024
 
 
 def rank_options(recipe: Recipe, device: str, local_ranks: int) -> dict[str, str]:
@@ -25,11 +24,14 @@ def rank_options(recipe: Recipe, device: str, local_ranks: int) -> dict[str, str
     if device != "npu":
         cores = len(os.sched_getaffinity(0))  # which the ranks share
         return {"OMP_NUM_THREADS": str(max(1, cores // local_ranks))}
-    return npu_options(recipe.model.soc, recipe.parallel.moe_ep_size > 1, ctypes.util.find_library("jemalloc"))
+    return npu_options(recipe.model.soc, ctypes.util.find_library("jemalloc"))
 
 
-def npu_options(soc: str | None, has_experts: bool, jemalloc: str | None) -> dict[str, str]:
-    """For ranks on NPUs; `jemalloc` is the library's file name where it is installed."""
+def npu_options(soc: str | None, jemalloc: str | None) -> dict[str, str]:
+    """For ranks on NPUs; `jemalloc` is the library's file name where it is installed.
+
+    HCCL_BUFFSIZE is not among them: executor.parallel gives every communicator the buffers of its use.
+    """
     options = {
         "OMP_NUM_THREADS": "1",
         "OMP_PROC_BIND": "false",
@@ -41,8 +43,6 @@ def npu_options(soc: str | None, has_experts: bool, jemalloc: str | None) -> dic
     }
     if soc in (A2, A3):
         options["HCCL_OP_EXPANSION_MODE"] = "AIV"
-    if has_experts:
-        options["HCCL_BUFFSIZE"] = str(MOE_BUFFER_MB)
     if jemalloc:
         options["LD_PRELOAD"] = jemalloc
     return options
