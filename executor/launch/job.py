@@ -41,7 +41,7 @@ from executor.launch.heartbeat import (
 )
 from executor.launch.options import network_options, rank_options
 from executor.launch.plan import LOCAL_ADDRESS, SET_ENV, NodePlan, plan_nodes
-from executor.launch.preflight import Card, agree, exchange, take_place
+from executor.launch.preflight import PROBLEM, Card, agree, exchange, take_place
 from executor.launch.processes import Follower, RankProcess, end_all, start_rank
 from executor.launch.rank import outcome_of
 
@@ -97,7 +97,7 @@ def _tell_master(entries: tuple[str, ...], machine: Machine, reason: str) -> Non
         return
     port = machine.environment.get("MASTER_PORT", "")
     try:
-        stores.join(master, int(port) if port.isdigit() else stores.PORTS[0], TELL_S).set(stores.PROBLEM, reason)
+        stores.join(master, int(port) if port.isdigit() else stores.PORTS[0], TELL_S).set(PROBLEM, reason)
     except (UserError, *stores.BROKEN):
         return  # nobody is waiting yet; they will be told when they ask
 
@@ -129,6 +129,7 @@ class Job:
         self._heart: Heartbeat | None = None
         self._ranks: list[RankProcess] = []
         self._follower: Follower | None = None
+        self._faults: dict[int, Fault] = {}  # of ranks of this node that have ended badly, the first one _failed_at
         self._failed_at = inf
         self._signal: int | None = None
 
@@ -260,13 +261,12 @@ class Job:
         self._look_for_silence()
 
     def _look_at_ranks(self) -> None:
-        failed = [rank for rank in self._ranks if rank.exit_code]
-        if not failed:
-            return
-        self._failed_at = min(self._failed_at, time.monotonic())
-        faults = [self._fault_of_rank(rank) for rank in failed]
-        cause = min(faults, key=lambda fault: fault.weight)
-        if time.monotonic() - self._failed_at >= SETTLE_S[cause.weight]:
+        for rank in self._ranks:
+            if rank.exit_code and rank.rank not in self._faults:
+                self._failed_at = min(self._failed_at, time.monotonic())
+                self._faults[rank.rank] = self._fault_of_rank(rank)
+        cause = min(self._faults.values(), key=lambda fault: fault.weight, default=None)
+        if cause and time.monotonic() - self._failed_at >= SETTLE_S[cause.weight]:
             raise _Over(cause)
 
     def _fault_of_rank(self, rank: RankProcess) -> Fault:

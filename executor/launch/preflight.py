@@ -14,7 +14,11 @@ from typing import Any
 from torch.distributed import Store
 
 from executor.errors import UserError
-from executor.launch.store import JOIN_S, PROBLEM, wait_for
+from executor.launch.store import JOIN_S, wait_for
+
+PROBLEM = "problem"
+"""The key under which someone who cannot take part in the job says why. Of no effect once the job has started: it may
+be someone who has taken a running job for his own."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ def take_place(store: Store, index: int, names: list[str], layout: str) -> None:
     if first != layout:
         words = (
             f"the nodes do not agree on the job: {names[index]} has {layout}, another node {first}; give every node "
-            "the same YAML, --set and IPs in executor/scripts/set_env.sh (and ASCEND_RT_VISIBLE_DEVICES alike)"
+            "the same YAML, --set and IPs in executor/scripts/set_env.sh (and ASCEND_RT_VISIBLE_DEVICES alike), and end "
+            "an earlier job that may still run there"
         )
         store.set(PROBLEM, words)
         raise UserError(words)
@@ -75,6 +80,10 @@ def exchange(
     def keys(stage: str) -> list[str]:
         return [f"{stage}/{other}" for other in range(len(names))]
 
+    def heed_problem(*_: object) -> None:
+        if store.check([PROBLEM]):
+            raise UserError(store.get(PROBLEM).decode())
+
     store.set(f"here/{index}", "yes")
     advice = "type the same command there"
     missing = wait_for(
@@ -82,12 +91,13 @@ def exchange(
         keys("here"),
         timeout_s,
         remind=lambda keys: f"waiting for {listed(keys)}: {advice}",
-        meanwhile=lambda keys: meanwhile(indices(keys)),
+        meanwhile=lambda keys: (heed_problem(), meanwhile(indices(keys))),
     )
     if missing:
         raise UserError(f"{listed(missing)} did not join within {timeout_s:.0f} s: {advice}")
     store.set(f"card/{index}", json.dumps(asdict(make_card())))
-    wait_for(store, keys("card"), inf, lambda keys: f"waiting for {listed(keys)}: busy with checks or a download")
+    busy = "busy with checks or a download"
+    wait_for(store, keys("card"), inf, lambda keys: f"waiting for {listed(keys)}: {busy}", heed_problem)
     return [Card(**json.loads(store.get(key))) for key in keys("card")]
 
 

@@ -32,8 +32,6 @@ REMIND_S = 20
 POLL_S = 0.1
 BROKEN = (DistError, RuntimeError, OSError)
 """What a call raises when the store is gone."""
-PROBLEM = "problem"
-"""The key under which someone who cannot take part in the job says why, before it starts."""
 
 T = TypeVar("T")
 
@@ -108,15 +106,11 @@ def wait_for(
 ) -> list[str]:
     """Wait until all keys are set; returns those that are not after `timeout_s`. `remind` words what is missing,
     `meanwhile` gets it often.
-
-    UserError when someone says that it cannot take part.
     """
     missing, started = list(keys), time.monotonic()
     reminded = started
     while True:
         missing = [key for key in missing if not store.check([key])]
-        if missing and store.check([PROBLEM]):
-            raise UserError(store.get(PROBLEM).decode())
         now = time.monotonic()
         if not missing or now - started > timeout_s:
             return missing

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from executor.apps import launch
+from executor.env import REPO_ROOT
 from executor.launch import job as jobs
 from executor.launch.plan import LOCAL_ADDRESS
 
@@ -210,12 +211,12 @@ def source_set_env(tmp_path, **fields):
     """Source a filled-in set_env.sh the way infer.sh does; what it prints of its variables."""
     script = tmp_path / "executor" / "scripts" / "set_env.sh"
     script.parent.mkdir(parents=True)
-    text = (launch.Path(__file__).parents[2] / "executor/scripts/set_env.sh").read_text()
+    text = (REPO_ROOT / "executor/scripts/set_env.sh").read_text()
     for name, value in fields.items():
         assert f'\n{name}=""\n' in text
         text = text.replace(f'\n{name}=""\n', f'\n{name}="{value}"\n')
     script.write_text(text)
-    find = launch.Path(__file__).parents[2] / "executor/scripts/find_python.sh"
+    find = REPO_ROOT / "executor/scripts/find_python.sh"
     line = f'set -euo pipefail; source {find}; source {script}; echo "$recipes_path|${{CANN:-}}|${{LD_LIBRARY_PATH:-}}"'
     return subprocess.run(["bash", "-c", line], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
 

@@ -7,7 +7,7 @@ import pytest
 from torch.distributed import HashStore
 
 from executor.errors import UserError
-from executor.launch.preflight import Card, agree, exchange, take_place
+from executor.launch.preflight import PROBLEM, Card, agree, exchange, take_place
 
 NAMES = ["node 10.0.0.1", "node 10.0.0.2", "node 10.0.0.3"]
 CARD = Card(NAMES[0], "generate", "c0de" * 16, {"model_config": {"dtype": "bfloat16"}, "data_config": {"fps": None}})
@@ -72,6 +72,13 @@ def test_nodes_that_do_not_agree_on_the_nodes_do_not_wait():
 def test_a_node_that_does_not_come():
     got = meet([*cards()[:2], None], timeout_s=0.3)
     assert got[0] == got[1] == "node 10.0.0.3 did not join within 0 s: type the same command there"
+
+
+def test_someone_who_says_that_it_cannot_come():
+    store = HashStore()
+    store.set(PROBLEM, "this machine is not among the nodes")
+    with pytest.raises(UserError, match="this machine is not among the nodes"):
+        exchange(store, 0, NAMES, lambda: CARD)
 
 
 def test_a_place_that_is_taken():
