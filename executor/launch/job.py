@@ -41,7 +41,7 @@ from executor.launch.heartbeat import (
 )
 from executor.launch.options import network_options, rank_options
 from executor.launch.plan import LOCAL_ADDRESS, SET_ENV, NodePlan, plan_nodes
-from executor.launch.preflight import PROBLEM, Card, agree, exchange, take_place
+from executor.launch.preflight import PROBLEM, Card, agree, check_rival, exchange, take_place
 from executor.launch.processes import Follower, RankProcess, end_all, start_rank
 from executor.launch.rank import outcome_of
 
@@ -386,6 +386,6 @@ class _Rivals:
                 with socket.create_connection((address, self._plan.port), timeout=0.5):
                     pass
                 rival = stores.connect(address, self._plan.port)
-                take_place(rival, 0, [f"node {self._plan.master}"], self._plan.in_words)
+                check_rival(rival, f"node {self._plan.master}", self._plan.in_words)
             except stores.BROKEN:
                 continue  # nobody there, or something that is no store

@@ -42,18 +42,30 @@ def take_place(store: Store, index: int, names: list[str], layout: str) -> None:
     """
     first = store.compare_set("layout", "", layout).decode()
     if first != layout:
-        words = (
-            f"the nodes do not agree on the job: {names[index]} has {layout}, another node {first}; give every node "
-            "the same YAML, --set and IPs in executor/scripts/set_env.sh (and ASCEND_RT_VISIBLE_DEVICES alike), and end "
-            "an earlier job that may still run there"
-        )
-        store.set(PROBLEM, words)
-        raise UserError(words)
+        raise _disagreement(store, names[index], layout, first)
     if store.add(f"joined/{index}", 1) > 1:
         raise UserError(
             f"{names[index]} has joined this job before: an earlier job still runs on the master {names[0]}; end it "
             "(Ctrl-C there), or set MASTER_PORT to another port on every node"
         )
+
+
+def check_rival(store: Store, name: str, layout: str) -> None:
+    """UserError, there too, where `store` is that of another node which takes itself for the master."""
+    if store.check(["layout"]):
+        theirs = store.get("layout").decode()
+        if theirs != layout:
+            raise _disagreement(store, name, layout, theirs)
+
+
+def _disagreement(store: Store, name: str, layout: str, other: str) -> UserError:
+    words = (
+        f"the nodes do not agree on the job: {name} has {layout}, another node {other}; give every node the same YAML, "
+        "--set, IPs in executor/scripts/set_env.sh and ASCEND_RT_VISIBLE_DEVICES, and end an earlier job that may "
+        "still run there"
+    )
+    store.set(PROBLEM, words)
+    return UserError(words)
 
 
 def exchange(
