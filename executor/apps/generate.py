@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dataset.load import load_dataset
 from dataset.sample import Dataset, Sample, media_source
-from executor.apps.results import ResultsFile, fingerprint, settings_of
+from executor.apps.results import ResultsFile, settings_of
 from executor.checks import Prepared, prepare
 from executor.config import Recipe
 from executor.env import rank_place
@@ -59,9 +59,11 @@ def run(recipe: Recipe, build: Callable[[Prepared], Any] | None = None, out: Tex
     prepared = prepare(recipe)
     recipe = prepared.recipe
     params = sampling_params(recipe.generation, prepared.generation_config)
-    opened = ResultsFile(recipe.data.results_path, settings_of(recipe)) if recipe.data.results_path else nullcontext()
+    opened = nullcontext()
+    if recipe.data.results_path:
+        opened = ResultsFile(recipe.data.results_path, settings_of(recipe), dataset)
     with opened as results:
-        rows = results.answered(dataset) if results else {}
+        rows = results.answered() if results else {}
         rows = {index: row for index, row in rows.items() if index < len(dataset)}
         if rows:
             logger.info("%d of %d answers are in %s already", len(rows), len(dataset), recipe.data.results_path)
@@ -109,7 +111,7 @@ def _answer_missing(
         for row in _all_rows(engine, prepared.recipe, params, spread, len(dataset) - len(rows)):
             if results:
                 results.append(row)
-            rows[row["index"]] = {key: row[key] for key in row if key != "fingerprint"}
+            rows[row["index"]] = row
             bar.update()
             if printer.has_next(row["index"]):
                 shown = on_screen and bar.format_dict["elapsed"] > BAR_AFTER_S
@@ -162,20 +164,14 @@ def _all_rows(engine: Any, recipe: Recipe, params: SamplingParams, spread: Any, 
 
 
 def _own_rows(engine: Any, recipe: Recipe, params: SamplingParams, spread: Any) -> Iterator[Row | None]:
-    """This replica's rows, each with its fingerprint, and None after a step that finished none."""
-    settings = settings_of(recipe)
-    for answered in answer(engine, recipe, params, spread.mine(), spread.most):
-        if answered is None:
-            yield None
-            continue
-        row, sample = answered
-        yield {**row, "fingerprint": fingerprint(sample, settings)}
+    """This replica's rows, and None after each step."""
+    yield from answer(engine, recipe, params, spread.mine(), spread.most)
     yield from engine.close()
 
 
 def answer(
     engine: Any, recipe: Recipe, params: SamplingParams, samples: Iterable[tuple[int, Sample]], most: int
-) -> Iterator[tuple[Row, Sample] | None]:
+) -> Iterator[Row | None]:
     """Rows of all samples as they are finished, not in order, and None after each step.
 
     Bad samples yield a row with `error` set. At most `most` samples are taken at a time.
@@ -196,7 +192,7 @@ def answer(
                 asked = _ask(engine, recipe, params, index, sample)
                 request_id = engine.add(asked.prompt, asked.params)
             except UserError as error:
-                yield _failed_row(index, sample, str(error)), sample
+                yield _failed_row(index, sample, str(error))
                 continue
             collector.expect(request_id, asked.params.n)
             pending[request_id] = asked
@@ -206,7 +202,7 @@ def answer(
         assert outputs or engine.has_work, f"the engine lost {len(pending)} requests"
         for completion in collector.feed(outputs):
             asked = pending.pop(completion.request_id)
-            yield _row(asked, completion, engine, recipe), asked.sample
+            yield _row(asked, completion, engine, recipe)
         yield None
 
 

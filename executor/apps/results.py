@@ -39,10 +39,15 @@ def fingerprint(sample: Sample, settings: str) -> str:
 class ResultsFile:
     """Append-only while a run goes on, rewritten in order when it is done. Use as a context manager."""
 
-    def __init__(self, path: str | Path, settings: str) -> None:
-        """Open or continue `path`. UserError when it holds something else, or cannot be written."""
+    def __init__(self, path: str | Path, settings: str, samples: Iterable[Sample]) -> None:
+        """Open or continue `path` for the answers to `samples`, which are read as far as rows come.
+
+        UserError when the file holds something else, or cannot be written.
+        """
         self.path = Path(path).expanduser()
         self.settings = settings
+        self._samples = iter(samples)
+        self._fingerprints: list[str] = []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a+b")  # noqa: SIM115 (closed by __exit__)
@@ -82,20 +87,34 @@ class ResultsFile:
         self._file.truncate(whole)
         return rows
 
-    def answered(self, samples: Iterable[Sample]) -> dict[int, dict[str, Any]]:
-        """The good rows of an earlier run by index. UserError if one answers another question than it does now."""
-        good = {index: row for index, row in self._rows.items() if row["error"] is None}
-        if good:
-            for index, sample in enumerate(samples):
-                if index in good and good[index]["fingerprint"] != fingerprint(sample, self.settings):
-                    raise UserError(
-                        f"data_config.results_path: {self.path} holds the answers of another run: row {index} is not "
-                        f"an answer to {sample.id} with these settings. Give another results_path, or delete the file"
-                    )
+    def answered(self) -> dict[int, dict[str, Any]]:
+        """The good rows of an earlier run by index. UserError if one answers another question than it does now.
+
+        Rows beyond the last sample (data_config.limit) are left alone.
+        """
+        good = {index: row for index, row in sorted(self._rows.items()) if row["error"] is None}
+        for index, row in good.items():
+            expected = self._fingerprint(index)
+            if expected is None:
+                break
+            if row["fingerprint"] != expected:
+                raise UserError(
+                    f"data_config.results_path: {self.path} holds the answers of another run: row {index} is not an "
+                    f"answer to request {index} with these settings. Give another results_path, or delete the file"
+                )
         return {index: {key: row[key] for key in row if key != "fingerprint"} for index, row in good.items()}
 
+    def _fingerprint(self, index: int) -> str | None:
+        """Of the sample at `index`; None behind the last."""
+        for sample in self._samples if index >= len(self._fingerprints) else ():
+            self._fingerprints.append(fingerprint(sample, self.settings))
+            if index < len(self._fingerprints):
+                break
+        return self._fingerprints[index] if index < len(self._fingerprints) else None
+
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row, with its `fingerprint`, through to the operating system; it replaces one of the same index."""
+        """Write one row through to the operating system; it replaces an earlier row of the same index."""
+        row = {**row, "fingerprint": self._fingerprint(row["index"])}
         self._rows[row["index"]] = row
         self._file.write(_line(row))
         self._file.flush()

@@ -80,7 +80,8 @@ class Spread:
 
 
 def _digest(dataset: Dataset) -> str:
+    """Of what is asked, wherever the files lie."""
     digest = hashlib.sha256()
     for sample in dataset:
-        digest.update(f"{sample.id.rpartition('/')[2]} {sample.fingerprint()}\n".encode())
+        digest.update(json.dumps([sample.question, sample.media]).encode())
     return digest.hexdigest()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dataset.sample import Sample
-from executor.apps.results import ResultsFile, fingerprint, settings_of
+from executor.apps.results import ResultsFile, settings_of
 from executor.config import build_recipe
 from executor.errors import UserError
 
@@ -18,11 +18,6 @@ def row(index: int, error: str | None = None) -> dict:
     return {"index": index, "text": f"answer {index}", "error": error}
 
 
-def marked(index: int, error: str | None = None) -> dict:
-    """A row as it is handed over, for the settings "s"."""
-    return {**row(index, error), "fingerprint": fingerprint(SAMPLES[index], "s")}
-
-
 SAMPLES = [sample(f"question {index}") for index in range(4)]
 
 
@@ -32,9 +27,9 @@ def path(tmp_path):
 
 
 def test_rows_are_on_disk_as_they_come_and_sorted_at_the_end(path):
-    with ResultsFile(path, "s") as results:
+    with ResultsFile(path, "s", SAMPLES) as results:
         for index in (2, 0):
-            results.append(marked(index))
+            results.append(row(index))
             assert json.loads(path.read_text().splitlines()[-1])["index"] == index
         results.sort()
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 2]
@@ -42,15 +37,15 @@ def test_rows_are_on_disk_as_they_come_and_sorted_at_the_end(path):
 
 
 def test_a_half_written_line_is_dropped_and_failures_are_tried_again(path):
-    with ResultsFile(path, "s") as results:
-        results.append(marked(0))
-        results.append(marked(1, error="broken picture"))
+    with ResultsFile(path, "s", SAMPLES) as results:
+        results.append(row(0))
+        results.append(row(1, error="broken picture"))
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"index": 2, "te')
-    with ResultsFile(path, "s") as results:
-        assert set(results.answered(SAMPLES)) == {0}
-        results.append(marked(1))
-        results.append(marked(2))
+    with ResultsFile(path, "s", SAMPLES) as results:
+        assert set(results.answered()) == {0}
+        results.append(row(1))
+        results.append(row(2))
         results.sort()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(item["index"], item["error"]) for item in rows] == [(0, None), (1, None), (2, None)]
@@ -58,11 +53,14 @@ def test_a_half_written_line_is_dropped_and_failures_are_tried_again(path):
 
 @pytest.mark.parametrize("settings, samples", [("other", SAMPLES), ("s", SAMPLES[::-1])])
 def test_answers_of_another_run_are_refused_and_kept(path, settings, samples):
-    with ResultsFile(path, "s") as results:
-        results.append(marked(0))
+    with ResultsFile(path, "s", SAMPLES) as results:
+        results.append(row(0))
     before = path.read_bytes()
-    with ResultsFile(path, settings) as results, pytest.raises(UserError, match="holds the answers of another run"):
-        results.answered(samples)
+    with (
+        ResultsFile(path, settings, samples) as results,
+        pytest.raises(UserError, match="holds the answers of another run"),
+    ):
+        results.answered()
     assert path.read_bytes() == before
 
 
@@ -71,7 +69,7 @@ def test_a_file_of_something_else_is_refused_and_kept(path, content):
     path.parent.mkdir()
     path.write_text(content)
     with pytest.raises(UserError, match="give another results_path"):
-        ResultsFile(path, "s")
+        ResultsFile(path, "s", SAMPLES)
     assert path.read_text() == content
 
 
@@ -79,7 +77,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path, tmp_path / "file" / "out.jsonl"):
         with pytest.raises(UserError, match="cannot be written"):
-            ResultsFile(place, "s")
+            ResultsFile(place, "s", SAMPLES)
 
 
 def test_settings_count_what_answers_depend_on():

@@ -26,10 +26,20 @@ class Job:
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     launchers: list[subprocess.Popen] = field(default_factory=list)
 
-    def start(self, *settings: str, prompt: str = "", prefix=(), command=None, cwd=REPO, config=CONFIG, **variables):
-        """One launcher; `prefix` puts it on another node, `command` is another way to start it."""
+    def start(
+        self,
+        *settings: str,
+        prompt: str = "",
+        prefix=(),
+        command=None,
+        cwd=REPO,
+        config=CONFIG,
+        run="probe",
+        **variables,
+    ):
+        """One launcher; `prefix` puts it on another node, `command` is another way to start it, `run` what it runs."""
         node = len(self.launchers)
-        line = [*prefix, *(command or [sys.executable, "-m", "executor.apps.launch"]), config, "probe", "--set"]
+        line = [*prefix, *(command or [sys.executable, "-m", "executor.apps.launch"]), config, run, "--set"]
         line += [f"model_config.output_path={self.folder / f'node{node}'}", *settings]
         line += [f"data_config.prompt={prompt}"] if prompt else []
         inherited = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}

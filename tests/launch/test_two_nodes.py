@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from executor.env import REPO_ROOT as REPO
+from tests.launch.jobs import CONFIG, Job
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 SET_ENV = "executor/scripts/set_env.sh"
+LARGE = ("*.safetensors", "media")  # which the probe does without
 
 
 def ip(*words: str) -> None:
@@ -53,17 +55,17 @@ def nodes():
 def trees(tmp_path_factory):
     """A copy of the repository for each node, with the same set_env.sh."""
     folder = tmp_path_factory.mktemp("nodes")
-    return [copy_of_repository(folder / f"tree{node}") for node in range(2)]
+    return [copy_of_repository(folder / f"tree{node}", *LARGE) for node in range(2)]
 
 
 @pytest.fixture
 def own_trees(tmp_path):
     """Copies that a test may change."""
-    return [copy_of_repository(tmp_path / f"tree{node}") for node in range(2)]
+    return [copy_of_repository(tmp_path / f"tree{node}", *LARGE) for node in range(2)]
 
 
-def copy_of_repository(folder: Path) -> Path:
-    skip = shutil.ignore_patterns("*.safetensors", "media", "__pycache__", "*.mp4", "*.png")
+def copy_of_repository(folder: Path, *left_out: str) -> Path:
+    skip = shutil.ignore_patterns("__pycache__", *left_out)
     for name in ("executor", "models", "dataset", "config", "tests/launch"):
         shutil.copytree(REPO / name, folder / name, ignore=skip)
     for name in ("infer.sh", "requirements.txt", "tests/__init__.py"):
@@ -78,7 +80,7 @@ def write_ips(tree: Path, addresses) -> Path:
     return tree
 
 
-def start_both(job, nodes, trees, *settings, prompt="", on_second=(), world_size=2):
+def start_both(job, nodes, trees, *settings, prompt="", on_second=(), world_size=2, run="probe"):
     """`bash infer.sh` on each node, one rank a node unless told otherwise."""
     for node, (name, tree) in enumerate(zip(nodes, trees, strict=True)):
         job.start(
@@ -87,6 +89,7 @@ def start_both(job, nodes, trees, *settings, prompt="", on_second=(), world_size
             *settings,
             *(on_second if node else ()),
             prompt=prompt,
+            run=run,
             prefix=["ip", "netns", "exec", name],
             command=["bash", str(tree / "infer.sh")],
             cwd=tree,
@@ -106,6 +109,22 @@ def test_one_document_from_two_nodes(job, nodes, trees):
     assert len({job.log(rank).parent for rank in range(4)}) == 1
     for node, ranks in enumerate(((0, 1), (2, 3))):  # each node has the interface to the other
         assert all(f"rank {rank} has GLOO_SOCKET_IFNAME=cable" in job.log(rank).read_text() for rank in ranks), node
+
+
+@pytest.mark.parametrize("degrees", [(), ("parallel_config.attn_tp_size=1", "parallel_config.moe_ep_size=2")])
+def test_the_answers_of_two_nodes_are_those_of_one(job, nodes, tmp_path, degrees):
+    """A model split over the nodes, and one whose replicas share experts: they answer as one process does."""
+    whole = [copy_of_repository(tmp_path / f"tree{node}") for node in range(2)]
+    for tree in whole:
+        shutil.copy(tree / "config" / "quickstart_qwen3_vl_moe.yaml", tree / CONFIG)
+    start_both(job, nodes, whole, *degrees, run="generate")
+    assert job.wait(120) == [0, 0], job.err(0) + job.err(1)
+    alone = Job(tmp_path)
+    alone.start(config="config/quickstart_qwen3_vl_moe.yaml", run="generate")
+    assert alone.wait(120) == [0], alone.err()
+    texts = [[row["text"] for row in document["outputs"]] for document in (job.document(0), alone.document())]
+    assert texts[0] == texts[1] and len(texts[0]) == 6
+    assert job.document(1) == {"command": "generate", "node": 1, "ranks": [1], "ok": True}
 
 
 def test_a_killed_rank_ends_both_nodes(job, nodes, trees):
