@@ -121,7 +121,7 @@ class Heartbeat(threading.Thread):
     """
 
     def __init__(self, store: Store, own: str, watched: Iterable[str] = ()) -> None:
-        super().__init__(name="heartbeat", daemon=True)
+        super().__init__(name="store: heartbeat", daemon=True)
         self._store, self._own = store, own
         self._watched = list(watched)
         self._awake = _Awake()

@@ -104,7 +104,8 @@ class Rank:
         self._heart = Heartbeat(stores.connect(address, port), rank_beat(rank), watched)
         self._heart.start()
         if not self._has_launcher:
-            threading.Thread(target=self._watch, args=(recipe.parallel.hang_timeout_s,), daemon=True).start()
+            timeout_s = recipe.parallel.hang_timeout_s
+            threading.Thread(target=self._watch, args=(timeout_s,), name="store: watch", daemon=True).start()
             self._preflight(recipe, command, check)
 
     def _preflight(self, recipe: Recipe, command: str, check: Callable[[Recipe], Recipe]) -> None:

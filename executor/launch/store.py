@@ -131,7 +131,7 @@ def in_thread(action: Callable[[], T]) -> Future[T]:
         except BaseException as error:  # the one who asks gets it
             future.set_exception(error)
 
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=work, name="store: question", daemon=True).start()
     return future
 
 

@@ -125,6 +125,15 @@ def test_commands_of_one_process(monkeypatch, capsys, command):
     assert called == ["run"]
 
 
+def test_a_thread_that_waits_for_the_store_does_not_change_the_status():
+    line = (
+        "import threading; from executor.apps import launch; from executor.launch import store; "
+        "store.in_thread(threading.Event().wait); print('said'); launch.end(2)"
+    )
+    done = subprocess.run([sys.executable, "-c", line], cwd=REPO_ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "said\n")
+
+
 # Under another launcher
 
 
