@@ -33,7 +33,7 @@ RANKS = {
     "dataset": 8,
     "executor.serve": 8,
     "executor.emulator": 8,
-    "executor.launch": 9,
+    "executor.launch": 8,
     "executor.apps": 9,
 }
 SOURCES = ("executor", "models", "dataset")
