@@ -4,7 +4,6 @@ Knows nothing of models. Processes and rendezvous belong to torch.distributed.
 """
 
 import itertools
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,8 +18,8 @@ from executor.device.ops import Ops
 from executor.env import rank_place
 from executor.errors import UserError
 
-# torch 2.13 names it all_gather_single, which the older releases that Ascend has do not know.
-warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*is deprecated", FutureWarning)
+# The name since torch 2.13, which deprecates the one before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 PATIENCE = timedelta(days=365)
 """Of what waits for people or files (the next plan, another replica's media). Ranks that are gone are the launcher's
@@ -73,7 +72,7 @@ class Group:
             return x.unsqueeze(0)
         self.traffic.add(x)
         whole = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(whole, x.contiguous(), group=self._joined())
+        _all_gather(whole, x.contiguous(), group=self._joined())
         return whole.unflatten(0, (self.size, -1))
 
     def broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from executor.device import ops
-from executor.layers.pull import Catalog, Pull, empty
+from executor.layers.pull import Catalog, Pull, elsewhere, empty
 from executor.parallel import Group, part
 
 _ALONE = Group()
@@ -59,6 +59,7 @@ class Linear(nn.Module):
         self.file_shape = file_shape
         num_rows = sum(p.num_local for p in self.parts)
         self.weight = empty(num_rows, self.columns.stop - self.columns.start)
+        self.has_bias = bias
         adds_bias = bias and not (shard == "in" and group.rank)
         self.bias = empty(num_rows) if adds_bias else None
         self._multiply: Callable[[Tensor], Tensor] | None = None
@@ -76,6 +77,8 @@ class Linear(nn.Module):
                 yield Pull(f"{name}.weight", shape, (p.rows, self.columns), self.weight[start:end])
             if self.bias is not None:
                 yield Pull(f"{name}.bias", (p.num_rows,), (p.rows,), self.bias[start:end])
+            elif self.has_bias:
+                yield elsewhere(f"{name}.bias", (p.num_rows,))
             start = end
 
     def prepare(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from executor.device import ops
 from executor.errors import UserError
 from executor.layers.linear import Linear
-from executor.layers.pull import Catalog, Pull, empty
+from executor.layers.pull import Catalog, Pull, elsewhere, empty
 from executor.parallel import Parallel, part
 
 
@@ -95,12 +95,18 @@ class Experts(nn.Module):
         num_experts, inner, hidden = self.sizes
         local = self.down.shape[2]
         every = slice(None)
-        for place, expert in enumerate(range(num_experts)[self.mine]):
-            for half, name in enumerate(("gate_proj", "up_proj")):
+        for expert in range(num_experts):
+            up_names = [f"{prefix}.{expert}.{name}.weight" for name in ("gate_proj", "up_proj")]
+            down_name = f"{prefix}.{expert}.down_proj.weight"
+            if not self.mine.start <= expert < self.mine.stop:
+                yield from (elsewhere(name, (inner, hidden)) for name in up_names)
+                yield elsewhere(down_name, (hidden, inner))
+                continue
+            place = expert - self.mine.start
+            for half, name in enumerate(up_names):
                 into = self.gate_up[place, half * local : (half + 1) * local]
-                yield Pull(f"{prefix}.{expert}.{name}.weight", (inner, hidden), (self.columns, every), into)
-            name = f"{prefix}.{expert}.down_proj.weight"
-            yield Pull(name, (hidden, inner), (every, self.columns), self.down[place])
+                yield Pull(name, (inner, hidden), (self.columns, every), into)
+            yield Pull(down_name, (hidden, inner), (every, self.columns), self.down[place])
 
     def prepare(self) -> None:
         num_experts = self.sizes[0]

@@ -51,6 +51,11 @@ def whole(name: str, into: Tensor) -> Pull:
     return Pull(name, tuple(into.shape), (slice(None),) * into.dim(), into)
 
 
+def elsewhere(name: str, shape: tuple[int, ...]) -> Pull:
+    """Nothing of the tensor: another rank holds it. The checkpoint is still held to have it, in this shape."""
+    return Pull(name, shape, (slice(0, 0),), torch.empty(0, *shape[1:], device="cpu"))
+
+
 def pull_all(module: nn.Module, catalog: Catalog, prefix: str) -> Iterator[Pull]:
     """The pulls of every submodule that has a `pulls` method, by its attribute path under `prefix`."""
     for name, child in module.named_children():

@@ -71,7 +71,8 @@ def load_weights(
     for pull in pulls:
         info = checkpoint.catalog[pull.name]
         _check_pull(pull, info)
-        by_file[info.file].append((pull, info))
+        if pull.into.numel():
+            by_file[info.file].append((pull, info))
     planned_bytes = sum(_slice_bytes(pull, info) for wishes in by_file.values() for pull, info in wishes)
 
     start = time.perf_counter()

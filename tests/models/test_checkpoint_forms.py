@@ -6,8 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from executor.device import ops
+from executor.device.cpu import CpuOps
 from executor.errors import UserError
+from executor.parallel import groups
 from executor.request import SamplingParams
+from executor.runtime.weights import Checkpoint, load_weights
+from models.qwen3_vl import runner as family
 from tests.engines import engine_over
 from tests.reference import config_of, random_model, save_checkpoint, tokenizer_of
 
@@ -131,6 +136,30 @@ def test_shards_with_an_index(moe, tmp_path):
         index |= dict.fromkeys(part, file)
     (other / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     assert torch.equal(first_logits(other), first_logits(moe))
+
+
+@pytest.mark.parametrize("change", [dict, swapped, unstacked])
+@pytest.mark.parametrize("world_size, tp, ep", [(2, 2, 1), (2, 2, 2), (4, 2, 2), (6, 2, 6)])
+def test_ranks_together_hold_every_expert_in_every_form(moe, tmp_path, change, world_size, tp, ep):
+    """And no rank takes what another one holds for a stranger in the checkpoint."""
+    checkpoint = Checkpoint(rewritten(moe, tmp_path / "other", change))
+    config = json.loads((moe / "config.json").read_text())
+    device = CpuOps()
+    ops.bind(device)
+    experts: dict[tuple[int, int], torch.Tensor] = {}
+    for rank in range(world_size):
+        parallel = groups(world_size, tp, ep, "tp", rank, new_group=lambda ranks, buffer_mb: None)
+        with torch.device("cpu"):
+            model = family.build_model(config, parallel)
+        report = load_weights(list(model.pulls(checkpoint.catalog)), checkpoint)
+        assert report.unread == ()
+        layer = model.language_model.layers[1].mlp.experts
+        assert not torch.isnan(layer.down).any()
+        experts[parallel.expert_groups.rank, parallel.expert_columns.rank] = layer.down.clone()
+    columns = world_size // ep
+    down = torch.cat([torch.cat([experts[g, c] for c in range(columns)], dim=2) for g in range(ep)])
+    stacked = load_file(moe / "model.safetensors")
+    assert torch.equal(down, stacked["model.language_model.layers.1.mlp.experts.down_proj"])
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.language_model.layers.1.mlp.gate.weight"])
