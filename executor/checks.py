@@ -13,7 +13,7 @@ from typing import Any
 
 from executor.checkpoint_folder import find_checkpoint, read_json
 from executor.config import Recipe
-from executor.env import host_memory_bytes, rank_place
+from executor.env import host_memory_bytes
 from executor.errors import UserError
 from executor.memory import MemoryEstimate, estimate
 from executor.shapes import ModelShapes, read_shapes
@@ -41,10 +41,10 @@ class Prepared:
     generation_config: dict[str, Any] = field(repr=False)  # generation_config.json, {} without one
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     """Settle and check everything about `recipe` but its data. A settled recipe comes back as it is.
 
-    Logs the values it settles. Raises UserError for what cannot start.
+    `local_ranks` share this machine's memory. Logs the values it settles. Raises UserError for what cannot start.
     """
     check_chip(recipe)
     recipe = resolve_device(recipe)
@@ -55,7 +55,7 @@ def prepare(recipe: Recipe) -> Prepared:
     recipe = resolve(recipe, shapes, quantization=find_quantization(folder, config))
     check_supported(recipe)  # once more: the checkpoint may have brought a scheme
     check_recipe(recipe, shapes)
-    memory = estimate(recipe, shapes, host_memory_bytes() // rank_place().local_world_size)
+    memory = estimate(recipe, shapes, host_memory_bytes() // local_ranks)
     generation_config = read_json(folder, "generation_config.json", required=False)
     return Prepared(recipe, folder, shapes, memory, config, generation_config)
 

@@ -43,7 +43,7 @@ def build_engine(recipe: Recipe) -> Engine:
 
     Raises UserError for a recipe, checkpoint or machine that cannot work.
     """
-    return engine_of(prepare(recipe))
+    return engine_of(prepare(recipe, rank_place().local_world_size))
 
 
 def engine_of(prepared: Prepared) -> Engine:

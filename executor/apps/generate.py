@@ -52,11 +52,12 @@ def run(recipe: Recipe, build: Callable[[Prepared], Any] | None = None, out: Tex
     `build` makes the engine (executor.apps.build.engine_of). Raises UserError for what keeps all from starting.
     """
     out = out or sys.stdout
-    if rank_place().rank:
-        _assist(prepare(recipe), build)
+    place = rank_place()
+    if place.rank:
+        _assist(prepare(recipe, place.local_world_size), build)
         return {"command": "generate"}, 0
     dataset = load_dataset(recipe.data)
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, place.local_world_size)
     recipe = prepared.recipe
     params = sampling_params(recipe.generation, prepared.generation_config)
     opened = nullcontext()

@@ -137,8 +137,10 @@ def run(arguments: argparse.Namespace, argv: Sequence[str], rank: "Rank | None" 
 
     from executor.checks import prepare, resolve_device
 
-    def check(recipe: "Recipe") -> "Recipe":
-        return prepare(recipe).recipe if arguments.command in MODULES else importlib.import_module(name).check(recipe)
+    def check(recipe: "Recipe", local_ranks: int) -> "Recipe":
+        if arguments.command in MODULES:
+            return prepare(recipe, local_ranks).recipe
+        return importlib.import_module(name).check(recipe)
 
     if rank is None:
         from executor.launch.job import start_job

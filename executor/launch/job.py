@@ -63,12 +63,12 @@ T = TypeVar("T")
 
 
 def start_job(
-    recipe: Recipe, command: str, argv: Sequence[str], check: Callable[[Recipe], Recipe]
+    recipe: Recipe, command: str, argv: Sequence[str], check: Callable[[Recipe, int], Recipe]
 ) -> tuple[Document, int]:
     """Run this node's part of a job: its JSON document and the exit status. UserError before any rank starts.
 
-    Every rank is `python -m executor.apps.launch ARGV`. `check` settles the recipe on this node, or raises UserError
-    for what keeps it from starting.
+    Every rank is `python -m executor.apps.launch ARGV`. `check` settles the recipe for so many
+    ranks of this node, or raises UserError for what keeps it from starting.
     """
     machine = Machine()
     device = resolve_device(recipe).model.device
@@ -120,7 +120,7 @@ class Job:
         argv: Sequence[str],
         plan: NodePlan,
         options: dict[str, str],
-        check: Callable[[Recipe], Recipe],
+        check: Callable[[Recipe, int], Recipe],
     ) -> None:
         self._recipe, self._command, self._argv = recipe, command, argv
         self._plan, self._options, self._check = plan, options, check
@@ -209,7 +209,7 @@ class Job:
     def _card(self) -> Card:
         recipe, problem = self._recipe, ""
         try:
-            recipe = self._check(self._recipe)
+            recipe = self._check(self._recipe, len(self._plan.ranks))
             self._log_root().mkdir(parents=True, exist_ok=True)
         except UserError as error:
             problem = str(error)

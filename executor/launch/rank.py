@@ -78,7 +78,11 @@ class Rank:
         return self._is_agreed or self.place.local_rank == 0
 
     def start(
-        self, recipe: Recipe, command: str, check: Callable[[Recipe], Recipe], options: Callable[[], dict[str, str]]
+        self,
+        recipe: Recipe,
+        command: str,
+        check: Callable[[Recipe, int], Recipe],
+        options: Callable[[], dict[str, str]],
     ) -> None:
         """Join the job: signs of life, and without our launcher the preflight, whose UserErrors every rank gets.
 
@@ -91,7 +95,7 @@ class Rank:
             self._join(recipe, command, check)
         self._is_agreed = True
 
-    def _join(self, recipe: Recipe, command: str, check: Callable[[Recipe], Recipe]) -> None:
+    def _join(self, recipe: Recipe, command: str, check: Callable[[Recipe, int], Recipe]) -> None:
         from executor.launch import store as stores
         from executor.launch.heartbeat import Heartbeat, rank_beat
 
@@ -108,7 +112,7 @@ class Rank:
             threading.Thread(target=self._watch, args=(timeout_s,), name="store: watch", daemon=True).start()
             self._preflight(recipe, command, check)
 
-    def _preflight(self, recipe: Recipe, command: str, check: Callable[[Recipe], Recipe]) -> None:
+    def _preflight(self, recipe: Recipe, command: str, check: Callable[[Recipe, int], Recipe]) -> None:
         from executor.launch.preflight import Card, agree, exchange, take_place
 
         names = [f"rank {rank}" for rank in range(self.place.world_size)]
@@ -117,7 +121,7 @@ class Rank:
             settled, problem = None, ""
             try:
                 if self.place.local_rank == 0:  # the others look at the same files
-                    settled = check(recipe).model_dump(mode="json", by_alias=True)
+                    settled = check(recipe, self.place.local_world_size).model_dump(mode="json", by_alias=True)
             except UserError as error:
                 problem = str(error)
             return Card(names[self.place.rank], command, code_digest(), settled, problem)

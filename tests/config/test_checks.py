@@ -165,6 +165,8 @@ def test_prepare_settles_a_real_folder(monkeypatch):
     assert (prepared.recipe.model.device, prepared.recipe.model.dtype) == ("cpu", "bfloat16")
     assert prepared.memory.total_bytes < 4 * GIB
     assert prepare(prepared.recipe).recipe == prepared.recipe
+    with pytest.raises(UserError, match="does not fit: memory per rank"):
+        prepare(recipe_of(), local_ranks=64)
 
 
 def test_paths_that_are_no_checkpoint(tmp_path, monkeypatch):
