@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -125,6 +126,24 @@ def test_the_answers_of_two_nodes_are_those_of_one(job, nodes, tmp_path, degrees
     texts = [[row["text"] for row in document["outputs"]] for document in (job.document(0), alone.document())]
     assert texts[0] == texts[1] and len(texts[0]) == 6
     assert job.document(1) == {"command": "generate", "node": 1, "ranks": [1], "ok": True}
+
+
+def test_torchrun_on_two_nodes(job, nodes, trees):
+    """As a user starts it there, with gloo's interface named: torchrun looks for none."""
+    for node, (name, tree) in enumerate(zip(nodes, trees, strict=True)):
+        place = ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "2"]
+        place += ["--master-addr", ADDRESSES[0], "--master-port", "29555"]
+        job.start(
+            "parallel_config.world_size=4",
+            f"model_config.output_path={job.folder / 'output'}",
+            prefix=["ip", "netns", "exec", name],
+            command=[sys.executable, "-m", "torch.distributed.run", *place, "-m", "executor.apps.launch"],
+            cwd=tree,
+            GLOO_SOCKET_IFNAME="cable",
+        )
+    assert job.wait() == [0, 0], job.err(0) + job.err(1)
+    assert job.document(0)["sum"] == 10
+    assert "{" not in job.out(1), "only rank 0 writes a document"
 
 
 def test_a_killed_rank_ends_both_nodes(job, nodes, trees):
