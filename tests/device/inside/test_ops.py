@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from executor.device.npu import soc as chips
+from executor.device.npu.ops import NpuOps
 from executor.device.npu.soc import COMPOSED, SOCS, chip_named, choose
 from executor.emulator.formats import is_nz
 from executor.errors import UserError
@@ -247,3 +248,16 @@ def test_composed_forms_equal_the_fused(npu) -> None:
 def test_chips_by_their_runtime_names(name, soc) -> None:
     found = chip_named(name)
     assert (found.name if found else None) == soc
+
+
+def test_communicators_have_buffers_by_use(monkeypatch) -> None:
+    """HCCL's options are made as torch_npu takes them; the user's own size is left alone."""
+    emulated = backend(A3)
+    device = NpuOps(SOCS[A3], torch.device("npu", 0))
+    assert device.collectives == "hccl"
+    monkeypatch.delenv("HCCL_BUFFSIZE", raising=False)
+    assert device.group_options(100).hccl_config == {"hccl_buffer_size": 100}
+    monkeypatch.setenv("HCCL_BUFFSIZE", "300")
+    assert device.group_options(100) is None
+    monkeypatch.delenv("HCCL_BUFFSIZE")
+    assert (emulated.collectives, emulated.group_options(100)) == ("gloo", None), "an emulated chip talks over gloo"
