@@ -43,15 +43,20 @@ def build_engine(recipe: Recipe) -> Engine:
 
     Raises UserError for a recipe, checkpoint or machine that cannot work.
     """
-    return engine_of(prepare(recipe, rank_place().local_world_size))
+    prepared = prepare(recipe, rank_place().local_world_size)
+    return engine_of(prepared, *open_rank(prepared.recipe))
 
 
-def engine_of(prepared: Prepared) -> Engine:
-    """The engine of a recipe that has been settled and checked."""
-    recipe = prepared.recipe
+def open_rank(recipe: Recipe) -> tuple[ops.Ops, Parallel]:
+    """This process's device, and its place among the ranks of the job. `recipe` is settled."""
     device = open_device(recipe)
+    return device, connect(recipe, device)
+
+
+def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel) -> Engine:
+    """The engine of a recipe that has been settled and checked, on what `open_rank` gives."""
+    recipe = prepared.recipe
     ops.bind(device)
-    parallel = connect(recipe, device)
     free_bytes = device.free_bytes()
     memory = prepared.memory if free_bytes is None else estimate(recipe, prepared.shapes, free_bytes)
     logger.info("%s", memory)

@@ -46,7 +46,7 @@ class Asked:
     build_s: float  # reading its media and making its prompt
 
 
-def run(recipe: Recipe, build: Callable[[Prepared], Any] | None = None, out: TextIO | None = None) -> tuple[Row, int]:
+def run(recipe: Recipe, build: Callable[..., Any] | None = None, out: TextIO | None = None) -> tuple[Row, int]:
     """Answer everything `recipe` asks; returns the JSON document and the exit status.
 
     `build` makes the engine (executor.apps.build.engine_of). Raises UserError for what keeps all from starting.
@@ -92,18 +92,18 @@ def _answer_missing(
     dataset: Dataset,
     rows: dict[int, Row],
     results: ResultsFile | None,
-    build: Callable[[Prepared], Any] | None,
+    build: Callable[..., Any] | None,
     out: TextIO,
 ) -> float:
     """Fill `rows` with an answer (or an error) for every sample that has none, printing and saving each.
 
     Returns when the engine was ready, in monotonic seconds.
     """
-    from executor.apps.spread import Spread  # loads torch: only when there is work for it
-
-    engine = _build(prepared, build)
-    spread = Spread(engine.replica.parallel, dataset)
-    spread.start([index for index in range(len(dataset)) if index not in rows])
+    device, parallel, spread = _join(prepared.recipe, dataset)
+    if not spread.start([index for index in range(len(dataset)) if index not in rows]):
+        parallel.disconnect()
+        return time.monotonic()
+    engine = _build(prepared, device, parallel, build)
     ready = time.monotonic()
     printer = _Printer(len(dataset), out, already=rows)
     on_screen = sys.stderr.isatty()
@@ -121,34 +121,41 @@ def _answer_missing(
                 printer.print_ready(rows)
                 if shown:
                     bar.refresh()
-    engine.replica.parallel.disconnect()
+    parallel.disconnect()
     return ready
 
 
-def _build(prepared: Prepared, build: Callable[[Prepared], Any] | None) -> Any:
-    if build is None:
-        from executor.apps.build import engine_of as build  # loads torch
-    return build(prepared)
-
-
-def _assist(prepared: Prepared, build: Callable[[Prepared], Any] | None) -> None:
-    """What a rank other than 0 does: answer for its replica, or follow the rank that does."""
+def _join(recipe: Recipe, dataset: Dataset | None) -> tuple[Any, Any, Any]:
+    """This rank's device, its place in the job, and its share of the requests (None: it follows another rank)."""
+    from executor.apps.build import open_rank  # loads torch: only when there is work for it
     from executor.apps.spread import Spread
 
+    device, parallel = open_rank(recipe)
+    return device, parallel, Spread(parallel, dataset)
+
+
+def _build(prepared: Prepared, device: Any, parallel: Any, build: Callable[..., Any] | None) -> Any:
+    if build is None:
+        from executor.apps.build import engine_of as build
+    return build(prepared, device, parallel)
+
+
+def _assist(prepared: Prepared, build: Callable[..., Any] | None) -> None:
+    """What a rank other than 0 does: answer for its replica, or follow the rank that does."""
     recipe = prepared.recipe
-    if rank_place().rank % recipe.attn_tp_size:
-        engine = _build(prepared, build)
-        engine.follow()
-    else:
-        dataset = load_dataset(recipe.data)  # before the weights: a mistake shows at once
-        params = sampling_params(recipe.generation, prepared.generation_config)
-        engine = _build(prepared, build)
-        spread = Spread(engine.replica.parallel, dataset)
-        spread.start()
-        for row in _own_rows(engine, recipe, params, spread):
-            if row is not None:
-                spread.send(row)
-    engine.replica.parallel.disconnect()
+    leads = rank_place().rank % recipe.attn_tp_size == 0
+    dataset = load_dataset(recipe.data) if leads else None
+    device, parallel, spread = _join(recipe, dataset)
+    if spread.start():
+        engine = _build(prepared, device, parallel, build)
+        if leads:
+            params = sampling_params(recipe.generation, prepared.generation_config)
+            for row in _own_rows(engine, recipe, params, spread):
+                if row is not None:
+                    spread.send(row)
+        else:
+            engine.follow()
+    parallel.disconnect()
 
 
 def _all_rows(engine: Any, recipe: Recipe, params: SamplingParams, spread: Any, count: int) -> Iterator[Row]:

@@ -20,9 +20,12 @@ POLL_S = 0.02
 
 
 class Spread:
-    """One replica's share of a list of requests, known by their places in the data set."""
+    """One replica's share of a list of requests, known by their places in the data set.
 
-    def __init__(self, parallel: Parallel, dataset: Dataset) -> None:
+    Ranks that follow their replica's first have no `dataset`, and take nothing.
+    """
+
+    def __init__(self, parallel: Parallel, dataset: Dataset | None) -> None:
         self._store = PrefixStore("generate", parallel.store)
         self._dataset = dataset
         self._is_first = parallel.rank == 0
@@ -30,22 +33,24 @@ class Spread:
         self._todo: list[int] = []
         self._num_received = 0
 
-    def start(self, todo: Sequence[int] = ()) -> None:
-        """Rank 0 says what is to be answered; the other replicas learn it.
+    def start(self, todo: Sequence[int] = ()) -> bool:
+        """Rank 0 says what is to be answered; the others learn it. Returns whether there is anything.
 
         Raises UserError on a replica whose data set is not rank 0's.
         """
-        digest = _digest(self._dataset) if self._num_replicas > 1 else ""
+        compares = self._dataset is not None and self._num_replicas > 1
+        digest = _digest(self._dataset) if compares else ""
         if self._is_first:
             self._todo = list(todo)
             self._store.set("todo", json.dumps([digest, self._todo]))
-            return
+            return bool(todo)
         theirs, self._todo = json.loads(self._store.get("todo"))
-        if theirs != digest:
+        if compares and theirs != digest:
             raise UserError(
                 f"data_config: the data set {self._dataset.path} here holds other requests than on rank 0's machine; "
                 "copy the same files to every node"
             )
+        return bool(self._todo)
 
     @property
     def most(self) -> int:

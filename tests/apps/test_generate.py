@@ -207,7 +207,7 @@ def test_results_are_saved_resumed_and_tried_again(tmp_path):
     assert "[2/2]" in printed and "[1/2]" not in printed
 
     # Everything is there: no engine is made.
-    def no_engine(prepared):
+    def no_engine(*opened):
         raise AssertionError("an engine was made")
 
     document, status = generate.run(recipe_of(data=data), build=no_engine, out=io.StringIO())

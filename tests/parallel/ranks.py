@@ -82,7 +82,7 @@ class Watched:
         self.steps: list[list[int]] = []  # of every decode step of rank 0: collectives, rows
         self.loads: list[list[int]] = []  # of every rank: bytes read, bytes estimated, growth of its memory
 
-    def build(self, prepared: Any) -> Any:
+    def build(self, prepared: Any, device: Any, parallel: Any) -> Any:
         load, reports, peaks = build.load_model, [], []
 
         def noted(*args: Any) -> tuple[Any, LoadReport]:
@@ -94,10 +94,10 @@ class Watched:
 
         build.load_model = noted
         try:
-            engine = build.engine_of(prepared)
+            engine = build.engine_of(prepared, device, parallel)
         finally:
             build.load_model = load
-        parallel, report = engine.replica.parallel, reports[0]
+        report = reports[0]
         mine = [report.bytes_read, prepared.memory.weights_bytes, peaks[0]]
         self.loads = [mine]
         if parallel.job.size > 1:

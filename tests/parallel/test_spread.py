@@ -29,8 +29,7 @@ def spreads(*samples: list[Sample]) -> list[Spread]:
 
 def test_whoever_is_free_takes_the_next() -> None:
     first, second = spreads(SAMPLES, SAMPLES)
-    first.start([1, 2, 4, 5, 8])
-    second.start()
+    assert first.start([1, 2, 4, 5, 8]) and second.start()
     assert (first.most, second.most) == (3, 3)
     one, two = first.mine(), second.mine()
     assert [next(one), next(two), next(two), next(two)] == [(i, SAMPLES[i]) for i in (1, 2, 4, 5)]
@@ -74,3 +73,4 @@ def test_one_ordered_file_with_a_bad_row_and_a_resume(tmp_path, family, degrees)
     whole = results.read_bytes()
     (nothing,) = run_ranks(2, [told], tmp_path)
     assert (nothing["status"], len(nothing["answers"]), results.read_bytes()) == (0, 12, whole)
+    assert nothing["loads"] == [], "no weights are read for nothing"
