@@ -131,6 +131,11 @@ class Parallel:
     def rank(self) -> int:
         return self.world.rank
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is its replica's first rank, which schedules and samples for all of it."""
+        return self.control.rank == 0
+
     def disconnect(self) -> None:
         """Leave the job's groups; every rank does, and may connect again."""
         if dist.is_initialized():

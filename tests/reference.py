@@ -93,6 +93,11 @@ def save_checkpoint(folder: Path, family: str, model: Any) -> Path:
     return folder
 
 
+def random_checkpoint(folder: Path, family: str) -> Path:
+    """A small random checkpoint of one family in `folder`."""
+    return save_checkpoint(folder, family, random_model(family, config_of(family, tokenizer_of(family))))
+
+
 @torch.inference_mode()
 def greedy(model: Any, prompt: Prompt, pixel_format: Any, num_tokens: int) -> tuple[list[int], torch.Tensor]:
     """transformers' own greedy tokens for our prompt, and their logits [num_tokens, V].

@@ -14,7 +14,8 @@ from executor.config import build_recipe
 from executor.errors import UserError
 from executor.memory import GIB, estimate, weights_bytes
 from executor.shapes import read_shapes
-from tests.models.test_shapes import SHAPES, published_config
+from models.published import published_config
+from tests.models.test_shapes import SHAPES
 from tests.reference import REPO
 
 README = (REPO / "README.md").read_text()

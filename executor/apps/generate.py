@@ -99,7 +99,11 @@ def _answer_missing(
 
     Returns when the engine was ready, in monotonic seconds.
     """
-    device, parallel, spread = _join(prepared.recipe, dataset)
+    from executor.apps.build import open_rank  # loads torch: only when there is work for it
+    from executor.apps.spread import Spread
+
+    device, parallel = open_rank(prepared.recipe)
+    spread = Spread(parallel, dataset)
     if not spread.start([index for index in range(len(dataset)) if index not in rows]):
         parallel.disconnect()
         return time.monotonic()
@@ -125,15 +129,6 @@ def _answer_missing(
     return ready
 
 
-def _join(recipe: Recipe, dataset: Dataset | None) -> tuple[Any, Any, Any]:
-    """This rank's device, its place in the job, and its share of the requests (None: it follows another rank)."""
-    from executor.apps.build import open_rank  # loads torch: only when there is work for it
-    from executor.apps.spread import Spread
-
-    device, parallel = open_rank(recipe)
-    return device, parallel, Spread(parallel, dataset)
-
-
 def _build(prepared: Prepared, device: Any, parallel: Any, build: Callable[..., Any] | None) -> Any:
     if build is None:
         from executor.apps.build import engine_of as build
@@ -142,13 +137,15 @@ def _build(prepared: Prepared, device: Any, parallel: Any, build: Callable[..., 
 
 def _assist(prepared: Prepared, build: Callable[..., Any] | None) -> None:
     """What a rank other than 0 does: answer for its replica, or follow the rank that does."""
+    from executor.apps.build import open_rank
+    from executor.apps.spread import Spread
+
     recipe = prepared.recipe
-    leads = rank_place().rank % recipe.attn_tp_size == 0
-    dataset = load_dataset(recipe.data) if leads else None
-    device, parallel, spread = _join(recipe, dataset)
+    device, parallel = open_rank(recipe)
+    spread = Spread(parallel, load_dataset(recipe.data) if parallel.leads else None)
     if spread.start():
         engine = _build(prepared, device, parallel, build)
-        if leads:
+        if parallel.leads:
             params = sampling_params(recipe.generation, prepared.generation_config)
             for row in _own_rows(engine, recipe, params, spread):
                 if row is not None:

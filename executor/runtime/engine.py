@@ -102,8 +102,6 @@ class Engine:
     def step(self) -> list[Output]:
         """Run one step; what it added to each answer. Empty when there is nothing to do."""
         plan = self.scheduler.schedule()
-        if not plan.rows and not self.replica.in_step:
-            return []
         sampled = self.runner.execute(plan)
         logprobs = {
             row.request.id: value

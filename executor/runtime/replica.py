@@ -83,7 +83,7 @@ class Replica:
     @property
     def leads(self) -> bool:
         """Whether this rank schedules and samples for its replica."""
-        return self.parallel.control.rank == 0
+        return self.parallel.leads
 
     def owners(self, media: Sequence[MediaItem]) -> list[int]:
         """Which rank of the pictures' group encodes each item: 0 for all where every rank takes part in all."""
@@ -103,6 +103,8 @@ class Replica:
                 if tokens or more or not going:
                     break
             plan = replace(plan, padded_tokens=tokens, in_graph=not eager)
+        elif in_graph:
+            plan = replace(plan, in_graph=True)
         if not plan.rows and not plan.padded_tokens:
             return None
         if self.parallel.control.size > 1:

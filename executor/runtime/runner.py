@@ -74,8 +74,6 @@ class Runner:
         if plan is None:
             return Sampled([], [])
         logits = self.forward(plan)
-        if not plan.rows:
-            return Sampled([], [])
         return self.sampler.sample(logits, [row.request for row in plan.rows if row.samples])
 
     def close(self) -> Iterator[None]:
@@ -101,7 +99,7 @@ class Runner:
             self.features.pop(digest, None)
         if plan.encode:
             self.encode(plan.encode)
-        if plan.in_graph and self._is_captured(plan):
+        if plan.in_graph:
             return self.graphs(plan.rows, plan.padded_tokens)
         if not plan.rows:
             self.model.help(plan.padded_tokens)

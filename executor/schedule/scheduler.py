@@ -38,15 +38,15 @@ class Row:
 class Plan:
     """One step. The runner drops the embeddings of `release`, then encodes `encode`, then computes `rows`.
 
-    Where replicas share experts they agree on the last two: how many tokens each of them brings, its own filled up,
-    and whether they all replay a graph.
+    The replica's leader fills in the last two. Replicas that share experts agree on them: how many tokens each of them
+    brings, its own filled up, and whether they all replay a graph.
     """
 
     rows: tuple[Row, ...]
     encode: tuple[MediaItem, ...] = ()
     release: tuple[bytes, ...] = ()
     padded_tokens: int | None = None
-    in_graph: bool = True
+    in_graph: bool = False
 
 
 @dataclass(slots=True)

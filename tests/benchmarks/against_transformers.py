@@ -29,9 +29,9 @@ from executor.runtime.replica import Replica
 from executor.runtime.runner import Runner
 from executor.runtime.sampler import Sampler
 from executor.schedule.scheduler import Scheduler
+from models.published import published_config
 from models.qwen2_5_vl import runner as family
 from models.qwen2_5_vl.processor import mrope_positions
-from tests.models.test_shapes import published_config
 from tests.reference import tokenizer_of
 
 PICTURE_GRID = (1, 56, 72)  # patches: 1008 visual tokens

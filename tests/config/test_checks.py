@@ -11,7 +11,8 @@ from executor.config import Recipe, build_recipe
 from executor.errors import UserError
 from executor.memory import GIB, estimate, kv_block_bytes
 from executor.shapes import read_shapes
-from tests.models.test_shapes import SHAPES, published_config
+from models.published import published_config
+from tests.models.test_shapes import SHAPES
 from tests.reference import REPO
 
 TINY = REPO / "models" / "tiny" / "qwen3_vl"

@@ -15,7 +15,8 @@ from executor.memory import GIB, estimate, weights_bytes
 from executor.parallel import groups
 from executor.runtime.loading import build_on_meta
 from executor.shapes import read_shapes
-from tests.models.test_shapes import SHAPES, published_config
+from models.published import published_config
+from tests.models.test_shapes import SHAPES
 from tests.reference import REPO
 
 RECIPES = sorted(path.name for path in (REPO / "config").glob("*.yaml"))

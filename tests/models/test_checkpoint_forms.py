@@ -14,21 +14,19 @@ from executor.request import SamplingParams
 from executor.runtime.weights import Checkpoint, load_weights
 from models.qwen3_vl import runner as family
 from tests.engines import engine_over
-from tests.reference import config_of, random_model, save_checkpoint, tokenizer_of
+from tests.reference import random_checkpoint
 
 MESSAGES = [{"role": "user", "content": "What color is the circle?"}]
 
 
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory):
-    model = random_model("qwen3_vl_moe", config_of("qwen3_vl_moe", tokenizer_of("qwen3_vl_moe")))
-    return save_checkpoint(tmp_path_factory.mktemp("moe"), "qwen3_vl_moe", model)
+    return random_checkpoint(tmp_path_factory.mktemp("moe"), "qwen3_vl_moe")
 
 
 @pytest.fixture(scope="module")
 def qwen2_5(tmp_path_factory):
-    model = random_model("qwen2_5_vl", config_of("qwen2_5_vl", tokenizer_of("qwen2_5_vl")))
-    return save_checkpoint(tmp_path_factory.mktemp("qwen2_5"), "qwen2_5_vl", model)
+    return random_checkpoint(tmp_path_factory.mktemp("qwen2_5"), "qwen2_5_vl")
 
 
 def first_logits(folder) -> torch.Tensor:

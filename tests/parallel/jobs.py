@@ -1,7 +1,6 @@
 """Cases for tests.parallel.ranks, and jobs that run them."""
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,12 +27,9 @@ def run_ranks(
     """What rank 0 saw of every case, over `num_ranks` processes that torchrun starts."""
     told, out = folder / f"cases_{num_ranks}.json", folder / f"found_{num_ranks}.json"
     told.write_text(json.dumps(cases))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = [sys.executable]
     if num_ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--master-port", str(port)]
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     command = [*launcher, "-m", "tests.parallel.ranks", str(told), str(out)]
     settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(

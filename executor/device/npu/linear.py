@@ -76,8 +76,11 @@ class Experts(nn.Module):
         self.gate_up, self.down = _frozen(gate_up), _frozen(down)
         self.swiglu = swiglu
         self.first, self.num_experts = first, num_experts
-        self.drops_rows = drops_rows and self.gate_up.shape[0] < num_experts
-        self.fills_rows = not drops_rows and self.gate_up.shape[0] < num_experts
+        self.drops_rows = drops_rows and not self.is_whole
+
+    @property
+    def is_whole(self) -> bool:
+        return self.gate_up.shape[0] == self.num_experts
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         rows, places, counts, _ = torch_npu.npu_moe_init_routing_v2(
@@ -92,10 +95,10 @@ class Experts(nn.Module):
             row_idx_type=0,
         )
         y = _grouped(self.swiglu(_grouped(rows, self.gate_up, counts)), self.down, counts)
-        if self.fills_rows:
-            y, places, weights = _without_others(y, places, counts, weights)
         if self.drops_rows:
             y = y.unsqueeze(1)  # each routed row is an expert of capacity 1, and -1 is the place of another rank's
+        elif not self.is_whole:
+            y, places, weights = _without_others(y, places, counts, weights)
         return torch_npu.npu_moe_finalize_routing(
             y,
             skip1=None,

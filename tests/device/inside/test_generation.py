@@ -11,7 +11,7 @@ from executor.emulator.record import Recorder
 from executor.request import SamplingParams
 from tests.device.inside.npu import A2, A3, CPU, DUO, backend, engine_on, exact
 from tests.models.test_generation import CASES, RecordedLogits
-from tests.reference import FAMILIES, config_of, random_model, save_checkpoint, tokenizer_of
+from tests.reference import FAMILIES, random_checkpoint
 
 NUM_TOKENS = 8
 GREEDY = SamplingParams(max_new_tokens=NUM_TOKENS, ignore_eos=True, temperature=0.0)
@@ -32,8 +32,7 @@ def answers(engine, prompts) -> tuple[list[list[int]], list[torch.Tensor]]:
 def family(request, tmp_path_factory):
     """(folder, prompts by case, the CPU's fp32 tokens and logits, its fp16 logits)."""
     name = request.param
-    model = random_model(name, config_of(name, tokenizer_of(name)))
-    folder = save_checkpoint(tmp_path_factory.mktemp(name), name, model)
+    folder = random_checkpoint(tmp_path_factory.mktemp(name), name)
     engine = engine_on(CPU, folder, torch.float32)
     prompts = {case: engine.processor.build(messages) for case, messages in CASES.items()}
     tokens, logits = answers(engine, prompts)

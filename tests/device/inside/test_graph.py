@@ -13,7 +13,7 @@ from executor.emulator import graph
 from executor.request import SamplingParams
 from tests.device.inside.npu import A2, A3, CPU, backend, engine_on, exact
 from tests.models.test_generation import CASES
-from tests.reference import FAMILIES, config_of, random_model, save_checkpoint, tokenizer_of
+from tests.reference import FAMILIES, random_checkpoint
 
 NUM_TOKENS = 20  # past a block's end
 GREEDY = SamplingParams(max_new_tokens=NUM_TOKENS, ignore_eos=True, temperature=0.0)
@@ -23,8 +23,7 @@ GREEDY = SamplingParams(max_new_tokens=NUM_TOKENS, ignore_eos=True, temperature=
 def family(request, tmp_path_factory):
     """(folder, prompts, the CPU's tokens of all prompts together)."""
     name = request.param
-    model = random_model(name, config_of(name, tokenizer_of(name)))
-    folder = save_checkpoint(tmp_path_factory.mktemp(name), name, model)
+    folder = random_checkpoint(tmp_path_factory.mktemp(name), name)
     engine = engine_on(CPU, folder, torch.float32)
     prompts = [engine.processor.build(messages) for messages in CASES.values()]
     return folder, prompts, tokens_of(engine, prompts)

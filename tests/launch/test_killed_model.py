@@ -10,13 +10,6 @@ import pytest
 from tests.launch.jobs import Job
 
 
-@pytest.fixture
-def job(tmp_path):
-    job = Job(tmp_path)
-    yield job
-    job.clear()
-
-
 def rank_process(job: Job, rank: int) -> int:
     """The process id of a rank of this job."""
     for pid in job.processes():
