@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from dataset.sample import Sample, media_key, media_source
-from executor.env import REPO_ROOT
 from executor.errors import UserError, nearest
-from executor.vision.media import expand_folder, sniff
+from executor.host.env import REPO_ROOT
+from executor.media.media import expand_folder, sniff
 
 TEXT_KEYS = ("messages", "conversations", "question", "prompt", "text", "turns")
 MEDIA_KEYS = {

@@ -5,8 +5,8 @@ The shortest: {"question": "What is this?", "image": "cat.png"}.
 
 from dataset.files import open_rows
 from dataset.sample import Dataset
-from executor.env import find_path
 from executor.errors import UserError
+from executor.host.env import find_path
 
 
 def load(dataset_path: str | None) -> Dataset:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dataset.files import open_rows
 from dataset.sample import Dataset
-from executor.env import REPO_ROOT, find_path
 from executor.errors import UserError
+from executor.host.env import REPO_ROOT, find_path
 
 FOLDER = REPO_ROOT / "dataset" / "vision_arena_bench"
 FILES = ("dataset.jsonl", "dataset.json")

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from executor.apps.build import build_engine
-from executor.config import build_recipe
-from executor.runtime.engine import Engine
+from executor.commands.build import build_engine
+from executor.engine.engine import Engine
+from executor.recipe.schema import build_recipe
 
 
 def engine_over(folder: Path, **scheduler: Any) -> Engine:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import transformers
 
-from executor.request import Prompt
-from executor.vision.image import normalize_patchify
+from executor.media.image import normalize_patchify
+from executor.schedule.request import Prompt
 
 REPO = Path(__file__).parent.parent
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")

@@ -2,7 +2,7 @@
 # bash tests/run.sh [PYTEST ARGUMENTS...]: set-up, lint, and the test suite; pytest's closing line is the last.
 #
 # Without arguments the whole suite runs, spread over WORKERS processes (default: the cores, at most 8).
-# With arguments they are pytest's own: bash tests/run.sh tests/config -k degrees
+# With arguments they are pytest's own: bash tests/run.sh tests/recipe -k degrees
 set -euo pipefail
 
 repo_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -30,7 +30,7 @@ if [ ! -d "$torchvision_dir/torchvision" ] && ! "$PYTHON_FOUND" -c 'import torch
 fi
 
 # The real torch_npu, for the emulator; apart from the environment as well, where it would break torch without CANN.
-"$PYTHON_FOUND" -c 'from executor.emulator.stubs import require_wheel; require_wheel(install=True)' >&2 ||
+"$PYTHON_FOUND" -c 'from emulator.stubs import require_wheel; require_wheel(install=True)' >&2 ||
     echo "set-up: without torch_npu the tests on emulated chips are skipped" >&2
 
 "$PYTHON_FOUND" -m ruff check .

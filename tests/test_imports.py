@@ -11,36 +11,32 @@ from tests.reference import REPO
 # Lower never imports higher; what shares a number may import each other.
 RANKS = {
     "executor.errors": 0,
-    "executor.env": 0,
-    "executor.request": 0,
-    "executor.config": 1,
-    "executor.recipe_errors": 1,
-    "executor.recipe_file": 1,
-    "executor.checkpoint_folder": 1,
-    "executor.generation": 1,
-    "executor.shapes": 1,
-    "executor.memory": 1,
+    "executor.host": 0,
     "executor.doctor": 1,
-    "executor.checks": 2,
-    "executor.schedule": 3,
-    "executor.device": 3,
+    "executor.schedule": 1,
+    "executor.device": 1,
+    "executor.media": 1,
+    "executor.checkpoint": 2,
+    "executor.recipe": 3,
+    "executor.prompt": 3,
+    "executor.recipe.settle": 4,
     "executor.parallel": 4,
     "executor.quant": 5,
-    "executor.vision": 5,
     "executor.layers": 6,
-    "executor.runtime": 7,
+    "executor.engine": 7,
     "models": 8,
     "dataset": 8,
+    "emulator": 8,
     "executor.serve": 8,
-    "executor.emulator": 8,
     "executor.launch": 8,
-    "executor.apps": 9,
+    "executor.commands": 9,
+    "executor.__main__": 10,
 }
-SOURCES = ("executor", "models", "dataset")
+SOURCES = ("executor", "models", "dataset", "emulator")
 SCRIPTS = ("executor/scripts", "models/tiny")  # run by themselves; no module of the product imports them
-ENVIRONMENT = ("executor/env.py", "executor/apps/launch.py")
+ENVIRONMENT = ("executor/host/env.py", "executor/__main__.py")
 NPU_PACKAGES = ("torch_npu", "torchair")
-NPU_FOLDERS = ("executor/device/npu", "executor/emulator")
+NPU_FOLDERS = ("executor/device/npu", "emulator")
 
 
 def product_files(root: Path = REPO) -> list[Path]:
@@ -94,10 +90,10 @@ def test_every_file_has_a_rank():
 @pytest.mark.parametrize(
     "file, line",
     [
-        ("executor/schedule/bad.py", "from executor.runtime import engine"),
+        ("executor/schedule/bad.py", "from executor.engine import engine"),
         ("executor/layers/bad.py", "import models.qwen3_vl.model"),
-        ("executor/config.py", "def late():\n    from executor.checks import prepare"),
-        ("models/qwen3_vl/bad.py", "from executor import apps"),
+        ("executor/recipe/schema.py", "def late():\n    from executor.recipe.settle import prepare"),
+        ("models/qwen3_vl/bad.py", "from executor import commands"),
     ],
 )
 def test_an_upward_import_is_found(tmp_path, file, line):
@@ -127,7 +123,7 @@ def test_the_environment_is_read_in_one_place():
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             used = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")
-            assert not used, f"{path}:{node.lineno} reads the environment; executor/env.py does"
+            assert not used, f"{path}:{node.lineno} reads the environment; executor/host/env.py does"
 
 
 def test_model_families_do_not_know_each_other():

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from executor.checks import tp_faults
-from executor.config import build_recipe
 from executor.errors import UserError
-from executor.memory import GIB, estimate, weights_bytes
-from executor.shapes import read_shapes
+from executor.recipe.memory import GIB, estimate, weights_bytes
+from executor.recipe.schema import build_recipe
+from executor.recipe.settle import tp_faults
+from executor.recipe.sizes import read_shapes
 from models.published import published_config
 from tests.models.test_shapes import SHAPES
 from tests.reference import REPO
@@ -113,7 +113,7 @@ def test_the_table_of_fewest_cards_is_the_arithmetic():
 
 def test_troubleshooting_quotes_messages_that_exist():
     """Every quoted part of a heading stands in some message; `...`, N and M are what a message fills in."""
-    folders = [REPO / name for name in ("executor", "models", "dataset")]
+    folders = [REPO / name for name in ("executor", "models", "dataset", "emulator")]
     source = "".join(path.read_text() for folder in folders for path in sorted(folder.rglob("*.py")))
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # messages that go over several lines
     headings = re.findall(r"^### (.*)$", (REPO / "docs" / "troubleshooting.md").read_text(), flags=re.MULTILINE)

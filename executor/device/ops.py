@@ -86,7 +86,7 @@ class Ops(ABC):
         """`weight [out, in]` in the layout this device multiplies fastest, as a function of `x [T, in]`."""
 
     def prepare_summed_linear(self, weight: Tensor, bias: Tensor | None, group: Any) -> Callable[[Tensor], Tensor]:
-        """The same where every rank of `group` (executor.parallel.Group) has some of the inputs: results are summed."""
+        """The same where every rank of `group` (a parallel.groups.Group) has some of the inputs: results are summed."""
         multiply = self.prepare_linear(weight, bias)
         return lambda x: group.all_reduce(multiply(x))
 

@@ -8,8 +8,8 @@ import re
 
 from executor.doctor.facts import Facts
 from executor.doctor.findings import ERROR, NOTE, OK, UNKNOWN, WARNING, Finding
-from executor.doctor.npu_smi import DUO
 from executor.doctor.recipe import Wish
+from executor.host.npu_smi import DUO
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 

@@ -9,11 +9,12 @@ import json
 import posixpath
 from dataclasses import dataclass, field
 
-from executor.doctor import npu_smi, versions
-from executor.doctor.machine import Machine
-from executor.doctor.nodes import NodeSetup, VisibleDevices, parse_set_env, parse_visible_devices
-from executor.doctor.npu_smi import Chip
+from executor.doctor import versions
 from executor.doctor.recipe import Wish
+from executor.host import npu_smi
+from executor.host.machine import Machine
+from executor.host.nodes import NodeSetup, VisibleDevices, parse_set_env, parse_visible_devices
+from executor.host.npu_smi import Chip
 
 ASCEND_ROOTS = ("/usr/local/Ascend", "~/Ascend")
 RANKS_PER_NODE = {npu_smi.A2: 8, npu_smi.A3: 16}

@@ -7,7 +7,7 @@ from collections import Counter
 from executor.doctor import versions
 from executor.doctor.facts import RANKS_PER_NODE, Facts
 from executor.doctor.findings import ERROR, NOTE, OK, UNKNOWN, WARNING, Finding
-from executor.doctor.npu_smi import DUO
+from executor.host.npu_smi import DUO
 
 NODES = ("/dev/davinci_manager", "/dev/devmm_svm", "/dev/hisi_hdc")
 """Device files every process that uses a chip opens, besides its /dev/davinciN."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from executor.doctor.facts import Facts
 from executor.doctor.findings import ERROR, NOTE, OK, UNKNOWN, WARNING, Finding
-from executor.doctor.nodes import PORTS, is_placeholder, parse_hccn_conf
-from executor.doctor.npu_smi import A2, A3
+from executor.host.nodes import PORTS, is_placeholder, parse_hccn_conf
+from executor.host.npu_smi import A2, A3
 
 _LOW_MEMORY_BYTES = 4 * 2**30
 _SET_ENV = "executor/scripts/set_env.sh"

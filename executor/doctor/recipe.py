@@ -2,8 +2,8 @@
 
 Sections at the margin, `key: value` below them, comments, quotes, one-line lists and `- item` lists. Anything else
 (anchors, mappings in braces, text over several lines, tabs) is refused with its line, never guessed at. Which keys
-there are and what they may hold is the schema's business (executor/config.py), which infer.sh asks; the doctor looks at
-the few keys that the machine decides about.
+there are and what they may hold is the schema's business (executor/recipe/schema.py), which infer.sh asks; the doctor
+looks at the few keys that the machine decides about.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Wish:
-    """What a recipe wants of a machine. The defaults are those of executor/config.py (a test compares them)."""
+    """What a recipe wants of a machine. The defaults are those of executor/recipe/schema.py (a test compares them)."""
 
     model_path: str
     device: str = "auto"

@@ -8,7 +8,7 @@ import re
 from executor.doctor import versions
 from executor.doctor.facts import Facts
 from executor.doctor.findings import ERROR, NOTE, OK, UNKNOWN, WARNING, Finding
-from executor.doctor.npu_smi import A2, A3, DUO
+from executor.host.npu_smi import A2, A3, DUO
 
 OLDEST_PYTHON = (3, 11)
 KERNELS = {A2: "ascend910b", A3: "ascend910_93", DUO: "ascend310p"}

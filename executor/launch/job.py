@@ -21,12 +21,10 @@ from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
-from executor.checks import resolve_device
-from executor.config import Recipe
-from executor.doctor.machine import Machine
-from executor.doctor.nodes import is_address, parse_set_env
-from executor.env import REPO_ROOT, code_digest
 from executor.errors import UserError
+from executor.host.env import REPO_ROOT, code_digest
+from executor.host.machine import Machine
+from executor.host.nodes import is_address, parse_set_env
 from executor.launch import store as stores
 from executor.launch.heartbeat import (
     LOST_S,
@@ -44,6 +42,8 @@ from executor.launch.plan import LOCAL_ADDRESS, SET_ENV, NodePlan, plan_nodes
 from executor.launch.preflight import PROBLEM, Card, agree, check_rival, exchange, take_place
 from executor.launch.processes import Follower, RankProcess, end_all, start_rank
 from executor.launch.rank import outcome_of
+from executor.recipe.schema import Recipe
+from executor.recipe.settle import resolve_device
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def start_job(
 ) -> tuple[Document, int]:
     """Run this node's part of a job: its JSON document and the exit status. UserError before any rank starts.
 
-    Every rank is `python -m executor.apps.launch ARGV`. `check` settles the recipe for so many
+    Every rank is `python -m executor ARGV`. `check` settles the recipe for so many
     ranks of this node, or raises UserError for what keeps it from starting.
     """
     machine = Machine()

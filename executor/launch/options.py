@@ -10,10 +10,10 @@ import os
 import re
 from collections.abc import Mapping
 
-from executor.config import Recipe
-from executor.doctor.machine import Machine
-from executor.doctor.npu_smi import A2, A3
+from executor.host.machine import Machine
+from executor.host.npu_smi import A2, A3
 from executor.launch.plan import NodePlan
+from executor.recipe.schema import Recipe
 
 HCCL_CONNECT_TIMEOUT_S = 1200  # ranks read their weights at different speeds before they meet
 HCCL_EXEC_TIMEOUT_S = 1800
@@ -30,7 +30,7 @@ def rank_options(recipe: Recipe, device: str, local_ranks: int) -> dict[str, str
 def npu_options(soc: str | None, jemalloc: str | None) -> dict[str, str]:
     """For ranks on NPUs; `jemalloc` is the library's file name where it is installed.
 
-    HCCL_BUFFSIZE is not among them: executor.parallel gives every communicator the buffers of its use.
+    HCCL_BUFFSIZE is not among them: executor.parallel.groups gives every communicator the buffers of its use.
     """
     options = {
         "OMP_NUM_THREADS": "1",

@@ -1,6 +1,6 @@
 """Which ranks run where: from the recipe, the addresses in set_env.sh and this machine to a `NodePlan`.
 
-Reads the machine only through what is handed in (executor.doctor.machine.Machine or a test's), starts nothing. What the
+Reads the machine only through what is handed in (executor.host.machine.Machine or a test's), starts nothing. What the
 user must mend is a UserError.
 """
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from executor.config import Recipe
-from executor.doctor.machine import Machine
-from executor.doctor.nodes import PORTS, is_placeholder, parse_visible_devices
-from executor.doctor.npu_smi import A2, A3, DUO, family, parse_info
 from executor.errors import UserError
+from executor.host.machine import Machine
+from executor.host.nodes import PORTS, is_placeholder, parse_visible_devices
+from executor.host.npu_smi import A2, A3, DUO, family, parse_info
+from executor.recipe.schema import Recipe
 
 SET_ENV = "executor/scripts/set_env.sh"
 RANKS_OF_SOC = {A2: 8, A3: 16, DUO: 2}
@@ -114,7 +114,7 @@ def npu_ranks(soc: str | None, machine: Machine) -> int:
     if soc not in RANKS_OF_SOC:
         raise UserError(
             "device npu: this machine shows no chips (npu-smi, /dev/davinci*) and the recipe names none; set "
-            "model_config.soc, or run python -m executor.apps.doctor"
+            "model_config.soc, or run python -m executor.commands.doctor"
         )
     return RANKS_OF_SOC[soc]
 

@@ -29,7 +29,7 @@ class Card:
     command: str
     code: str
     recipe: dict[str, Any] | None
-    """Settled, as executor.checks.prepare returns it. None: the member looks at the same files as one that tells."""
+    """Settled, as recipe.settle.prepare returns it. None: the member looks at the same files as one that tells."""
     problem: str = ""
     """What keeps it from starting, in words for the user: no weights ..."""
 

@@ -57,7 +57,7 @@ class RankProcess:
 
 
 def start_rank(rank: int, arguments: Iterable[str], variables: Mapping[str, str], folder: Path) -> RankProcess:
-    """`python -m executor.apps.launch ARGUMENTS` with `variables` as its environment, stderr in its log.
+    """`python -m executor ARGUMENTS` with `variables` as its environment, stderr in its log.
 
     stdout is this process's own; only rank 0 writes to it (see rank.py). Must be called by the main thread: the kernel
     ends a rank with the thread that started it (die_with_parent).
@@ -65,7 +65,7 @@ def start_rank(rank: int, arguments: Iterable[str], variables: Mapping[str, str]
     log = folder / f"rank_{rank:02d}.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "executor.apps.launch", *arguments],
+            [sys.executable, "-m", "executor", *arguments],
             env=dict(variables),
             stdin=subprocess.DEVNULL,
             stderr=stream,

@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from executor.config import Recipe
-from executor.env import code_digest, environment, rank_place, set_always, set_where_unset
 from executor.errors import UserError
+from executor.host.env import code_digest, environment, rank_place, set_always, set_where_unset
 from executor.launch.foreign import check_world, rank_variables
 from executor.launch.processes import die_with_parent
+from executor.recipe.schema import Recipe
 
 if TYPE_CHECKING:  # torch takes seconds to import; a mistake in the command line need not wait for it
     from executor.launch.heartbeat import Heartbeat

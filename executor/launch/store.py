@@ -16,9 +16,9 @@ from typing import TypeVar
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from executor.doctor.machine import Machine
-from executor.doctor.nodes import PORTS
 from executor.errors import UserError
+from executor.host.machine import Machine
+from executor.host.nodes import PORTS
 
 logger = logging.getLogger(__name__)
 

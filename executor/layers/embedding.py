@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from executor.checkpoint.pull import Catalog, Pull, empty
 from executor.device import ops
-from executor.layers.pull import Catalog, Pull, empty
-from executor.parallel import Group, part
+from executor.parallel.groups import Group, part
 
 
 class Embedding(nn.Module):

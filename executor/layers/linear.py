@@ -10,9 +10,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from executor.checkpoint.pull import Catalog, Pull, elsewhere, empty
 from executor.device import ops
-from executor.layers.pull import Catalog, Pull, elsewhere, empty
-from executor.parallel import Group, part
+from executor.parallel.groups import Group, part
 
 _ALONE = Group()
 

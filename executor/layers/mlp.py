@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from executor.device import ops
 from executor.layers.linear import Linear, fused
-from executor.parallel import Group
+from executor.parallel.groups import Group
 
 
 class GatedMLP(nn.Module):

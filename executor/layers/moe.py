@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from executor.checkpoint.pull import Catalog, Pull, elsewhere, empty
 from executor.device import ops
 from executor.errors import UserError
 from executor.layers.linear import Linear
-from executor.layers.pull import Catalog, Pull, elsewhere, empty
-from executor.parallel import Parallel, part
+from executor.parallel.groups import Parallel, part
 
 
 class MoE(nn.Module):

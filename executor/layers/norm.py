@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from executor.checkpoint.pull import Catalog, Pull, empty, whole
 from executor.device import ops
-from executor.layers.pull import Catalog, Pull, empty, whole
 
 
 class RMSNorm(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from executor.device import ops
 from executor.layers.linear import Linear, Part
-from executor.parallel import Group, part
+from executor.parallel.groups import Group, part
 
 Grid = tuple[int, int, int]  # temporal patches, patch rows, patch columns
 

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from executor.request import MediaItem, Request, Span
+from executor.schedule.request import MediaItem, Request, Span
 
 
 @dataclass

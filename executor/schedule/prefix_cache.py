@@ -15,7 +15,7 @@ import struct
 
 import numpy as np
 
-from executor.request import Request, Span
+from executor.schedule.request import Request, Span
 
 _DIGEST_BYTES = 16
 _INT_BYTES = 8

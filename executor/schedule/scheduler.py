@@ -18,10 +18,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from executor.errors import UserError
-from executor.request import FinishReason, MediaItem, Request, Status
 from executor.schedule.block_pool import BlockPool
 from executor.schedule.encoder_cache import EncoderCache, MediaReads
 from executor.schedule.prefix_cache import BlockDigests
+from executor.schedule.request import FinishReason, MediaItem, Request, Status
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ driver_path=""
 
 if [ -z "$recipes_path" ]; then
     recipes_path="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-elif [ ! -f "$recipes_path/executor/apps/launch.py" ]; then
+elif [ ! -f "$recipes_path/executor/__main__.py" ]; then
     _fail "executor/scripts/set_env.sh: recipes_path=$recipes_path is not this repository; give its root, or leave it empty"
 fi
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from executor.request import MediaItem, Span
-from executor.runtime.chat import Piece
-from executor.runtime.prompt import Fill, MediaOptions, place_spans
-from executor.runtime.prompt_builder import PromptBuilder
+from executor.prompt.builder import PromptBuilder
+from executor.prompt.chat import Piece
+from executor.prompt.expand import Fill, MediaOptions, place_spans
+from executor.schedule.request import MediaItem, Span
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -59,13 +59,13 @@ class Processor(PromptBuilder):
     replaces_video_pair = False
 
     def sampling_rule(self) -> Callable:
-        from executor.vision.sampling import strided
+        from executor.media.sampling import strided
 
         return strided
 
     def frame_size(self, num_frames: int, height: int, width: int, options: MediaOptions) -> tuple[int, int]:
         """The checkpoint's bounds are on one frame; a recipe's `video_max_pixels` is shared out among the frames."""
-        from executor.vision.sampling import frame_size_per_frame
+        from executor.media.sampling import frame_size_per_frame
 
         video = self.video
         most = options.frame_max_pixels or video.max_pixels

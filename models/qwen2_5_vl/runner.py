@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from executor.parallel import SINGLE, Parallel
-from executor.runtime.prompt import MediaOptions
+from executor.parallel.groups import SINGLE, Parallel
+from executor.prompt.expand import MediaOptions
 from models.qwen2_5_vl.config import parse
 from models.qwen2_5_vl.model import Model
 from models.qwen2_5_vl.processor import Processor

@@ -6,12 +6,12 @@ Legend: T tokens, R rows that want logits, n hidden size.
 from torch import Tensor, nn
 
 from executor.device.ops import KVLayer
+from executor.engine.forward import ForwardMeta
 from executor.layers.attention import Attention
 from executor.layers.embedding import Embedding
 from executor.layers.mlp import GatedMLP
 from executor.layers.norm import RMSNorm
-from executor.parallel import Group
-from executor.runtime.forward import ForwardMeta
+from executor.parallel.groups import Group
 from models.qwen2_5_vl.config import TextConfig
 
 

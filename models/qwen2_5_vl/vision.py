@@ -25,7 +25,7 @@ from executor.layers.vision import (
     patch_positions,
     rotary,
 )
-from executor.parallel import Group
+from executor.parallel.groups import Group
 from models.qwen2_5_vl.config import VisionConfig
 
 _EPS = 1e-6

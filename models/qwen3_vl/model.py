@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
+from executor.checkpoint.pull import Catalog, Pull, pull_all
+from executor.engine.forward import ForwardMeta
 from executor.layers.embedding import Head
-from executor.layers.pull import Catalog, Pull, pull_all
 from executor.layers.rope import MRope
 from executor.layers.vision import Grid
-from executor.parallel import SINGLE, Parallel
-from executor.runtime.forward import ForwardMeta
+from executor.parallel.groups import SINGLE, Parallel
 from models.qwen3_vl.config import Config
 from models.qwen3_vl.text import Text
 from models.qwen3_vl.vision import Vision

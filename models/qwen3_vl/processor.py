@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from executor.request import MediaItem, Span
-from executor.runtime.chat import Piece
-from executor.runtime.prompt import Fill, MediaOptions, place_spans
-from executor.runtime.prompt_builder import PromptBuilder
+from executor.prompt.builder import PromptBuilder
+from executor.prompt.chat import Piece
+from executor.prompt.expand import Fill, MediaOptions, place_spans
+from executor.schedule.request import MediaItem, Span
 
 PATCHES = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
 HALF = (0.5, 0.5, 0.5)
@@ -61,13 +61,13 @@ class Processor(PromptBuilder):
         return self.options.video_timestamps == "per_frame"
 
     def sampling_rule(self) -> Callable:
-        from executor.vision.sampling import spread
+        from executor.media.sampling import spread
 
         return spread
 
     def frame_size(self, num_frames: int, height: int, width: int, options: MediaOptions) -> tuple[int, int]:
         """The bounds are on all frames together, the checkpoint's as well as a recipe's `video_max_pixels`."""
-        from executor.vision.sampling import frame_size_of_all
+        from executor.media.sampling import frame_size_of_all
 
         video = self.video
         most = options.video_max_pixels or video.max_pixels

@@ -6,13 +6,13 @@ Legend: T tokens, R rows that want logits, n hidden size.
 from torch import Tensor, nn
 
 from executor.device.ops import KVLayer
+from executor.engine.forward import ForwardMeta
 from executor.layers.attention import Attention
 from executor.layers.embedding import Embedding
 from executor.layers.mlp import GatedMLP
 from executor.layers.moe import MoE
 from executor.layers.norm import RMSNorm
-from executor.parallel import Parallel
-from executor.runtime.forward import ForwardMeta
+from executor.parallel.groups import Parallel
 from models.qwen3_vl.config import TextConfig
 
 

@@ -10,9 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from executor.checkpoint.pull import empty, pull_all, whole
 from executor.layers.mlp import PlainMLP
 from executor.layers.norm import LayerNorm
-from executor.layers.pull import empty, pull_all, whole
 from executor.layers.vision import (
     Grid,
     VisionAttention,
@@ -22,7 +22,7 @@ from executor.layers.vision import (
     patch_positions,
     rotary,
 )
-from executor.parallel import Group
+from executor.parallel.groups import Group
 from models.qwen3_vl.config import VisionConfig
 
 _EPS = 1e-6

@@ -17,17 +17,17 @@ import numpy as np
 import torch
 import transformers
 
+from executor.checkpoint.load import default_dtype
+from executor.checkpoint.pull import finalize
+from executor.checkpoint.settings import PixelSettings
 from executor.device import ops
 from executor.device.cpu import CpuOps
-from executor.layers.pull import finalize
-from executor.parallel import SINGLE
-from executor.request import MediaItem, Prompt, SamplingParams, Span
-from executor.runtime.checkpoint_files import PixelSettings
-from executor.runtime.engine import Engine
-from executor.runtime.loading import default_dtype
-from executor.runtime.replica import Replica
-from executor.runtime.runner import Runner
-from executor.runtime.sampler import Sampler
+from executor.engine.engine import Engine
+from executor.engine.replica import Replica
+from executor.engine.runner import Runner
+from executor.engine.sampler import Sampler
+from executor.parallel.groups import SINGLE
+from executor.schedule.request import MediaItem, Prompt, SamplingParams, Span
 from executor.schedule.scheduler import Scheduler
 from models.published import published_config
 from models.qwen2_5_vl import runner as family

@@ -9,8 +9,8 @@ import pytest
 from dataset import default_prompt
 from dataset.load import load_dataset
 from dataset.sample import Sample
-from executor.config import DataSection
 from executor.errors import UserError
+from executor.recipe.schema import DataSection
 from tests.reference import REPO
 
 MEDIA = REPO / "dataset" / "media"

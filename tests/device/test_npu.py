@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from executor.emulator.activate import available
+from emulator.activate import available
 from tests.reference import REPO
 
 FILES = sorted(path.name for path in (REPO / "tests" / "device" / "inside").glob("test_*.py"))

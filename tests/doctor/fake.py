@@ -1,12 +1,12 @@
-"""Machines that are not here: the methods of executor.doctor.machine.Machine over dictionaries."""
+"""Machines that are not here: the methods of executor.host.machine.Machine over dictionaries."""
 
 import fnmatch
 import json
 import posixpath
 
-from executor.doctor import npu_smi
-from executor.doctor.machine import Output
-from executor.doctor.nodes import is_address
+from executor.host import npu_smi
+from executor.host.machine import Output
+from executor.host.nodes import is_address
 from tests.doctor import outputs
 
 ROOT = "/repo"

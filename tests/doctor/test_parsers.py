@@ -2,8 +2,9 @@
 
 import pytest
 
-from executor.doctor import npu_smi, versions
-from executor.doctor.nodes import (
+from executor.doctor import versions
+from executor.host import npu_smi
+from executor.host.nodes import (
     is_placeholder,
     parse_hccn_conf,
     parse_ip_addr,

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from executor.doctor.recipe import RecipeError, Wish, parse_yaml, read_recipe
-from executor.env import REPO_ROOT
+from executor.host.env import REPO_ROOT
 
 yaml = pytest.importorskip("yaml")
 
@@ -131,7 +131,7 @@ def test_wishes_that_make_no_sense(text, overrides, said):
 
 
 def test_defaults_are_those_of_the_schema():
-    config = pytest.importorskip("executor.config")
+    config = pytest.importorskip("executor.recipe.schema")
     recipe = config.build_recipe({"model_config": {"model_path": "x"}})
     wish = Wish("x")
     for section in (recipe.model, recipe.parallel, recipe.server):

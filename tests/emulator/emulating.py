@@ -6,8 +6,8 @@ Emulation stays in a process for good (torch_npu patches torch), so these tests 
 import pytest
 import torch
 
-from executor.emulator import chips
-from executor.emulator.activate import activate
+from emulator import chips
+from emulator.activate import activate
 
 A2, A3, DUO = chips.CHIPS
 ALL = (A2, A3, DUO)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from executor.emulator.activate import available
+from emulator.activate import available
 
 ROOT = Path(__file__).resolve().parents[2]
 

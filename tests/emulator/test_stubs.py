@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from executor.emulator import stubs
-from executor.emulator.activate import activate, available
+from emulator import stubs
+from emulator.activate import activate, available
 from executor.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 
 
 def run(rank: int, port: int) -> None:
-    from executor.emulator.activate import activate
+    from emulator.activate import activate
 
     activate("atlas_800i_a2")
     import torch_npu

@@ -12,7 +12,7 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from executor.env import REPO_ROOT as REPO
+from executor.host.env import REPO_ROOT as REPO
 
 CONFIG = "config/quickstart.yaml"
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -39,7 +39,7 @@ class Job:
     ):
         """One launcher; `prefix` puts it on another node, `command` is another way to start it, `run` what it runs."""
         node = len(self.launchers)
-        line = [*prefix, *(command or [sys.executable, "-m", "executor.apps.launch"]), config, run, "--set"]
+        line = [*prefix, *(command or [sys.executable, "-m", "executor"]), config, run, "--set"]
         line += [f"model_config.output_path={self.folder / f'node{node}'}", *settings]
         line += [f"data_config.prompt={prompt}"] if prompt else []
         inherited = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}

@@ -12,9 +12,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from executor.checkpoint_folder import find_checkpoint
-from executor.env import rank_place
+from executor.checkpoint.folder import find_checkpoint
 from executor.errors import UserError
+from executor.host.env import rank_place
 
 
 def check(recipe):

@@ -9,13 +9,13 @@ import time
 
 import pytest
 
-from executor.apps import launch
-from executor.env import REPO_ROOT
+from executor import __main__ as launch
+from executor.host.env import REPO_ROOT
 from executor.launch import job as jobs
 from executor.launch.plan import LOCAL_ADDRESS
 
 TWO = "parallel_config.world_size=2"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "executor.apps.launch"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "executor"]
 
 
 def free_port() -> int:
@@ -127,7 +127,7 @@ def test_commands_of_one_process(monkeypatch, capsys, command):
 
 def test_a_thread_that_waits_for_the_store_does_not_change_the_status():
     line = (
-        "import threading; from executor.apps import launch; from executor.launch import store; "
+        "import threading; from executor import __main__ as launch; from executor.launch import store; "
         "store.in_thread(threading.Event().wait); print('said'); launch.end(2)"
     )
     done = subprocess.run([sys.executable, "-c", line], cwd=REPO_ROOT, capture_output=True, text=True)

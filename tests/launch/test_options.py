@@ -2,10 +2,10 @@
 
 import os
 
-from executor.config import load_recipe
-from executor.doctor.machine import Output
+from executor.host.machine import Output
 from executor.launch.options import interface, network_options, npu_options, rank_options
 from executor.launch.plan import NodePlan
+from executor.recipe.schema import load_recipe
 from tests.doctor import fake
 
 ROUTE = "192.168.0.10 via 192.168.1.1 dev enp1s0 src 192.168.0.11 uid 0\n    cache\n"

@@ -2,12 +2,12 @@
 
 import pytest
 
-from executor.config import load_recipe
-from executor.doctor.machine import Machine
-from executor.doctor.nodes import PORTS
 from executor.errors import UserError
+from executor.host.machine import Machine
+from executor.host.nodes import PORTS
 from executor.launch.job import node_entries
 from executor.launch.plan import NodePlan, npu_ranks, plan_nodes
+from executor.recipe.schema import load_recipe
 from tests.doctor import fake
 
 TWO = ("192.168.0.10", "192.168.0.11")  # fake machines are 192.168.0.11

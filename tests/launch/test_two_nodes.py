@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from executor.env import REPO_ROOT as REPO
+from executor.host.env import REPO_ROOT as REPO
 from tests.launch.jobs import CONFIG, Job
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -67,7 +67,7 @@ def own_trees(tmp_path):
 
 def copy_of_repository(folder: Path, *left_out: str) -> Path:
     skip = shutil.ignore_patterns("__pycache__", *left_out)
-    for name in ("executor", "models", "dataset", "config", "tests/launch"):
+    for name in ("executor", "models", "dataset", "emulator", "config", "tests/launch"):
         shutil.copytree(REPO / name, folder / name, ignore=skip)
     for name in ("infer.sh", "requirements.txt", "tests/__init__.py"):
         shutil.copy(REPO / name, folder / name)
@@ -137,7 +137,7 @@ def test_torchrun_on_two_nodes(job, nodes, trees):
             "parallel_config.world_size=4",
             f"model_config.output_path={job.folder / 'output'}",
             prefix=["ip", "netns", "exec", name],
-            command=[sys.executable, "-m", "torch.distributed.run", *place, "-m", "executor.apps.launch"],
+            command=[sys.executable, "-m", "torch.distributed.run", *place, "-m", "executor"],
             cwd=tree,
             GLOO_SOCKET_IFNAME="cable",
         )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from executor.checkpoint.pull import finalize, pull_all
 from executor.device import ops
 from executor.device.cpu import CpuOps
 from executor.errors import UserError
@@ -10,9 +11,8 @@ from executor.layers.attention import Attention
 from executor.layers.linear import Linear
 from executor.layers.mlp import GatedMLP, PlainMLP
 from executor.layers.moe import Experts, MoE
-from executor.layers.pull import finalize, pull_all
 from executor.layers.vision import VisionAttention
-from executor.parallel import SINGLE, Group, Parallel, kv_heads_part, part
+from executor.parallel.groups import SINGLE, Group, Parallel, kv_heads_part, part
 
 
 class Silent(Group):

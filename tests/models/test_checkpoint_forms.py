@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from executor.checkpoint.weights import Checkpoint, load_weights
 from executor.device import ops
 from executor.device.cpu import CpuOps
 from executor.errors import UserError
-from executor.parallel import groups
-from executor.request import SamplingParams
-from executor.runtime.weights import Checkpoint, load_weights
+from executor.parallel.groups import groups
+from executor.schedule.request import SamplingParams
 from models.qwen3_vl import runner as family
 from tests.engines import engine_over
 from tests.reference import random_checkpoint

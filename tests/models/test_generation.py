@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from executor.request import SamplingParams
-from executor.runtime.runner import Runner
+from executor.engine.runner import Runner
+from executor.schedule.request import SamplingParams
 from tests.engines import engine_over
 from tests.reference import FAMILIES, config_of, greedy, random_model, save_checkpoint, tokenizer_of
 
@@ -154,8 +154,8 @@ def test_bfloat16_loses_no_more_than_transformers(family):
     folder, prompts, wanted = family
     import transformers
 
-    from executor.apps.build import build_engine
-    from executor.config import build_recipe
+    from executor.commands.build import build_engine
+    from executor.recipe.schema import build_recipe
 
     recipe = {"model_config": {"model_path": str(folder), "device": "cpu", "dtype": "bfloat16"}}
     recipe["scheduler_config"] = {"max_model_len": 512, "block_size": 16, "max_num_seqs": 1}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from executor.runtime.prompt import MediaOptions
+from executor.prompt.expand import MediaOptions
 from models.qwen2_5_vl.processor import Processor as Processor2_5
 from models.qwen3_vl.processor import Processor as Processor3
 from tests.models.test_processor_positions import bare, by_hand_2_5
@@ -98,7 +98,7 @@ def rope_index(family, batch):
 
 
 def patches(processor, item):
-    from executor.vision.image import normalize_patchify
+    from executor.media.image import normalize_patchify
 
     settings = processor.video if item.kind == "video" else processor.picture
     return normalize_patchify(

@@ -10,7 +10,7 @@ from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
-from executor.request import MediaItem, Span
+from executor.schedule.request import MediaItem, Span
 from models.qwen2_5_vl import processor as qwen2_5
 from models.qwen3_vl import processor as qwen3
 

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from executor.apps.build import family_of
-from executor.layers.pull import local_bytes
-from executor.parallel import SINGLE, groups
-from executor.runtime.loading import build_on_meta
-from executor.runtime.weights import check_complete
+from executor.checkpoint.load import build_on_meta
+from executor.checkpoint.pull import local_bytes
+from executor.checkpoint.weights import check_complete
+from executor.commands.build import family_of
+from executor.parallel.groups import SINGLE, groups
 from models.published import published_config, published_shapes
 
 SHAPES = published_shapes()

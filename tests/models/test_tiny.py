@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
-from dataset import shapes
-from executor.request import SamplingParams
-from models.tiny.evaluate import said_box
+from executor.schedule.request import SamplingParams
+from models.tiny.training import world as shapes
+from models.tiny.training.evaluate import said_box
 from tests.engines import engine_over
 from tests.reference import FAMILIES, REPO, greedy
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from executor.env import environment
+from executor.host.env import environment
 
 REPO = Path(__file__).resolve().parents[2]
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from executor.apps import build, generate
-from executor.config import build_recipe
-from executor.runtime.runner import Runner
-from executor.runtime.weights import LoadReport
+from executor.checkpoint.weights import LoadReport
+from executor.commands import build
+from executor.commands.generate import run as generate
+from executor.engine.runner import Runner
+from executor.recipe.schema import build_recipe
 
 FIELDS = ("text", "world", "replicas")
 

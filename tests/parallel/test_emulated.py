@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from executor.emulator.activate import available
+from emulator.activate import available
 from tests.parallel.jobs import case, run_ranks
 
 CASES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from executor.runtime.loading import build_on_meta
+from executor.checkpoint.load import build_on_meta
 from models.qwen3_vl import runner as family
 from tests.parallel.jobs import REPO, case, run_ranks
 

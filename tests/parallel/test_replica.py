@@ -6,8 +6,8 @@ from collections import deque
 import pytest
 import torch
 
-from executor.parallel import Group, Parallel
-from executor.runtime.replica import SMALL_BYTES, Replica, deal
+from executor.engine.replica import SMALL_BYTES, Replica, deal
+from executor.parallel.groups import Group, Parallel
 from tests.schedule.fakes import FakeRunner, media, request, scheduler
 
 

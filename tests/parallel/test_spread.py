@@ -7,9 +7,9 @@ import pytest
 from torch.distributed import HashStore
 
 from dataset.sample import Dataset, Sample
-from executor.apps.spread import Spread
+from executor.commands.generate.spread import Spread
 from executor.errors import UserError
-from executor.parallel import Group, Parallel
+from executor.parallel.groups import Group, Parallel
 from tests.parallel.jobs import REPO, case, run_ranks
 
 SAMPLES = [Sample(f"s{index}", ({"role": "user", "content": f"question {index}"},)) for index in range(9)]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from executor.request import MediaItem, Prompt, Request, SamplingParams, Span
+from executor.schedule.request import MediaItem, Prompt, Request, SamplingParams, Span
 from executor.schedule.scheduler import Plan, Row, Scheduler
 
 PLACEHOLDER = 1

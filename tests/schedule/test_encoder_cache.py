@@ -1,7 +1,7 @@
 """Embeddings stay while somebody reads them, and after that as long as there is room."""
 
-from executor.request import Prompt, Request, SamplingParams, Span
 from executor.schedule.encoder_cache import EncoderCache, MediaReads
+from executor.schedule.request import Prompt, Request, SamplingParams, Span
 from tests.schedule.fakes import media, request
 
 A, B, C, HUGE = media("a", 4), media("b", 4), media("c", 4), media("huge", 25)

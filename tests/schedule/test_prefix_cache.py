@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from executor.request import Prompt, Request, SamplingParams, Span
 from executor.schedule.prefix_cache import BlockDigests
+from executor.schedule.request import Prompt, Request, SamplingParams, Span
 from tests.schedule.fakes import Truth, media, prompt, request
 
 SIZE = 4

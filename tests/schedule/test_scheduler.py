@@ -3,7 +3,7 @@
 import pytest
 
 from executor.errors import UserError
-from executor.request import FinishReason, Status
+from executor.schedule.request import FinishReason, Status
 from executor.schedule.scheduler import Plan, Scheduler
 from tests.schedule.fakes import EOS, FakeRunner, media, request, run, scheduler
 

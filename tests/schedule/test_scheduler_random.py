@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from executor.errors import UserError
-from executor.request import FinishReason, Request, SamplingParams
+from executor.schedule.request import FinishReason, Request, SamplingParams
 from executor.schedule.scheduler import Scheduler
 from tests.schedule.fakes import EOS, FakeRunner, answer_alone, media, prompt, request, run
 

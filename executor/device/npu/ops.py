@@ -17,8 +17,8 @@ from torch import Tensor
 from executor.device.npu import attention, forms, graph, layout, linear
 from executor.device.npu.soc import COMPOSED, SOCS, Soc, chip_named, choose, soc_of
 from executor.device.ops import HeadNorms, Heads, KVLayer, Ops
-from executor.env import environment
 from executor.errors import UserError
+from executor.host.env import environment
 
 _HEAD_DIMS = (64, 128)  # what rotary and packed attention take
 _FUSED_DIM = 128  # of heads whose norm, rotation and write are one kernel

@@ -9,25 +9,25 @@ from typing import Any
 
 import torch
 
-from executor.apps.build import family_of, join, media_options
-from executor.checks import prepare
-from executor.config import build_recipe
+from emulator import kernels
+from emulator.activate import activate
+from emulator.graph import fake_world
+from emulator.limits import FLOATS
+from emulator.steps import Steps
+from executor.checkpoint.load import build_on_meta, load_model
+from executor.checkpoint.pull import finalize
+from executor.checkpoint.weights import Checkpoint
+from executor.commands.build import family_of, join, media_options
 from executor.device import ops
 from executor.device.cpu import CpuOps
 from executor.device.npu.ops import NpuOps
 from executor.device.npu.soc import SOCS
 from executor.device.ops import Ops
-from executor.emulator import kernels
-from executor.emulator.activate import activate
-from executor.emulator.graph import fake_world
-from executor.emulator.limits import FLOATS
-from executor.emulator.steps import Steps
-from executor.layers.pull import finalize
-from executor.parallel import SINGLE, groups
-from executor.runtime.engine import Engine
-from executor.runtime.loading import build_on_meta, load_model
-from executor.runtime.replica import Replica
-from executor.runtime.weights import Checkpoint
+from executor.engine.engine import Engine
+from executor.engine.replica import Replica
+from executor.parallel.groups import SINGLE, groups
+from executor.recipe.schema import build_recipe
+from executor.recipe.settle import prepare
 from models.published import published_config
 
 A2, A3, DUO = SOCS

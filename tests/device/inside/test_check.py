@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 import torch
 
-from executor.apps import check
-from executor.config import load_recipe
-from executor.emulator.graph import per_layer
+from emulator.graph import per_layer
+from executor.commands import check
 from executor.errors import UserError
+from executor.recipe.schema import load_recipe
 from tests.device.inside.npu import A2, A3, DUO, true_size
 from tests.reference import REPO
 

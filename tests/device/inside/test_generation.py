@@ -7,8 +7,8 @@ whose ops and masks are fp16 by shape of their arguments, logits lose no more th
 import pytest
 import torch
 
-from executor.emulator.record import Recorder
-from executor.request import SamplingParams
+from emulator.record import Recorder
+from executor.schedule.request import SamplingParams
 from tests.device.inside.npu import A2, A3, CPU, DUO, backend, engine_on, exact
 from tests.models.test_generation import CASES, RecordedLogits
 from tests.reference import FAMILIES, random_checkpoint

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch_npu
 
+from emulator import graph
 from executor.device.npu.attention import FusedAttention
 from executor.device.npu.graph import configure
-from executor.emulator import graph
-from executor.request import SamplingParams
+from executor.schedule.request import SamplingParams
 from tests.device.inside.npu import A2, A3, CPU, backend, engine_on, exact
 from tests.models.test_generation import CASES
 from tests.reference import FAMILIES, random_checkpoint

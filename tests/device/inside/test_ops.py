@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from emulator.formats import is_nz
 from executor.device.npu import soc as chips
 from executor.device.npu.ops import NpuOps
 from executor.device.npu.soc import COMPOSED, SOCS, chip_named, choose
-from executor.emulator.formats import is_nz
 from executor.errors import UserError
 from executor.layers.vision import widen
 from tests.device.inside.npu import A2, A3, CPU, DUO, backend

@@ -7,10 +7,10 @@ import logging
 import pytest
 import torch
 
+from emulator import releases
+from emulator.record import hide
 from executor.device.npu.soc import COMPOSED, SOCS, TABLE
-from executor.emulator import releases
-from executor.emulator.record import hide
-from executor.request import SamplingParams
+from executor.schedule.request import SamplingParams
 from tests.device.inside.npu import A2, A3, CPU, DUO, backend, engine_on, exact, true_size
 from tests.models.test_generation import CASES
 from tests.reference import FAMILIES, config_of, random_model, save_checkpoint, tokenizer_of

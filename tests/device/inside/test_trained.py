@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from dataset import shapes
-from executor.apps.build import build_engine
-from executor.config import build_recipe
+from executor.commands.build import build_engine
 from executor.device.npu.soc import SOCS
-from executor.request import SamplingParams
+from executor.recipe.schema import build_recipe
+from executor.schedule.request import SamplingParams
+from models.tiny.training import world as shapes
 from tests.device.inside.npu import CPU, engine_on, fast_products
 from tests.models.test_tiny import CONVENTION, HELD_OUT_SEED, messages
 from tests.reference import FAMILIES, REPO

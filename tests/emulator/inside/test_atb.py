@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch_npu
 
-from executor.emulator.formats import NZ, set_format, to_nz
-from executor.emulator.limits import LimitError
+from emulator.formats import NZ, set_format, to_nz
+from emulator.limits import LimitError
 from tests.emulator.helpers import BF16, FP16, blocks_of, close, naive, rand, slots_of
 
 SCALE = 0.11

@@ -5,8 +5,8 @@ import torch
 import torch_npu
 import torchair
 
-from executor.emulator.formats import to_nz
-from executor.emulator.limits import LimitError
+from emulator.formats import to_nz
+from emulator.limits import LimitError
 from tests.emulator.helpers import BF16, FP16, HALF, blocks_of, close, like_meta, naive, rand, slots_of
 
 MASK = torch.ones(2048, 2048, dtype=torch.int8).triu_(1)

@@ -9,7 +9,7 @@ import torch_npu
 import torchair
 from torch import Tensor
 
-from executor.emulator import graph
+from emulator import graph
 from tests.emulator.helpers import BF16
 
 HIDDEN, DIM, INNER, BLOCKS, SIZE, BATCH = 512, 128, 256, 8, 128, 4

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch_npu
 
-from executor.emulator import chips
-from executor.emulator.activate import activate
-from executor.emulator.limits import LimitError
+from emulator import chips
+from emulator.activate import activate
+from emulator.limits import LimitError
 from tests.emulator.emulating import A2, A3, ALL, DUO
 from tests.emulator.helpers import BF16, FP16, FP32, rand
 

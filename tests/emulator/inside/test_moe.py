@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch_npu
 
+from emulator.limits import LimitError
 from executor.device.cpu import CpuOps
-from executor.emulator.limits import LimitError
 from tests.emulator.helpers import BF16, FP16, FP32, close, like_meta, rand
 
 CPU = CpuOps()

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch_npu
 
-from executor.emulator.formats import NZ
-from executor.emulator.kernels.quant import scale_of_param
-from executor.emulator.limits import LimitError
+from emulator.formats import NZ
+from emulator.kernels.quant import scale_of_param
+from emulator.limits import LimitError
 from tests.emulator.helpers import BF16, FP16, FP32, HALF, close, like_meta, rand
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch_npu
 
-from executor.emulator import releases
-from executor.emulator.limits import LimitError
-from executor.emulator.record import Call, Recorder, hide
+from emulator import releases
+from emulator.limits import LimitError
+from emulator.record import Call, Recorder, hide
 from tests.emulator.helpers import BF16, rand
 
 

@@ -1,0 +1,264 @@
+"""Weights from a local folder of safetensors into parameters: the model pulls, each rank reads only its slices.
+
+Job: copy the slices a model asks for into place (`load_weights`), and prove that nothing of the model was left out
+(`check_complete`; `poison` and `unwritten` for tests).
+Invariants: every pull is checked before the first is copied; a slice is copied once, out of the mapped file into its
+place. Does not know models, ranks, devices or quantization: a `Pull` says where a slice goes, nothing else.
+"""
+
+import fnmatch
+import logging
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from tqdm import tqdm
+
+from executor.checkpoint.headers import SAFETENSORS_DTYPES, Checkpoint, TensorInfo
+from executor.checkpoint.pull import Pull, swap_last_two
+from executor.errors import UserError
+
+__all__ = ["Checkpoint", "LoadReport", "Pull", "TensorInfo", "check_complete", "load_weights", "poison", "unwritten"]
+
+logger = logging.getLogger(__name__)
+
+IGNORED_UNREAD = ("*.inv_freq",)
+"""Tensors that old checkpoints carry and that every model computes for itself."""
+
+PROGRESS_MIN_BYTES = 256 << 20
+PROGRESS_LOG_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_weights` did. `bytes_read` counts the requested slices, as stored in the files."""
+
+    bytes_read: int
+    total_bytes: int  # of all tensors of the checkpoint
+    seconds: float
+    unread: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        return self.bytes_read / self.total_bytes if self.total_bytes else 0.0
+
+    @property
+    def gigabytes_per_s(self) -> float:
+        return self.bytes_read / max(self.seconds, 1e-9) / 1e9
+
+
+@torch.no_grad()
+def load_weights(
+    pulls: Iterable[Pull], checkpoint: Checkpoint, *, ignore: Iterable[str] = (), progress: bool | None = None
+) -> LoadReport:
+    """Copies every pulled slice into its place, file by file in file order.
+
+    ignore: shell patterns of canonical names that may stay unread without a warning.
+    progress: None shows a bar for large loads on a terminal, and lines in the log elsewhere; False shows nothing.
+    Raises UserError for missing tensors, wrong shapes and types that cannot be loaded, before anything is copied.
+    """
+    pulls = list(pulls)
+    missing = sorted({pull.name for pull in pulls} - checkpoint.catalog.keys())
+    if missing:
+        raise UserError(checkpoint.describe_missing(missing))
+    by_file: dict[Path, list[tuple[Pull, TensorInfo]]] = defaultdict(list)
+    for pull in pulls:
+        info = checkpoint.catalog[pull.name]
+        _check_pull(pull, info)
+        if pull.into.numel():
+            by_file[info.file].append((pull, info))
+    planned_bytes = sum(_slice_bytes(pull, info) for wishes in by_file.values() for pull, info in wishes)
+
+    start = time.perf_counter()
+    with _Progress(planned_bytes, progress) as bar:
+        for file in checkpoint.files:
+            wishes = sorted(by_file[file], key=lambda wish: wish[1].offset)
+            for pull, info in _read(file, wishes):
+                bar.advance(_slice_bytes(pull, info))
+    seconds = time.perf_counter() - start
+
+    patterns = (*IGNORED_UNREAD, *ignore)
+    read = {pull.name for pull in pulls}
+    unread = tuple(
+        name
+        for name in checkpoint.catalog
+        if name not in read and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    )
+    report = LoadReport(planned_bytes, checkpoint.total_bytes, seconds, unread)
+    logger.info(
+        "weights: %.2f of %.2f GB (%.0f %%) in %.1f s, %.2f GB/s",
+        report.bytes_read / 1e9, report.total_bytes / 1e9, 100 * report.share, seconds, report.gigabytes_per_s,
+    )  # fmt: skip
+    if unread:
+        shown = ", ".join(unread[:5]) + (", ..." if len(unread) > 5 else "")
+        logger.warning("%s: %d tensors were not used: %s", checkpoint.folder, len(unread), shown)
+    return report
+
+
+def _read(file: Path, wishes: list[tuple[Pull, TensorInfo]]) -> Iterator[tuple[Pull, TensorInfo]]:
+    if not wishes:
+        return
+    try:
+        with safe_open(file, framework="pt") as mapped:
+            for pull, info in wishes:
+                # A scalar has nothing to slice.
+                if info.shape:
+                    part = mapped.get_slice(info.original_name)[pull.file_index]
+                else:
+                    part = mapped.get_tensor(info.original_name)
+                _copy(part, pull)
+                yield pull, info
+    except SafetensorError as error:
+        raise UserError(f"{file}: cannot be read as safetensors ({error}); download it again") from error
+
+
+def _copy(part: torch.Tensor, pull: Pull) -> None:
+    """`part` is a view of the mapped file: this is the one copy."""
+    into = pull.into
+    narrows = into.dtype is torch.float16 and part.dtype is not torch.float16
+    if pull.transpose:
+        # Sent and cast first: a transposing copy that also converts takes an element at a time.
+        part = part.to(into.device, into.dtype).transpose(-1, -2)
+    into.copy_(part)
+    if narrows and not bool(torch.isfinite(into).all()):
+        raise UserError(
+            f"tensor '{pull.name}' has values that float16 cannot hold; set model_config.dtype to bfloat16 or float32"
+        )
+
+
+def _check_pull(pull: Pull, info: TensorInfo) -> None:
+    where = f"tensor '{pull.name}' of {info.file}"
+    if info.dtype is None:
+        raise UserError(
+            f"{where} has type {info.dtype_name}, which is not supported; allowed: {', '.join(SAFETENSORS_DTYPES)}"
+        )
+    if pull.file_shape != info.shape:
+        raise UserError(
+            f"{where} has shape {list(info.shape)}, but the model expects {list(pull.file_shape)}; "
+            "check that config.json belongs to these weights"
+        )
+    if not _converts(info.dtype, pull.into.dtype):
+        wanted = str(pull.into.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{where} has type {info.dtype_name}, which does not convert to {wanted}; "
+            "for quantized weights set model_config.quantization to the scheme they were made with"
+        )
+    assert len(pull.index) <= len(pull.shape), f"{pull.name}: {len(pull.index)} slices of {pull.shape}"
+    assert all(part.step in (None, 1) for part in pull.index), f"{pull.name}: a slice with a step"
+    sizes = tuple(part.stop - part.start for part in pull.file_index)
+    sizes = swap_last_two(sizes) if pull.transpose else sizes
+    assert tuple(pull.into.shape) == sizes, f"{pull.name}: slice {sizes} into {tuple(pull.into.shape)}"
+
+
+def _converts(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    """Between float types, and to wider integers: integers read as floats are quantized weights without a scheme."""
+    if stored.is_floating_point or wanted.is_floating_point:
+        return stored.is_floating_point and wanted.is_floating_point
+    return torch.promote_types(stored, wanted) is wanted
+
+
+def _slice_bytes(pull: Pull, info: TensorInfo) -> int:
+    return pull.into.numel() * info.dtype.itemsize
+
+
+class _Progress:
+    """Bytes loaded so far: a bar on a terminal, a log line now and then where stderr is a file."""
+
+    def __init__(self, total_bytes: int, wanted: bool | None):
+        self.total_bytes = total_bytes
+        show = total_bytes >= PROGRESS_MIN_BYTES if wanted is None else wanted
+        on_terminal = sys.stderr.isatty()
+        self.logs = show and not on_terminal
+        self.done_bytes = 0
+        self.last_log_s = time.perf_counter()
+        self.bar = tqdm(
+            total=total_bytes,
+            unit="B",
+            unit_scale=True,
+            desc="weights",
+            file=sys.stderr,
+            disable=not (show and on_terminal),
+        )
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def advance(self, num_bytes: int) -> None:
+        self.done_bytes += num_bytes
+        self.bar.update(num_bytes)
+        now = time.perf_counter()
+        if self.logs and now - self.last_log_s >= PROGRESS_LOG_EVERY_S:
+            self.last_log_s = now
+            logger.info("weights: %.2f of %.2f GB", self.done_bytes / 1e9, self.total_bytes / 1e9)
+
+
+def check_complete(module: nn.Module, pulls: Iterable[Pull], *, partial: Iterable[str] = ()) -> None:
+    """Asserts that the pulls fill every element of every parameter once; works on the meta device too.
+
+    partial: shell patterns of parameters of which only a part is pulled (padding stays as initialised).
+    Regions are compared by size and, where they are contiguous, by place. A parameter that two names share counts
+    once; a pull into a tensor of another storage (a buffer, a staging tensor) counts for nothing.
+    """
+    partial = tuple(partial)
+    regions: dict[int, list[torch.Tensor]] = defaultdict(list)
+    for pull in pulls:
+        regions[pull.into.untyped_storage()._cdata].append(pull.into)
+    problems = []
+    for name, parameter in module.named_parameters():
+        first = parameter.storage_offset()
+        last = first + _extent(parameter)
+        mine = [
+            into
+            for into in regions[parameter.untyped_storage()._cdata]
+            if first <= into.storage_offset() and into.storage_offset() + _extent(into) <= last
+        ]
+        filled = sum(into.numel() for into in mine)
+        runs = sorted((into.storage_offset(), into.numel()) for into in mine if into.is_contiguous() and into.numel())
+        overlaps = any(start + count > after for (start, count), (after, _) in zip(runs, runs[1:], strict=False))
+        padded = any(fnmatch.fnmatchcase(name, pattern) for pattern in partial)
+        least = min(1, parameter.numel()) if padded else parameter.numel()
+        if overlaps or not least <= filled <= parameter.numel():
+            problems.append(f"{name} {list(parameter.shape)}: {filled} of {parameter.numel()}")
+    assert not problems, "parameters not filled exactly once by the pulls: " + "; ".join(problems)
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Elements from a tensor's first to one past its last in its storage."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+@torch.no_grad()
+def poison(module: nn.Module) -> None:
+    """For tests: fills every parameter with a sentinel (NaN, or the least integer) that `unwritten` recognises."""
+    for parameter in module.parameters():
+        parameter.fill_(_sentinel(parameter.dtype))
+
+
+def unwritten(module: nn.Module) -> list[str]:
+    """Names of parameters that still hold the sentinel: anywhere for floats, everywhere for integers."""
+    names = []
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point():
+            kept = bool(parameter.isnan().any())
+        else:
+            kept = parameter.numel() > 0 and bool((parameter == _sentinel(parameter.dtype)).all())
+        if kept:
+            names.append(name)
+    return names
+
+
+def _sentinel(dtype: torch.dtype) -> float | int | bool:
+    if dtype.is_floating_point:
+        return float("nan")
+    return False if dtype is torch.bool else torch.iinfo(dtype).min

@@ -1,0 +1,191 @@
+"""From a recipe to an engine: the one place where backend, model, processor, scheduler and runner are joined."""
+
+import hashlib
+import importlib
+import json
+import logging
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from executor.checkpoint.load import load_model
+from executor.checkpoint.weights import Checkpoint
+from executor.device import ops
+from executor.device.cpu import CpuOps
+from executor.engine.engine import Engine
+from executor.engine.graphs import DecodeGraphs, batch_sizes, spare_blocks
+from executor.engine.replica import Replica
+from executor.engine.runner import Runner
+from executor.engine.sampler import Sampler
+from executor.engine.step import ModelStep
+from executor.errors import UserError
+from executor.host.env import code_digest, rank_place
+from executor.parallel.groups import Parallel, connect
+from executor.prompt.expand import MediaOptions
+from executor.recipe.memory import estimate
+from executor.recipe.schema import Recipe
+from executor.recipe.settle import Prepared, prepare
+from executor.schedule.scheduler import Scheduler
+from models import RUNNERS
+
+logger = logging.getLogger(__name__)
+
+
+def family_of(architecture: str) -> ModuleType:
+    """The runner module of an architecture that `read_shapes` has accepted."""
+    return importlib.import_module(RUNNERS[architecture])
+
+
+def build_engine(recipe: Recipe) -> Engine:
+    """Check the recipe, load the model, and return an engine that is ready for requests.
+
+    Raises UserError for a recipe, checkpoint or machine that cannot work.
+    """
+    prepared = prepare(recipe, rank_place().local_world_size)
+    return engine_of(prepared, *open_rank(prepared.recipe))
+
+
+def open_rank(recipe: Recipe) -> tuple[ops.Ops, Parallel]:
+    """This process's device, and its place among the ranks of the job. `recipe` is settled."""
+    device = open_device(recipe)
+    return device, connect(recipe, device)
+
+
+def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel) -> Engine:
+    """The engine of a recipe that has been settled and checked, on what `open_rank` gives."""
+    recipe = prepared.recipe
+    ops.bind(device)
+    free_bytes = device.free_bytes()
+    memory = prepared.memory if free_bytes is None else estimate(recipe, prepared.shapes, free_bytes)
+    logger.info("%s", memory)
+    # One scheduler plans for all of them.
+    (num_blocks,) = parallel.control.least(memory.num_blocks)
+    family = family_of(prepared.config["architectures"][0])
+    processor = family.build_processor(prepared.folder, media_options(recipe))
+    dtype = getattr(torch, recipe.model.dtype)
+    checkpoint = Checkpoint(prepared.folder)
+    model, _ = load_model(lambda: family.build_model(prepared.config, parallel), checkpoint, device, dtype)
+    replica = Replica(parallel, model.visual.cost, shares_experts=prepared.shapes.num_experts > 0)
+    return join(recipe, num_blocks, model, processor, device, dtype, replica)
+
+
+def open_device(recipe: Recipe) -> ops.Ops:
+    """The backend of a settled recipe. Raises UserError where this machine has not what it needs."""
+    model = recipe.model
+    if model.device == "cpu":
+        return CpuOps()
+    emulated = model.device == "npu_emulated"
+    if emulated:
+        from emulator.activate import activate
+
+        activate(model.soc)
+    try:
+        from executor.device.npu.ops import open_npu  # late: it imports torch_npu
+    except ImportError as error:
+        raise UserError(
+            f"model_config.device: npu needs torch_npu beside torch, and it does not import here: {error}; "
+            "python -m executor.commands.doctor says what is missing"
+        ) from error
+    dtype = getattr(torch, model.dtype)
+    index = rank_place().local_rank
+    return open_npu(model.soc, dtype, emulated=emulated, weight_nz=model.enable_weight_nz, index=index)
+
+
+def join(
+    recipe: Recipe,
+    num_blocks: int,
+    model: torch.nn.Module,
+    processor: Any,
+    device: ops.Ops,
+    dtype: torch.dtype,
+    replica: Replica,
+) -> Engine:
+    """The engine over a loaded model."""
+    limits, text = recipe.scheduler, model.config.text
+    scheduler = Scheduler(
+        num_blocks=num_blocks,
+        block_size=limits.block_size,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_model_len=limits.max_model_len,
+        enable_chunked_prefill=limits.enable_chunked_prefill,
+        enable_prefix_caching=limits.enable_prefix_caching,
+        encoder_cache_tokens=limits.encoder_cache_tokens,
+        eos_token_ids=processor.eos_token_ids,
+    )
+    attention = model.language_model.layers[0].self_attn
+    sizes = graph_sizes(recipe)
+    blocks = num_blocks + spare_blocks(sizes, limits.block_size)
+    kv = device.kv_cache(
+        text.num_layers, blocks, limits.block_size, attention.num_kv_heads, text.head_dim, dtype,
+        normed=attention.q_norm is not None,
+    )  # fmt: skip
+    sampler = Sampler(text.vocab_size, device.device, eos_token_ids=processor.eos_token_ids)
+    runner = Runner(model, device, kv, limits.block_size, sampler, processor.picture, dtype, replica)
+    if sizes:
+        runner.graphs = _captured(recipe, runner.step, device, sizes, num_blocks, replica.parallel)
+    return Engine(processor, scheduler, runner, text.vocab_size)
+
+
+def graph_sizes(recipe: Recipe) -> tuple[int, ...]:
+    """Batch sizes of the decode graphs of a recipe; none where decode steps run eagerly."""
+    if recipe.model.exe_mode == "eager":
+        return ()
+    return recipe.scheduler.graph_batch_sizes or batch_sizes(recipe.scheduler.max_num_seqs)
+
+
+def _captured(
+    recipe: Recipe, step: ModelStep, device: ops.Ops, sizes: tuple[int, ...], num_blocks: int, parallel: Parallel
+) -> DecodeGraphs | None:
+    """The decode graphs, or None and a warning where the device cannot make them and the recipe allows eager steps.
+
+    All ranks of the job have them, or none: a collective needs every rank in the same place.
+    """
+    mode = recipe.model.exe_mode
+    folder = Path(recipe.model.output_path) / "graphs" / graph_key(recipe, step, parallel.rank)
+    graphs = DecodeGraphs(step, device, mode, sizes, num_blocks, recipe.scheduler.max_model_len, folder)
+    fault: RuntimeError | None = None
+    try:
+        graphs.capture()
+    except RuntimeError as error:
+        fault = error
+    (failed,) = parallel.job.most(fault is not None)
+    if not failed:
+        return graphs
+    reason = fault or "another rank could not make them; its log says why"
+    if recipe.model.strict_graph:
+        raise RuntimeError(
+            f"model_config.exe_mode: {mode} graphs cannot be made: {reason}. Set exe_mode: eager, or strict_graph: "
+            "false to run eagerly where there is no graph"
+        ) from fault
+    logger.warning("no %s graphs, decode steps run eagerly: %s", mode, reason)
+    return None
+
+
+def graph_key(recipe: Recipe, step: ModelStep, rank: int) -> str:
+    """A name for what a compiled graph depends on: sizes, degrees and the place in them, versions and our own code."""
+    told = {
+        "rank": rank,
+        "model": repr(step.model.config),
+        "recipe": recipe.model_dump(include={"model", "parallel", "scheduler"}),
+        "torch": torch.__version__,
+        "code": code_digest(),
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def media_options(recipe: Recipe) -> MediaOptions:
+    """What the recipe says about pictures and videos."""
+    data = recipe.data
+    return MediaOptions(
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+        video_max_pixels=data.video_max_pixels,
+        fps=data.fps,
+        min_frames=data.min_frames,
+        max_frames=data.max_frames,
+        cap_pixels_per_frame=data.cap_pixels_per_frame,
+        video_timestamps=data.video_timestamps,
+    )

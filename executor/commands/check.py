@@ -1,0 +1,235 @@
+"""The `check` command: what a recipe needs of a chip, on any machine, without weights and without the chip.
+
+The decode step is converted at its true size by the real torchair (Atlas A2, A3) or traced (300I DUO, which decodes
+eagerly); prefill and vision are traced through the real meta kernels. It proves that calls, shapes, types and
+documented limits fit, and what is in the graph; not how fast or how right a chip computes it.
+"""
+
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from executor.checkpoint.folder import local_checkpoint, read_json
+from executor.checkpoint.load import build_on_meta
+from executor.checkpoint.pull import finalize
+from executor.commands.build import family_of, graph_sizes
+from executor.device import ops
+from executor.engine.graphs import batch_sizes
+from executor.errors import UserError, nearest
+from executor.parallel.groups import SINGLE, Parallel, groups
+from executor.recipe.memory import weights_bytes
+from executor.recipe.schema import Recipe
+from executor.recipe.settle import check_chip, check_recipe, find_quantization, resolve
+from executor.recipe.sizes import ModelShapes, read_shapes
+from models.published import published_config, published_shapes
+
+logger = logging.getLogger(__name__)
+
+GRAPH_CHIPS = ("atlas_800i_a2", "atlas_800i_a3")
+PICTURE = (1, 60, 34)  # patches of the picture that is traced: 510 visual tokens
+NOTE = "converted and traced by emulation: calls, shapes and documented limits, no times"
+
+
+def run(recipe: Recipe, save: Path | None = None) -> tuple[dict[str, Any], int]:
+    """Check `recipe` on its chip; the JSON document and the exit status. `save`: write the decode graph there."""
+    recipe, shapes, config = settle(recipe)
+    model = recipe.model
+    if save is not None and model.soc not in GRAPH_CHIPS:
+        raise UserError(
+            f"--save: {model.soc} decodes eagerly and has no graph; graphs are for {', '.join(GRAPH_CHIPS)}"
+        )
+    started = time.monotonic()
+    from emulator.activate import activate
+
+    activate(model.soc, install=True)
+    report = _examined(recipe, config, save)
+    document = {
+        "command": "check",
+        "model": model.model_path,
+        "soc": model.soc,
+        "dtype": model.dtype,
+        "world_size": recipe.parallel.world_size,
+        "attn_tp_size": recipe.attn_tp_size,
+        "moe_ep_size": recipe.parallel.moe_ep_size,
+        "layers": shapes.num_layers,
+        **report,
+        "weights_bytes": weights_bytes(recipe, shapes),
+        "ok": not report["unsupported"],
+    }
+    _print(document, time.monotonic() - started)
+    return document, 0 if document["ok"] else 1
+
+
+def settle(recipe: Recipe) -> tuple[Recipe, ModelShapes, dict[str, Any]]:
+    """The recipe for its chip with every `auto` filled in, the model's sizes, and its config.json."""
+    if recipe.model.soc is None:
+        raise UserError(
+            "model_config.soc: check asks what a recipe needs of a chip; name one, as in  "
+            "--set model_config.soc=atlas_800i_a2 (or atlas_800i_a3, atlas_300i_duo)"
+        )
+    # Whatever device the recipe is for, the question is the chip's.
+    recipe = recipe.replace(model={"device": "npu_emulated"})
+    check_chip(recipe)
+    config, quantization = find_config(recipe)
+    shapes = read_shapes(config, recipe.model.model_path)
+    recipe = resolve(recipe, shapes, quantization)
+    if recipe.model.quantization != "none":
+        raise UserError(
+            f"model_config.quantization: check knows float weights in this release, got {recipe.model.quantization}; "
+            "use the recipe of the float checkpoint"
+        )
+    check_recipe(recipe, shapes)
+    return recipe, shapes, config
+
+
+def find_config(recipe: Recipe) -> tuple[dict[str, Any], str]:
+    """config.json and the quantization of the checkpoint, if it is here, else of the published model of that name."""
+    path = recipe.model.model_path
+    folder = local_checkpoint(path, recipe.model.hub)
+    if folder is not None:
+        config = read_json(folder, "config.json")
+        return config, find_quantization(folder, config)
+    name = path.rstrip("/").rpartition("/")[2]
+    if name not in published_shapes():
+        raise UserError(
+            f"model_config.model_path: {path} is not on this machine, and the sizes that check has by itself are those "
+            f"of {', '.join(published_shapes())}{nearest(name, published_shapes())}"
+        )
+    logger.info("%s is not on this machine: its published sizes are taken", path)
+    return published_config(name), "none"
+
+
+@contextlib.contextmanager
+def fake_ranks(recipe: Recipe) -> Iterator[Parallel]:
+    """The groups of rank 0 in the recipe's world, whose other ranks exist in name only."""
+    from emulator.graph import fake_world
+
+    degrees = recipe.parallel
+    if degrees.world_size == 1:
+        yield SINGLE
+        return
+    with fake_world(degrees.world_size):
+        yield groups(degrees.world_size, recipe.attn_tp_size, degrees.moe_ep_size, degrees.vision_parallel, rank=0)
+
+
+def _examined(recipe: Recipe, config: dict[str, Any], save: Path | None) -> dict[str, Any]:
+    """The report's part that comes out of conversion and tracing."""
+    from emulator import chips
+    from emulator.steps import Steps
+    from executor.device.npu.ops import NpuOps
+    from executor.device.npu.soc import soc_of
+
+    limits, dtype = recipe.scheduler, getattr(torch, recipe.model.dtype)
+    device = NpuOps(soc_of(recipe.model.soc), torch.device("meta"), weight_nz=recipe.model.enable_weight_nz)
+    ops.bind(device)
+    batch = max(graph_sizes(recipe) or batch_sizes(limits.max_num_seqs))
+    blocks = -(-limits.max_model_len // limits.block_size)
+    with fake_ranks(recipe) as parallel:
+        family = family_of(config["architectures"][0])
+        model = build_on_meta(lambda: family.build_model(config, parallel), dtype)
+        finalize(model)
+        steps = Steps(model, device, dtype, batch, blocks, limits.block_size)
+        in_graph = recipe.model.soc in GRAPH_CHIPS
+        counts, failures = _graph_counts(steps, save) if in_graph else (_traced_counts(steps), [])
+        patches = PICTURE[0] * PICTURE[1] * PICTURE[2]
+        traced = {
+            "decode": steps.decode_calls(tensors=in_graph),
+            "prefill": steps.prefill_calls(limits.max_num_batched_tokens, limits.max_model_len, patches // 4),
+            "vision": steps.vision_calls(PICTURE),
+        }
+        block = steps.vision_block_graph(patches).kernels if in_graph else _per_vision_block(traced["vision"], model)
+    called = {call.op for recorded in traced.values() for call in recorded.calls}
+    refused, undocumented = chips.report({op.partition(".")[0] for op in called}, chips.current())
+    violations = [f"{step}: {text}" for step, recorded in traced.items() for text in recorded.violations]
+    return {
+        **counts,
+        "decode_from": "ge_graph" if in_graph else "traced step",
+        "vision_nodes_per_block": sum(block.values()),
+        "vision_ops_per_block": dict(block),
+        "calls": {step: _sorted(recorded.counts) for step, recorded in traced.items()},
+        "moved_bytes": {step: recorded.moved_bytes for step, recorded in traced.items()},
+        "unsupported": [*failures, *(f"{s.op}: {s.source}" for s in refused), *violations],
+        "undocumented": [f"{s.op}: {s.source}" for s in undocumented],
+        "note": NOTE,
+    }
+
+
+def _graph_counts(steps: Any, save: Path | None) -> tuple[dict[str, Any], list[str]]:
+    """Kernels of the converted decode step: per layer from one more layer, the rest from what all layers leave."""
+    from emulator.graph import per_layer
+
+    try:
+        whole, one, two = steps.decode_graph(), steps.decode_graph(1), steps.decode_graph(2)
+    except RuntimeError as error:
+        return _counts(Counter(), Counter(), Counter()), [f"decode graph: {error}"]
+    if save is not None:
+        whole.save(save)
+        logger.info("the decode graph is in %s", save)
+    layer = per_layer(one, two)
+    fixed = Counter(one.kernels)
+    fixed.subtract(layer)
+    expected = fixed.total() + steps.num_layers * layer.total()
+    assert whole.kernels.total() == expected, f"{whole.kernels.total()} nodes, {expected} by layers: they differ"
+    return _counts(layer, fixed, Counter({t: n for t, n in layer.items() if t in two.collectives})), []
+
+
+def _traced_counts(steps: Any) -> dict[str, Any]:
+    one, two = (steps.decode_calls(layers, tensors=False) for layers in (1, 2))
+    layer, fixed = Counter(two.kernels), Counter(one.kernels)
+    layer.subtract(one.kernels)
+    fixed.subtract(layer)
+    return _counts(+layer, fixed, Counter({t: n for t, n in (+layer).items() if t in two.collectives}))
+
+
+def _per_vision_block(recorded: Any, model: torch.nn.Module) -> Counter[str]:
+    """Kernels that stand once or more in every block, of a traced encoder."""
+    depth = len(model.visual.blocks)
+    return Counter({kind: count // depth for kind, count in recorded.kernels.items() if count >= depth})
+
+
+def _counts(layer: Counter[str], fixed: Counter[str], collectives: Counter[str]) -> dict[str, Any]:
+    return {
+        "kernel_nodes_per_layer": layer.total(),
+        "kernel_nodes_fixed": fixed.total(),
+        "collectives_per_layer": collectives.total(),
+        "ops_per_layer": _sorted(layer),
+        "ops_fixed": _sorted(fixed),
+    }
+
+
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return {kind: count for kind, count in sorted(counts.items()) if count}
+
+
+def _print(document: dict[str, Any], seconds: float) -> None:
+    """The report for the eye."""
+
+    def listed(counts: dict[str, int]) -> str:
+        return ", ".join(f"{kind} {count}" for kind, count in counts.items()) or "nothing"
+
+    lines: list[tuple[str, str]] = [
+        ("model", f"{document['model']}, {document['layers']} layers, {document['dtype']}"),
+        ("ranks", f"{document['world_size']}, attention over {document['attn_tp_size']}, "
+                  f"experts in {document['moe_ep_size']} groups"),
+        ("weights", f"{document['weights_bytes'] / 2**30:.2f} GiB per rank"),
+        ("decode", f"{document['kernel_nodes_per_layer']} kernels per layer, {document['collectives_per_layer']} of "
+                   f"them collectives, {document['kernel_nodes_fixed']} outside ({document['decode_from']})"),
+        ("layer", listed(document["ops_per_layer"])),
+        ("outside", listed(document["ops_fixed"])),
+        ("vision", f"{document['vision_nodes_per_block']} kernels per block"),
+        ("block", listed(document["vision_ops_per_block"])),
+        ("prefill", listed(document["calls"]["prefill"])),
+    ]  # fmt: skip
+    print(f"{document['soc']}: {'ok' if document['ok'] else 'NOT ok'} after {seconds:.1f} s ({NOTE})")
+    for name, text in (*lines, *_problems("unsupported", document), *_problems("undocumented", document)):
+        print(f"  {name:<13}{text}")
+
+
+def _problems(kind: str, document: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    return ((kind, text) for text in document[kind])

@@ -1,0 +1,121 @@
+"""Decode steps as graphs of a device: few batch sizes, inputs that stay in place, rows padded to the next size.
+
+A padding row writes its key to a spare slot behind the cache and attends to one token: it can disturb nothing.
+Legend: R rows of a captured size, W blocks of the longest request.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from executor.device.ops import Ops
+from executor.engine.step import ModelStep
+from executor.schedule.scheduler import Row
+
+logger = logging.getLogger(__name__)
+
+_TOKEN, _POSITION, _SLOT, _KV_LEN = range(4)  # the order of ModelStep.decode
+
+
+def batch_sizes(most: int) -> tuple[int, ...]:
+    """Powers of two below `most`, and `most`."""
+    return (*(1 << power for power in range((most - 1).bit_length())), most)
+
+
+def spare_blocks(sizes: Sequence[int], block_size: int) -> int:
+    """Blocks behind the scheduler's own that padding rows write to."""
+    return -(-max(sizes, default=0) // block_size)
+
+
+class DecodeGraphs:
+    """Replays a captured decode step for every batch of rows that have one new token each."""
+
+    def __init__(
+        self,
+        step: ModelStep,
+        device: Ops,
+        mode: str,
+        sizes: Sequence[int],
+        num_blocks: int,
+        max_model_len: int,
+        folder: Path,
+    ) -> None:
+        """`num_blocks`: the scheduler's; the cache has `spare_blocks` more. `folder` keeps what is compiled."""
+        self.device = device
+        self.sizes = tuple(sorted(set(sizes)))
+        self.block_size = step.block_size
+        most, width = self.sizes[-1], -(-max_model_len // step.block_size)
+        attention = step.model.language_model.layers[0].self_attn
+        spare = num_blocks + np.arange(most) // step.block_size
+        self._host = np.zeros((4, most), dtype=np.int64)
+        self._table = np.zeros((most, width), dtype=np.int32)
+        self._blocks: list[list[int]] = [[] for _ in range(most)]  # what stands in each row of the table
+        self._spare_slots = num_blocks * step.block_size + np.arange(most)
+        self._spare_blocks = [[int(block)] for block in spare]
+        to = device.device
+        self._values = torch.from_numpy(self._host).to(to, copy=True)
+        self._block_table = torch.from_numpy(self._table).to(to, copy=True)
+        shape = most, attention.num_heads * attention.head_dim
+        self._q_outs = [torch.zeros(shape, dtype=step.dtype, device=to) for _ in step.kv]
+        self._graphs = {size: device.capture(step.decode, mode, folder / f"batch_{size}") for size in self.sizes}
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Make every graph, smallest first, and say how long it took. RuntimeError with the reason where it fails."""
+        for number, size in enumerate(self.sizes, start=1):
+            started = time.monotonic()
+            self._run([], size)
+            self.device.synchronize()
+            seconds = time.monotonic() - started
+            logger.info("decode graph %d of %d, batch %d: %.1f s", number, len(self.sizes), size, seconds)
+
+    def takes(self, rows: Sequence[Row]) -> bool:
+        """Whether these rows are a decode step that was captured: one generated token each, every one sampled from."""
+        return len(rows) <= self.sizes[-1] and all(
+            row.num_tokens == 1 and row.samples and row.start >= len(row.request.prompt.token_ids) for row in rows
+        )
+
+    def __call__(self, rows: Sequence[Row], padded_tokens: int | None = None) -> Tensor:
+        """Logits of the rows, fp32 [len(rows), V]; they are the graph's own memory, valid until the next step.
+
+        `padded_tokens`: the most rows that any replica has in this step, so that all replay a graph of one size.
+        """
+        count = max(len(rows), padded_tokens or 0)
+        size = next(size for size in self.sizes if size >= count)
+        return self._run(rows, size)[: len(rows)]
+
+    def _run(self, rows: Sequence[Row], size: int) -> Tensor:
+        self._fill(rows, size)
+        values = self._values[:, :size].unbind(0)
+        lengths = self._host[_KV_LEN, :size].tolist()
+        return self._graphs[size](*values, self._block_table[:size], [q[:size] for q in self._q_outs], lengths)
+
+    def _fill(self, rows: Sequence[Row], size: int) -> None:
+        """The step's numbers into the device's buffers: one copy, and one more where a request got a block."""
+        host, count = self._host, len(rows)
+        starts = np.fromiter((row.start for row in rows), np.int64, count)
+        host[_TOKEN, :count] = [row.request.token_ids(row.start, row.start + 1)[0] for row in rows]
+        host[_POSITION, :count] = starts + np.fromiter(
+            (row.request.prompt.position_delta for row in rows), np.int64, count
+        )
+        host[_KV_LEN, :count] = starts + 1
+        blocks = [row.request.block_ids[: row.start // self.block_size + 1] for row in rows]
+        last = np.fromiter((each[-1] for each in blocks), np.int64, count)
+        host[_SLOT, :count] = last * self.block_size + starts % self.block_size
+        host[_TOKEN : _POSITION + 1, count:size] = 0
+        host[_KV_LEN, count:size] = 1
+        host[_SLOT, count:size] = self._spare_slots[count:size]
+        self._values.copy_(torch.from_numpy(host), non_blocking=True)
+        changed = False
+        for place, wanted in enumerate((*blocks, *self._spare_blocks[count:size])):
+            if self._blocks[place] != wanted:
+                self._blocks[place] = wanted
+                self._table[place, : len(wanted)] = wanted
+                changed = True
+        if changed:
+            self._block_table.copy_(torch.from_numpy(self._table), non_blocking=True)

@@ -1,0 +1,229 @@
+"""Executes a plan: encodes media, gathers the step's inputs on the host, runs the model, samples.
+
+Knows no scheduling policy and no text. One runner drives one model on one device.
+Legend: T tokens of the step, M visual tokens of a media item, n hidden size.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from executor.checkpoint.settings import PixelSettings
+from executor.device.ops import KVLayer, Ops
+from executor.engine.graphs import DecodeGraphs
+from executor.engine.replica import Replica
+from executor.engine.sampler import Sampled, Sampler
+from executor.engine.step import ModelStep, Visual
+from executor.media.image import normalize_patchify
+from executor.schedule.request import MediaItem, Request
+from executor.schedule.scheduler import Plan, Row
+
+
+@dataclass
+class _HostInputs:
+    """A step's inputs while they are gathered."""
+
+    token_ids: np.ndarray  # int64 [T]
+    positions: np.ndarray  # int64 [3, T]
+    slots: np.ndarray  # int64 [T]
+    select: list[int] = field(default_factory=list)
+    visual_places: list[np.ndarray] = field(default_factory=list)
+    visual_features: list[Tensor] = field(default_factory=list)  # each [k, 1 + taps, n]
+
+
+class Runner:
+    """One rank's part of the model, its KV cache and the embeddings of encoded media.
+
+    A replica's leader calls `execute`, and `close` after its last plan; its other ranks `follow`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: Ops,
+        kv: list[KVLayer],
+        block_size: int,
+        sampler: Sampler,
+        pixel_format: PixelSettings,
+        dtype: torch.dtype,
+        replica: Replica,
+    ) -> None:
+        self.model = model
+        self.step = ModelStep(model, kv, block_size, dtype)
+        self.graphs: DecodeGraphs | None = None  # set by whoever captures them
+        self.device = device
+        self.kv = kv
+        self.block_size = block_size
+        self.sampler = sampler
+        self.pixel_format = pixel_format
+        self.dtype = dtype
+        self.replica = replica
+        self.features: dict[bytes, Tensor] = {}  # media digest -> [M, 1 + taps, n]
+
+    @torch.inference_mode()
+    def execute(self, plan: Plan) -> Sampled:
+        """One step. The result has one token per row that samples, in the order of the rows.
+
+        A plan without rows is a step of other replicas that share this one's experts, where there is one.
+        """
+        plan = self.replica.lead(plan, self._is_captured(plan))
+        if plan is None:
+            return Sampled([], [])
+        logits = self.forward(plan)
+        return self.sampler.sample(logits, [row.request for row in plan.rows if row.samples])
+
+    def close(self) -> Iterator[None]:
+        """After the last plan: help the other replicas until they have ended as well; yields between two steps."""
+        nothing = Plan(())
+        while (plan := self.replica.lead(nothing, self._is_captured(nothing), more=False)) is not None:
+            self.forward(plan)
+            yield
+        self.replica.dismiss()
+
+    def follow(self) -> None:
+        """Run the leader's plans until it ends."""
+        for plan in self.replica.follow():
+            self.forward(plan)
+
+    def _is_captured(self, plan: Plan) -> bool:
+        return self.graphs is not None and self.graphs.takes(plan.rows)
+
+    @torch.inference_mode()
+    def forward(self, plan: Plan) -> Tensor:
+        """Logits of the rows that sample, fp32 [R, V]."""
+        for digest in plan.release:
+            self.features.pop(digest, None)
+        if plan.encode:
+            self.encode(plan.encode)
+        if plan.in_graph:
+            return self.graphs(plan.rows, plan.padded_tokens)
+        if not plan.rows:
+            self.model.help(plan.padded_tokens)
+            return torch.empty(0, self.model.config.text.vocab_size)
+        return self.step(*self._inputs(plan.rows), plan.padded_tokens)
+
+    @torch.inference_mode()
+    def encode(self, media: Sequence[MediaItem]) -> None:
+        """Encode all items, this rank's in one pass, and keep the embeddings of all."""
+        group, owners = self.replica.parallel.pictures, self.replica.owners(media)
+        shares = [
+            [item for item, owner in zip(media, owners, strict=True) if owner == rank] for rank in range(group.size)
+        ]
+        mine = shares[group.rank]
+        encoded = self._encoded(mine) if mine else None
+        for rank, items in enumerate(shares):
+            if not items:
+                continue
+            counts = [item.num_tokens for item in items]
+            if rank == group.rank:
+                features = encoded
+            else:
+                width = self.model.config.text.hidden_size
+                shape = sum(counts), 1 + self.model.num_taps, width
+                features = torch.empty(shape, dtype=self.dtype, device=self.device.device)
+            for item, part in zip(items, group.broadcast(features, rank).split(counts), strict=True):
+                self.features[item.digest] = part
+
+    def _encoded(self, media: Sequence[MediaItem]) -> Tensor:
+        """`[M, 1 + taps, n]` of all items, one after another."""
+        form = self.pixel_format
+        patches = torch.cat(
+            [
+                normalize_patchify(
+                    item.pixels.to(self.device.device),
+                    form.mean,
+                    form.std,
+                    form.patch_size,
+                    form.temporal_patch_size,
+                    form.merge_size,
+                    self.dtype,
+                )
+                for item in media
+            ]
+        )
+        return self.model.encode(patches, [item.grid_thw for item in media])
+
+    def forget(self, request: Request) -> None:
+        """Drop what is kept for a request that has ended."""
+        self.sampler.forget(request.id)
+        self.replica.forget(request)
+
+    def _inputs(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor, Any, Tensor, Visual | None]:
+        """The arguments of ModelStep."""
+        host = self._gather(rows)
+        to = self.device.device
+        visual = None
+        if host.visual_places:
+            index = torch.from_numpy(np.concatenate(host.visual_places)).to(to)
+            visual = Visual(index, torch.cat(host.visual_features))
+        attention = self.device.prepare_attention(
+            [row.num_tokens for row in rows],
+            [row.start + row.num_tokens for row in rows],
+            [row.request.block_ids for row in rows],
+            self.block_size,
+        )
+        token_ids, positions = (torch.from_numpy(x).to(to) for x in (host.token_ids, host.positions))
+        slots = torch.from_numpy(host.slots).to(self.device.slot_dtype).to(to)
+        select = torch.tensor(host.select, dtype=torch.int64, device=to)
+        return token_ids, positions, slots, attention, select, visual
+
+    def _gather(self, rows: Sequence[Row]) -> _HostInputs:
+        total = sum(row.num_tokens for row in rows)
+        host = _HostInputs(
+            np.empty(total, dtype=np.int64), np.empty((3, total), dtype=np.int64), np.empty(total, dtype=np.int64)
+        )
+        at = 0
+        for row in rows:
+            end = at + row.num_tokens
+            host.token_ids[at:end] = row.request.token_ids(row.start, row.start + row.num_tokens)
+            host.positions[:, at:end] = _positions(row)
+            host.slots[at:end] = self._slots(row)
+            if row.start < len(row.request.prompt.token_ids):
+                self._add_visual(host, row, at)
+            if row.samples:
+                host.select.append(end - 1)
+            at = end
+        return host
+
+    def _slots(self, row: Row) -> np.ndarray | int:
+        if row.num_tokens == 1:
+            return row.request.block_ids[row.start // self.block_size] * self.block_size + row.start % self.block_size
+        places = np.arange(row.start, row.start + row.num_tokens)
+        first = row.start // self.block_size
+        blocks = np.asarray(row.request.block_ids[first : places[-1] // self.block_size + 1], dtype=np.int64)
+        return blocks[places // self.block_size - first] * self.block_size + places % self.block_size
+
+    def _add_visual(self, host: _HostInputs, row: Row, at: int) -> None:
+        """Where the row's visual tokens stand in the step, and the embeddings that go there."""
+        stop = row.start + row.num_tokens
+        prompt = row.request.prompt
+        for span in prompt.spans:
+            if span.start >= stop:
+                break
+            low, high = max(span.start, row.start), min(span.start + span.num_tokens, stop)
+            if low >= high:
+                continue
+            host.visual_places.append(np.arange(low, high) - row.start + at)
+            first = low - span.start + span.offset
+            features = self.features[prompt.media[span.media_index].digest]
+            host.visual_features.append(features[first : first + high - low])
+
+
+def _positions(row: Row) -> np.ndarray | int:
+    """M-RoPE positions [3, num_tokens] of the row, or one number where all three axes and tokens share it."""
+    prompt = row.request.prompt
+    num_prompt = len(prompt.token_ids)
+    stop = row.start + row.num_tokens
+    if row.start >= num_prompt:
+        if row.num_tokens == 1:
+            return row.start + prompt.position_delta
+        return np.arange(row.start, stop) + prompt.position_delta
+    known = prompt.positions[:, row.start : stop]
+    if stop <= num_prompt:
+        return known
+    later = np.broadcast_to(np.arange(num_prompt, stop) + prompt.position_delta, (3, stop - num_prompt))
+    return np.concatenate((known, later), axis=1)

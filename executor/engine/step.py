@@ -1,0 +1,76 @@
+"""One step of the model as a function of tensors: what runs eagerly, and what a device makes a graph of.
+
+Legend: T tokens of the step, R rows, P visual tokens, n hidden size, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from executor.device import ops
+from executor.device.ops import KVLayer
+from executor.engine.forward import DeepStack, ForwardMeta
+
+
+@dataclass(frozen=True)
+class Visual:
+    """The visual tokens of a step: where they stand, int64 [P], and what they are, [P, 1 + taps, n]."""
+
+    index: Tensor
+    features: Tensor
+
+
+class ModelStep(nn.Module):
+    """A model over its cache. `decode` is `forward` for one token a row, with everything in tensors of fixed shape."""
+
+    def __init__(self, model: nn.Module, kv: list[KVLayer], block_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.kv = kv
+        self.block_size = block_size
+        self.dtype = dtype
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        attention: Any,
+        select: Tensor | None = None,
+        visual: Visual | None = None,
+        padded_tokens: int | None = None,
+    ) -> Tensor:
+        """`token_ids [T]`, `positions [3, T]` or `[T]`, `slots [T]` -> fp32 logits of `select [R]`, or of all.
+
+        `padded_tokens`: see ForwardMeta.
+        """
+        embeddings = self.model.embed(token_ids)
+        deepstack = None
+        if visual is not None:
+            embeddings = embeddings.index_copy(0, visual.index, visual.features[:, 0])
+            if self.model.num_taps:
+                deepstack = DeepStack(visual.index, visual.features[:, 1:])
+        cos, sin = self.model.rope(positions, self.dtype)
+        meta = ForwardMeta(cos, sin, slots, attention, self.kv, select, deepstack, padded_tokens)
+        return self.model(embeddings, meta)
+
+    def decode(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        kv_lens: Tensor | Sequence[int],
+        block_table: Tensor,
+        q_outs: Sequence[Tensor],
+    ) -> Tensor:
+        """One token of each of R rows: `[R]` each, `block_table` int32 `[R, blocks]` -> fp32 logits `[R, V]`.
+
+        `q_outs`: for each layer `[R, H * D]`, scratch that stays in place; one for all would be copied between layers.
+        """
+        attention = ops.bound().static_attention(kv_lens, block_table, self.block_size)
+        kv = [KVLayer(layer.k, layer.v, q_out) for layer, q_out in zip(self.kv, q_outs, strict=True)]
+        cos, sin = self.model.rope(positions, self.dtype)
+        return self.model(self.model.embed(token_ids), ForwardMeta(cos, sin, slots, attention, kv, None))

@@ -1,0 +1,230 @@
+"""Pictures: decoded to uint8 RGB, resized as torchvision does, normalised and cut into patches.
+
+Invariants: pure functions; pixels stay uint8 until `normalize_patchify`; every result equals, bit for bit, that of
+transformers' default (torchvision-backed) processors of Qwen2-VL and Qwen3-VL. Means, sizes and patch sizes are the
+caller's, out of the checkpoint's preprocessor_config.json; nothing here knows a model.
+Legend: F frames, C channels (3), H/W pixels, P patches, tp temporal patch size, ps patch size, m merge size.
+"""
+
+import io
+import math
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from executor.errors import UserError
+from executor.media.media import DEFAULT_LIMITS, MediaLimits
+
+MAX_ASPECT_RATIO = 200
+# Formats that Pillow decodes by itself. Others (EPS, ...) would start foreign programs on a stranger's file.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+# What Pillow raises on damaged data, from its many plugins.
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    IndexError,
+    KeyError,
+    TypeError,
+    EOFError,
+    OverflowError,
+    struct.error,
+)
+
+
+def decode_image(
+    content: bytes | Path | Image.Image | np.ndarray,
+    *,
+    source: str = "picture",
+    limits: MediaLimits = DEFAULT_LIMITS,
+) -> torch.Tensor:
+    """A picture as contiguous uint8 [3, H, W]: turned upright by its EXIF tag, transparency on white, 16 bits scaled.
+
+    Of an animated picture the first frame. Arrays are uint8 or uint16, [H, W] or [H, W, 1 | 3 | 4].
+    Errors: UserError naming `source` when it is damaged, of an unknown format, or above `limits`.
+    """
+    if isinstance(content, np.ndarray):
+        content = _picture_from_array(content, source)
+    picture = open_picture(content, source, limits)
+    try:
+        if isinstance(content, bytes | Path):
+            picture.seek(0)
+        pixels = to_rgb(ImageOps.exif_transpose(picture))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    except DECODE_ERRORS as error:
+        raise UserError(f"{source}: the picture is damaged or incomplete ({error})") from error
+    finally:
+        if isinstance(content, bytes | Path):
+            picture.close()
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def open_picture(content: bytes | Path | Image.Image, source: str, limits: MediaLimits) -> Image.Image:
+    """The picture with its header read and its size checked, its pixels not yet decoded."""
+    picture = content
+    if not isinstance(content, Image.Image):
+        Image.init()
+        formats = [name for name in _FORMATS if name in Image.OPEN]
+        try:
+            picture = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=formats)
+        except Image.DecompressionBombError as error:
+            raise UserError(f"{source}: more than {limits.image_pixels} pixels; make it smaller") from error
+        except DECODE_ERRORS as error:
+            raise UserError(
+                f"{source}: not a readable picture ({type(error).__name__}); known are {', '.join(formats)}"
+            ) from error
+    width, height = picture.size
+    if width * height > limits.image_pixels:
+        raise UserError(f"{source}: {width}x{height} pixels, at most {limits.image_pixels} in all; make it smaller")
+    if min(width, height) == 0:
+        raise UserError(f"{source}: a picture of {width}x{height} pixels is empty")
+    return picture
+
+
+def to_rgb(picture: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3] of a picture in any of Pillow's modes; UserError (without a source) for values of no scale."""
+    if picture.mode.startswith("I") or picture.mode == "F":
+        gray = _scale_to_8_bits(np.asarray(picture))
+        transparent = picture.info.get("transparency")
+        if isinstance(transparent, int):
+            gray[np.asarray(picture) == transparent] = 255
+        return np.repeat(gray[:, :, None], 3, axis=2)
+    if "A" in picture.getbands() or "a" in picture.getbands() or picture.info.get("transparency") is not None:
+        rgba = picture.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return np.array(Image.alpha_composite(white, rgba).convert("RGB"))
+    return np.array(picture.convert("RGB"))
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) in multiples of `factor` (patch * merge), with about the same ratio, the area within bounds.
+
+    Both families, pictures (transformers: qwen2_vl smart_resize; its rounding is Python's, halves to even).
+    Errors: UserError when one side is more than 200 times the other.
+    """
+    check_aspect_ratio(height, width)
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    return fit_area(height, width, new_height * new_width, (new_height, new_width), factor, min_pixels, max_pixels)
+
+
+def check_aspect_ratio(height: int, width: int) -> None:
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_ASPECT_RATIO:
+        raise UserError(
+            f"{width}x{height} pixels: one side is {ratio:.1f} times the other, at most {MAX_ASPECT_RATIO} is allowed; "
+            "crop it or cut it into parts"
+        )
+
+
+def fit_area(
+    height: int,
+    width: int,
+    volume: int,
+    rounded: tuple[int, int],
+    factor: int,
+    min_volume: int,
+    max_volume: int,
+    num_frames: int = 1,
+) -> tuple[int, int]:
+    """`rounded` when its `volume` (pixels of all frames) is within bounds, else both sides scaled by one number."""
+    if volume > max_volume:
+        shrink = math.sqrt((num_frames * height * width) / max_volume)
+        return (
+            max(factor, math.floor(height / shrink / factor) * factor),
+            max(factor, math.floor(width / shrink / factor) * factor),
+        )
+    if volume < min_volume:
+        grow = math.sqrt(min_volume / (num_frames * height * width))
+        return math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
+    return rounded
+
+
+def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """uint8 [F, 3, H, W] to uint8 [F, 3, height, width], bicubic with antialiasing, as torchvision's `resize`.
+
+    On the CPU, where frames are decoded: torch resizes uint8 there with integer weights, rounding and clamping between
+    the horizontal and the vertical pass. Other devices compute in float without that, up to several levels away.
+    """
+    assert frames.dtype == torch.uint8 and frames.device.type == "cpu"
+    if frames.shape[-2:] == (height, width):
+        return frames
+    return F.interpolate(frames, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
+
+
+def repeat_last(frames: torch.Tensor, multiple: int) -> torch.Tensor:
+    """[F, ...] with the last frame repeated until F is a multiple: a picture, or a video of an odd count."""
+    missing = -frames.shape[0] % multiple
+    if missing == 0:
+        return frames
+    return torch.cat([frames, frames[-1:].expand(missing, *frames.shape[1:])])
+
+
+def normalize_patchify(
+    frames: torch.Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    patch_size: int,
+    temporal_patch_size: int,
+    merge_size: int,
+    dtype: torch.dtype = torch.float32,
+    rescale_factor: float = 1 / 255,
+) -> torch.Tensor:
+    """uint8 [F, 3, H, W] to [P, 3 * tp * ps * ps] of `dtype`, on the frames' device; H, W multiples of ps * m.
+
+    P runs over (time, row of merge windows, column of them, row in the window, column in it); in a patch (C, tp, row,
+    column). Cut as bytes and only then turned into numbers: a quarter of the traffic, the same values. Computed in
+    fp32 and cast once. No permute has more than 8 dims, the most an NPU takes: transformers' own have 9 and 10.
+    """
+    frames = repeat_last(frames, temporal_patch_size)
+    num_frames, channels, height, width = frames.shape
+    grid_t, grid_h, grid_w = num_frames // temporal_patch_size, height // patch_size, width // patch_size
+    by_channel = frames.reshape(grid_t, temporal_patch_size, channels, height, width).transpose(1, 2)
+    patches = by_channel.reshape(
+        grid_t,
+        channels * temporal_patch_size,
+        grid_h // merge_size,
+        merge_size,
+        patch_size,
+        grid_w // merge_size,
+        merge_size,
+        patch_size,
+    ).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    patches = patches.reshape(grid_t * grid_h * grid_w, channels, temporal_patch_size * patch_size * patch_size)
+    # transformers folds the rescale into mean and std; any other order of these operations rounds differently.
+    means = torch.tensor(mean, device=frames.device) * (1.0 / rescale_factor)
+    stds = torch.tensor(std, device=frames.device) * (1.0 / rescale_factor)
+    values = patches.to(torch.float32).sub_(means.view(1, -1, 1)).div_(stds.view(1, -1, 1))
+    return values.reshape(values.shape[0], -1).to(dtype)
+
+
+def _picture_from_array(array: np.ndarray, source: str) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    gray, colour = array.ndim == 2, array.ndim == 3 and array.shape[2] in (3, 4)
+    if not (colour and array.dtype == np.uint8) and not (gray and array.dtype in (np.uint8, np.uint16)):
+        raise UserError(
+            f"{source}: got an array {array.dtype} {list(array.shape)}, want uint8 [H, W], [H, W, 3] or [H, W, 4], "
+            "or uint16 [H, W]"
+        )
+    if array.size == 0:
+        raise UserError(f"{source}: an array of shape {list(array.shape)} holds no pixels")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _scale_to_8_bits(values: np.ndarray) -> np.ndarray:
+    """One band of wide integers or floats to uint8, by the full range of its type, not clipped at 255."""
+    if values.dtype.kind == "f":
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and high <= 255):  # also refuses NaN
+            raise UserError(f"floating point pixels between {low} and {high}; want 0..1 or 0..255")
+        return np.rint(values * 255 if high <= 1 else values).astype(np.uint8)
+    # Pillow opens 16-bit files as mode I (32 bits) too: what fits into 16 bits is taken for 16 bits.
+    top = 65535 if values.max() <= 65535 else 2**31 - 1
+    wide = np.clip(values.astype(np.int64), 0, top)
+    return ((wide * 255 + top // 2) // top).astype(np.uint8)

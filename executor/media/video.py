@@ -1,0 +1,235 @@
+"""Videos: sampled frames of a file, an animated picture, a list of pictures or an array, with their time stamps.
+
+Invariants: which frames are taken follows from time stamps (timeline.py) and the family's rule (sampling.py), not
+from a rate assumed constant; only the sampled frames are held, resized one by one when the caller says to which size.
+Does not know models, prompts or patches.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from executor.errors import UserError
+from executor.media.container import ContainerFrames
+from executor.media.image import DECODE_ERRORS, decode_image, open_picture, resize, to_rgb
+from executor.media.media import DEFAULT_LIMITS, Media, MediaLimits, sniff
+from executor.media.sampling import Sampling
+from executor.media.timeline import Timeline
+
+# Animated pictures: delays of 10 ms or less are shown as 100 ms by every browser, so that is what people see.
+_SHORTEST_DELAY_MS, _DEFAULT_DELAY_MS = 10, 100
+
+SizeRule = Callable[[int, int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class SampledVideo:
+    """The frames a model looks at. `decoded_*` and `seeks` say what it cost to get them."""
+
+    frames: torch.Tensor  # uint8 [F, 3, H, W]; F as sampled, before any repeat to an even count
+    timestamps_s: tuple[float, ...]  # [F], from the first frame of the video on
+    indices: tuple[int, ...]  # [F], of the frames taken, in display order
+    total_frames: int
+    frame_rate: float  # of the video: nominal where it is constant, else the mean
+    duration_s: float
+    height: int  # of the video, before the resize
+    width: int
+    decoded_frames: int
+    decoded_groups: int
+    seeks: int
+
+    @property
+    def sampled_fps(self) -> float:
+        """Sampled frames per second of video (transformers: VideoMetadata.sampled_fps)."""
+        return len(self.indices) / self.total_frames * self.frame_rate
+
+
+class _Frames(Protocol):
+    """What frames are read from. `read` takes ascending distinct indices and yields (index, uint8 [H, W, 3])."""
+
+    timeline: Timeline
+    decoded_frames: int
+    decoded_groups: int
+    seeks: int
+
+    def read(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]: ...
+
+    def close(self) -> None: ...
+
+
+def read_video(
+    content: bytes | Path | Image.Image | np.ndarray | Sequence,
+    sampling: Sampling,
+    *,
+    source: str = "video",
+    limits: MediaLimits = DEFAULT_LIMITS,
+    size_of: SizeRule | None = None,
+    frame_rate: float | None = None,
+) -> SampledVideo:
+    """Samples a video file (bytes or path), an animated picture, an array uint8 [F, H, W, 3] or a list of pictures.
+
+    size_of: (num_frames, height, width) -> (height, width); each frame is resized to it as soon as it is decoded, so
+    that a long video never lies in memory at full size. None: frames keep their size.
+    frame_rate: of an array or list, in frames per second. None: they are taken as sampled already, at `sampling.fps`.
+    Errors: UserError naming `source` for what is empty, damaged, above `limits`, or has fewer frames than asked for.
+    """
+    if frame_rate is not None and not frame_rate > 0:
+        raise UserError(f"{source}: frame_rate must be above 0, got {frame_rate}")
+    with closing(_open(content, source, limits, frame_rate or sampling.fps)) as opened:
+        timeline = opened.timeline
+        if timeline.num_frames > limits.video_frames:
+            raise UserError(f"{source}: {timeline.num_frames} frames, at most {limits.video_frames} allowed")
+        sampled_already = isinstance(opened, _GivenFrames) and frame_rate is None
+        try:
+            if sampled_already and timeline.num_frames <= sampling.max_frames:
+                chosen = list(range(timeline.num_frames))
+            else:
+                chosen = sampling.indices(timeline.num_frames, timeline.frame_rate)
+            indices = timeline.frames_at(chosen)
+            frames, (height, width) = _collect(opened, indices, source, size_of)
+        except UserError as error:
+            raise UserError(_naming(source, str(error))) from error
+    return SampledVideo(
+        frames=frames,
+        timestamps_s=tuple(index / timeline.frame_rate for index in chosen),
+        indices=tuple(indices),
+        total_frames=timeline.num_frames,
+        frame_rate=timeline.frame_rate,
+        duration_s=timeline.duration_s,
+        height=height,
+        width=width,
+        decoded_frames=opened.decoded_frames,
+        decoded_groups=opened.decoded_groups,
+        seeks=opened.seeks,
+    )
+
+
+def _collect(
+    opened: _Frames, indices: list[int], source: str, size_of: SizeRule | None
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """uint8 [F, 3, H, W] for `indices` (ascending, repeats allowed), and the height and width before the resize."""
+    frames: dict[int, torch.Tensor] = {}
+    first_shape: tuple[int, ...] | None = None
+    for index, pixels in opened.read(sorted(set(indices))):
+        if first_shape is None:
+            first_shape = pixels.shape
+        if pixels.shape != first_shape:
+            raise UserError(
+                f"{source}: frame {index} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the first one "
+                f"{first_shape[1]}x{first_shape[0]}; all frames of a video must be of one size"
+            )
+        frame = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()[None]
+        frames[index] = frame if size_of is None else resize(frame, *size_of(len(indices), *pixels.shape[:2]))
+    return torch.cat([frames[index] for index in indices]), first_shape[:2]
+
+
+def _open(content: object, source: str, limits: MediaLimits, frame_rate: float) -> _Frames:
+    if isinstance(content, np.ndarray | list | tuple):
+        return _GivenFrames(content, source, limits, frame_rate)
+    if isinstance(content, Image.Image):
+        return _PictureFrames(content, source, limits)
+    if isinstance(content, bytes):
+        head, num_bytes = content[:512], len(content)
+    else:
+        try:
+            with content.open("rb") as file:
+                head, num_bytes = file.read(512), content.stat().st_size
+        except OSError as error:
+            raise UserError(f"{source}: cannot be read ({error.strerror})") from error
+    if not head:
+        raise UserError(f"{source}: the video is empty (0 bytes)")
+    if num_bytes > limits.video_bytes:
+        raise UserError(f"{source}: {num_bytes} bytes, at most {limits.video_bytes} allowed for a video")
+    sniffed = sniff(head)
+    if sniffed and sniffed[0] == "image":
+        return _PictureFrames(content, source, limits)
+    return ContainerFrames(content, source, limits)
+
+
+class _GivenFrames:
+    """Frames that are there already: uint8 [F, H, W, 3], or pictures (anything `decode_image` takes, or Media)."""
+
+    decoded_groups = seeks = 0
+
+    def __init__(self, frames: np.ndarray | Sequence, source: str, limits: MediaLimits, frame_rate: float):
+        if isinstance(frames, np.ndarray) and (
+            frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape[1:]
+        ):
+            raise UserError(f"{source}: got {frames.dtype} {list(frames.shape)}, want uint8 [F, H, W, 3]")
+        if len(frames) == 0:
+            raise UserError(f"{source}: the video is empty: no frame in it")
+        self._frames, self._source, self._limits = frames, source, limits
+        self.decoded_frames = 0
+        self.timeline = Timeline(np.arange(len(frames)) / frame_rate, 1 / frame_rate, frame_rate)
+
+    def read(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        for index in indices:
+            frame = self._frames[index]
+            if isinstance(self._frames, np.ndarray):
+                yield index, np.array(frame)  # a copy: torch warns of read-only memory
+                continue
+            content, name = (
+                (frame.content, frame.source) if isinstance(frame, Media) else (frame, f"{self._source}, frame {index}")
+            )
+            self.decoded_frames += 1
+            yield index, decode_image(content, source=name, limits=self._limits).permute(1, 2, 0).numpy()
+
+    def close(self) -> None:
+        pass
+
+
+class _PictureFrames:
+    """An animated GIF, WebP or PNG, or a still picture as a video of one frame; each frame has its own delay."""
+
+    decoded_groups = seeks = 0
+
+    def __init__(self, content: bytes | Path | Image.Image, source: str, limits: MediaLimits):
+        self._picture, self._source = open_picture(content, source, limits), source
+        self._owned = not isinstance(content, Image.Image)
+        self.decoded_frames = 0
+        try:
+            num_frames = getattr(self._picture, "n_frames", 1)
+        except DECODE_ERRORS as error:  # counting walks through the file
+            raise UserError(f"{source}: the picture is damaged or incomplete ({error})") from error
+        if num_frames > limits.video_frames:
+            raise UserError(f"{source}: {num_frames} frames, at most {limits.video_frames} allowed")
+        delays_s = []
+        for index in range(num_frames):
+            self._show(index)  # the delay of a frame is known when it is decoded
+            delay_ms = self._picture.info.get("duration") or 0
+            delays_s.append((delay_ms if delay_ms > _SHORTEST_DELAY_MS else _DEFAULT_DELAY_MS) / 1000)
+        starts_s = np.concatenate([[0.0], np.cumsum(delays_s)[:-1]])
+        rate = 1 / delays_s[0] if len(set(delays_s)) == 1 else None
+        self.timeline = Timeline(starts_s, delays_s[-1], rate)
+        if self.timeline.duration_s > limits.video_duration_s:
+            self.close()
+            raise UserError(
+                f"{source}: {self.timeline.duration_s:.0f} seconds, at most {limits.video_duration_s:.0f} allowed"
+            )
+
+    def read(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        for index in indices:
+            self._show(index)
+            yield index, to_rgb(self._picture)
+
+    def close(self) -> None:
+        if self._owned:
+            self._picture.close()
+
+    def _show(self, index: int) -> None:
+        try:
+            self._picture.seek(index)
+            self._picture.load()
+            self.decoded_frames += 1
+        except DECODE_ERRORS as error:
+            raise UserError(f"{self._source}: frame {index} is damaged or incomplete ({error})") from error
+
+
+def _naming(source: str, message: str) -> str:
+    return message if message.startswith(source) else f"{source}: {message}"

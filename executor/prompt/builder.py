@@ -1,0 +1,192 @@
+"""The processor that all families share: a checkpoint folder and a recipe's options in, `Prompt`s out.
+
+A family's `Processor` adds three things: how a video is sampled and sized, which pieces stand for it in the text, and
+the M-RoPE positions. Media are opened only after everything that costs less has been checked, and vision code is
+imported only then.
+Does not know the engine: a prompt longer than the model's context is refused there.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from executor.checkpoint.folder import read_json
+from executor.checkpoint.settings import (
+    PixelSettings,
+    VideoSettings,
+    read_eos_token_ids,
+    read_pixel_settings,
+    read_video_settings,
+)
+from executor.errors import UserError
+from executor.prompt.chat import Chat, MediaPart, Piece, normalise_messages
+from executor.prompt.expand import (
+    Fill,
+    MediaOptions,
+    VisionTokens,
+    check_media,
+    encode_pieces,
+    expand_media,
+    make_media_item,
+    pieces_text,
+)
+from executor.schedule.request import MediaItem, Prompt, Span
+
+
+class PromptBuilder(ABC):
+    """Builds prompts for one checkpoint.
+
+    `tokenizer`: transformers' of the folder. `eos_token_ids`: end an answer. `tokens`: ids around media.
+    `picture`, `video`: pixel settings, which the encoder needs to normalise and patchify `MediaItem.pixels`.
+    `generation_config`: the folder's, {} if it has none.
+    """
+
+    picture_defaults: Mapping[str, Any]  # of the family's transformers classes, for keys a checkpoint leaves out
+    video_defaults: Mapping[str, Any]
+    box_convention: Literal["absolute", "relative_1000"]  # how answers write places: see executor.media.draw
+
+    def __init__(self, folder: str | Path, options: MediaOptions | None = None) -> None:
+        self.folder = Path(folder)
+        self.options = options or MediaOptions()
+        self.chat = Chat.load(self.folder)
+        self.tokenizer = self.chat.tokenizer
+        self.raw_config = read_json(self.folder, "config.json")
+        self.tokens = VisionTokens.read(self.raw_config, self.tokenizer)
+        self.picture: PixelSettings = read_pixel_settings(self.folder, self.picture_defaults)
+        self.video: VideoSettings = read_video_settings(self.folder, self.video_defaults)
+        for settings in (self.picture, self.video):
+            settings.check_against(self.raw_config.get("vision_config", {}), self.folder)
+        if (self.picture.mean, self.picture.std) != (self.video.mean, self.video.std):
+            raise UserError(
+                f"'{self.folder}': pictures and videos are normalised differently (mean {self.picture.mean} and "
+                f"{self.video.mean}, std {self.picture.std} and {self.video.std}); only one normalisation is supported"
+            )
+        self.eos_token_ids = read_eos_token_ids(self.folder, self.tokenizer)
+        self.generation_config = read_json(self.folder, "generation_config.json", required=False)
+
+    @property
+    def image_token_id(self) -> int:
+        return self.tokens.image
+
+    @property
+    def video_token_id(self) -> int:
+        return self.tokens.video
+
+    @property
+    def vision_start_token_id(self) -> int:
+        return self.tokens.start
+
+    def build(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """The prompt of OpenAI-like messages. Raises UserError for what cannot be asked as it stands."""
+        normal, parts = normalise_messages(messages)
+        pieces = self.chat.render(
+            normal,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            template_kwargs=chat_template_kwargs,
+        )
+        return self._build(pieces, parts)
+
+    def build_text(self, text: str, media: Sequence[Mapping[str, Any]] = ()) -> Prompt:
+        """The prompt of raw text, without a template: special tokens in it count, and each placeholder
+        (`<|image_pad|>`, `<|video_pad|>`) takes the next of `media`, given as parts of a message."""
+        parts: list[MediaPart] = []
+        if media:
+            _, parts = normalise_messages([{"role": "user", "content": list(media)}])
+        return self._build(self.chat.special.split(text), parts)
+
+    def _build(self, pieces: list[Piece], parts: list[MediaPart]) -> Prompt:
+        if not pieces:
+            raise UserError("the prompt is empty; give it some text")
+        check_media(pieces, parts, self.tokens)
+        media = tuple(self._open(part) for part in parts)
+        expanded = expand_media(
+            pieces, media, self.tokens, self.video_pieces, replace_video_pair=self.replaces_video_pair
+        )
+        token_ids, spans = encode_pieces(self.tokenizer, expanded)
+        positions, delta = self.positions(len(token_ids), spans, media)
+        return Prompt(token_ids, positions, delta, media, spans, pieces_text(pieces, self.tokenizer))
+
+    def _open(self, part: MediaPart) -> MediaItem:
+        options = self.options.with_overrides(part)
+        return self.open_video(part, options) if part.kind == "video" else self.open_picture(part, options)
+
+    def open_picture(self, part: MediaPart, options: MediaOptions) -> MediaItem:
+        """Decode and resize one picture."""
+        from executor.media.image import decode_image, resize, smart_resize
+        from executor.media.media import MediaLimits, load_media
+
+        limits = options.limits or MediaLimits()
+        settings = self.picture
+        least, most = options.min_pixels or settings.min_pixels, options.max_pixels or settings.max_pixels
+        if least > most:
+            raise UserError(f"{part.where}: min_pixels {least} is above max_pixels {most}; set both, or neither")
+        opened = load_media(part.source, "image", limits)
+        frame = decode_image(opened.content, source=opened.source, limits=limits)
+        height, width = smart_resize(frame.shape[1], frame.shape[2], settings.factor, least, most)
+        return make_media_item("image", resize(frame[None], height, width), settings, source=opened.source)
+
+    def open_video(self, part: MediaPart, options: MediaOptions) -> MediaItem:
+        """Sample, decode and resize one video."""
+        from executor.media.media import MediaLimits, load_media
+        from executor.media.sampling import Sampling
+        from executor.media.video import read_video
+
+        limits = options.limits or MediaLimits()
+        settings = self.video
+        max_frames = options.max_frames or settings.max_frames
+        sampling = Sampling(
+            rule=self.sampling_rule(),
+            fps=options.fps or settings.fps,
+            num_frames=options.num_frames or (None if options.fps else settings.num_frames),
+            min_frames=options.min_frames or min(settings.min_frames, max_frames),
+            max_frames=max_frames,
+            temporal_patch_size=settings.temporal_patch_size,
+        )
+        opened = load_media(part.source, "video", limits)
+        sampled = read_video(
+            opened.content,
+            sampling,
+            source=opened.source,
+            limits=limits,
+            size_of=lambda num_frames, height, width: self.frame_size(num_frames, height, width, options),
+        )
+        return make_media_item(
+            "video",
+            sampled.frames,
+            settings,
+            source=opened.source,
+            seconds_per_grid=settings.temporal_patch_size / sampled.sampled_fps,
+            timestamps_s=sampled.timestamps_s,
+        )
+
+    @property
+    @abstractmethod
+    def replaces_video_pair(self) -> bool:
+        """Whether `video_pieces` also stand in for the start and end tokens that the template writes."""
+
+    @abstractmethod
+    def sampling_rule(self) -> Callable:
+        """The rule of executor.media.sampling by which frames are chosen."""
+
+    @abstractmethod
+    def frame_size(self, num_frames: int, height: int, width: int, options: MediaOptions) -> tuple[int, int]:
+        """(height, width) that every one of `num_frames` sampled frames is resized to."""
+
+    @abstractmethod
+    def video_pieces(self, index: int, item: MediaItem) -> list[Piece | Fill]:
+        """What the placeholder of video `index` expands to."""
+
+    @abstractmethod
+    def positions(self, num_tokens: int, spans: Sequence[Span], media: Sequence[MediaItem]) -> tuple[np.ndarray, int]:
+        """M-RoPE positions [3, T] int64, and the delta of the tokens to come."""

@@ -1,0 +1,123 @@
+"""From the text a user writes to plain values: a recipe's YAML file, and `section.key=value` overrides.
+
+Knows the schema only as a pydantic class whose fields are the sections; checks no values.
+"""
+
+import re
+import types
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from executor.errors import UserError, nearest
+from executor.host.env import find_path
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses a key given twice and reads `1e-6` as a number."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"a key must be text, got {key!r}", node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is there twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 wants a point and a signed exponent; people write 1e-6 and 5e5.
+_FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The top-level mapping of a YAML file. UserError when it is missing, empty, not YAML or not a mapping."""
+    found = find_path(path)
+    if found.is_dir():
+        raise UserError(f"{path} is a folder; a recipe is a YAML file, e.g. config/quickstart.yaml")
+    try:
+        text = found.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"there is no recipe {path}{_neighbours(found)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe {path} cannot be read: {error}") from error
+    try:
+        tree = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}{_place(error)}: not valid YAML: {_problem(error)}") from error
+    if tree is None:
+        raise UserError(f"the recipe {path} is empty; config/quickstart.yaml is one to start from")
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is sections of `key: value`, got a {type(tree).__name__}")
+    return tree
+
+
+def parse_override(text: str, schema: type[BaseModel]) -> tuple[str, str, Any]:
+    """`section.key=value` as (section, key, value). UserError for another form or a name the schema lacks.
+
+    The value is read as YAML, except that a text field takes the words as they stand ("Where is it: left?").
+    """
+    name, equals, raw = text.partition("=")
+    section_name, dot, key = name.strip().partition(".")
+    sections = {field.alias: field.annotation for field in schema.model_fields.values()}
+    if not equals or not name.strip():
+        raise UserError(f"--set {text}: the form is section.key=value, e.g. --set generation_config.max_new_tokens=64")
+    if not dot:
+        owners = [alias for alias, section in sections.items() if section_name in section.model_fields]
+        wanted = f"{owners[0]}.{section_name}={raw}" if owners else "section.key=value"
+        raise UserError(f"--set {text}: the section is missing; write --set {wanted}")
+    section = sections.get(section_name)
+    if section is None:
+        hint = nearest(section_name, sections)
+        raise UserError(f"--set {text}: unknown section '{section_name}'{hint}; sections: {', '.join(sections)}")
+    field = section.model_fields.get(key)
+    if field is None:
+        raise UserError(f"--set {text}: {unknown_key(key, section_name, sections)}")
+    return section_name, key, _parse_value(raw, field, text)
+
+
+def unknown_key(key: str, section_name: str, sections: dict[str, type[BaseModel]]) -> str:
+    """What to say of a key that a section does not have: where it belongs, or what it looks like."""
+    keys = sections[section_name].model_fields
+    owners = [alias for alias, section in sections.items() if key in section.model_fields]
+    if owners:
+        return f"'{key}' is no key of {section_name}; it belongs in {owners[0]}"
+    return f"unknown key '{key}' in {section_name}{nearest(key, keys)}; its keys: {', '.join(keys)}"
+
+
+def _parse_value(raw: str, field: FieldInfo, text: str) -> Any:
+    is_union = isinstance(field.annotation, types.UnionType)
+    kinds = get_args(field.annotation) if is_union else (field.annotation,)
+    stripped = raw.strip()
+    if str in kinds:
+        if type(None) in kinds and stripped in ("", "null", "~"):
+            return None
+        if stripped[:1] not in ("'", '"') or stripped[:1] != stripped[-1:] or len(stripped) < 2:
+            return raw
+    try:
+        return yaml.load(raw, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text}: the value is not valid YAML: {_problem(error)}") from error
+
+
+def _neighbours(path: Path) -> str:
+    names = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    close = nearest(path.name, names)
+    return close or (
+        f"; {path.parent} has {', '.join(names)}" if names else "; config/ has the ones that come with this"
+    )
+
+
+def _place(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return getattr(error, "problem", None) or str(error).splitlines()[0]

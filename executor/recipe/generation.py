@@ -1,0 +1,60 @@
+"""How a request's tokens are chosen, from the layers that may say so: request, recipe, checkpoint, greedy defaults."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from executor.errors import UserError
+from executor.recipe.schema import GenerationSection
+from executor.schedule.request import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+# What generation_config.json may say that we take over. Its max_length counts the prompt too and is 20 by default
+# in old files: an answer is bounded by max_new_tokens and the context alone.
+_FROM_CHECKPOINT = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_PARAMETERS = frozenset(field.name for field in fields(SamplingParams))
+_NARROWING = ("top_k", "top_p", "min_p")  # mean something only when sampling
+
+
+def sampling_params(
+    generation: GenerationSection, checkpoint: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> SamplingParams:
+    """One request's parameters: `overrides` of the request, then the recipe, then generation_config.json, then greedy.
+
+    `overrides` may hold any field of SamplingParams, and do_sample (false = greedy). None anywhere means "not said".
+    A checkpoint with do_sample false is greedy unless recipe or request set a temperature. `seed` stays 0 when
+    nobody names one: who wants different answers each time draws one.
+    Raises UserError for an unknown name in `overrides`.
+    """
+    asked = {name: value for name, value in (overrides or {}).items() if value is not None}
+    do_sample = asked.pop("do_sample", None)
+    unknown = sorted(set(asked) - _PARAMETERS)
+    if unknown:
+        raise UserError(f"unknown sampling parameter {', '.join(unknown)}; known: {', '.join(sorted(_PARAMETERS))}")
+    said = {name: value for name, value in generation.model_dump().items() if value is not None and name in _PARAMETERS}
+    said.update(asked)
+
+    own = {name: checkpoint[name] for name in _FROM_CHECKPOINT if checkpoint.get(name) is not None}
+    samples_by_itself = bool(checkpoint.get("do_sample"))
+    own["temperature"] = own.get("temperature", 1.0) if samples_by_itself else 0.0
+    chosen = own | said
+    if do_sample is False:
+        chosen["temperature"] = 0.0
+    elif do_sample and not chosen["temperature"]:
+        chosen["temperature"] = float(asked.get("temperature") or checkpoint.get("temperature") or 1.0)
+    if not chosen["temperature"]:
+        _warn_if_unused(said)
+        chosen.update(top_k=0, top_p=1.0, min_p=0.0)
+    for name in ("stop", "stop_token_ids"):
+        if name in chosen:
+            value = chosen[name]
+            chosen[name] = (value,) if isinstance(value, (str, int)) else tuple(value)
+    return SamplingParams(**chosen)
+
+
+def _warn_if_unused(said: Mapping[str, Any]) -> None:
+    unused = [name for name in _NARROWING if name in said]
+    if unused:
+        logger.warning("%s has no effect at temperature 0 (greedy)", ", ".join(unused))

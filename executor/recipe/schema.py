@@ -1,0 +1,264 @@
+"""The recipe: one schema, one default per field, one way in (`load_recipe`).
+
+A YAML file and `--set section.key=value` overrides become a frozen `Recipe`, or a UserError in plain words.
+What needs the checkpoint (degrees, `auto` values, memory) is settled in checks.py; this module opens no checkpoint.
+In the YAML the sections are `model_config`, `parallel_config`, ...; here they are `recipe.model`,
+`recipe.parallel`, ... because pydantic keeps the name `model_config` for itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from executor.recipe.file import parse_override, read_yaml
+from executor.recipe.words import plain_words
+
+Device = Literal["auto", "cpu", "npu", "npu_emulated", "cuda"]
+Soc = Literal["atlas_800i_a2", "atlas_800i_a3", "atlas_300i_duo"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ExeMode = Literal["eager", "ge_graph", "npugraph_ex", "compile"]
+Quantization = Literal["auto", "none", "w8a8", "w8a8_dynamic", "w8a16", "w4a16", "w4a8_dynamic", "w8a8s", "w8a8sc"]
+
+
+def _as_list(value: Any) -> Any:
+    """A lone value where a list is wanted is a list of one."""
+    return value if isinstance(value, (list, tuple)) or value is None else [value]
+
+
+Positive = Annotated[int, Field(ge=1)]
+# strict=False only lets YAML's lists become tuples: the items are checked as strictly as everything else.
+Words = Annotated[tuple[Annotated[str, Field(strict=True)], ...], Field(strict=False), BeforeValidator(_as_list)]
+Numbers = Annotated[tuple[Annotated[int, Field(strict=True)], ...], Field(strict=False), BeforeValidator(_as_list)]
+
+
+class Section(BaseModel):
+    """Parent of all sections: unknown keys are errors, values keep their YAML type, nothing changes later."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+
+class ModelSection(Section):
+    """Which checkpoint, on what, and how it is run."""
+
+    model_path: Annotated[str, Field(min_length=1)]
+    """Folder of the checkpoint (looked for from here, then in this repository), or a hub id such as
+    Qwen/Qwen3-VL-8B-Instruct."""
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    """Where a hub id is looked for."""
+    device: Device = "auto"
+    """Backend that computes. auto: the best one of this machine that this release supports."""
+    soc: Soc | None = None
+    """Chip of an npu device. null: asked from the driver."""
+    dtype: Dtype = "auto"
+    """Type of weights and activations. auto: the checkpoint's own, float16 on atlas_300i_duo."""
+    exe_mode: ExeMode = "eager"
+    """How a decode step runs. Prefill is always eager."""
+    strict_graph: bool = False
+    """true: a graph that cannot be captured is an error, not a warning and eager steps."""
+    quantization: Quantization = "auto"
+    """Scheme of the weights. auto: what the checkpoint's own description says."""
+    enable_weight_nz: bool = True
+    """Keep linear weights in the NPU's tiled layout."""
+    output_path: str = "output"
+    """Folder for logs and drawn pictures."""
+
+
+class ParallelSection(Section):
+    """How many ranks, and how the model is spread over them."""
+
+    world_size: Positive = 1
+    """Number of ranks (dies, chips or processes) over all nodes."""
+    attn_tp_size: Positive | None = None
+    """Ranks that share one copy of attention and MLP. null: all of them."""
+    moe_ep_size: Positive = 1
+    """Groups the experts of a mixture-of-experts model are dealt to."""
+    vision_parallel: Literal["tp", "data"] = "tp"
+    """tp: every rank computes a slice of each picture's encoder. data: whole pictures are dealt to ranks."""
+    hang_timeout_s: Positive = 300
+    """Seconds a rank may give no sign of life before it is reported and the job is ended."""
+
+
+class SchedulerSection(Section):
+    """Sizes of a step and of the KV cache."""
+
+    max_model_len: Positive | None = None
+    """Tokens of prompt and answer of one request. null: the checkpoint's, at most 32768."""
+    max_num_seqs: Positive = 16
+    """Requests answered at the same time."""
+    max_num_batched_tokens: Positive = 8192
+    """Tokens of one step."""
+    block_size: Annotated[int, Field(ge=16, multiple_of=16)] = 128
+    """Tokens of one KV cache block."""
+    num_blocks: Positive | None = None
+    """KV cache blocks. null: as many as the memory allows and max_num_seqs requests can use."""
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the free memory that weights, KV cache and activations may take together."""
+    enable_chunked_prefill: bool = True
+    """Split long prompts over several steps."""
+    enable_prefix_caching: bool = True
+    """Keep the blocks of finished prompts and reuse them for equal beginnings (pictures included)."""
+    encoder_cache_tokens: Positive = 16384
+    """Embeddings of pictures and videos kept between steps."""
+    graph_batch_sizes: Annotated[tuple[Positive, ...], Field(strict=False), BeforeValidator(_as_list)] | None = None
+    """Batch sizes a decode graph is made for. null: powers of two up to max_num_seqs."""
+
+
+class GenerationSection(Section):
+    """How answers are chosen. null: the checkpoint's generation_config.json, then greedy."""
+
+    max_new_tokens: Positive | None = None
+    """Tokens of an answer at most."""
+    min_new_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Tokens before an end token may come."""
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    """0: always the likeliest token."""
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    """Candidates kept. 0: all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Probability mass of the candidates kept."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Least probability of a candidate, as a share of the likeliest one's."""
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    """Divides the scores of tokens already seen, the prompt's too. 1: off."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Taken off the score of every token already seen."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Taken off the score of a token for each time it was seen."""
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Fixes the sampling noise. null: another seed for each request, reported with its answer."""
+    stop: Words | None = None
+    """Texts that end an answer."""
+    stop_token_ids: Numbers | None = None
+    """Tokens that end an answer, besides the checkpoint's own."""
+    ignore_eos: bool | None = None
+    """Go on after the checkpoint's end tokens."""
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Candidates whose log probabilities are reported with every token."""
+    n: Positive | None = None
+    """Answers for each prompt."""
+    draw: bool = False
+    """Draw the boxes and points of an answer's JSON on a copy of the picture, under output_path."""
+
+
+class DataSection(Section):
+    """What is asked, and how pictures and videos are prepared."""
+
+    dataset: Literal["default", "vision-arena-bench-v0.1", "jsonl"] = "default"
+    """default: dataset/default_prompt.json. jsonl: a file of your own, named by dataset_path."""
+    dataset_path: str | None = None
+    """File or folder of the data set, if it is not at its usual place."""
+    prompt: str | None = None
+    """Ask this instead of a data set."""
+    media: Words = ()
+    """Pictures and videos of `prompt`. A folder: `prompt` is asked of every file in it."""
+    system_prompt: str | None = None
+    """Put before every conversation that has none."""
+    limit: Positive | None = None
+    """Only the first so many requests."""
+    min_pixels: Positive | None = None
+    """Smallest picture, in pixels after the resize. null: the checkpoint's."""
+    max_pixels: Positive | None = None
+    """Largest picture, in pixels after the resize. null: the checkpoint's."""
+    fps: Annotated[float, Field(gt=0)] | None = None
+    """Frames sampled from a second of video. null: the checkpoint's, else 2."""
+    min_frames: Positive | None = None
+    """Frames sampled from a video at least. null: the checkpoint's."""
+    max_frames: Positive | None = None
+    """Frames sampled from a video at most. null: the checkpoint's."""
+    video_max_pixels: Positive | None = None
+    """Largest video, in pixels of all its frames after the resize. null: the checkpoint's."""
+    cap_pixels_per_frame: bool = False
+    """Bound every frame of a video by its own share of the pixels, too."""
+    video_timestamps: Literal["per_frame", "outer_pair"] = "per_frame"
+    """Form of a video in a Qwen3-VL prompt. per_frame is the trained one; outer_pair keeps one more pair of marks."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Handed to the checkpoint's chat template."""
+    results_path: str | None = None
+    """JSONL the answers are saved to as they come; an interrupted run goes on from it."""
+
+
+class ServerSection(Section):
+    """The HTTP server of the `serve` command."""
+
+    host: str = "127.0.0.1"
+    """Address it listens on. 0.0.0.0: every network of the machine."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """Port it listens on."""
+    served_model_name: str | None = None
+    """Name clients use. null: the last part of model_path."""
+    api_key: str | None = None
+    """Key clients must send. null: none."""
+    allowed_local_media_path: str | None = None
+    """Folder below which requests may name files. null: none."""
+    max_pictures: Annotated[int, Field(ge=0)] = 16
+    """Pictures of one request."""
+    max_videos: Annotated[int, Field(ge=0)] = 4
+    """Videos of one request."""
+    max_media_bytes: Positive = 256 * 1024 * 1024
+    """Bytes of one picture or video."""
+    max_media_pixels: Positive = 100_000_000
+    """Pixels of one picture before the resize."""
+    max_queued_requests: Positive = 256
+    """Requests that wait; further ones are told to come back."""
+
+
+class Recipe(Section):
+    """One deployment of one model."""
+
+    model: Annotated[ModelSection, Field(alias="model_config")]
+    parallel: Annotated[ParallelSection, Field(alias="parallel_config")] = ParallelSection()
+    scheduler: Annotated[SchedulerSection, Field(alias="scheduler_config")] = SchedulerSection()
+    generation: Annotated[GenerationSection, Field(alias="generation_config")] = GenerationSection()
+    data: Annotated[DataSection, Field(alias="data_config")] = DataSection()
+    server: Annotated[ServerSection, Field(alias="server_config")] = ServerSection()
+
+    @property
+    def attn_tp_size(self) -> int:
+        """Ranks that share one copy of attention and MLP."""
+        return self.parallel.attn_tp_size or self.parallel.world_size
+
+    def replace(self, **sections: dict[str, Any]) -> "Recipe":
+        """A checked copy with fields changed: `recipe.replace(model={"dtype": "float32"})`."""
+        changed = {name: getattr(self, name).model_dump() | fields for name, fields in sections.items()}
+        aliases = {name: field.alias for name, field in Recipe.model_fields.items()}
+        whole = {aliases[name]: changed.get(name, getattr(self, name).model_dump()) for name in aliases}
+        return build_recipe(whole)
+
+
+def build_recipe(tree: Mapping[str, Any], source: str = "recipe", overrides: Mapping[str, str] | None = None) -> Recipe:
+    """The recipe of a tree of plain values as YAML gives it.
+
+    Raises UserError if it does not fit, naming `source`, or the override ("section.key" to its text) that is wrong.
+    """
+    # A section left empty in the YAML is null: it has its defaults.
+    tree = {key: {} if value is None else value for key, value in tree.items()}
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise plain_words(error, Recipe, source, overrides) from error
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and lay `section.key=value` overrides over it, the last one for a key winning.
+
+    Raises UserError for a missing, empty or invalid file, unknown keys, and values of the wrong type or range.
+    """
+    tree = read_yaml(path)
+    origins = {}
+    for override in overrides:
+        section, key, value = parse_override(override, Recipe)
+        origins[f"{section}.{key}"] = f"--set {override}"
+        if tree.get(section) is None:
+            tree[section] = {}
+        if isinstance(tree[section], dict):  # else the file is wrong there, which build_recipe says
+            tree[section][key] = value
+    return build_recipe(tree, str(path), origins)

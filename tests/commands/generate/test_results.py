@@ -1,0 +1,103 @@
+"""The JSONL of answers: whole rows only, resumed, refused when it is another run's."""
+
+import json
+
+import pytest
+
+from dataset.sample import Sample
+from executor.commands.generate.results import ResultsFile, settings_of
+from executor.errors import UserError
+from executor.recipe.schema import build_recipe
+
+
+def sample(text: str) -> Sample:
+    return Sample(text, ({"role": "user", "content": text},))
+
+
+def row(index: int, error: str | None = None) -> dict:
+    return {"index": index, "text": f"answer {index}", "error": error}
+
+
+SAMPLES = [sample(f"question {index}") for index in range(4)]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "deep" / "out.jsonl"
+
+
+def test_rows_are_on_disk_as_they_come_and_sorted_at_the_end(path):
+    with ResultsFile(path, "s", SAMPLES) as results:
+        for index in (2, 0):
+            results.append(row(index))
+            assert json.loads(path.read_text().splitlines()[-1])["index"] == index
+        results.sort()
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 2]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_half_written_line_is_dropped_and_failures_are_tried_again(path):
+    with ResultsFile(path, "s", SAMPLES) as results:
+        results.append(row(0))
+        results.append(row(1, error="broken picture"))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"index": 2, "te')
+    with ResultsFile(path, "s", SAMPLES) as results:
+        assert set(results.answered()) == {0}
+        results.append(row(1))
+        results.append(row(2))
+        results.sort()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(item["index"], item["error"]) for item in rows] == [(0, None), (1, None), (2, None)]
+
+
+@pytest.mark.parametrize("settings, samples", [("other", SAMPLES), ("s", SAMPLES[::-1])])
+def test_answers_of_another_run_are_refused_and_kept(path, settings, samples):
+    with ResultsFile(path, "s", SAMPLES) as results:
+        results.append(row(0))
+    before = path.read_bytes()
+    with (
+        ResultsFile(path, settings, samples) as results,
+        pytest.raises(UserError, match="holds the answers of another run"),
+    ):
+        results.answered()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["not json\n", '{"a": 1}\n', "precious text without an end"])
+def test_a_file_of_something_else_is_refused_and_kept(path, content):
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(UserError, match="give another results_path"):
+        ResultsFile(path, "s", SAMPLES)
+    assert path.read_text() == content
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "out.jsonl"):
+        with pytest.raises(UserError, match="cannot be written"):
+            ResultsFile(place, "s", SAMPLES)
+
+
+def test_settings_count_what_answers_depend_on():
+    def digest(**sections) -> str:
+        tree = {"model_config": {"model_path": "a"} | sections.pop("model", {})}
+        return settings_of(build_recipe(tree | {f"{name}_config": value for name, value in sections.items()}))
+
+    plain = digest()
+    for same in (
+        digest(data={"limit": 3}),
+        digest(data={"results_path": "x"}),
+        digest(generation={"draw": True}),
+        digest(scheduler={"max_num_seqs": 2}),
+        digest(model={"output_path": "elsewhere"}),
+    ):
+        assert same == plain
+    for other in (
+        digest(model={"model_path": "b"}),
+        digest(generation={"seed": 1}),
+        digest(data={"max_pixels": 100_000}),
+        digest(data={"system_prompt": "Be brief."}),
+    ):
+        assert other != plain

@@ -1,0 +1,398 @@
+"""Sampling follows transformers' processors and the distribution, and never depends on the rest of the batch."""
+
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers.generation import logits_process as reference
+
+from executor.engine.noise import as_int64, child_seed, gumbel_noise, noise_key
+from executor.engine.sampler import (
+    REACH,
+    Sampler,
+    _survivors,
+    check_params,
+)
+from executor.errors import UserError
+from executor.schedule.request import Prompt, Request, SamplingParams
+
+
+def make_request(params: SamplingParams, prompt: list[int] | None = None, output=(), request_id: str = "r") -> Request:
+    prompt = [0] if prompt is None else prompt
+    request = Request(request_id, Prompt(prompt, np.zeros((3, len(prompt)), np.int64), 0), params)
+    request.output_token_ids.extend(output)
+    return request
+
+
+def random_logits(rows: int, vocab_size: int, seed: int = 0, spread: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, vocab_size, generator=generator) * spread
+
+
+def sample_one(logits: torch.Tensor, request: Request, **options) -> int:
+    return Sampler(logits.shape[-1], "cpu", **options).sample(logits[None], [request]).token_ids[0]
+
+
+def survivors(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """Scores [N, V] after temperature, -inf where filtered out."""
+    return in_full(*_survivors(logits, [make_request(p) for p in params]), logits.shape[-1])
+
+
+def in_full(ids: torch.Tensor, candidates: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    full = torch.full((len(ids), vocab_size), -math.inf)
+    return full.scatter_reduce(-1, ids, candidates, "amax")
+
+
+# Against transformers
+
+
+def warpers(params: SamplingParams) -> list:
+    made = [reference.TemperatureLogitsWarper(params.temperature)]
+    if params.top_k:
+        made.append(reference.TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        made.append(reference.TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        made.append(reference.MinPLogitsWarper(params.min_p))
+    return made
+
+
+PARAMS = [
+    SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    for temperature in (0.3, 1.0, 1.7)
+    for top_k in (0, 1, 20, 500)
+    for top_p in (0.1, 0.8, 0.999, 1.0)
+    for min_p in (0.0, 0.05, 1.0)
+]
+
+
+@pytest.mark.parametrize("vocab_size", [60, 5000])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_filters_equal_transformers(vocab_size, rounded):
+    """rounded: logits as bfloat16 gives them, full of ties, among which the reference's top-p chooses at random."""
+    for seed, spread in ((0, 3.0), (1, 0.5)):
+        logits = random_logits(len(PARAMS), vocab_size, seed, spread)
+        if rounded:
+            logits = logits.bfloat16().float()
+        found = survivors(logits, PARAMS)
+        for row, params in enumerate(PARAMS):
+            expected = logits[row : row + 1]
+            for warper in warpers(params):
+                expected = warper(None, expected)
+            # What no noise can bring to the top is dropped early.
+            expected = expected[0].masked_fill(expected[0] < expected.max() - REACH, -math.inf)
+            reachable = found[row].masked_fill(found[row] < found[row].max() - REACH, -math.inf)
+            if rounded and params.top_p < 1:
+                reachable, expected = reachable.sort().values, expected.sort().values
+            assert torch.equal(reachable, expected), params
+
+
+def test_a_wide_nucleus_is_found_too():
+    """Nearly flat logits: the nucleus is far larger than the first guess of candidates."""
+    logits = random_logits(2, 20000, spread=0.01)
+    params = [SamplingParams(temperature=1.0, top_p=0.9), SamplingParams(temperature=1.0, top_p=0.02)]
+    found = survivors(logits, params)
+    expected = torch.cat(
+        [reference.TopPLogitsWarper(p.top_p)(None, logits[row : row + 1]) for row, p in enumerate(params)]
+    )
+    for row in range(2):
+        kept, wanted = found[row] > -math.inf, expected[row] > -math.inf
+        # The reference sums in fp32: the last few tokens of a nucleus of thousands may differ.
+        assert abs(int(kept.sum()) - int(wanted.sum())) <= 3 and int((kept != wanted).sum()) <= 3
+    assert int((found[0] > -math.inf).sum()) > 10000
+
+
+@pytest.mark.parametrize("min_new_tokens", [0, 3])
+def test_penalties_and_minimum_equal_transformers(min_new_tokens):
+    vocab_size, eos = 50, [3, 7]
+    rng = random.Random(0)
+    sampler = Sampler(vocab_size, "cpu", eos_token_ids=eos)
+    requests = []
+    for row, penalty in enumerate([1.0, 1.3, 0.7, 1.05]):
+        prompt = [rng.randrange(vocab_size) for _ in range(5 + 9 * row)]
+        params = SamplingParams(repetition_penalty=penalty, min_new_tokens=min_new_tokens)
+        requests.append(make_request(params, prompt, request_id=str(row)))
+    for step in range(6):
+        logits = random_logits(len(requests), vocab_size, step)
+        before = logits.clone()
+        found = sampler._processed(logits, requests)
+        for row, request in enumerate(requests):
+            seen = torch.tensor([request.token_ids(0, request.num_tokens)])
+            expected = reference.RepetitionPenaltyLogitsProcessor(request.params.repetition_penalty)(
+                seen, logits[row : row + 1]
+            )
+            minimum = reference.MinNewTokensLengthLogitsProcessor(len(request.prompt.token_ids), min_new_tokens, eos)
+            assert torch.equal(found[row : row + 1], minimum(seen, expected))
+        assert torch.equal(logits, before), "the model's logits are not ours to change"
+        for request in requests:
+            request.output_token_ids.append(rng.randrange(vocab_size))
+
+
+def test_greedy_is_the_best_processed_token():
+    logits = random_logits(6, 300)
+    requests = [make_request(SamplingParams(), request_id=str(row)) for row in range(6)]
+    sampled = Sampler(300, "cpu").sample(logits, requests)
+    assert sampled.token_ids == logits.argmax(-1).tolist()
+    assert sampled.logprobs == [None] * 6
+    assert sample_one(logits[0], make_request(SamplingParams(temperature=1.0, top_k=1))) == sampled.token_ids[0]
+    assert sample_one(logits[0], make_request(SamplingParams(temperature=1e-30))) == sampled.token_ids[0]
+
+
+# Penalties of our own definition
+
+
+def test_presence_and_frequency_count_prompt_and_output():
+    logits = torch.zeros(1, 10)
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    request = make_request(params, [1, 1, 2, 99], [2, 2, 4])
+    found = Sampler(10, "cpu")._processed(logits, [request])[0]
+    expected = torch.zeros(10)
+    expected[1], expected[2], expected[4] = -0.5 - 0.5, -0.5 - 0.75, -0.5 - 0.25
+    assert torch.equal(found, expected)
+
+
+def test_history_grows_with_the_request_and_is_freed():
+    rng = random.Random(1)
+    vocab_size = 400
+    params = SamplingParams(repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=-0.1)
+    sampler = Sampler(vocab_size, "cpu")
+    request = make_request(params, [rng.randrange(30) for _ in range(10)])
+    for step in range(300):
+        logits = random_logits(1, vocab_size, step)
+        found = sampler._processed(logits, [request])
+        fresh = Sampler(vocab_size, "cpu")._processed(logits, [request])
+        # The order of the entries differs, their effect does not.
+        assert torch.equal(found, fresh)
+        # Some steps yield several tokens, and after a preemption none is lost.
+        request.output_token_ids.extend(rng.randrange(vocab_size) for _ in range(rng.randint(0, 3)))
+    sampler.check(["r"])
+    with pytest.raises(AssertionError, match="'r'"):
+        sampler.check([])
+    again = make_request(params)
+    with pytest.raises(AssertionError, match="'r' is used again"):
+        sampler.sample(logits, [again])
+    sampler.forget("r")
+    sampler.forget("r")
+    sampler.check([])
+    sampler.sample(logits, [again])
+
+
+def test_minimum_masks_stop_ids_too_and_ends():
+    logits = torch.tensor([0.0, 5.0, 4.0, 3.0])
+    for output, expected in (((), 0), ((0,), 0), ((0, 0), 1)):
+        params = SamplingParams(min_new_tokens=2, stop_token_ids=(2, 3, 3))
+        assert sample_one(logits, make_request(params, output=output), eos_token_ids=(1, 9)) == expected
+    ignoring = SamplingParams(min_new_tokens=2, ignore_eos=True)
+    assert sample_one(logits, make_request(ignoring), eos_token_ids=(1,)) == 1
+
+
+# The distribution
+
+
+def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    expected = probabilities * counts.sum()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("vary", ["seed", "position"])
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        (SamplingParams(temperature=1.0), 8),
+        (SamplingParams(temperature=0.6), 8),
+        (SamplingParams(temperature=1.0, top_k=4), 4),
+        (SamplingParams(temperature=1.5, top_p=0.9), None),
+    ],
+)
+def test_draws_follow_the_distribution(params, kept, vary):
+    num_draws = 6000
+    logits = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5])
+    requests = [
+        make_request(replace(params, seed=draw if vary == "seed" else 5), [0] * (7 if vary == "seed" else draw))
+        for draw in range(num_draws)
+    ]
+    token_ids = Sampler(8, "cpu").sample(logits.expand(num_draws, 8), requests).token_ids
+    counts = torch.bincount(torch.tensor(token_ids), minlength=8).double()
+    probabilities = survivors(logits[None], [params])[0].double().softmax(-1)
+    inside = probabilities > 0
+    assert kept is None or int(inside.sum()) == kept
+    assert counts[~inside].sum() == 0
+    # 99.9 % quantile of chi-square with 7 degrees of freedom; fewer degrees lie below.
+    assert chi_square(counts[inside], probabilities[inside]) < 24.3
+
+
+def test_noise_is_gumbel_and_independent_between_seeds_positions_and_candidates():
+    keys = torch.tensor([as_int64(noise_key(seed, position)) for seed in range(40) for position in range(25)])
+    noise = gumbel_noise(keys, torch.arange(200).expand(1000, 200))
+    assert float(noise.min()) > -3.15 and float(noise.max()) < 22.9
+    assert abs(float(noise.mean()) - 0.5772) < 0.01
+    assert abs(float(noise.var()) - math.pi**2 / 6) < 0.02
+    grid = (noise - noise.mean()).view(40, 25, 200)
+    for other in (grid.roll(1, 0), grid.roll(1, 1), grid.roll(1, 2)):
+        assert abs(float((grid * other).mean())) < 0.02
+
+
+def test_noise_of_a_candidate_is_a_known_number():
+    """A change of the hash changes every seeded answer: it must be wanted."""
+    noise = gumbel_noise(torch.tensor([as_int64(noise_key(42, 7))]), torch.tensor([[0, 1, 151935]]))
+    assert noise[0].tolist() == pytest.approx([0.2598149031733763, 0.20434126541001155, -1.3950774985183656])
+
+
+def test_the_32_bits_of_noise_bound_the_reach():
+    highest, lowest = -math.log(-math.log(1 - 2.0**-33)), -math.log(-math.log(2.0**-33))
+    assert REACH - 0.01 < highest - lowest < REACH
+
+
+# Alone or in any batch
+
+
+@pytest.mark.parametrize("vocab_size", [257, 20011])
+def test_a_request_gets_the_same_token_alone_and_in_any_batch(vocab_size):
+    rng = random.Random(vocab_size)
+    requests = []
+    for row in range(24):
+        params = SamplingParams(
+            temperature=rng.choice([0.0, 0.5, 1.0, 2.0]),
+            top_k=rng.choice([0, 0, 5, 50, 200]),
+            top_p=rng.choice([1.0, 0.95, 0.5]),
+            min_p=rng.choice([0.0, 0.0, 0.02]),
+            repetition_penalty=rng.choice([1.0, 1.1]),
+            frequency_penalty=rng.choice([0.0, 0.4]),
+            min_new_tokens=rng.choice([0, 5]),
+            logprobs=rng.choice([None, 0, 3]),
+            seed=rng.randrange(-(1 << 40), 1 << 62),
+        )
+        prompt = [rng.randrange(vocab_size) for _ in range(rng.randint(1, 60))]
+        requests.append(make_request(params, prompt, [1] * rng.randint(0, 8), request_id=str(row)))
+    logits = torch.cat([random_logits(12, vocab_size, spread=4.0), random_logits(12, vocab_size, spread=0.2)])
+    options = {"eos_token_ids": (0, 1)}
+    alone = [
+        Sampler(vocab_size, "cpu", **options).sample(logits[row : row + 1], [request])
+        for row, request in enumerate(requests)
+    ]
+    assert len({sampled.token_ids[0] for sampled in alone}) > 12
+    sampler = Sampler(vocab_size, "cpu", **options)
+    for _ in range(12):
+        rows = rng.sample(range(24), rng.randint(1, 24))
+        sampled = sampler.sample(logits[rows], [requests[row] for row in rows])
+        assert sampled.token_ids == [alone[row].token_ids[0] for row in rows]
+        assert sampled.logprobs == [alone[row].logprobs[0] for row in rows]
+
+
+def test_a_filter_that_keeps_all_changes_nothing():
+    """Two ways of drawing, one over blocks of the vocabulary and one over candidates, with the same noise."""
+    vocab_size = 20011
+    for spread in (0.1, 6.0):
+        logits = random_logits(40, vocab_size, spread=spread)
+        free = SamplingParams(temperature=0.9)
+        requests = [make_request(replace(free, seed=seed)) for seed in range(40)]
+        filtered = [make_request(replace(free, seed=seed, top_k=vocab_size)) for seed in range(40)]
+        sampler = Sampler(vocab_size, "cpu")
+        assert sampler.sample(logits, requests) == sampler.sample(logits, filtered)
+
+
+def test_seeds_and_positions_differ_and_repeat():
+    logits = torch.zeros(1000)
+    draws = {
+        (seed, position): sample_one(logits, make_request(SamplingParams(temperature=1.0, seed=seed), [0] * position))
+        for seed in (0, 1, -1, 1 << 60)
+        for position in (1, 2, 3)
+    }
+    assert len(set(draws.values())) >= 11
+    again = sample_one(logits, make_request(SamplingParams(temperature=1.0, seed=1), [0, 0]))
+    assert again == draws[1, 2]
+
+
+def test_child_seeds():
+    assert child_seed(7, 0) == 7
+    seeds = {child_seed(seed, index) for seed in range(50) for index in range(1, 50)}
+    assert len(seeds) == 50 * 49 and all(0 <= seed < 1 << 63 for seed in seeds)
+
+
+# Logprobs
+
+
+def test_logprobs_are_the_models_own():
+    logits = random_logits(4, 100)
+    expected = logits.log_softmax(-1)
+    params = [
+        SamplingParams(temperature=1.3, logprobs=5, repetition_penalty=1.5),
+        SamplingParams(),
+        SamplingParams(logprobs=0),
+        SamplingParams(logprobs=2, min_new_tokens=1, stop_token_ids=(int(logits[3].argmax()),)),
+    ]
+    requests = [make_request(p, [4, 5, 6], request_id=str(row)) for row, p in enumerate(params)]
+    sampled = Sampler(100, "cpu").sample(logits, requests)
+    assert sampled.logprobs[1] is None and sampled.logprobs[2].top == ()
+    for row in (0, 2, 3):
+        entry, token_id = sampled.logprobs[row], sampled.token_ids[row]
+        assert entry.token_id == token_id
+        assert entry.logprob == pytest.approx(float(expected[row, token_id]), abs=1e-6)
+        best = expected[row].topk(params[row].logprobs)
+        assert [token for token, _ in entry.top] == best.indices.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-6)
+    assert sampled.token_ids[3] == sampled.logprobs[3].top[1][0], "the best token was not allowed yet"
+
+
+# Trouble
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "params", [SamplingParams(), SamplingParams(temperature=1.0, top_k=3), SamplingParams(temperature=1.0, top_p=0.9)]
+)
+def test_logits_that_are_not_finite_name_the_request(params, bad):
+    logits = random_logits(2, 300)
+    logits[1, 17] = bad
+    requests = [make_request(params, request_id="good"), make_request(params, request_id="bad")]
+    with pytest.raises(RuntimeError, match="'bad'.*token 1 are not finite"):
+        Sampler(300, "cpu").sample(logits, requests)
+
+
+def test_no_rows():
+    assert Sampler(10, "cpu").sample(torch.zeros(0, 10), []).token_ids == []
+
+
+def test_good_parameters_pass():
+    check_params(SamplingParams(), 10)
+    check_params(
+        SamplingParams(temperature=2, top_k=5, top_p=1, min_p=1, seed=-1, stop=("x",), stop_token_ids=(9,)), 10
+    )
+    check_params(SamplingParams(logprobs=20, n=3, min_new_tokens=128, presence_penalty=-2.0), 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 1.5),
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 129),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", "hot"),
+        ("top_k", -1),
+        ("top_k", True),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 2),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", None),
+        ("seed", 0.5),
+        ("logprobs", -1),
+        ("logprobs", 21),
+        ("n", 0),
+        ("stop", ("",)),
+        ("stop_token_ids", (10,)),
+        ("stop_token_ids", (-1,)),
+    ],
+)
+def test_bad_parameters_are_named(name, value):
+    with pytest.raises(UserError, match=rf"generation_config.{name} .*allowed: "):
+        check_params(replace(SamplingParams(), **{name: value}), 10)

@@ -1,0 +1,241 @@
+"""What is settled and refused before a rank starts: devices, chips, degrees, `auto` values, memory, model_path."""
+
+import json
+
+import pytest
+
+from executor.checkpoint.folder import find_checkpoint, read_json
+from executor.errors import UserError
+from executor.recipe import settle as checks
+from executor.recipe.memory import GIB, estimate, kv_block_bytes
+from executor.recipe.schema import Recipe, build_recipe
+from executor.recipe.settle import check_chip, check_recipe, check_supported, find_quantization, prepare, resolve
+from executor.recipe.sizes import read_shapes
+from models.published import published_config
+from tests.models.test_shapes import SHAPES
+from tests.reference import REPO
+
+TINY = REPO / "models" / "tiny" / "qwen3_vl"
+
+
+def recipe_of(model: dict | None = None, **sections: dict) -> Recipe:
+    tree = {"model_config": {"model_path": str(TINY)} | (model or {})}
+    return build_recipe(tree | {f"{name}_config": fields for name, fields in sections.items()})
+
+
+def shapes_of(name: str):
+    return read_shapes(published_config(name), name)
+
+
+@pytest.mark.parametrize(
+    "model, parallel, words",
+    [
+        ({"device": "npu"}, {}, ["needs torch_npu beside torch", "npu_emulated", "--set model_config.device=cpu"]),
+        ({"device": "cuda"}, {}, ["cuda backend is not part of this release"]),
+        ({"device": "cpu", "exe_mode": "compile"}, {}, ["compile is not part", "--set model_config.exe_mode=eager"]),
+        ({"device": "cuda"}, {"world_size": 2}, ["--set parallel_config.world_size=1"]),
+        ({"device": "cpu", "quantization": "w8a8"}, {}, ["w8a8 weights are not part", "float checkpoint"]),
+    ],
+)
+def test_what_this_release_cannot_start(model, parallel, words, monkeypatch):
+    monkeypatch.setattr(checks, "has_torch_npu", lambda: False)
+    with pytest.raises(UserError) as error:
+        check_supported(recipe_of(model, parallel=parallel))
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "model, words",
+    [
+        ({"device": "cpu", "soc": "atlas_800i_a2"}, "set device: npu"),
+        ({"device": "npu_emulated"}, "needs a chip: atlas_800i_a2, atlas_800i_a3 or atlas_300i_duo"),
+        ({"device": "cpu", "exe_mode": "ge_graph"}, "ge_graph is for device npu or npu_emulated"),
+        ({"device": "npu", "exe_mode": "compile"}, "compile is for device cpu or cuda"),
+        ({"device": "npu", "soc": "atlas_300i_duo", "dtype": "bfloat16"}, "float16 only, got bfloat16"),
+        ({"device": "npu", "soc": "atlas_800i_a3", "dtype": "float32"}, "bfloat16 or float16, got float32"),
+        ({"device": "npu", "soc": "atlas_300i_duo", "exe_mode": "ge_graph"}, "decodes eagerly only"),
+        ({"device": "npu", "soc": "atlas_800i_a2", "quantization": "w8a8sc"}, "atlas_300i_duo only"),
+    ],
+)
+def test_contradictions_on_a_chip(model, words):
+    with pytest.raises(UserError, match=words):
+        check_chip(recipe_of(model))
+
+
+@pytest.mark.parametrize(
+    "name, parallel, words",
+    [
+        (
+            "Qwen2.5-VL-7B-Instruct",
+            {"world_size": 8},
+            ["28 query heads do not divide by 8", "Degrees that work: 1, 2, 4"],
+        ),
+        ("Qwen2.5-VL-32B-Instruct", {"world_size": 16}, ["40 query heads", "work: 1, 2, 4, 8"]),
+        ("Qwen2.5-VL-3B-Instruct", {"world_size": 8}, ["3420", "vision_parallel: data it would work"]),
+        ("Qwen3-VL-8B-Instruct", {"world_size": 3}, ["32 query heads do not divide by 3", "work: 1, 2, 4, 8, 16"]),
+        ("Qwen3-VL-8B-Instruct", {"world_size": 4, "attn_tp_size": 3}, ["in a world of 4", "1, 2, 4"]),
+        ("Qwen3-VL-8B-Instruct", {"world_size": 2, "moe_ep_size": 2}, ["has no experts", "set it to 1"]),
+        ("Qwen3-VL-30B-A3B-Instruct", {"world_size": 2, "moe_ep_size": 4}, ["does not divide the world", "work: 1, 2"]),
+    ],
+)
+def test_degrees_that_do_not_divide(name, parallel, words):
+    with pytest.raises(UserError) as error:
+        check_recipe(recipe_of(parallel=parallel), shapes_of(name))
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_degrees_an_error_lists_do_work(name):
+    with pytest.raises(UserError) as error:
+        check_recipe(recipe_of(parallel={"world_size": 7 * 11}), shapes_of(name))
+    listed = str(error.value).split("Degrees that work: ")[1].split(";")[0]
+    degrees = [int(degree) for degree in listed.split(",")]
+    assert 1 in degrees and 2 in degrees
+    for degree in range(1, 65):
+        recipe = recipe_of(parallel={"world_size": degree})
+        if degree in degrees:
+            check_recipe(recipe, shapes_of(name))
+        else:
+            with pytest.raises(UserError):
+                check_recipe(recipe, shapes_of(name))
+
+
+def test_auto_is_settled_by_the_checkpoint():
+    shapes = shapes_of("Qwen3-VL-8B-Instruct")
+    settled = resolve(recipe_of(parallel={"world_size": 2}), shapes)
+    assert (settled.model.dtype, settled.model.quantization) == ("bfloat16", "none")
+    assert settled.parallel.attn_tp_size == 2
+    assert settled.scheduler.max_model_len == 32768
+    assert resolve(settled, shapes) == settled
+    on_duo = recipe_of({"device": "npu", "soc": "atlas_300i_duo"})
+    assert resolve(on_duo, shapes).model.dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    "scheduler, words",
+    [
+        ({"max_model_len": 300_000}, "made for at most 262144 tokens"),
+        ({"enable_chunked_prefill": False}, r"at least max_model_len \(32768\)"),
+    ],
+)
+def test_lengths_that_cannot_be(scheduler, words):
+    with pytest.raises(UserError, match=words):
+        resolve(recipe_of(scheduler=scheduler), shapes_of("Qwen3-VL-8B-Instruct"))
+
+
+def test_a_scheme_that_the_checkpoint_is_not(tmp_path):
+    assert find_quantization(tmp_path, {}) == "none"
+    (tmp_path / "quant_model_description.json").write_text('{"model_quant_type": "W8A8"}')
+    assert find_quantization(tmp_path, {}) == "w8a8"
+    with pytest.raises(UserError, match="the recipe says none, the checkpoint .* is w8a8"):
+        resolve(recipe_of({"quantization": "none"}), shapes_of("Qwen3-VL-8B-Instruct"), quantization="w8a8")
+
+
+def test_estimate_buys_blocks_with_what_is_left():
+    shapes = shapes_of("Qwen3-VL-8B-Instruct")
+    recipe = resolve(recipe_of(), shapes)
+    roomy, tight = estimate(recipe, shapes, 200 * GIB), estimate(recipe, shapes, 30 * GIB)
+    assert roomy.num_blocks == 16 * 32768 // 128
+    assert 32768 // 128 <= tight.num_blocks < roomy.num_blocks
+    assert tight.total_bytes <= tight.budget_bytes < tight.total_bytes + tight.block_bytes
+    # 36 layers of 8 KV heads of 128, keys and values, two bytes
+    assert kv_block_bytes(recipe, shapes) == 128 * 36 * 8 * 128 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    "free_gib, scheduler, words",
+    [
+        (10, {}, "The weights alone are too many"),
+        (21, {}, "Lower scheduler_config.max_model_len"),
+        (30, {"num_blocks": 100_000}, r"Lower scheduler_config.num_blocks \(100000\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_figures(free_gib, scheduler, words):
+    shapes = shapes_of("Qwen3-VL-8B-Instruct")
+    with pytest.raises(UserError, match=words) as error:
+        estimate(resolve(recipe_of(scheduler=scheduler), shapes), shapes, free_gib * GIB)
+    assert "Qwen3-VL-8B-Instruct does not fit: memory per rank, estimated: weights 16.3" in str(error.value)
+
+
+def test_prepare_settles_a_real_folder(monkeypatch):
+    monkeypatch.setattr(checks, "host_memory_bytes", lambda: 4 * GIB)
+    prepared = prepare(recipe_of())
+    assert prepared.folder == TINY
+    assert (prepared.recipe.model.device, prepared.recipe.model.dtype) == ("cpu", "bfloat16")
+    assert prepared.memory.total_bytes < 4 * GIB
+    assert prepare(prepared.recipe).recipe == prepared.recipe
+    with pytest.raises(UserError, match="does not fit: memory per rank"):
+        prepare(recipe_of(), local_ranks=64)
+
+
+def test_paths_that_are_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file; it must be the folder"):
+        find_checkpoint(str(tmp_path / "file"), "huggingface")
+    with pytest.raises(UserError, match=r"there is no folder ./models/tiny/qwen3_v .did you mean 'qwen3_vl'"):
+        find_checkpoint("./models/tiny/qwen3_v", "huggingface")
+    with pytest.raises(UserError, match="has no config.json"):
+        prepare(recipe_of({"model_path": str(tmp_path)}))
+    with pytest.raises(UserError) as error:
+        find_checkpoint("Qwen/Qwen3-VL-No-Such-Size", "huggingface")
+    assert "hf download Qwen/Qwen3-VL-No-Such-Size --local-dir weights/Qwen3-VL-No-Such-Size" in str(error.value)
+    assert "--set model_config.model_path=weights/Qwen3-VL-No-Such-Size" in str(error.value)
+
+
+@pytest.mark.parametrize("text, words", [("{", "not valid JSON"), ("[]", "must hold a JSON object, got list")])
+def test_broken_json_of_a_checkpoint(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_json(tmp_path, "config.json")
+    assert read_json(tmp_path, "absent.json", required=False) == {}
+
+
+def test_config_json_in_all_its_published_forms():
+    """Flat and nested text sizes, both names of the experts, absent defaults: as the models read them."""
+    config = published_config("Qwen3-VL-30B-A3B-Instruct")
+    wanted = read_shapes(config, "x")
+    text = dict(config["text_config"])
+    text["num_local_experts"] = text.pop("num_experts")
+    vision = {key: value for key, value in config["vision_config"].items() if key != "temporal_patch_size"}
+    assert read_shapes(config | {"text_config": text, "vision_config": vision}, "x") == wanted
+
+    flat = published_config("Qwen2.5-VL-7B-Instruct")
+    assert "text_config" not in flat
+    keys = set(SHAPES["Qwen2.5-VL-7B-Instruct"]["text"]) & set(flat)
+    nested = {key: value for key, value in flat.items() if key not in keys}
+    nested["text_config"] = {key: flat[key] for key in keys}
+    assert read_shapes(nested, "x") == read_shapes(flat, "x")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "names architecture LlamaForCausalLM; this release runs Qwen2_5"),
+        ({"architectures": None}, "names architecture None"),
+        ({"hidden_size": None}, "text_config.hidden_size is None, wanted a whole number"),
+        ({"vision_config": {}}, "vision_config.depth is None"),
+    ],
+)
+def test_config_json_of_something_else(change, words):
+    with pytest.raises(UserError, match=words):
+        read_shapes(published_config("Qwen2.5-VL-7B-Instruct") | change, "x")
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+def test_the_tiny_checkpoints_count_right(family):
+    folder = REPO / "models" / "tiny" / family
+    from executor.checkpoint.weights import Checkpoint
+
+    shapes = read_shapes(json.loads((folder / "config.json").read_text()), family)
+    catalog = Checkpoint(folder).catalog
+    total = 0
+    for name, info in catalog.items():
+        if not (name == "lm_head.weight" and shapes.tied_embeddings):
+            count = 1
+            for size in info.shape:
+                count *= size
+            total += count
+    assert shapes.parameters == total
