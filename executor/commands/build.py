@@ -23,7 +23,7 @@ from executor.engine.step import ModelStep
 from executor.errors import UserError
 from executor.host.env import code_digest, rank_place
 from executor.parallel.groups import Parallel, connect
-from executor.prompt.expand import MediaOptions
+from executor.prompt.options import MediaOptions
 from executor.recipe.memory import estimate
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import Prepared, prepare

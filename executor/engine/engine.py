@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from executor.engine.detokenize import Detokenizer
+from executor.engine.noise import child_seed
+from executor.engine.params import check_params
 from executor.engine.replica import Replica
 from executor.engine.runner import Runner
-from executor.engine.sampler import check_params, child_seed
 from executor.schedule.request import FinishReason, Prompt, Request, SamplingParams
 from executor.schedule.scheduler import Scheduler
 

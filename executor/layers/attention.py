@@ -9,7 +9,8 @@ from executor.device import ops
 from executor.device.ops import HeadNorms, Heads, KVLayer
 from executor.layers.linear import Linear, Part
 from executor.layers.norm import RMSNorm
-from executor.parallel.groups import Group, kv_heads_part, part
+from executor.parallel.groups import Group
+from executor.parallel.partition import kv_heads_part, part
 
 
 class Attention(nn.Module):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from executor.checkpoint.pull import Catalog, Pull, empty
 from executor.device import ops
-from executor.parallel.groups import Group, part
+from executor.parallel.groups import Group
+from executor.parallel.partition import part
 
 
 class Embedding(nn.Module):

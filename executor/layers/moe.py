@@ -13,7 +13,8 @@ from executor.checkpoint.pull import Catalog, Pull, elsewhere, empty
 from executor.device import ops
 from executor.errors import UserError
 from executor.layers.linear import Linear
-from executor.parallel.groups import Parallel, part
+from executor.parallel.groups import Parallel
+from executor.parallel.partition import part
 
 
 class MoE(nn.Module):

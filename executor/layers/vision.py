@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from executor.device import ops
 from executor.layers.linear import Linear, Part
-from executor.parallel.groups import Group, part
+from executor.parallel.groups import Group
+from executor.parallel.partition import part
 
 Grid = tuple[int, int, int]  # temporal patches, patch rows, patch columns
 

@@ -23,16 +23,9 @@ from executor.checkpoint.settings import (
 )
 from executor.errors import UserError
 from executor.prompt.chat import Chat, MediaPart, Piece, normalise_messages
-from executor.prompt.expand import (
-    Fill,
-    MediaOptions,
-    VisionTokens,
-    check_media,
-    encode_pieces,
-    expand_media,
-    make_media_item,
-    pieces_text,
-)
+from executor.prompt.digest import make_media_item
+from executor.prompt.expand import Fill, VisionTokens, check_media, encode_pieces, expand_media, pieces_text
+from executor.prompt.options import MediaOptions
 from executor.schedule.request import MediaItem, Prompt, Span
 
 

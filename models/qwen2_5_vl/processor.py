@@ -11,7 +11,9 @@ import numpy as np
 
 from executor.prompt.builder import PromptBuilder
 from executor.prompt.chat import Piece
-from executor.prompt.expand import Fill, MediaOptions, place_spans
+from executor.prompt.expand import Fill
+from executor.prompt.options import MediaOptions
+from executor.prompt.positions import place_spans
 from executor.schedule.request import MediaItem, Span
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from executor.parallel.groups import SINGLE, Parallel
-from executor.prompt.expand import MediaOptions
+from executor.prompt.options import MediaOptions
 from models.qwen2_5_vl.config import parse
 from models.qwen2_5_vl.model import Model
 from models.qwen2_5_vl.processor import Processor

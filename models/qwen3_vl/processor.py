@@ -10,7 +10,9 @@ import numpy as np
 
 from executor.prompt.builder import PromptBuilder
 from executor.prompt.chat import Piece
-from executor.prompt.expand import Fill, MediaOptions, place_spans
+from executor.prompt.expand import Fill
+from executor.prompt.options import MediaOptions
+from executor.prompt.positions import place_spans
 from executor.schedule.request import MediaItem, Span
 
 PATCHES = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}

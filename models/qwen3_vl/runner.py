@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from executor.parallel.groups import SINGLE, Parallel
-from executor.prompt.expand import MediaOptions
+from executor.prompt.options import MediaOptions
 from models.qwen3_vl.config import parse
 from models.qwen3_vl.model import Model
 from models.qwen3_vl.processor import Processor

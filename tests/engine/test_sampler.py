@@ -10,12 +10,8 @@ import torch
 from transformers.generation import logits_process as reference
 
 from executor.engine.noise import as_int64, child_seed, gumbel_noise, noise_key
-from executor.engine.sampler import (
-    REACH,
-    Sampler,
-    _survivors,
-    check_params,
-)
+from executor.engine.params import check_params
+from executor.engine.sampler import REACH, Sampler, _survivors
 from executor.errors import UserError
 from executor.schedule.request import Prompt, Request, SamplingParams
 

@@ -12,7 +12,8 @@ from executor.layers.linear import Linear
 from executor.layers.mlp import GatedMLP, PlainMLP
 from executor.layers.moe import Experts, MoE
 from executor.layers.vision import VisionAttention
-from executor.parallel.groups import SINGLE, Group, Parallel, kv_heads_part, part
+from executor.parallel.groups import SINGLE, Group, Parallel
+from executor.parallel.partition import kv_heads_part, part
 
 
 class Silent(Group):

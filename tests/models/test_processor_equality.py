@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from executor.prompt.expand import MediaOptions
+from executor.prompt.options import MediaOptions
 from models.qwen2_5_vl.processor import Processor as Processor2_5
 from models.qwen3_vl.processor import Processor as Processor3
 from tests.models.test_processor_positions import bare, by_hand_2_5

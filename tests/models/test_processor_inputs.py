@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from executor.errors import UserError
-from executor.prompt.expand import MediaOptions
+from executor.prompt.options import MediaOptions
 from models.qwen2_5_vl.processor import Processor as Processor2_5
 from models.qwen3_vl.processor import Processor as Processor3
 from models.qwen3_vl.processor import patch_timestamps

@@ -1,0 +1,95 @@
+"""One answer, or one refusal, as a row of the JSON document and of the results file."""
+
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from dataset.sample import Sample, media_source
+from executor.recipe.schema import Recipe
+from executor.schedule.request import Prompt, SamplingParams
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request in the engine."""
+
+    index: int
+    sample: Sample
+    params: SamplingParams
+    prompt: Prompt
+    build_s: float  # reading its media and making its prompt
+
+
+def answered_row(asked: Asked, completion: Any, engine: Any, recipe: Recipe) -> Row:
+    row: Row = {
+        **_row_head(asked.index, asked.sample),
+        "text": completion.texts[0],
+        "finish_reason": str(completion.finish_reasons[0]),
+        "prompt_tokens": completion.prompt_tokens,
+        "vision_tokens": completion.vision_tokens,
+        "completion_tokens": completion.completion_tokens,
+        # The user waits for the media to be read, too.
+        "ttft_ms": _ms(asked.build_s + completion.ttft_s),
+        "tpot_ms": _ms(completion.tpot_s) if len(completion.token_ids[0]) > 1 else None,
+        "e2e_ms": _ms(asked.build_s + completion.e2e_s),
+        "error": None,
+        "cached_tokens": completion.cached_tokens,
+        "prepare_ms": _ms(asked.build_s),
+    }
+    if asked.params.n > 1:
+        row["texts"] = list(completion.texts)
+    if asked.params.temperature:
+        row["seed"] = asked.params.seed
+    if asked.sample.reference is not None:
+        row["reference"] = asked.sample.reference
+    if asked.params.logprobs is not None:
+        row["logprobs"] = [[_plain(value) for value in answer] for answer in completion.logprobs]
+    if recipe.generation.draw:
+        row["drawn"] = _draw(asked, completion.texts[0], engine.processor.box_convention, recipe)
+    return row
+
+
+def failed_row(index: int, sample: Sample, error: str) -> Row:
+    counts = ("text", "finish_reason", "prompt_tokens", "vision_tokens", "completion_tokens")
+    times = ("ttft_ms", "tpot_ms", "e2e_ms")
+    return {**_row_head(index, sample), **dict.fromkeys((*counts, *times)), "error": error}
+
+
+def _row_head(index: int, sample: Sample) -> Row:
+    return {"index": index, "id": sample.id, "media": sample.media, "prompt": sample.question}
+
+
+def _draw(asked: Asked, text: str, convention: str, recipe: Recipe) -> str | None:
+    """Save a copy of the prompt's first picture with the boxes and points of `text`; None if there is neither."""
+    from PIL import Image
+
+    from executor.media.draw import draw_marks, find_marks, to_pixels
+    from executor.media.image import decode_image
+    from executor.media.media import load_media
+
+    position = next((i for i, item in enumerate(asked.prompt.media) if item.kind == "image"), None)
+    marks = find_marks(text)
+    if position is None or not marks:
+        return None
+    item = asked.prompt.media[position]
+    source = media_source(asked.sample.media_parts[position])
+    # The picture as the model saw it: turned upright, without transparency.
+    media = load_media(source, "image")
+    pixels = decode_image(media.content, source=media.source).permute(1, 2, 0).numpy()
+    marks = to_pixels(marks, convention, tuple(item.pixels.shape[-2:]), pixels.shape[:2])
+    folder = Path(recipe.model.output_path) / "drawn"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = Path(asked.sample.media[position]).stem if isinstance(source, str) else "picture"
+    path = folder / f"{asked.index:05d}_{''.join(c if c.isalnum() or c in '-_' else '_' for c in name)[:60]}.png"
+    draw_marks(Image.fromarray(pixels), marks).save(path)
+    return str(path)
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 2)
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) else value

@@ -1,0 +1,42 @@
+"""Which sampling parameters can be served: asked before a request, or a weight, is taken in."""
+
+import math
+
+from executor.errors import UserError
+from executor.schedule.request import SamplingParams
+
+MAX_LOGPROBS = 20  # as the OpenAI protocol has it
+
+
+def check_params(params: SamplingParams, vocab_size: int) -> None:
+    """Raises UserError for the first parameter that is out of its range."""
+    whole, number = (int,), (int, float)
+    rules = [
+        ("max_new_tokens", whole, 1, math.inf, "a whole number of 1 or more"),
+        ("min_new_tokens", whole, 0, params.max_new_tokens, "a whole number from 0 to max_new_tokens"),
+        ("temperature", number, 0, math.inf, "0 (greedy) or more"),
+        ("top_k", whole, 0, math.inf, "a whole number: 0 (all tokens) or more"),
+        ("top_p", number, math.ulp(0.0), 1, "more than 0, at most 1 (all tokens)"),
+        ("min_p", number, 0, 1, "from 0 to 1"),
+        ("repetition_penalty", number, math.ulp(0.0), math.inf, "more than 0; 1 is none"),
+        ("presence_penalty", number, -2, 2, "from -2 to 2; 0 is none"),
+        ("frequency_penalty", number, -2, 2, "from -2 to 2; 0 is none"),
+        ("seed", whole, -math.inf, math.inf, "a whole number"),
+        ("n", whole, 1, math.inf, "a whole number of 1 or more"),
+    ]
+    if params.logprobs is not None:
+        rules.append(("logprobs", whole, 0, MAX_LOGPROBS, f"none, or a whole number from 0 to {MAX_LOGPROBS}"))
+    for name, types, least, most, allowed in rules:
+        value = getattr(params, name)
+        is_number = isinstance(value, types) and not isinstance(value, bool)
+        # Infinity is a bound here and never a value.
+        if not is_number or not least <= value <= most or (isinstance(value, float) and math.isinf(value)):
+            raise UserError(f"generation_config.{name} is {value!r}; allowed: {allowed}")
+    for text in params.stop:
+        if not isinstance(text, str) or not text:
+            raise UserError(f"generation_config.stop holds {text!r}; allowed: strings that are not empty")
+    for token_id in params.stop_token_ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
+            raise UserError(
+                f"generation_config.stop_token_ids holds {token_id!r}; allowed: token ids from 0 to {vocab_size - 1}"
+            )
