@@ -19,9 +19,6 @@ def load_dataset(data: DataSection) -> Dataset:
 
     Raises UserError when the data set is not there or holds nothing. Single bad rows are samples with an error.
     """
-    if data.prompt is None:
-        if data.media:
-            raise UserError('data_config.media: files without a question; add --set data_config.prompt="..."')
+    if data.prompt is None and not data.media:
         return DATASETS[data.dataset](data.dataset_path).first(data.limit)
-    samples = ask(data.prompt, data.media)
-    return Dataset(REPO_ROOT, len(samples), lambda: iter(samples)).first(data.limit)
+    return Dataset(REPO_ROOT, ask(data.prompt, data.media)).first(data.limit)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from executor.errors import UserError
 from executor.prompt.builder import PromptBuilder
 from executor.prompt.chat import Piece
 from executor.prompt.expand import Fill
@@ -70,16 +71,18 @@ class Processor(PromptBuilder):
         from executor.media.sampling import frame_size_per_frame
 
         video = self.video
-        most = options.frame_max_pixels or video.max_pixels
+        least, most = options.frame_min_pixels or video.min_pixels, options.frame_max_pixels or video.max_pixels
         if options.video_max_pixels:
-            most = max(min(most, options.video_max_pixels // num_frames), video.min_pixels)
+            most = max(min(most, options.video_max_pixels // num_frames), least)
+        if least > most:
+            raise UserError(f"min_pixels {least} of a frame is above max_pixels {most}; set both, or neither")
         capped = options.cap_pixels_per_frame or video.cap_pixels_per_frame
         return frame_size_per_frame(
             num_frames,
             height,
             width,
             factor=video.factor,
-            min_pixels=video.min_pixels,
+            min_pixels=least,
             max_pixels=most,
             temporal_patch_size=video.temporal_patch_size,
             max_video_tokens=video.max_video_tokens if capped else None,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from executor.errors import UserError
 from executor.prompt.builder import PromptBuilder
 from executor.prompt.chat import Piece
 from executor.prompt.expand import Fill
@@ -72,16 +73,23 @@ class Processor(PromptBuilder):
         from executor.media.sampling import frame_size_of_all
 
         video = self.video
-        most = options.video_max_pixels or video.max_pixels
+        least, most = video.min_pixels, options.video_max_pixels or video.max_pixels
         if options.frame_max_pixels:
             most = min(most, options.frame_max_pixels * num_frames)
+        if options.frame_min_pixels:
+            least = options.frame_min_pixels * num_frames
+        if least > most and options.frame_min_pixels:
+            raise UserError(
+                f"min_pixels {options.frame_min_pixels} of a frame is {least} pixels of {num_frames} frames, above "
+                f"max_pixels {most}; set both, or neither"
+            )
         capped = options.cap_pixels_per_frame or video.cap_pixels_per_frame
         return frame_size_of_all(
             num_frames,
             height,
             width,
             factor=video.factor,
-            min_pixels=video.min_pixels,
+            min_pixels=least,
             max_pixels=most,
             temporal_patch_size=video.temporal_patch_size,
             max_video_tokens=video.max_video_tokens if capped else None,

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 
 from executor.checkpoint import settings as checkpoint_files
 from executor.errors import UserError
-from executor.prompt.chat import Chat, MediaPart, SpecialTokens, normalise_messages
+from executor.prompt.chat import Chat, SpecialTokens
 from executor.prompt.digest import make_media_item, media_digest
 from executor.prompt.expand import Fill, VisionTokens, check_media, encode_pieces, expand_media
+from executor.prompt.messages import MediaPart, normalise_messages
 from executor.prompt.options import MediaOptions
 from executor.prompt.positions import place_spans
 from executor.schedule.request import MediaItem, Span
