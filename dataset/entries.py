@@ -43,10 +43,14 @@ MEDIA_KEYS = {
 REFERENCE_KEYS = ("answer", "reference", "response")
 # What data sets keep beside a question, for their own use: it changes no answer.
 METADATA_KEYS = frozenset(
-    "id question_id image_id video_id uid index idx qid key name title type path category subcategory sub_category "
-    "l2_category task task_type subset split source dataset data_source difficulty level language lang license url "
-    "metadata meta tags domain topic field duration width height image_size answers gt ground_truth label choice_answer "
-    "model model_a model_b winner judge tstamp timestamp anony conversation_a conversation_b user_id version".split()
+    (
+        *("id", "uid", "qid", "question_id", "image_id", "video_id", "user_id", "index", "idx", "key", "name", "title"),
+        *("type", "path", "url", "category", "subcategory", "sub_category", "l2_category", "task", "task_type", "tags"),
+        *("subset", "split", "source", "dataset", "data_source", "difficulty", "level", "language", "lang", "license"),
+        *("metadata", "meta", "domain", "topic", "field", "duration", "width", "height", "image_size", "version"),
+        *("answers", "gt", "ground_truth", "label", "choice_answer", "model", "model_a", "model_b", "winner", "judge"),
+        *("tstamp", "timestamp", "anony", "conversation_a", "conversation_b"),
+    )
 )
 KNOWN_KEYS = frozenset((*TEXT_KEYS, *MEDIA_KEYS, *REFERENCE_KEYS, *OPTION_KEYS, *METADATA_KEYS))
 ID_CHARACTERS = 80  # of a row's id in its place

@@ -38,7 +38,10 @@ NO_TEXT = {
     b"(\xb5/\xfd": "compressed by zstd; unpack it: zstd -d FILE",
 }
 _SPACE = re.compile(r"[ \t\r\n]*")
-_NOT_UTF8 = "not UTF-8 ({error}); if the file comes from a Chinese Windows it is GBK: iconv -f GB18030 -t UTF-8 {name} > new.jsonl"
+_NOT_UTF8 = (
+    "not UTF-8 ({error}). Save the file as UTF-8; a file of a Chinese Windows is GBK:  "
+    "iconv -f GB18030 -t UTF-8 {name} > new.jsonl"
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,9 @@ def _samples(row: Row, *, folder: Path, strict: bool, unused: Counter[str]) -> l
         return [Sample(row.where, error=f"{row.where}: not valid JSON: {error.msg} at column {error.colno}")]
     except UserError as error:
         return [Sample(row.where, error=f"{row.where}: {error}")]
-    except ODD_DATA_ERRORS as error:  # nested too deeply, a number of too many digits, a file that has changed
+    except RecursionError:
+        return [Sample(row.where, error=f"{row.where}: not readable: nested too deeply")]
+    except ODD_DATA_ERRORS as error:  # a number of too many digits, a file that has changed
         logger.debug("%s", row.where, exc_info=True)
         return [Sample(row.where, error=printable(f"{row.where}: not readable ({type(error).__name__}: {error})"))]
     return read_entry(entry, row.where, folder, strict=strict, unused=lambda key: unused.update([key]))

@@ -3,7 +3,6 @@
 from dataset import default_prompt, jsonl, vision_arena
 from dataset.entries import ask
 from dataset.sample import Dataset
-from executor.errors import UserError
 from executor.host.env import REPO_ROOT
 from executor.recipe.schema import DataSection
 

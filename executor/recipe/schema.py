@@ -143,7 +143,7 @@ class GenerationSection(Section):
     """Go on after the checkpoint's end tokens."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """Candidates whose log probabilities are reported with every token."""
-    n: Positive | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
     """Answers for each prompt."""
     draw: bool = False
     """Draw the boxes and points of an answer's JSON on a copy of the picture, under output_path."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from dataset.sample import Sample
 from executor.commands.generate.ask import ask
-from executor.commands.generate.rows import Asked, Row, answered_row, failed_row
+from executor.commands.generate.rows import Row, answered_row, failed_row
 from executor.errors import UserError
 from executor.recipe.schema import Recipe
 from executor.schedule.request import SamplingParams

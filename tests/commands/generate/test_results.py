@@ -14,8 +14,8 @@ def sample(text: str) -> Sample:
     return Sample(text, ({"role": "user", "content": text},))
 
 
-def row(index: int, error: str | None = None) -> dict:
-    return {"index": index, "text": f"answer {index}", "error": error}
+def row(index: int, error: str | None = None) -> tuple[dict, str]:
+    return {"index": index, "text": f"answer {index}", "error": error}, SAMPLES[index].fingerprint()
 
 
 SAMPLES = [sample(f"question {index}") for index in range(4)]
@@ -29,7 +29,7 @@ def path(tmp_path):
 def test_rows_are_on_disk_as_they_come_and_sorted_at_the_end(path):
     with ResultsFile(path, "s", SAMPLES) as results:
         for index in (2, 0):
-            results.append(row(index))
+            results.append(*row(index))
             assert json.loads(path.read_text().splitlines()[-1])["index"] == index
         results.sort()
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 2]
@@ -38,14 +38,14 @@ def test_rows_are_on_disk_as_they_come_and_sorted_at_the_end(path):
 
 def test_a_half_written_line_is_dropped_and_failures_are_tried_again(path):
     with ResultsFile(path, "s", SAMPLES) as results:
-        results.append(row(0))
-        results.append(row(1, error="broken picture"))
+        results.append(*row(0))
+        results.append(*row(1, error="broken picture"))
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"index": 2, "te')
     with ResultsFile(path, "s", SAMPLES) as results:
         assert set(results.answered()) == {0}
-        results.append(row(1))
-        results.append(row(2))
+        results.append(*row(1))
+        results.append(*row(2))
         results.sort()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(item["index"], item["error"]) for item in rows] == [(0, None), (1, None), (2, None)]
@@ -54,7 +54,7 @@ def test_a_half_written_line_is_dropped_and_failures_are_tried_again(path):
 @pytest.mark.parametrize("settings, samples", [("other", SAMPLES), ("s", SAMPLES[::-1])])
 def test_answers_of_another_run_are_refused_and_kept(path, settings, samples):
     with ResultsFile(path, "s", SAMPLES) as results:
-        results.append(row(0))
+        results.append(*row(0))
     before = path.read_bytes()
     with (
         ResultsFile(path, settings, samples) as results,
