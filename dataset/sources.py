@@ -17,7 +17,7 @@ from typing import Any
 from dataset.sample import media_key
 from executor.errors import UserError, printable
 from executor.host.env import REPO_ROOT
-from executor.media.media import path_of_file_url, sniff
+from executor.media.media import named_kind, path_of_file_url, sniff
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +26,6 @@ _URL = re.compile(r"^(https?|data):", re.IGNORECASE)
 _FILE_URL = re.compile(r"^file://", re.IGNORECASE)
 _BASE64_AT_LEAST = 100  # shorter text is a file name that is not there
 _NAME_AT_MOST = 4096  # longer text is no file name: what Linux takes for a path
-_ENDINGS = {  # of files that say of themselves that they are media; the others are told by their first bytes
-    "image": (".png", ".jpg", ".jpeg", ".jpe", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".jp2", ".avif", ".heic"),
-    "video": (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".3gp", ".ogv"),
-}
 
 
 def resolve(kind: str | None, source: Any, folder: Path) -> dict[str, Any] | Path:
@@ -43,11 +39,21 @@ def resolve(kind: str | None, source: Any, folder: Path) -> dict[str, Any] | Pat
         return {"type": "video", "video": [frame_source(frame, folder) for frame in source]}
     source = locate(source, folder)
     if isinstance(source, Path):
-        if source.is_dir():
+        if source.is_dir() and not (kind == "video" and _holds_frames(source)):
             return source
         source = str(source)
     kind = kind or media_kind(source)
     return {"type": kind, kind: source}
+
+
+def _holds_frames(folder: Path) -> bool:
+    """Whether a folder that is called a video holds pictures only: its frames."""
+    try:
+        files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    except OSError:
+        return False  # said when the folder is read
+    kinds = {found[0] for found in map(sniff, map(_head, files)) if found}
+    return kinds == {"image"}
 
 
 def frame_source(frame: Any, folder: Path) -> str | bytes:
@@ -120,7 +126,7 @@ def media_kind(source: str | bytes) -> str:
         is_video = guess.startswith("video/") or source[:11].lower() == "data:video/"
         return "video" if is_video else "image"
     found = sniff(_head(Path(source)))
-    return found[0] if found else _named_kind(source) or "image"
+    return found[0] if found else named_kind(source) or "image"
 
 
 def _head(path: Path) -> bytes:
@@ -132,11 +138,6 @@ def _head(path: Path) -> bytes:
             return file.read(HEAD_BYTES)
     except OSError:
         return b""
-
-
-def _named_kind(name: str) -> str | None:
-    ending = os.path.splitext(name)[1].lower()
-    return next((kind for kind, endings in _ENDINGS.items() if ending in endings), None)
 
 
 def folder_files(folder: Path) -> list[Path]:
@@ -168,7 +169,7 @@ BROKEN = ("links to nothing", "files of 0 bytes", "files that cannot be read", "
 def _state(path: Path) -> str:
     if path.is_dir():
         return FOLDERS
-    named = _named_kind(path.name)
+    named = named_kind(path.name)
     if not os.path.exists(path):
         return BROKEN[0] if named else OTHERS
     if sniff(_head(path)):
@@ -190,7 +191,7 @@ def name_order(path: Path) -> list[tuple[int, int, str]]:
 
 def frames_of(sources: list[Any]) -> bool:
     """Whether the list under `video` is the still pictures of one video, rather than several videos."""
-    named = [_named_kind(source) for source in sources if isinstance(source, str)]
+    named = [named_kind(source) for source in sources if isinstance(source, str)]
     animated = any(isinstance(source, str) and source.lower().endswith((".gif", ".webp")) for source in sources)
     return len(named) == len(sources) > 1 and set(named) == {"image"} and not animated
 

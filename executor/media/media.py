@@ -138,6 +138,18 @@ def load_media(
     )
 
 
+_ENDINGS: dict[Kind, tuple[str, ...]] = {
+    "image": (".png", ".jpg", ".jpeg", ".jpe", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".jp2", ".avif", ".heic"),
+    "video": (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".3gp", ".ogv"),
+}
+
+
+def named_kind(name: str) -> Kind | None:
+    """What a file says of itself by its name's ending."""
+    ending = os.path.splitext(name)[1].lower()
+    return next((kind for kind, endings in _ENDINGS.items() if ending in endings), None)
+
+
 def path_of_file_url(url: str) -> Path:
     """The path that a file: URL names: as it stands if there is such a file, else with %20 and the like read."""
     path = url[len("file://") :]
@@ -175,13 +187,24 @@ def expand_folder(folder: str | Path, kind: Kind | None = "image") -> list[Path]
     return found
 
 
+def _frames_in(folder: Path) -> list[Path]:
+    """The pictures of a folder that is a video. One that is broken is refused: without it the others' times are wrong."""
+    frames = expand_folder(folder)
+    taken = {path.name for path in frames}
+    for path in sorted(folder.iterdir()):
+        hidden = path.name.startswith(".") or path.is_dir()
+        if not hidden and path.name not in taken and named_kind(path.name) == "image":
+            raise UserError(f"{path}: a frame of this video is empty, damaged or a link to nothing; mend or remove it")
+    return frames
+
+
 def _from_path(path: Path, kind: Kind | None, limits: MediaLimits) -> Media:
     if not limits.paths:
         raise UserError(f"{_short(path)}: paths are not allowed here; send the media as a base64 data: URL")
     try:
         if path.is_dir():
             if kind == "video":
-                return _from_frames(expand_folder(path), kind, limits, str(path))
+                return _from_frames(_frames_in(path), kind, limits, str(path))
             raise UserError(f"{path}: is a folder, not a picture or video; name a file in it, or ask for it as a video")
         if not path.is_file():
             raise UserError(f"{_short(path)}: no such file{_near(path)}")

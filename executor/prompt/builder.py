@@ -120,12 +120,12 @@ class PromptBuilder(ABC):
                 continue  # the checkpoint's gives way to max_frames
             values = {name: value or getattr(of, name) for name, value in given.items()}
             if values[least] > values[most]:
-                named = most if given[least] is None else least
-                other = least if named == most else most
-                whose = "the checkpoint's" if given[other] is None else "the recipe's"
+                named, other, relation = (least, most, "above") if given[least] else (most, least, "below")
+                whose, advice = "the checkpoint's ", f"set data_config.{other} too"
+                if given[other] is not None:
+                    whose, advice = "", "lower the one or raise the other"
                 raise UserError(
-                    f"data_config.{named}: got {values[named]}, {'below' if named == most else 'above'} {whose} "
-                    f"{other} {values[other]}; set data_config.{other} too"
+                    f"data_config.{named}: got {values[named]}, {relation} {whose}{other} {values[other]}; {advice}"
                 )
 
     def build_text(self, text: str, media: Sequence[Mapping[str, Any]] = ()) -> Prompt:
@@ -160,7 +160,7 @@ class PromptBuilder(ABC):
         limits = options.limits or MediaLimits()
         settings = self.picture
         least, most = options.min_pixels or settings.min_pixels, options.max_pixels or settings.max_pixels
-        if least > most:
+        if least > most and not options.resized:
             raise UserError(f"{part.where}: min_pixels {least} is above max_pixels {most}; set both, or neither")
         opened = load_media(part.source, "image", limits)
         frame = decode_image(opened.content, source=opened.source, limits=limits)

@@ -171,8 +171,10 @@ class Chat:
 
     def _template_for(self, messages: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[str, bool]:
         """The template that renders all of this, and whether it takes texts only."""
-        uses_calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
-        if not names and not uses_calls or _mentions(self.template, "tools"):
+        words = {"tools"} if names else set()
+        words |= {"tool_calls" for message in messages if message.get("tool_calls")}
+        words |= {"tool" for message in messages if message["role"] == "tool"}
+        if all(_mentions(self.template, word) for word in words):
             return self.template, False
         if self.tools_template is not None:
             return self.tools_template, True

@@ -153,11 +153,12 @@ class DataSection(Section):
     """What is asked, and how pictures and videos are prepared."""
 
     dataset: Literal["default", "vision-arena-bench-v0.1", "jsonl"] = "default"
-    """default: dataset/default_prompt.json. jsonl: a file of your own, named by dataset_path."""
+    """default: dataset/default_prompt.json. jsonl: a file of your own, named by dataset_path. docs/datasets.md has the
+    forms of a row."""
     dataset_path: str | None = None
     """File or folder of the data set, if it is not at its usual place."""
     prompt: str | None = None
-    """Ask this instead of a data set."""
+    """Ask this instead of a data set. null with `media`: "Describe this image.", "Describe this video."."""
     media: Words = ()
     """Pictures and videos of `prompt`. A folder: `prompt` is asked of every file in it."""
     system_prompt: str | None = None
@@ -183,7 +184,7 @@ class DataSection(Section):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Handed to the checkpoint's chat template."""
     results_path: str | None = None
-    """JSONL the answers are saved to as they come; an interrupted run goes on from it."""
+    """JSONL the answers are saved to as they come; an interrupted run goes on from it, one run at a time."""
 
 
 class ServerSection(Section):

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from dataset.entries import read_entry
 from dataset.load import load_dataset
 from executor.errors import UserError
+from executor.media.media import load_media
 from executor.recipe.schema import DataSection
 from tests.reference import REPO
 
@@ -83,3 +85,21 @@ def test_folders_that_cannot_be_asked(tmp_path: Path) -> None:
         load_dataset(DataSection(media=(str(tmp_path / "lost"),)))
     with pytest.raises(UserError, match="a folder must be the only media"):
         load_dataset(DataSection(media=(str(tmp_path), str(MEDIA / "objects.png"))))
+
+
+def test_a_folder_of_pictures_under_video_is_one_video(tmp_path: Path) -> None:
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for number in (1, 2, 10):
+        (frames / f"{number}.png").write_bytes((MEDIA / "objects.png").read_bytes())
+    (sample,) = read_entry({"question": "What moves?", "video": "frames"}, "rows.jsonl:1", tmp_path)
+    assert sample.media_parts == [{"type": "video", "video": str(frames)}]
+    assert [Path(frame.source).name for frame in load_media(str(frames), "video").content] == [
+        "1.png",
+        "2.png",
+        "10.png",
+    ]
+    assert len(read_entry({"question": "What?", "media": "frames"}, "rows.jsonl:1", tmp_path)) == 3
+    (frames / "3.png").write_bytes(b"")
+    with pytest.raises(UserError, match="3.png: a frame of this video is empty, damaged or a link to nothing"):
+        load_media(str(frames), "video")

@@ -16,23 +16,29 @@ TINY = REPO / "models" / "tiny"
 PICTURE = str(REPO / "dataset" / "media" / "objects.png")
 TOOL = {"type": "function", "function": {"name": "zoom", "description": "Look <|im_end|> closer", "parameters": {}}}
 # A template for tools that knows texts only, as Qwen2.5-VL's tokenizer_config.json has one.
-TEXT_TEMPLATE = (
-    "{%- if tools %}<|im_start|>system\nTools:{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}<|im_end|>\n"
-    "{% endif %}"
-    "{%- for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content + '' }}"
-    "{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function.name }} "
-    "{{ call.function.arguments | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+TEXT_TEMPLATE = """{%- if tools %}<|im_start|>system
+Tools:{% for tool in tools %}
+{{ tool | tojson }}{% endfor %}<|im_end|>
+{% endif %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content + '' }}
+{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function.name }} {{ call.function.arguments | tojson }}
+{%- endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 # Reasoning as published Thinking checkpoints treat it: kept after the last question of the user, else left out.
-THINKING_TEMPLATE = (
-    "{%- set state = namespace(last=-1) %}{%- for message in messages %}"
-    "{%- if message.role == 'user' %}{% set state.last = loop.index0 %}{% endif %}{% endfor %}"
-    "{%- for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{%- if message.reasoning_content is string and loop.index0 > state.last %}<think>\n"
-    "{{ message.reasoning_content }}\n</think>\n\n{% endif %}{{ message.content if message.content is string else message.content[0].text }}"
-    "{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function.name }}</tool_call>{% endfor %}<|im_end|>\n"
-    "{%- endfor %}{% if tools %}{% for tool in tools %}{{ tool.function.name }}{% endfor %}{% endif %}"
-)
+THINKING_TEMPLATE = """{%- set state = namespace(last=-1) %}
+{%- for message in messages if message.role == 'user' %}{% set state.last = messages.index(message) %}{% endfor %}
+{%- for message in messages %}<|im_start|>{{ 'user' if message.role == 'tool' else message.role }}
+{%- if message.reasoning_content is string and loop.index0 > state.last %}
+<think>
+{{ message.reasoning_content }}
+</think>
+{% endif %}
+{{ message.content }}
+{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function.name }}</tool_call>{% endfor %}<|im_end|>
+{% endfor %}"""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +76,7 @@ def conversation(arguments: object) -> list[dict]:
 def test_tools_and_pictures_together_with_qwen2_5(processor: Processor, arguments: object) -> None:
     prompt = processor.build(conversation(arguments), tools=[TOOL])
     assert '"name": "zoom"' in prompt.text
-    assert '<tool_call>zoom {"x": 1}</tool_call>' in prompt.text
+    assert '<tool_call>zoom {"x": 1}<' in prompt.text
     assert prompt.text.count("<|vision_start|><|image_pad|><|vision_end|>") == 2
     assert [item.kind for item in prompt.media] == ["image", "image"] and len(prompt.spans) == 2
     # What the user and the tool wrote stays text: three messages, the system's and the answer to come.

@@ -3,16 +3,20 @@
 import base64
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from dataset.entries import MEDIA_KEYS, TEXT_KEYS
-from dataset.options import OPTION_KEYS
+from dataset.entries import MEDIA_KEYS, TEXT_KEYS, read_entry
+from dataset.load import load_dataset
+from dataset.options import GENERATION_KEYS, OPTION_KEYS
 from executor.commands.build import engine_of
 from executor.commands.generate import run as generate
 from executor.commands.generate.ask import ask
+from executor.errors import UserError
 from executor.recipe.schema import Recipe, build_recipe
+from executor.schedule.request import SamplingParams
 from tests.reference import REPO
 
 MEDIA = REPO / "dataset" / "media"
@@ -119,7 +123,7 @@ RAW = [
     (b"[" * 100_000, "nested"),
     (b'{"question": "?", "n": ' + b"1" * 5000 + b"}", "not readable"),
 ]
-# Every key with values it was not made for. What comes of a row is an answer or its error, never the end of the run.
+# Every key with values it was not made for: prepared or refused by name. Those of generation_config also run.
 VALUES = [None, "", "x", 0, -1, 1.5, 10**30, True, [], [None], [{}], [[]], {}, {"a": {}}, {"url": 5}, float("nan")]
 FUZZ = [
     {"question": "What?", "image": PICTURE, key: value}
@@ -180,8 +184,6 @@ def answers(folder: Path, rows: list) -> tuple[list[dict], int]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import os
-
     folder = tmp_path_factory.mktemp("rows")
     (folder / "near.png").write_bytes(Path(PICTURE).read_bytes())
     os.mkfifo(folder / "pipe")
@@ -213,15 +215,24 @@ def test_good_rows_between_odd_ones_are_all_answered(folder: Path) -> None:
 
 @pytest.mark.parametrize("rows", [FUZZ, PARTS, MESSAGES], ids=["rows", "parts", "messages"])
 def test_every_key_with_values_it_was_not_made_for(folder: Path, rows: list[dict]) -> None:
-    """Each is answered or refused by name: none gets as far as the barrier for what nobody thought of."""
+    """Each is prepared or refused by name: none gets as far as the barrier for what nobody thought of."""
+    answers(folder, [GOOD])
+    recipe, engine = recipe_of(folder, rows), ENGINES[0]
+    prepared = 0
+    for index, sample in enumerate(load_dataset(recipe.data)):
+        try:
+            prepared += len(ask(engine, recipe, SamplingParams(), index, sample).prompt.token_ids) > 0
+        except UserError as error:
+            assert "the row cannot be" not in str(error), (rows[index], str(error))
+    assert 0 < prepared < len(rows)
+
+
+def test_sampling_parameters_of_every_value_run_or_are_refused(folder: Path) -> None:
+    rows = [{"question": "What?", key: value} for key in GENERATION_KEYS for value in VALUES]
     found, _ = answers(folder, [*rows, GOOD])
     assert len(found) == len(rows) + 1 and found[-1]["error"] is None
-    for line, (row, given) in enumerate(zip(found, rows, strict=False), start=1):
-        if row["error"] is None:
-            assert row["completion_tokens"] > 0
-        else:
-            assert row["error"].startswith(f"mine.jsonl:{line}"), row["error"]
-            assert "the row cannot be" not in row["error"], (given, row["error"])
+    for line, row in enumerate(found, start=1):
+        assert row["error"] is None or row["error"].startswith(f"mine.jsonl:{line}: "), row["error"]
 
 
 def test_what_nobody_thought_of_is_the_rows_error_too(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
@@ -254,7 +265,6 @@ def test_what_nobody_thought_of_is_the_rows_error_too(folder: Path, monkeypatch:
 
 def test_a_defect_of_this_project_is_no_row_of_the_users(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     answers(folder, [GOOD])
-    monkeypatch.setattr(type(ENGINES[0].processor), "build", lambda *given, **more: pytest.fail("not reached"))
 
     def defect(*given: object, **more: object) -> None:
         raise AssertionError("ours")
@@ -286,12 +296,8 @@ def test_a_row_s_own_settings_are_used(folder: Path) -> None:
 
 
 def test_ask_hands_tools_to_the_template(folder: Path) -> None:
-    from dataset.entries import read_entry
-
     answers(folder, [GOOD])
     recipe = recipe_of(folder, [GOOD])
     (sample,) = read_entry({"question": "Look.", "image": PICTURE, "tools": json.dumps([TOOL])}, "mine.jsonl:1", folder)
-    from executor.schedule.request import SamplingParams
-
     asked = ask(ENGINES[0], recipe, SamplingParams(), 0, sample)
     assert '"name": "look_closer"' in asked.prompt.text and asked.prompt.media[0].kind == "image"

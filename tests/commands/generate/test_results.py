@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dataset.sample import Sample
+from executor.commands.generate import results as results_module
 from executor.commands.generate.results import ResultsFile, settings_of
 from executor.errors import UserError
 from executor.recipe.schema import build_recipe
@@ -101,3 +102,52 @@ def test_settings_count_what_answers_depend_on():
         digest(data={"system_prompt": "Be brief."}),
     ):
         assert other != plain
+
+
+def test_one_run_at_a_time_has_the_file(path):
+    with ResultsFile(path, "s", SAMPLES) as results:
+        results.append(*row(0))
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"out.jsonl is being written by another run; wait for its end"):
+                ResultsFile(path, "s", SAMPLES)
+        results.append(*row(1))
+        results.sort()
+        # The sorted file is another one, in the same place.
+    with ResultsFile(path, "s", SAMPLES) as results:
+        assert set(results.answered()) == {0, 1}
+        with pytest.raises(UserError, match="another run"):
+            ResultsFile(path, "s", SAMPLES)
+
+
+def test_a_file_replaced_before_it_was_locked_is_opened_again(path, monkeypatch):
+    """The run before may put its sorted file in place between our opening and our locking."""
+    with ResultsFile(path, "s", SAMPLES) as results:
+        results.append(*row(0))
+    flock, replaced = results_module.fcntl.flock, []
+
+    def late(file, flags):
+        if not replaced:
+            replaced.append(path.rename(path.with_name("old")))
+            path.write_bytes(replaced[0].read_bytes())
+        return flock(file, flags)
+
+    monkeypatch.setattr(results_module.fcntl, "flock", late)
+    with ResultsFile(path, "s", SAMPLES) as results:
+        results.append(*row(1))
+    assert len(path.read_text().splitlines()) == 2 and len(replaced[0].read_text().splitlines()) == 1
+
+
+def test_only_rows_that_are_answered_already_are_read(path):
+    class Counted(list):
+        read: list[int] = []
+
+        def __getitem__(self, index):
+            self.read.append(index)
+            return super().__getitem__(index)
+
+    with ResultsFile(path, "s", SAMPLES) as results:
+        results.append(*row(2))
+    with ResultsFile(path, "s", Counted(SAMPLES)) as results:
+        results.answered()
+        results.append(*row(1))
+    assert Counted.read == [2]
