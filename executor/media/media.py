@@ -188,7 +188,7 @@ def expand_folder(folder: str | Path, kind: Kind | None = "image") -> list[Path]
 
 
 def _frames_in(folder: Path) -> list[Path]:
-    """The pictures of a folder that is a video. One that is broken is refused: without it the others' times are wrong."""
+    """The pictures of a folder that is a video. A broken one is refused: without it the others' times are wrong."""
     frames = expand_folder(folder)
     taken = {path.name for path in frames}
     for path in sorted(folder.iterdir()):
