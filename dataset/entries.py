@@ -49,10 +49,28 @@ METADATA_KEYS = frozenset(
         *("subset", "split", "source", "dataset", "data_source", "difficulty", "level", "language", "lang", "license"),
         *("metadata", "meta", "domain", "topic", "field", "duration", "width", "height", "image_size", "version"),
         *("answers", "gt", "ground_truth", "label", "choice_answer", "model", "model_a", "model_b", "winner", "judge"),
-        *("tstamp", "timestamp", "anony", "conversation_a", "conversation_b"),
+        *("tstamp", "timestamp", "anony", "conversation_a", "conversation_b", "custom_id", "stream", "user", "store"),
     )
 )
-KNOWN_KEYS = frozenset((*TEXT_KEYS, *MEDIA_KEYS, *REFERENCE_KEYS, *OPTION_KEYS, *METADATA_KEYS))
+# What would change the answer and is not part of this release, with the values that would not.
+UNSUPPORTED_KEYS: dict[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("auto",),
+    "functions": (),
+    "logit_bias": (),
+    "bad_words": (),
+    "allowed_token_ids": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "continue_final_message": (),
+    "prompt_logprobs": (),
+}
+KNOWN_KEYS = frozenset(
+    (*TEXT_KEYS, *MEDIA_KEYS, *REFERENCE_KEYS, *OPTION_KEYS, *METADATA_KEYS, *UNSUPPORTED_KEYS, "audio", "audios")
+)
 ID_CHARACTERS = 80  # of a row's id in its place
 DEFAULT_QUESTIONS = {  # by the kinds of what is asked about
     ("image",): ("Describe this image.", "Describe these images."),
@@ -94,6 +112,8 @@ def _read(entry: Any, where: str, folder: Path, strict: bool, unused: Callable[[
     if not isinstance(entry, Mapping):
         raise UserError(f"an entry is a text or an object, got a {type(entry).__name__}")
     _refuse_half_characters(entry)
+    if isinstance(entry.get("body"), Mapping) and "custom_id" in entry:  # a line of OpenAI's batch files
+        entry = {"id": entry["custom_id"], **entry["body"]}
     if strict:
         _refuse_unknown_keys(entry)
     named = str(entry["id"]) if isinstance(entry.get("id"), str | int) and entry["id"] != "" else None
@@ -165,6 +185,10 @@ def _refuse_unknown_keys(entry: Mapping[str, Any]) -> None:
 def _report_unused(entry: Mapping[str, Any], unused: Callable[[str], None]) -> None:
     if entry.get("audio") or entry.get("audios"):
         raise UserError("audio is not supported; ask about pictures, videos and texts")
+    for key, neutral in UNSUPPORTED_KEYS.items():
+        value = entry.get(key)
+        if value and value not in neutral:
+            raise UserError(f"{key} is not supported in a row, and would change the answer: remove it")
     texts = [key for key in TEXT_KEYS if entry.get(key) is not None]
     for key in (*texts[1:], *(key for key, value in entry.items() if key not in KNOWN_KEYS and value is not None)):
         unused(key)

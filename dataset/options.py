@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dataset.sample import MEDIA_TYPES
 from executor.errors import UserError
 from executor.prompt.chat import check_template_kwargs, tool_names
 from executor.prompt.messages import IMAGE_OPTIONS, describe, media_overrides
@@ -74,12 +75,11 @@ def media_options_of(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def with_options(part: dict[str, Any], options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A media part with the row's options that it does not set itself. `num_frames` and `fps` replace each other."""
-    kind = "video" if str(part.get("type") or next(iter(part))).startswith("video") else "image"
-    extra = dict(options[kind])
+    kind = part.get("type") or next(name for name in MEDIA_TYPES if name in part)
+    extra = dict(options[kind.removesuffix("_url")])
     frames, rates = {"num_frames", "nframes"}, {"fps", "sample_fps"}
-    for mine, other in ((frames, rates), (rates, frames)):
-        if (mine | other) & part.keys():
-            extra = {key: value for key, value in extra.items() if key not in mine}
+    if (frames | rates) & part.keys():
+        extra = {key: value for key, value in extra.items() if key not in frames | rates}
     if {"resized_height", "resized_width"} & part.keys():
         extra = {key: value for key, value in extra.items() if not key.startswith("resized")}
     return {**extra, **{key: value for key, value in part.items() if value is not None}}

@@ -14,14 +14,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dataset.sample import media_key
-from executor.errors import UserError, printable
+from dataset.sample import MEDIA_TYPES, media_key
+from executor.errors import UserError, nearest, printable
 from executor.host.env import REPO_ROOT
 from executor.media.media import named_kind, path_of_file_url, sniff
+from executor.prompt.messages import HARMLESS_PART_KEYS, OPTION_RULES
 
 logger = logging.getLogger(__name__)
 
 HEAD_BYTES = 512
+SOURCE_KEYS = ("bytes", "base64", "url", "path", "image", "image_url", "video", "video_url")  # of an object
+OPTION_KEYS = (*OPTION_RULES, *HARMLESS_PART_KEYS, "detail")
 _URL = re.compile(r"^(https?|data):", re.IGNORECASE)
 _FILE_URL = re.compile(r"^file://", re.IGNORECASE)
 _BASE64_AT_LEAST = 100  # shorter text is a file name that is not there
@@ -37,13 +40,46 @@ def resolve(kind: str | None, source: Any, folder: Path) -> dict[str, Any] | Pat
         if kind == "image":
             raise UserError("a picture is one path, URL or base64 text, got a list inside the list")
         return {"type": "video", "video": [frame_source(frame, folder) for frame in source]}
+    options: dict[str, Any] = {}
+    if isinstance(source, Mapping):
+        named = source.get("type")
+        if kind is None and isinstance(named, str) and named in MEDIA_TYPES:
+            kind = named.removesuffix("_url")
+        source, options = _split(source)
+        if isinstance(source, list | tuple) and kind == "video":
+            return {"type": kind, kind: [frame_source(frame, folder) for frame in source], **options}
     source = locate(source, folder)
     if isinstance(source, Path):
         if source.is_dir() and not (kind == "video" and _holds_frames(source)):
             return source
         source = str(source)
     kind = kind or media_kind(source)
-    return {"type": kind, kind: source}
+    return {"type": kind, kind: source, **options}
+
+
+def _split(source: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What an object that names a medium says of its place, and its options: {"path": "a.mp4", "fps": 1}.
+
+    Raises UserError for keys that are neither.
+    """
+    given = {key: value for key, value in source.items() if value is not None and key != "type"}
+    places = [key for key in SOURCE_KEYS if given.get(key)]
+    if not places:
+        raise UserError(f"a picture or video needs bytes, url or path; got {', '.join(map(str, source)) or 'nothing'}")
+    for key in given:
+        if key not in (*SOURCE_KEYS, *OPTION_KEYS):
+            raise UserError(
+                f"unknown key {key!r} of a picture or video{nearest(str(key), (*SOURCE_KEYS, *OPTION_KEYS))}; "
+                f"its place: {', '.join(SOURCE_KEYS)}; its options: {', '.join(OPTION_KEYS)}"
+            )
+    key = places[0]  # bytes before a path: the path is then the name that the bytes had
+    inner = given[key]
+    if isinstance(inner, Mapping):  # {"type": "image_url", "image_url": {"url": ...}}
+        inner, more = _split(inner)
+        given |= more
+    elif key in ("bytes", "base64") and str(inner)[:5] != "data:":
+        inner = _decode(inner)
+    return inner, {key: value for key, value in given.items() if key in OPTION_KEYS}
 
 
 def _holds_frames(folder: Path) -> bool:
@@ -67,15 +103,15 @@ def frame_source(frame: Any, folder: Path) -> str | bytes:
 def locate(source: Any, folder: Path) -> str | bytes | Path:
     """What a row calls a picture or video, as a path that exists, a URL as it stands, or the bytes themselves."""
     if isinstance(source, Mapping):
-        key = next((key for key in ("bytes", "url", "path", "base64") if source.get(key)), None)
-        if key is None:
-            raise UserError(
-                f"a picture or video needs bytes, url or path; got {', '.join(map(str, source)) or 'nothing'}"
-            )
-        inner = source[key]
-        if key in ("bytes", "base64") and str(inner)[:5] != "data:":
-            return _decode(inner)
-        source = inner
+        source, options = _split(source)
+        if options:
+            raise UserError(f"{next(iter(options))} belongs to a whole video, not to one of its frames")
+    if isinstance(source, bytes):
+        return source
+    if source == "":
+        raise UserError(
+            "a picture or video is named by an empty text; give a path, URL or base64 text, or leave it out"
+        )
     if not isinstance(source, str):
         raise UserError(f"a picture or video is a path, URL or base64 text, got a {type(source).__name__}")
     if _URL.match(source):
@@ -204,11 +240,14 @@ def dereference(parts: Iterator[Any], folder: Path) -> Iterator[Any]:
             yield part
             continue
         value = part[key]
-        if isinstance(value, Mapping) and isinstance(value.get("url"), str):
-            yield {**part, key: {**value, "url": _absolute(value["url"], folder)}}
-        elif isinstance(value, list | tuple) and part.get("type", key).startswith("video"):
+        options: dict[str, Any] = {}
+        if isinstance(value, Mapping):
+            value, options = _split(value)
+        if options:
+            part = {**options, **part}
+        if isinstance(value, list | tuple) and part.get("type", key).startswith("video"):
             yield {**part, key: [frame_source(frame, folder) for frame in value]}
-        elif isinstance(value, str | Mapping):
+        elif isinstance(value, str | bytes):
             yield {**part, key: _absolute(value, folder)}
         else:
             yield part  # refused by its type where messages are checked

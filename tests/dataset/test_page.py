@@ -3,7 +3,7 @@
 import json
 import re
 
-from dataset.entries import MEDIA_KEYS, METADATA_KEYS, REFERENCE_KEYS, TEXT_KEYS, read_entry
+from dataset.entries import MEDIA_KEYS, METADATA_KEYS, REFERENCE_KEYS, TEXT_KEYS, UNSUPPORTED_KEYS, read_entry
 from dataset.options import OPTION_KEYS
 from executor.prompt.messages import HARMLESS_PART_KEYS, OPTION_RULES
 from executor.recipe.schema import GenerationSection
@@ -16,6 +16,7 @@ def test_every_key_is_on_the_page():
     named = set(re.findall(r"`([a-z_0-9]+)`", PAGE))
     of_recipes = set(GenerationSection.model_fields)  # "every key of generation_config"
     keys = {*TEXT_KEYS, *MEDIA_KEYS, *REFERENCE_KEYS, *OPTION_KEYS, *OPTION_RULES, *HARMLESS_PART_KEYS, *METADATA_KEYS}
+    keys |= UNSUPPORTED_KEYS.keys()
     assert keys - of_recipes - named == set()
 
 

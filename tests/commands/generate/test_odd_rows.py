@@ -61,6 +61,18 @@ ANSWERED = [
     {"question": "What?", "generation_config": {"max_tokens": 3, "n": 2, "do_sample": True}},
     {"question": "What?", "image": PICTURE, "tools": [TOOL], "category": "x", "unheard_of": {"a": 1}},
     {"messages": [*user("Look."), {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "nothing"}]},
+    {"question": "What?", "video": {"path": CLIP, "fps": 1, "max_frames": 4}},
+    {
+        "question": "What?",
+        "media": [{"type": "video", "video": [PICTURE, PICTURE]}, {"image": PICTURE, "detail": "high"}],
+    },
+    {"messages": user({"type": "image", "image": {"bytes": None, "path": PICTURE, "max_pixels": 8000}}, "What?")},
+    {
+        "custom_id": "a",
+        "url": "/v1",
+        "body": {"model": "m", "messages": user("What?"), "max_tokens": 2, "stream": False},
+    },
+    {"question": "What?", "response_format": {"type": "text"}, "tool_choice": "auto", "logit_bias": {}},
     {"type": "image", "path": [PICTURE], "question": "What?", "answer": "objects"},
     {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}], "system": ""},
     "What do you see?",
@@ -94,6 +106,13 @@ REFUSED = [
     ({"question": "?", "max_tokens": 3, "max_new_tokens": 4}, "max_new_tokens is given twice"),
     ({"question": "?", "tools": [{"name": ""}]}, "tools[0] must be a JSON schema object"),
     ({"question": "?", "tools": "[broken"}, "tools: not valid JSON"),
+    ({"question": "?", "images": [""]}, "named by an empty text"),
+    (
+        {"question": "?", "video": {"path": CLIP, "fsp": 1}},
+        "unknown key 'fsp' of a picture or video (did you mean 'fps'?)",
+    ),
+    ({"question": "?", "video": {"path": CLIP, "fps": "fast"}}, "fps must be a number above 0"),
+    ({"question": "?", "response_format": {"type": "json_object"}}, "response_format is not supported in a row"),
     ({"question": "?", "audio": "a.wav"}, "audio is not supported"),
     (
         {"messages": [*user("Hm"), {"role": "assistant", "reasoning_content": "so", "content": "x"}, *user("?")]},
