@@ -128,7 +128,7 @@ def _locate_name(source: str, folder: Path) -> bytes | Path:
         places = [given] if given.is_absolute() else [root / given for root in roots]
     for place in places:
         if os.path.exists(place):
-            return place.resolve()
+            return Path(os.path.abspath(place))  # links keep the name that the user knows
     if len(source) >= _BASE64_AT_LEAST:
         try:
             return base64.b64decode("".join(source.split()), validate=True)

@@ -69,6 +69,12 @@ def test_addresses_are_not_read(url: str) -> None:
         load_media(url)
 
 
+def test_a_link_to_nothing_says_so(tmp_path: Path) -> None:
+    (tmp_path / "lost.png").symlink_to("nowhere.png")
+    with pytest.raises(UserError, match="lost.png: is a link to nowhere.png, which is not there"):
+        load_media(tmp_path / "lost.png")
+
+
 def test_file_urls_are_paths(tmp_path: Path) -> None:
     path = tmp_path / "a b%20.png"
     path.write_bytes(encoded("PNG"))
