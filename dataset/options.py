@@ -108,8 +108,8 @@ def tools_of(entry: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     if isinstance(tools, str) and tools:
         try:
             tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise UserError(f"tools: not valid JSON: {error.msg} at column {error.colno}") from error
+        except (ValueError, RecursionError) as error:  # also a number of too many digits
+            raise UserError(f"tools: not valid JSON: {error}") from error
     if not tools and not isinstance(tools, int | float):
         return ()
     if not isinstance(tools, list):

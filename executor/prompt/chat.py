@@ -272,7 +272,7 @@ def _with_parsed_arguments(call: Mapping[str, Any], where: str) -> dict[str, Any
     if isinstance(arguments, str):
         try:
             function["arguments"] = json.loads(arguments or "{}")
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: the arguments of {function['name']!r} are not valid JSON: {error}") from error
     return {"type": "function", "function": function}
 

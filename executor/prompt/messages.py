@@ -36,8 +36,8 @@ OPTION_RULES: dict[str, tuple[float, float, str]] = {  # least, most, in words
     "nframes": FRAMES,
     "min_frames": FRAMES,
     "max_frames": FRAMES,
-    "fps": (math.ulp(0.0), 10_000, "a number above 0, at most 10000"),
-    "sample_fps": (math.ulp(0.0), 10_000, "a number above 0, at most 10000"),
+    "fps": (0.001, 10_000, "a number from 0.001 to 10000"),
+    "sample_fps": (0.001, 10_000, "a number from 0.001 to 10000"),
     "video_start": (0, 1e9, "seconds, 0 or more"),
     "video_end": (math.ulp(0.0), 1e9, "seconds, above 0"),
 }

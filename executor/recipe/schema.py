@@ -169,7 +169,7 @@ class DataSection(Section):
     """Smallest picture, in pixels after the resize. null: the checkpoint's."""
     max_pixels: Positive | None = None
     """Largest picture, in pixels after the resize. null: the checkpoint's."""
-    fps: Annotated[float, Field(gt=0)] | None = None
+    fps: Annotated[float, Field(ge=0.001, le=10_000)] | None = None
     """Frames sampled from a second of video. null: the checkpoint's, else 2."""
     min_frames: Positive | None = None
     """Frames sampled from a video at least. null: the checkpoint's."""

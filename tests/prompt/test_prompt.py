@@ -99,7 +99,7 @@ def test_messages_are_not_changed_in_place():
         ([{"role": "user", "content": [{"type": "image", "image": ""}]}], "image is empty"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"link": "a"}}]}], "unknown key 'link'"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "is empty"),
-        ([{"role": "user", "content": [{"video": "a", "fps": 0}]}], "fps must be a number above 0, .*got 0"),
+        ([{"role": "user", "content": [{"video": "a", "fps": 0}]}], "fps must be a number from 0.001 to 10000, got 0"),
         ([{"role": "user", "content": [{"image": "a", "fps": 1}]}], "unknown key 'fps'"),
     ],
 )

@@ -92,7 +92,7 @@ REFUSED = [
     ({"messages": user({"type": "image", "image": PICTURE, "image_url": PICTURE})}, "one part holds one image"),
     ({"messages": user({"type": "image", "image": "nope.png"})}, "there is no file nope.png"),
     ({"messages": user({"image": PICTURE, "detail": "most"})}, "detail must be one of auto, high, low"),
-    ({"messages": user({"video": CLIP, "fps": float("nan")})}, "fps must be a number above 0"),
+    ({"messages": user({"video": CLIP, "fps": float("nan")})}, "fps must be a number from 0.001 to 10000"),
     ({"messages": user({"video": CLIP, "nframes": 1})}, "nframes counts in pairs"),
     ({"messages": user({"video": CLIP, "video_start": 9, "video_end": 2})}, "video_start 9 is not before video_end 2"),
     ({"messages": user({"video": CLIP, "video_start": 3600})}, "fewer than two frames"),
@@ -111,7 +111,7 @@ REFUSED = [
         {"question": "?", "video": {"path": CLIP, "fsp": 1}},
         "unknown key 'fsp' of a picture or video (did you mean 'fps'?)",
     ),
-    ({"question": "?", "video": {"path": CLIP, "fps": "fast"}}, "fps must be a number above 0"),
+    ({"question": "?", "video": {"path": CLIP, "fps": "fast"}}, "fps must be a number from 0.001 to 10000"),
     ({"question": "?", "response_format": {"type": "json_object"}}, "response_format is not supported in a row"),
     ({"question": "?", "audio": "a.wav"}, "audio is not supported"),
     (
