@@ -147,7 +147,7 @@ def _sniff_iso(head: bytes) -> tuple[Kind, str] | None:
 
 
 def foreign(head: bytes) -> str | None:
-    """"it is X; do Y" for files that are neither a picture nor a video that is read; None when the bytes tell nothing.
+    """ "it is X; do Y" for files that are neither a picture nor a video that is read; None when the bytes tell nothing.
 
     head: the first 512 bytes. Asked after `sniff`, or for a file that would not open as what `sniff` says.
     """
