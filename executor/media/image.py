@@ -22,6 +22,7 @@ from executor.media.formats import HEAD_BYTES, foreign, sniff
 from executor.media.media import DEFAULT_LIMITS, MediaLimits
 
 MAX_ASPECT_RATIO = 200
+_STRIP_PIXELS = 2**19
 # Formats that Pillow decodes by itself. Others (EPS, ...) would start foreign programs on a stranger's file.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 # What Pillow raises on damaged data, from its many plugins.
@@ -100,10 +101,20 @@ def to_rgb(picture: Image.Image) -> np.ndarray:
             gray[np.asarray(picture) == transparent] = 255
         return np.repeat(gray[:, :, None], 3, axis=2)
     if "A" in picture.getbands() or "a" in picture.getbands() or picture.info.get("transparency") is not None:
-        rgba = picture.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return np.array(Image.alpha_composite(white, rgba).convert("RGB"))
+        return _on_white(picture.convert("RGBA"))
     return np.array(picture.convert("RGB"))
+
+
+def _on_white(rgba: Image.Image) -> np.ndarray:
+    """In strips: Pillow composes without letting other threads run, 80 ms for 12 megapixels."""
+    width, height = rgba.size
+    pixels = np.empty((height, width, 3), dtype=np.uint8)
+    strip_rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, strip_rows):
+        strip = rgba.crop((0, top, width, min(height, top + strip_rows)))
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        pixels[top : top + strip_rows] = np.asarray(Image.alpha_composite(white, strip).convert("RGB"))
+    return pixels
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Videos of every odd kind give the frames a full decode gives, and cost only the groups of pictures they need."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -340,3 +341,14 @@ def test_more_frames_than_there_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="^short: 6 frames asked for by num_frames, the video has 4"):
         read_video(path, Sampling(strided, num_frames=6), source="short")
     assert read_video(path, Sampling(spread, num_frames=6)).frames.shape[0] == 6  # as transformers: some twice
+
+
+def test_threads_read_at_the_same_time(tmp_path: Path) -> None:
+    """Prompts are prepared in several threads: nothing is shared between two readers."""
+    paths = [write_video(tmp_path / f"{n}.mp4", make_frames(30, 64, 96, n), options={"g": "10"}) for n in range(3)]
+    alone = [read_video(path, TWO_FPS, size_of=lambda *_: (56, 84)) for path in paths]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda path: read_video(path, TWO_FPS, size_of=lambda *_: (56, 84)), paths * 6))
+    for number, video in enumerate(together):
+        assert torch.equal(video.frames, alone[number % 3].frames)
+        assert video.warnings == () and video.timestamps_s == alone[number % 3].timestamps_s
