@@ -31,8 +31,8 @@ from executor.media.track import choose_track
 _DEMUXERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,h264,hevc,ivf,obu,nut,gif,mjpeg"
 )
-# Running answers need the other half.
-_DECODER_THREADS = max(1, (os.cpu_count() or 1) // 2)
+# Half of the cores: running answers need the others. Each thread holds a frame, and FFmpeg advises against many.
+_DECODER_THREADS = min(8, max(1, (os.cpu_count() or 1) // 2))
 
 # Index into the timeline, the frame to show (None: no whole one yet), and whether it is the one that should be there.
 _Shown = tuple[int, av.VideoFrame | None, bool]

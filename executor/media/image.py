@@ -9,6 +9,7 @@ Legend: F frames, C channels (3), H/W pixels, P patches, tp temporal patch size,
 import io
 import math
 import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,17 +26,21 @@ MAX_ASPECT_RATIO = 200
 _STRIP_PIXELS = 2**19
 # Formats that Pillow decodes by itself. Others (EPS, ...) would start foreign programs on a stranger's file.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-# What Pillow raises on damaged data, from its many plugins.
+# What Pillow raises on damaged data, from its many plugins; a RuntimeError is AVIF's.
 DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    IndexError,
-    KeyError,
-    TypeError,
+    ArithmeticError,
+    AttributeError,
     EOFError,
-    OverflowError,
+    Image.DecompressionBombError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
     struct.error,
+    zlib.error,
 )
 
 

@@ -2,6 +2,7 @@
 
 import io
 import random
+from functools import partial
 
 import av
 import numpy as np
@@ -181,6 +182,31 @@ def test_a_picture_is_one_frame_and_refused_when_it_is_not_whole(image_format):
             decode_image(content, source="shot")
         with pytest.raises(UserError, match="^shot: .*damaged or incomplete"):
             read_video(content, EVERY_FRAME, source="shot")
+
+
+STILL = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+ANIMATED = ("PNG", "WEBP", "GIF", "TIFF", "AVIF")
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of odd tags
+@pytest.mark.parametrize(
+    ("image_format", "frames"), [*((name, 1) for name in STILL), *((name, 4) for name in ANIMATED)]
+)
+def test_random_damage_to_pictures_never_raises_anything_else(image_format, frames):
+    buffer, draw = io.BytesIO(), random.Random(image_format)
+    pictures = [Image.fromarray(frame) for frame in make_frames(frames)]
+    pictures[0].save(buffer, image_format, **({"save_all": True, "append_images": pictures[1:]} if frames > 1 else {}))
+    data = buffer.getvalue()
+    for _ in range(30):
+        damaged = bytearray(data)
+        for _ in range(draw.choice((1, 2, 6))):
+            at, length = draw.randrange(draw.choice((len(data), 200))) % len(data), draw.choice((1, 4, 20))
+            damaged[at : at + length] = draw.randbytes(len(damaged[at : at + length]))
+        for read in (decode_image, partial(read_video, sampling=EVERY_FRAME)):
+            try:
+                read(bytes(damaged), source="shot")
+            except UserError as error:
+                assert str(error).startswith("shot: ")
 
 
 def test_lengths_that_files_state_of_themselves(tmp_path):
