@@ -27,11 +27,12 @@ VIDEO_KEYS = (
     *("video_start", "video_end", "resized_height", "resized_width"),
 )
 TOTAL_KEYS = ("video_max_pixels", "total_pixels")
+FRAME_KEY = "frame_max_pixels"  # max_pixels of a video's part
 _FRAMES_OF_A_PAIR = 2  # total_pixels counts pairs of frames, video_max_pixels frames
 SYSTEM_KEYS = ("system", "system_prompt")
 OPTION_KEYS = (
     *(*GENERATION_KEYS, *OTHER_GENERATION_NAMES, "do_sample", "generation_config"),
-    *dict.fromkeys((*PICTURE_KEYS, *VIDEO_KEYS, *TOTAL_KEYS)),
+    *dict.fromkeys((*PICTURE_KEYS, *VIDEO_KEYS, *TOTAL_KEYS, FRAME_KEY)),
     *(*SYSTEM_KEYS, "tools", "chat_template_kwargs"),
 )
 
@@ -67,6 +68,8 @@ def media_options_of(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         raise UserError("video_max_pixels and total_pixels bound the same; give one of them")
     pictures = {key: value for key, value in given.items() if key in PICTURE_KEYS}
     videos = {key: value for key, value in given.items() if key in VIDEO_KEYS}
+    if entry.get(FRAME_KEY) is not None:
+        videos["max_pixels"] = entry[FRAME_KEY]
     for key, value in totals.items():
         checked = media_overrides({"total_pixels": value}, "this row")["total_pixels"]
         videos["total_pixels"] = max(1, checked // _FRAMES_OF_A_PAIR) if key == "video_max_pixels" else checked

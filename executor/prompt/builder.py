@@ -6,6 +6,7 @@ imported only then.
 Does not know the engine: a prompt longer than the model's context is refused there.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from executor.prompt.expand import Fill, VisionTokens, check_media, encode_piece
 from executor.prompt.messages import MediaPart, normalise_messages
 from executor.prompt.options import MAX_PICTURE_PIXELS, MAX_VIDEO_PIXELS, MediaOptions
 from executor.schedule.request import MediaItem, Prompt, Span
+
+logger = logging.getLogger(__name__)
 
 RESIZED_TOKENS = (4, 16384)  # of a picture or frame whose size is named, at least and at most
 
@@ -107,6 +110,7 @@ class PromptBuilder(ABC):
         token_px = picture.factor**2
         for name, least, words in (
             ("max_pixels", token_px, "the smallest picture is one token"),
+            ("frame_max_pixels", token_px, "the smallest frame is one token"),
             ("video_max_pixels", token_px * video.temporal_patch_size, "the smallest video is one token"),
         ):
             value = getattr(options, name)
@@ -169,7 +173,8 @@ class PromptBuilder(ABC):
         else:
             height, width = smart_resize(frame.shape[1], frame.shape[2], settings.factor, least, most)
         _check_resized(part.where, height, width)
-        return make_media_item("image", resize(frame[None], height, width), settings, source=opened.source)
+        resized = resize(frame[None], height, width)
+        return make_media_item("image", resized, settings, source=opened.source, original_hw=tuple(frame.shape[1:]))
 
     def open_video(self, part: MediaPart, options: MediaOptions) -> MediaItem:
         """Sample, decode and resize one video."""
@@ -207,6 +212,8 @@ class PromptBuilder(ABC):
             limits=limits,
             size_of=size_of,
         )
+        for warning in sampled.warnings:
+            logger.warning("%s", warning)
         return make_media_item(
             "video",
             sampled.frames,
@@ -214,6 +221,8 @@ class PromptBuilder(ABC):
             source=opened.source,
             seconds_per_grid=settings.temporal_patch_size / sampled.sampled_fps,
             timestamps_s=sampled.timestamps_s,
+            original_hw=(sampled.height, sampled.width),
+            warnings=sampled.warnings,
         )
 
     def _resized(self, wanted: tuple[int, int]) -> tuple[int, int]:

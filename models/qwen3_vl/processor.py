@@ -69,20 +69,25 @@ class Processor(PromptBuilder):
         return spread
 
     def frame_size(self, num_frames: int, height: int, width: int, options: MediaOptions) -> tuple[int, int]:
-        """The bounds are on all frames together, the checkpoint's as well as a recipe's `video_max_pixels`."""
+        """The bounds are on all frames together, the checkpoint's as well as a recipe's `video_max_pixels`. The
+        checkpoint's yields where a request has not the room for it."""
         from executor.media.sampling import frame_size_of_all
 
         video = self.video
-        least, most = video.min_pixels, options.video_max_pixels or video.max_pixels
+        frames_of_patches = num_frames + -num_frames % video.temporal_patch_size  # the last one is repeated
+        frame_px = video.factor**2 * video.temporal_patch_size * num_frames // frames_of_patches
+        room = options.video_tokens(-(-video.max_pixels // frame_px)) * frame_px
+        most = options.video_max_pixels or min(video.max_pixels, room)
         if options.frame_max_pixels:
             most = min(most, options.frame_max_pixels * num_frames)
+        least = min(video.min_pixels, most)
         if options.frame_min_pixels:
             least = options.frame_min_pixels * num_frames
-        if least > most and options.frame_min_pixels:
-            raise UserError(
-                f"min_pixels {options.frame_min_pixels} of a frame is {least} pixels of {num_frames} frames, above "
-                f"max_pixels {most}; set both, or neither"
-            )
+            if least > most:
+                raise UserError(
+                    f"min_pixels {options.frame_min_pixels} of a frame is {least} pixels of {num_frames} frames, above "
+                    f"max_pixels {most}; set both, or neither"
+                )
         capped = options.cap_pixels_per_frame or video.cap_pixels_per_frame
         return frame_size_of_all(
             num_frames,
