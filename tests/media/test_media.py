@@ -95,7 +95,7 @@ def test_frames_as_one_url(tmp_path: Path) -> None:
     video = load_media("data:video/jpeg;base64," + ",".join(frames))
     assert (video.kind, [frame.kind for frame in video.content]) == ("video", ["image"] * 3)
     with pytest.raises(UserError, match="not valid base64"):
-        load_media("data:video/jpeg;base64,AAAA,@@")
+        load_media(f"data:video/jpeg;base64,{frames[0]},@@")
 
 
 def test_a_missing_file_names_its_nearest(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_a_prompt_that_is_too_long_names_the_keys_of_what_it_holds():
         data = own("What? " * 40, MEDIA / media)
         (row,), status, _ = answers(recipe_of(scheduler=limits, data=data))
         assert status == 2
-        assert row["error"].startswith("maximum context length is 128 tokens")
+        assert row["error"].startswith("data_config: maximum context length is 128 tokens")
         assert says in row["error"] and says_not not in row["error"] and "shorten its text" in row["error"]
 
 
