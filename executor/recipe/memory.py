@@ -14,6 +14,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes of a linear weight; scales and biases are below a percent of it.
 WEIGHT_BYTES = {"w8a8": 1, "w8a8_dynamic": 1, "w8a16": 1, "w8a8s": 1, "w8a8sc": 1, "w4a16": 0.5, "w4a8_dynamic": 0.5}
 GIB = 2**30
+ENCODE_TOKENS = 4096
+"""Visual tokens that the encoder takes at a time; a single frame of more is encoded alone. The runner holds to it."""
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,7 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     ],
 )
 def test_draws_follow_the_distribution(params, kept, vary):
-    num_draws = 6000
+    num_draws = 3000
     logits = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5])
     requests = [
         make_request(replace(params, seed=draw if vary == "seed" else 5), [0] * (7 if vary == "seed" else draw))
