@@ -59,7 +59,9 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel) -> Engine
     recipe = prepared.recipe
     ops.bind(device)
     free_bytes = device.free_bytes()
-    memory = prepared.memory if free_bytes is None else estimate(recipe, prepared.shapes, free_bytes)
+    memory = prepared.memory
+    if free_bytes is not None:
+        memory = estimate(recipe, prepared.shapes, free_bytes, picture_tokens=prepared.picture_tokens)
     logger.info("%s", memory)
     # One scheduler plans for all of them.
     (num_blocks,) = parallel.control.least(memory.num_blocks)

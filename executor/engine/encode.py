@@ -18,6 +18,8 @@ from executor.checkpoint.settings import PixelSettings
 from executor.media.image import normalize_patchify
 from executor.schedule.request import MediaItem
 
+SLAB_PATCHES = 2048  # normalised at a time
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -93,15 +95,28 @@ def encode_items(
 
 
 def _patches(batch: Sequence[Piece], form: PixelSettings, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normalised patches `[P, C*tp*p*p]` of all pieces, one after another: float32 stands beside it for one piece."""
+    """Normalised patches `[P, C*tp*p*p]` of all pieces, one after another. Float32 stands beside it for a slab only."""
     counts = [t * h * w for t, h, w in (piece.grid for piece in batch)]
     width = batch[0].item.pixels.shape[1] * form.temporal_patch_size * form.patch_size**2
     patches = torch.empty(sum(counts), width, dtype=dtype, device=device)
-    for piece, into in zip(batch, patches.split(counts), strict=True):
+    for piece, part in zip(batch, patches.split(counts), strict=True):
         pixels = piece.frames(form.temporal_patch_size).to(device)
-        into.copy_(
-            normalize_patchify(
-                pixels, form.mean, form.std, form.patch_size, form.temporal_patch_size, form.merge_size, dtype
-            )
-        )
+        _, rows, columns = piece.grid
+        # Patches run over time, then over rows of merge windows: slabs of whole rows follow each other.
+        slab = max(1, SLAB_PATCHES // (columns * form.merge_size)) * form.merge_size
+        frames = pixels.split(form.temporal_patch_size)
+        for frame, into in zip(frames, part.split(rows * columns), strict=True):
+            slabs = frame.split(slab * form.patch_size, dim=-2)
+            for pixel_rows, target in zip(slabs, into.split(slab * columns), strict=True):
+                target.copy_(
+                    normalize_patchify(
+                        pixel_rows,
+                        form.mean,
+                        form.std,
+                        form.patch_size,
+                        form.temporal_patch_size,
+                        form.merge_size,
+                        dtype,
+                    )
+                )
     return patches

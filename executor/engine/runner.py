@@ -19,7 +19,7 @@ from executor.engine.graphs import DecodeGraphs
 from executor.engine.replica import Replica
 from executor.engine.sampler import Sampled, Sampler
 from executor.engine.step import ModelStep, Visual
-from executor.recipe.memory import ENCODE_TOKENS
+from executor.recipe.peak import ENCODE_TOKENS
 from executor.schedule.request import MediaItem, Request
 from executor.schedule.scheduler import Plan, Row
 

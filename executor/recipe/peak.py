@@ -1,0 +1,101 @@
+"""The most that a step takes beside weights and KV cache, by what the layers and backends really allocate.
+
+Phases follow each other: a pass of the encoder, the text model over a full step, logits and sampling. What stays
+through all of them: the encoder cache, and on a CPU the pictures of the prompts.
+Knows sizes and degrees, no tensor.
+Legend, in elements per token or patch: n hidden size, H and K query and key heads, D head dim, I intermediate size.
+"""
+
+from executor.recipe.schema import Recipe
+from executor.recipe.sizes import ModelShapes
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ENCODE_TOKENS = 4096
+"""Visual tokens that the encoder takes at a time; a single frame of more is encoded alone. The runner holds to it."""
+LOOK_AHEAD = 2  # prompts that are ready beyond those being answered
+HEAP_BYTES = 32 << 20
+"""glibc keeps freed blocks up to this size for itself: those of one phase then lie beside those of the next."""
+_NPU_HEADS = (64, 128)  # what vision heads are widened to there
+
+
+def peak_bytes(recipe: Recipe, shapes: ModelShapes, picture_tokens: int | None = None) -> int:
+    """Of one rank; `picture_tokens` of the largest picture or frame (None: as large as a prompt can be)."""
+    limits = recipe.scheduler
+    size, on_host = DTYPE_BYTES[recipe.model.dtype], recipe.model.device != "npu"
+    most_tokens = limits.max_num_seqs * limits.max_model_len
+    picture_tokens = min(picture_tokens or limits.max_model_len, limits.max_model_len)
+    pass_tokens = min(max(ENCODE_TOKENS, picture_tokens), most_tokens)
+    step_tokens = min(limits.max_num_batched_tokens, most_tokens)
+    vision = pass_tokens * vision_token_bytes(recipe, shapes)
+    text = step_tokens * text_token_bytes(recipe, shapes) + attention_scratch_bytes(recipe, shapes)
+    # Logits as the head gives them and as float32, and the logprobs of all rows.
+    logits = limits.max_num_seqs * shapes.vocab_size * (8 + size % 4)
+    peak = max(vision, text, logits)
+    if on_host and pass_tokens * shapes.vision.merge_size**2 * shapes.vision.hidden_size * size < HEAP_BYTES:
+        peak = max(peak, vision + text)
+    # One request alone may need more than the cache holds.
+    cache_tokens = max(limits.encoder_cache_tokens, min(limits.max_model_len, picture_tokens))
+    cache = cache_tokens * shapes.hidden_size * (1 + shapes.vision.num_taps) * size
+    return round(peak + cache + (pixel_bytes(recipe, shapes) if on_host else 0))
+
+
+def pixel_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
+    """Pictures of all prompts that are answered or wait their turn: bytes RGB, until their request has ended."""
+    limits, v = recipe.scheduler, shapes.vision
+    tokens = limits.max_num_seqs * limits.max_model_len
+    if limits.num_blocks:
+        tokens = min(tokens, limits.num_blocks * limits.block_size)
+    return (tokens + LOOK_AHEAD * limits.max_model_len) * 3 * (v.patch_size * v.merge_size) ** 2
+
+
+def vision_token_bytes(recipe: Recipe, shapes: ModelShapes) -> float:
+    """Of a pass of the encoder, for each visual token: its patches, the widest moment of a block, and what comes out.
+
+    A block of a CPU: x and its norm (2 n), q, k and v (3), rotated queries (1), and for rotated keys halves swapped,
+    two products and their sum (4); or the MLP's 2 I or 3 I. An NPU rotates in one kernel.
+    """
+    v, size = shapes.vision, DTYPE_BYTES[recipe.model.dtype]
+    tp = recipe.attn_tp_size if recipe.parallel.vision_parallel == "tp" else 1
+    pixels = 3 * v.temporal_patch_size * v.patch_size**2
+    heads = v.hidden_size
+    rotation = 5
+    if recipe.model.device in ("npu", "npu_emulated"):
+        dim = v.hidden_size // v.num_heads
+        heads = v.num_heads * min((wide for wide in _NPU_HEADS if wide >= dim), default=dim)
+        rotation = 3
+    inner = (3 if shapes.family == "qwen2_5_vl" else 2) * v.intermediate_size
+    block = (2 * v.hidden_size + max((3 + rotation) * heads, inner) / tp) * size
+    if v.num_positions:
+        # Position embeddings of four neighbours, and the same weighted in float32.
+        block = max(block, 2 * v.hidden_size * size + 4 * v.hidden_size * (size + 4))
+    features = 2 * shapes.hidden_size * (1 + v.num_taps) * size
+    return v.merge_size**2 * (pixels * size + block) + features
+
+
+def text_token_bytes(recipe: Recipe, shapes: ModelShapes) -> float:
+    """Of a prefill step, for each token: embedding, features, residual, x and its norm, and the widest moment of a
+    layer: q, k and v and their rotation, gate and up and their product, or the experts of all replicas' tokens."""
+    size, tp = DTYPE_BYTES[recipe.model.dtype], recipe.attn_tp_size
+    queries = shapes.num_heads * shapes.head_dim / tp
+    keys = max(1, shapes.num_kv_heads / tp) * shapes.head_dim
+    rotation = 2 if recipe.model.device == "npu" else 5
+    width = max((1 + rotation) * queries + 3 * keys, 3 * shapes.intermediate_size / tp)
+    if shapes.num_experts:
+        # For each of a token's experts its input, the gated product and its output.
+        replicas = recipe.parallel.world_size // tp
+        inner = shapes.expert_intermediate_size * recipe.parallel.moe_ep_size / recipe.parallel.world_size
+        routed = shapes.experts_per_token * (2 * shapes.hidden_size + inner)
+        width = max(width, replicas * (shapes.hidden_size + routed))
+    return (shapes.hidden_size * (5 + shapes.vision.num_taps) + width) * size
+
+
+def attention_scratch_bytes(recipe: Recipe, shapes: ModelShapes) -> float:
+    """Of the CPU's attention over one row: keys and values repeated for every query head, and the mask of a chunk
+    behind cached tokens, as booleans and as numbers. NPU kernels mask by themselves."""
+    if recipe.model.device != "cpu":
+        return 0
+    limits, size = recipe.scheduler, DTYPE_BYTES[recipe.model.dtype]
+    repeated = 2 * limits.max_model_len * shapes.num_heads * shapes.head_dim / recipe.attn_tp_size * size
+    chunk = min(limits.max_num_batched_tokens, limits.max_model_len)
+    masked = limits.enable_prefix_caching or chunk < limits.max_model_len
+    return repeated + (chunk * limits.max_model_len * (1 + size) if masked else 0)
