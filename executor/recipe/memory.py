@@ -9,7 +9,7 @@ its peak after loading corrects it. Knows sizes and degrees, no tensor. A test h
 from dataclasses import dataclass
 
 from executor.errors import UserError
-from executor.recipe.peak import DTYPE_BYTES, peak_bytes
+from executor.recipe.peak import DTYPE_BYTES, peak_bytes, pixel_bytes
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
 
@@ -101,8 +101,10 @@ def estimate(
     peak = peak_bytes(recipe, shapes, picture_tokens)
     process = process_bytes + LIBRARY_BYTES if process_bytes else 0
     blocks_of_one = -(-scheduler.max_model_len // scheduler.block_size)
-    affordable = (budget - process - weights - peak) // block
+    pixels = pixel_bytes(recipe, shapes, scheduler.block_size)  # of the pictures whose tokens a block holds
+    affordable = (budget - process - weights - peak) // (block + pixels)
     num_blocks = scheduler.num_blocks or min(scheduler.max_num_seqs * blocks_of_one, max(affordable, blocks_of_one))
+    peak += min(num_blocks, scheduler.max_num_seqs * blocks_of_one) * pixels
     loading = loading_bytes(recipe, shapes)
     result = MemoryEstimate(weights, num_blocks * block, peak, budget, num_blocks, block, process, loading)
     if result.total_bytes > budget:

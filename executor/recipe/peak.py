@@ -19,7 +19,10 @@ _NPU_HEADS = (64, 128)  # what vision heads are widened to there
 
 
 def peak_bytes(recipe: Recipe, shapes: ModelShapes, picture_tokens: int | None = None) -> int:
-    """Of one rank; `picture_tokens` of the largest picture or frame (None: as large as a prompt can be)."""
+    """Of one rank; `picture_tokens` of the largest picture or frame (None: as large as a prompt can be).
+
+    Pictures of prompts that wait are part of it, those of running requests are not: see `pixel_bytes`.
+    """
     limits = recipe.scheduler
     size, on_host = DTYPE_BYTES[recipe.model.dtype], recipe.model.device != "npu"
     most_tokens = limits.max_num_seqs * limits.max_model_len
@@ -36,16 +39,13 @@ def peak_bytes(recipe: Recipe, shapes: ModelShapes, picture_tokens: int | None =
     # One request alone may need more than the cache holds.
     cache_tokens = max(limits.encoder_cache_tokens, min(limits.max_model_len, picture_tokens))
     cache = cache_tokens * shapes.hidden_size * (1 + shapes.vision.num_taps) * size
-    return round(peak + cache + (pixel_bytes(recipe, shapes) if on_host else 0))
+    return round(peak + cache + pixel_bytes(recipe, shapes, LOOK_AHEAD * limits.max_model_len))
 
 
-def pixel_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
-    """Pictures of all prompts that are answered or wait their turn: bytes RGB, until their request has ended."""
-    limits, v = recipe.scheduler, shapes.vision
-    tokens = limits.max_num_seqs * limits.max_model_len
-    if limits.num_blocks:
-        tokens = min(tokens, limits.num_blocks * limits.block_size)
-    return (tokens + LOOK_AHEAD * limits.max_model_len) * 3 * (v.patch_size * v.merge_size) ** 2
+def pixel_bytes(recipe: Recipe, shapes: ModelShapes, num_tokens: int) -> int:
+    """RGB bytes of pictures of `num_tokens` visual tokens, on the host until their request has ended."""
+    v = shapes.vision
+    return num_tokens * 3 * (v.patch_size * v.merge_size) ** 2 if recipe.model.device != "npu" else 0
 
 
 def vision_token_bytes(recipe: Recipe, shapes: ModelShapes) -> float:

@@ -28,7 +28,13 @@ from executor.schedule.request import MediaItem, Prompt, SamplingParams, Span
 from models.published import published_config
 from tests.reference import REPO
 
-SIZES = {"max_num_seqs": 4, "max_model_len": 2048, "max_num_batched_tokens": 4096, "encoder_cache_tokens": 4096}
+SIZES = {
+    "max_num_seqs": 4,
+    "max_model_len": 2048,
+    "max_num_batched_tokens": 4096,
+    "encoder_cache_tokens": 4096,
+    "block_size": 16,
+}
 
 
 def main() -> None:

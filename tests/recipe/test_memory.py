@@ -55,19 +55,26 @@ def test_a_pass_of_the_encoder_is_bounded_unless_a_picture_is_larger():
 
 @pytest.mark.parametrize("name, wide", [("Qwen2.5-VL-3B-Instruct", 128 / 80), ("Qwen3-VL-8B-Instruct", 128 / 72)])
 def test_widened_heads_count_on_the_chips_that_widen(name, wide):
-    """On an NPU 80 and 72 become 128; there the rotation needs no copies, so both are put side by side by hand."""
+    """On an NPU 80 and 72 become 128. Here attention is the widest moment, without MLP and position embeddings."""
     recipe, shapes = resolved(name, device="npu")
-    v = shapes.vision
-    plain = replace(shapes, vision=replace(v, num_heads=v.hidden_size // 128))
+    v = replace(shapes.vision, intermediate_size=1, num_positions=0)
+    shapes, plain = replace(shapes, vision=v), replace(shapes, vision=replace(v, num_heads=v.hidden_size // 64))
     grown = vision_token_bytes(recipe, shapes) - vision_token_bytes(recipe, plain)
     assert grown == pytest.approx(6 * v.hidden_size * (wide - 1) * 4 * 2, rel=1e-3)
 
 
-def test_pictures_in_waiting_count_on_the_host_only():
+def test_pictures_in_flight_count_on_the_host_only():
+    """Of the running requests as far as their blocks reach, and of two prompts in waiting."""
     recipe, shapes = resolved("Qwen2.5-VL-3B-Instruct", max_num_seqs=4, max_model_len=1024)
-    assert pixel_bytes(recipe, shapes) == (4 + 2) * 1024 * 28 * 28 * 3
-    fewer, _ = resolved("Qwen2.5-VL-3B-Instruct", max_num_seqs=4, max_model_len=1024, num_blocks=8)
-    assert pixel_bytes(fewer, shapes) == 3 * 1024 * 28 * 28 * 3
+    whole = estimate(recipe, shapes, 64 << 30)
+    token = 28 * 28 * 3
+    assert pixel_bytes(recipe, shapes, 1) == token
+    assert whole.num_blocks == 32
+    assert whole.peak_bytes - peak_bytes(recipe, shapes) == 4 * 1024 * token
+    fewer, _ = resolved("Qwen2.5-VL-3B-Instruct", max_num_seqs=4, max_model_len=1024, num_blocks=10)
+    assert whole.peak_bytes - estimate(fewer, shapes, 64 << 30).peak_bytes == 22 * 128 * token
+    on_chip, _ = resolved("Qwen2.5-VL-3B-Instruct", device="npu", max_num_seqs=4, max_model_len=1024)
+    assert pixel_bytes(on_chip, shapes, 1) == 0
 
 
 def test_what_the_process_holds_is_part_of_both_sides():
