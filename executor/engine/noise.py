@@ -57,6 +57,26 @@ def least_bits(noise: torch.Tensor) -> torch.Tensor:
     return bits.masked_fill_(noise > HIGHEST_NOISE, 1 << 32)
 
 
+def may_reach(keys: torch.Tensor, first: torch.Tensor, count: int, least: torch.Tensor) -> torch.Tensor:
+    """bool [N, count]: false where the bits of (key, first + 0, 1, ...) are less than `least`, keys, first, least [N].
+
+    True for one bit pattern in 2**31 too many: the last mixing of splitmix64 leaves the 31 highest bits as they are, so
+    that these alone tell, and the rest is not computed.
+    """
+    state = (first * as_int64(GOLDEN_64) + keys)[:, None] + torch.arange(count, device=keys.device) * as_int64(
+        GOLDEN_64
+    )
+    work = torch.empty_like(state)
+    for shift, factor in ((30, MIX_A), (27, MIX_B)):
+        torch.bitwise_right_shift(state, shift, out=work)
+        state ^= work.bitwise_and_((1 << (64 - shift)) - 1)
+        state *= as_int64(factor)
+    # Unsigned comparison: with the sign turned over, signed numbers are in the same order.
+    lowest = ((least >> 1) << 33) ^ as_int64(1 << 63)
+    state ^= as_int64(1 << 63)
+    return state >= lowest[:, None]
+
+
 def as_int64(value: int) -> int:
     """The signed number with the same 64 bits."""
     return value - (1 << 64) if value >= 1 << 63 else value

@@ -27,12 +27,12 @@ from executor.engine.filters import (
     likely_survivors,
     survivors,
 )
-from executor.engine.noise import as_int64, gumbel_noise, least_bits, noise_bits, noise_key
+from executor.engine.noise import as_int64, gumbel_noise, least_bits, may_reach, noise_key
 from executor.engine.penalties import Penalties
 from executor.schedule.request import Request, SamplingParams
 
 _FAILED, _OPEN = -1, -2  # in place of a token id on its way to the host
-_BLOCK = 512  # chunks whose noise is made at a time: it stays in the cache
+_BLOCK = 256  # chunks whose noise is made at a time: it stays in the cache
 
 
 @dataclass(frozen=True)
@@ -190,9 +190,8 @@ def _draw_among_all(rows: _Rows, kind: None = None) -> torch.Tensor:
     sure = gumbel_noise(keys, best[:, None]).squeeze(-1) + maxima.amax(dim=-1)
     least = least_bits(sure[:, None] - maxima)
     owners, chunks = (least < 1 << 32).nonzero(as_tuple=True)
-    inside = torch.arange(CHUNK, device=device)
     reached = [
-        noise_bits(keys[owner], (chunk * CHUNK)[:, None] + inside) >= least[owner, chunk][:, None]
+        may_reach(keys[owner], chunk * CHUNK, CHUNK, least[owner, chunk])
         for owner, chunk in zip(owners.split(_BLOCK), chunks.split(_BLOCK), strict=True)
     ]
     pairs, places = torch.cat(reached).nonzero(as_tuple=True) if reached else (owners, chunks)

@@ -122,9 +122,13 @@ def write_random(folder: Path, args: argparse.Namespace) -> None:
         for key in ("fullatt_block_indexes", "deepstack_visual_indexes"):
             if key in raw["vision_config"]:
                 raw["vision_config"][key] = [i for i in raw["vision_config"][key] if i < args.vision_layers]
-    (folder / "config.json").write_text(json.dumps(raw))
+    # The tiny checkpoints' tokenizers have other ids for the special tokens.
     family = "qwen2_5_vl" if raw["architectures"][0].startswith("Qwen2_5") else "qwen3_vl"
-    for file in (REPO / "models" / "tiny" / family).iterdir():
+    tiny = REPO / "models" / "tiny" / family
+    special = json.loads((tiny / "config.json").read_text())
+    raw |= {key: special[key] for key in special if key.endswith("_token_id")}
+    (folder / "config.json").write_text(json.dumps(raw))
+    for file in tiny.iterdir():
         if file.suffix in (".json", ".jinja", ".txt") and file.name != "config.json":
             (folder / file.name).write_bytes(file.read_bytes())
     model = build_on_meta(lambda: family_of(raw["architectures"][0]).build_model(raw), torch.bfloat16)

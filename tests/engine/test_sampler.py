@@ -11,7 +11,7 @@ from transformers.generation import logits_process as reference
 
 from executor.engine import filters, penalties
 from executor.engine.filters import REACH, Filters, Kind
-from executor.engine.noise import as_int64, child_seed, gumbel_noise, least_bits, noise_bits, noise_key
+from executor.engine.noise import as_int64, child_seed, gumbel_noise, least_bits, may_reach, noise_bits, noise_key
 from executor.engine.params import check_params
 from executor.engine.sampler import Sampler
 from executor.errors import UserError
@@ -316,6 +316,11 @@ def test_bits_below_the_least_have_less_noise():
     passed = bits[None] >= least[:, None]
     assert bool((passed | ~reached).all()) and int((passed & ~reached).sum()) <= 4
     assert int(least.min()) == 0 and int(least.max()) == 1 << 32
+    # The quick look at the highest 31 bits lets all of these pass, and next to nothing else.
+    keys = torch.full((1000,), 5)
+    found = may_reach(keys, torch.zeros(1000, dtype=torch.int64), 4000, least)[least < 1 << 32]
+    passed = passed[least < 1 << 32]
+    assert bool((found | ~passed).all()) and int((found & ~passed).sum()) <= 4
 
 
 # Alone or in any batch
