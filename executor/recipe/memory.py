@@ -119,4 +119,4 @@ def _advice(recipe: Recipe, weights_alone: bool) -> str:
     knobs = "scheduler_config.max_model_len, encoder_cache_tokens, max_num_batched_tokens or max_num_seqs"
     if recipe.scheduler.num_blocks:
         knobs = f"scheduler_config.num_blocks ({recipe.scheduler.num_blocks}), or {knobs}"
-    return f"Lower {knobs}, or free memory."
+    return f"Lower {knobs}, or data_config.max_pixels, or free memory."
