@@ -149,24 +149,23 @@ def test_a_video_in_several_passes_is_answered_as_in_one(engine):
     clip = [{"type": "video", "video": str(MEDIA / "clip.mp4")}, {"type": "text", "text": "What do you see?"}]
     prompts = [ask(engine, "What do you see?", file) for file in ("objects.png", "word.png", "number.jpg")]
     prompts.append(engine.processor.build([{"role": "user", "content": clip}]))
+    media = [item for prompt in prompts for item in prompt.media]
     runner = engine.runner
-    usual, runner.encode_tokens = runner.encode_tokens, 16
+    usual, kept = runner.encode_tokens, runner.features
     try:
-        cut, count = {}, 0
-        for item in (item for prompt in prompts for item in prompt.media):
-            runner.features.pop(item.digest, None)
+        runner.encode_tokens, runner.features = 16, {}
+        assert any(item.num_tokens > 16 for item in media)
+        for item in media:
             runner.encode([item])
-            cut[item.digest] = runner.features.pop(item.digest)
-            count += item.num_tokens > 16
-        assert count
-        runner.encode_tokens = usual
-        runner.encode([item for prompt in prompts for item in prompt.media])
-        for digest, expected in cut.items():
-            features = runner.features.pop(digest)
-            torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+        cut = runner.features
+        runner.encode_tokens, runner.features = usual, {}
+        runner.encode(media)
+        for digest, features in runner.features.items():
+            torch.testing.assert_close(features, cut[digest], rtol=1e-4, atol=1e-4)
             assert features.untyped_storage().nbytes() <= 1.1 * features.nbytes
+        assert len(runner.features) == len(cut) == len(media)
     finally:
-        runner.encode_tokens = usual
+        runner.encode_tokens, runner.features = usual, kept
 
 
 def test_a_text_only_step_makes_no_deepstack(engine):

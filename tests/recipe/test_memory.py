@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from executor.recipe.memory import LIBRARY_BYTES, estimate
+from executor.recipe.memory import LIBRARY_BYTES, TORCH_BYTES, estimate
 from executor.recipe.peak import ENCODE_TOKENS, peak_bytes, pixel_bytes, vision_token_bytes
 from executor.recipe.schema import build_recipe
 from executor.recipe.settle import prepare, resolve
@@ -84,6 +84,10 @@ def test_what_the_process_holds_is_part_of_both_sides():
     assert beside.total_bytes - alone.total_bytes == (1 << 30) + LIBRARY_BYTES
     assert beside.budget_bytes - alone.budget_bytes == 1 << 30
     assert "process" in str(beside) and "process" not in str(alone)
+    # Asked before torch is imported: it will be.
+    early = estimate(recipe, shapes, 64 << 30, process_bytes=20 << 20)
+    assert early.process_bytes == TORCH_BYTES + LIBRARY_BYTES
+    assert early.budget_bytes - alone.budget_bytes == 20 << 20
 
 
 def test_a_weight_in_two_layouts_counts_where_nothing_else_comes():
