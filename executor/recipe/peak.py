@@ -34,8 +34,11 @@ def peak_bytes(recipe: Recipe, shapes: ModelShapes, picture_tokens: int | None =
     # Logits as the head gives them and as float32, and the logprobs of all rows.
     logits = limits.max_num_seqs * shapes.vocab_size * (8 + size % 4)
     peak = max(vision, text, logits)
-    if on_host and pass_tokens * shapes.vision.merge_size**2 * shapes.vision.hidden_size * size < HEAP_BYTES:
-        peak = max(peak, vision + text)
+    if on_host:
+        # What is freed in small blocks stays with the allocator, beside the other phase's.
+        text_heap = step_tokens * text_token_bytes(recipe, shapes, step_tokens)
+        vision_heap = pass_tokens * vision_token_bytes(recipe, shapes, pass_tokens)
+        peak = max(peak, vision + text_heap, text + vision_heap)
     # One request alone may need more than the cache holds.
     cache_tokens = max(limits.encoder_cache_tokens, min(limits.max_model_len, picture_tokens))
     cache = cache_tokens * shapes.hidden_size * (1 + shapes.vision.num_taps) * size
@@ -48,45 +51,58 @@ def pixel_bytes(recipe: Recipe, shapes: ModelShapes, num_tokens: int) -> int:
     return num_tokens * 3 * (v.patch_size * v.merge_size) ** 2 if recipe.model.device != "npu" else 0
 
 
-def vision_token_bytes(recipe: Recipe, shapes: ModelShapes) -> float:
+def vision_token_bytes(recipe: Recipe, shapes: ModelShapes, heap_tokens: int | None = None) -> float:
     """Of a pass of the encoder, for each visual token: its patches, the widest moment of a block, and what comes out.
 
     A block of a CPU: x and its norm (2 n), q, k and v (3), rotated queries (1), and for rotated keys halves swapped,
-    two products and their sum (4); or the MLP's 2 I or 3 I. An NPU rotates in one kernel.
+    two products and their sum (4); attention in two bytes repacks keys and values instead; or the MLP's 2 I or 3 I.
+    An NPU rotates in one kernel. `heap_tokens`: only tensors that are small in a pass of so many.
     """
     v, size = shapes.vision, DTYPE_BYTES[recipe.model.dtype]
     tp = recipe.attn_tp_size if recipe.parallel.vision_parallel == "tp" else 1
     pixels = 3 * v.temporal_patch_size * v.patch_size**2
     heads = v.hidden_size
-    rotation = 5
+    rotation = 5 if size == 4 else 6
     if recipe.model.device in ("npu", "npu_emulated"):
         dim = v.hidden_size // v.num_heads
         heads = v.num_heads * min((wide for wide in _NPU_HEADS if wide >= dim), default=dim)
         rotation = 3
     inner = (3 if shapes.family == "qwen2_5_vl" else 2) * v.intermediate_size
-    block = (2 * v.hidden_size + max((3 + rotation) * heads, inner) / tp) * size
+    attention = (2 * v.hidden_size + (3 + rotation) * heads / tp) * size
+    block = max(attention, (2 * v.hidden_size + inner / tp) * size)
     if v.num_positions:
         # Position embeddings of four neighbours, and the same weighted in float32.
         block = max(block, 2 * v.hidden_size * size + 4 * v.hidden_size * (size + 4))
     features = 2 * shapes.hidden_size * (1 + v.num_taps) * size
+    if heap_tokens is not None:
+        is_small = heap_tokens * v.merge_size**2 * v.hidden_size * size < HEAP_BYTES
+        return v.merge_size**2 * attention if is_small else 0
     return v.merge_size**2 * (pixels * size + block) + features
 
 
-def text_token_bytes(recipe: Recipe, shapes: ModelShapes) -> float:
+def text_token_bytes(recipe: Recipe, shapes: ModelShapes, heap_tokens: int | None = None) -> float:
     """Of a prefill step, for each token: embedding, features, residual, x and its norm, and the widest moment of a
-    layer: q, k and v and their rotation, gate and up and their product, or the experts of all replicas' tokens."""
+    layer: q, k and v and their rotation, gate and up and their product, or the experts of all replicas' tokens.
+
+    `heap_tokens`: only tensors that are small in a step of so many.
+    """
     size, tp = DTYPE_BYTES[recipe.model.dtype], recipe.attn_tp_size
     queries = shapes.num_heads * shapes.head_dim / tp
     keys = max(1, shapes.num_kv_heads / tp) * shapes.head_dim
     rotation = 2 if recipe.model.device == "npu" else 5
-    width = max((1 + rotation) * queries + 3 * keys, 3 * shapes.intermediate_size / tp)
+    common = shapes.hidden_size * (5 + shapes.vision.num_taps)
+    attention = (1 + rotation) * queries + 3 * keys
+    if heap_tokens is not None:
+        is_small = heap_tokens * max(shapes.hidden_size, queries) * size < HEAP_BYTES
+        return (common + attention) * size if is_small else 0
+    width = max(attention, 3 * shapes.intermediate_size / tp)
     if shapes.num_experts:
         # For each of a token's experts its input, the gated product and its output.
         replicas = recipe.parallel.world_size // tp
         inner = shapes.expert_intermediate_size * recipe.parallel.moe_ep_size / recipe.parallel.world_size
         routed = shapes.experts_per_token * (2 * shapes.hidden_size + inner)
         width = max(width, replicas * (shapes.hidden_size + routed))
-    return (shapes.hidden_size * (5 + shapes.vision.num_taps) + width) * size
+    return (common + width) * size
 
 
 def attention_scratch_bytes(recipe: Recipe, shapes: ModelShapes) -> float:

@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--vision_layers", type=int)
+    parser.add_argument("--untied", action="store_true", help="a head of its own, whatever the model has")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--side", type=int, default=20, help="visual tokens along a picture's edge")
     parser.add_argument("--turns", type=int, default=2)
@@ -115,6 +116,9 @@ def write_random(folder: Path, args: argparse.Namespace) -> None:
     """A checkpoint of a published model's shapes, cut to some layers, in files of a layer each."""
     raw = published_config(args.model)
     text = raw.get("text_config", raw)
+    if args.untied:
+        raw["tie_word_embeddings"] = False
+        text["tie_word_embeddings"] = False
     if args.layers:
         text["num_hidden_layers"] = args.layers
     if args.vision_layers:
