@@ -68,10 +68,10 @@ def weights_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
     return round(linears * linear_size + plain * size)
 
 
-def kv_block_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
-    """Keys and values of one block on one rank, all layers."""
+def kv_block_bytes(recipe: Recipe, shapes: ModelShapes, compute_bytes: int | None = None) -> int:
+    """Keys and values of one block on one rank, all layers. `compute_bytes`: see estimate."""
     heads = max(1, shapes.num_kv_heads // recipe.attn_tp_size)
-    per_token = 2 * shapes.num_layers * heads * shapes.head_dim * DTYPE_BYTES[recipe.model.dtype]
+    per_token = 2 * shapes.num_layers * heads * shapes.head_dim * (compute_bytes or DTYPE_BYTES[recipe.model.dtype])
     return recipe.scheduler.block_size * per_token
 
 
@@ -86,21 +86,24 @@ def estimate(
     recipe: Recipe,
     shapes: ModelShapes,
     free_bytes: int,
+    compute_bytes: int | None = None,
     *,
     picture_tokens: int | None = None,
     process_bytes: int = 0,
 ) -> MemoryEstimate:
     """The memory of one rank that may take `memory_fraction` of `free_bytes`. `recipe` is resolved: no auto, no null.
 
-    `picture_tokens`: of the largest picture; None: as large as a prompt can be. `process_bytes`: what the process
-    has of this memory now, not part of `free_bytes`; 0 where its own memory is another than the device's.
+    `compute_bytes`: of a number of the activations and of the KV cache, where the device computes in another type than
+    that of the weights. `picture_tokens`: of the largest picture; None: as large as a prompt can be.
+    `process_bytes`: what the process has of this memory now, not part of `free_bytes`; 0 where its own memory is
+    another than the device's.
     KV blocks: what the recipe names, else what max_num_seqs requests of max_model_len use, as far as the memory goes.
     Raises UserError when weights, peak and one request of full length do not fit.
     """
     scheduler = recipe.scheduler
     budget = int(free_bytes * scheduler.memory_fraction) + process_bytes
-    weights, block = weights_bytes(recipe, shapes), kv_block_bytes(recipe, shapes)
-    peak = peak_bytes(recipe, shapes, picture_tokens)
+    weights, block = weights_bytes(recipe, shapes), kv_block_bytes(recipe, shapes, compute_bytes)
+    peak = peak_bytes(recipe, shapes, picture_tokens, compute_bytes)
     process = max(process_bytes, TORCH_BYTES) + LIBRARY_BYTES if process_bytes else 0
     blocks_of_one = -(-scheduler.max_model_len // scheduler.block_size)
     pixels = pixel_bytes(recipe, shapes, scheduler.block_size)  # of the pictures whose tokens a block holds

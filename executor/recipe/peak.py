@@ -3,6 +3,7 @@
 Phases follow each other: a pass of the encoder, the text model over a full step, logits and sampling. What stays
 through all of them: the encoder cache, and on a CPU the pictures of the prompts.
 Knows sizes and degrees, no tensor.
+`size`: bytes of a number of the activations.
 Legend, in elements per token or patch: n hidden size, H and K query and key heads, D head dim, I intermediate size.
 """
 
@@ -18,26 +19,29 @@ HEAP_BYTES = 32 << 20
 _NPU_HEADS = (64, 128)  # what vision heads are widened to there
 
 
-def peak_bytes(recipe: Recipe, shapes: ModelShapes, picture_tokens: int | None = None) -> int:
+def peak_bytes(
+    recipe: Recipe, shapes: ModelShapes, picture_tokens: int | None = None, compute_bytes: int | None = None
+) -> int:
     """Of one rank; `picture_tokens` of the largest picture or frame (None: as large as a prompt can be).
 
+    `compute_bytes`: of a number of the activations; None: of the recipe's dtype.
     Pictures of prompts that wait are part of it, those of running requests are not: see `pixel_bytes`.
     """
     limits = recipe.scheduler
-    size, on_host = DTYPE_BYTES[recipe.model.dtype], recipe.model.device != "npu"
+    size, on_host = compute_bytes or DTYPE_BYTES[recipe.model.dtype], recipe.model.device != "npu"
     most_tokens = limits.max_num_seqs * limits.max_model_len
     picture_tokens = min(picture_tokens or limits.max_model_len, limits.max_model_len)
     pass_tokens = min(max(ENCODE_TOKENS, picture_tokens), most_tokens)
     step_tokens = min(limits.max_num_batched_tokens, most_tokens)
-    vision = pass_tokens * vision_token_bytes(recipe, shapes)
-    text = step_tokens * text_token_bytes(recipe, shapes) + attention_scratch_bytes(recipe, shapes)
+    vision = pass_tokens * vision_token_bytes(recipe, shapes, size)
+    text = step_tokens * text_token_bytes(recipe, shapes, size) + attention_scratch_bytes(recipe, shapes, size)
     # Logits as the head gives them and as float32, and the logprobs of all rows.
     logits = limits.max_num_seqs * shapes.vocab_size * (8 + size % 4)
     peak = max(vision, text, logits)
     if on_host:
         # What is freed in small blocks stays with the allocator, beside the other phase's.
-        text_heap = step_tokens * text_token_bytes(recipe, shapes, step_tokens)
-        vision_heap = pass_tokens * vision_token_bytes(recipe, shapes, pass_tokens)
+        text_heap = step_tokens * text_token_bytes(recipe, shapes, size, step_tokens)
+        vision_heap = pass_tokens * vision_token_bytes(recipe, shapes, size, pass_tokens)
         peak = max(peak, vision + text_heap, text + vision_heap)
     # One request alone may need more than the cache holds.
     cache_tokens = max(limits.encoder_cache_tokens, min(limits.max_model_len, picture_tokens))
@@ -51,14 +55,14 @@ def pixel_bytes(recipe: Recipe, shapes: ModelShapes, num_tokens: int) -> int:
     return num_tokens * 3 * (v.patch_size * v.merge_size) ** 2 if recipe.model.device != "npu" else 0
 
 
-def vision_token_bytes(recipe: Recipe, shapes: ModelShapes, heap_tokens: int | None = None) -> float:
+def vision_token_bytes(recipe: Recipe, shapes: ModelShapes, size: int, heap_tokens: int | None = None) -> float:
     """Of a pass of the encoder, for each visual token: its patches, the widest moment of a block, and what comes out.
 
     A block of a CPU: x and its norm (2 n), q, k and v (3), rotated queries (1), and for rotated keys halves swapped,
     two products and their sum (4); attention in two bytes repacks keys and values instead; or the MLP's 2 I or 3 I.
     An NPU rotates in one kernel. `heap_tokens`: only tensors that are small in a pass of so many.
     """
-    v, size = shapes.vision, DTYPE_BYTES[recipe.model.dtype]
+    v = shapes.vision
     tp = recipe.attn_tp_size if recipe.parallel.vision_parallel == "tp" else 1
     pixels = 3 * v.temporal_patch_size * v.patch_size**2
     heads = v.hidden_size
@@ -80,13 +84,13 @@ def vision_token_bytes(recipe: Recipe, shapes: ModelShapes, heap_tokens: int | N
     return v.merge_size**2 * (pixels * size + block) + features
 
 
-def text_token_bytes(recipe: Recipe, shapes: ModelShapes, heap_tokens: int | None = None) -> float:
+def text_token_bytes(recipe: Recipe, shapes: ModelShapes, size: int, heap_tokens: int | None = None) -> float:
     """Of a prefill step, for each token: embedding, features, residual, x and its norm, and the widest moment of a
     layer: q, k and v and their rotation, gate and up and their product, or the experts of all replicas' tokens.
 
     `heap_tokens`: only tensors that are small in a step of so many.
     """
-    size, tp = DTYPE_BYTES[recipe.model.dtype], recipe.attn_tp_size
+    tp = recipe.attn_tp_size
     queries = shapes.num_heads * shapes.head_dim / tp
     keys = max(1, shapes.num_kv_heads / tp) * shapes.head_dim
     rotation = 2 if recipe.model.device == "npu" else 5
@@ -105,12 +109,12 @@ def text_token_bytes(recipe: Recipe, shapes: ModelShapes, heap_tokens: int | Non
     return (common + width) * size
 
 
-def attention_scratch_bytes(recipe: Recipe, shapes: ModelShapes) -> float:
+def attention_scratch_bytes(recipe: Recipe, shapes: ModelShapes, size: int) -> float:
     """Of the CPU's attention over one row: keys and values repeated for every query head, and the mask of a chunk
     behind cached tokens, as booleans and as numbers. NPU kernels mask by themselves."""
     if recipe.model.device != "cpu":
         return 0
-    limits, size = recipe.scheduler, DTYPE_BYTES[recipe.model.dtype]
+    limits = recipe.scheduler
     repeated = 2 * limits.max_model_len * shapes.num_heads * shapes.head_dim / recipe.attn_tp_size * size
     chunk = min(limits.max_num_batched_tokens, limits.max_model_len)
     masked = limits.enable_prefix_caching or chunk < limits.max_model_len

@@ -47,7 +47,7 @@ def resolved(name: str, device: str = "cpu", **scheduler):
 def test_a_pass_of_the_encoder_is_bounded_unless_a_picture_is_larger():
     recipe, shapes = resolved("Qwen2.5-VL-3B-Instruct", encoder_cache_tokens=4096, max_num_batched_tokens=512)
     bounded, larger = peak_bytes(recipe, shapes, picture_tokens=1000), peak_bytes(recipe, shapes, picture_tokens=16384)
-    per_token = vision_token_bytes(recipe, shapes)
+    per_token = vision_token_bytes(recipe, shapes, 2)
     cache = (16384 - 4096) * shapes.hidden_size * 2
     assert larger - bounded == pytest.approx((16384 - ENCODE_TOKENS) * per_token + cache, rel=1e-6)
     assert peak_bytes(recipe, shapes) > larger, "without a bound a picture is as large as a prompt can be"
@@ -59,7 +59,7 @@ def test_widened_heads_count_on_the_chips_that_widen(name, wide):
     recipe, shapes = resolved(name, device="npu")
     v = replace(shapes.vision, intermediate_size=1, num_positions=0)
     shapes, plain = replace(shapes, vision=v), replace(shapes, vision=replace(v, num_heads=v.hidden_size // 64))
-    grown = vision_token_bytes(recipe, shapes) - vision_token_bytes(recipe, plain)
+    grown = vision_token_bytes(recipe, shapes, 2) - vision_token_bytes(recipe, plain, 2)
     assert grown == pytest.approx(6 * v.hidden_size * (wide - 1) * 4 * 2, rel=1e-3)
 
 
@@ -88,6 +88,16 @@ def test_what_the_process_holds_is_part_of_both_sides():
     early = estimate(recipe, shapes, 64 << 30, process_bytes=20 << 20)
     assert early.process_bytes == TORCH_BYTES + LIBRARY_BYTES
     assert early.budget_bytes - alone.budget_bytes == 20 << 20
+
+
+def test_a_device_may_compute_in_another_type_than_the_weights():
+    """A CPU without 16-bit products: weights in two bytes, activations and cache in four."""
+    recipe, shapes = resolved("Qwen2.5-VL-3B-Instruct", max_model_len=1024)
+    narrow, wide = (estimate(recipe, shapes, 64 << 30, size) for size in (None, 4))
+    assert wide.weights_bytes == narrow.weights_bytes and wide.kv_bytes == 2 * narrow.kv_bytes
+    in_four, _ = resolved("Qwen2.5-VL-3B-Instruct", max_model_len=1024)
+    in_four = in_four.replace(model={"dtype": "float32"})
+    assert wide.peak_bytes == estimate(in_four, shapes, 64 << 30).peak_bytes > 1.5 * narrow.peak_bytes
 
 
 def test_a_weight_in_two_layouts_counts_where_nothing_else_comes():
