@@ -1,4 +1,4 @@
-"""The process's surroundings: the repository's place, environment variables, host memory.
+"""The process's surroundings: the repository's place and environment variables.
 
 The only module (with the launcher) that reads `os.environ`. Knows nothing of recipes and models. Standard library
 only, and importable on Python 3.8, because the doctor starts from here on machines where nothing else works yet.
@@ -90,33 +90,3 @@ def hub_offline() -> bool:
         os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     )
-
-
-def host_memory_bytes() -> int:
-    """Memory this process may still take: the machine's available memory, bounded by the container's limit."""
-    available = _meminfo_available_bytes() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = _cgroup_limit_bytes()
-    return min(available, limit) if limit else available
-
-
-def _meminfo_available_bytes() -> int | None:
-    """MemAvailable counts page cache that can be dropped, which sysconf's AVPHYS_PAGES does not."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _cgroup_limit_bytes() -> int | None:
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            return int(text)
-    return None

@@ -15,7 +15,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from executor.host.env import environment, host_memory_bytes
+from executor.host.env import environment
+from executor.host.memory import host_memory_bytes
 from executor.host.nodes import is_address, parse_ip_addr
 
 

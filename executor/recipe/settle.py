@@ -13,7 +13,7 @@ from typing import Any
 
 from executor.checkpoint.folder import find_checkpoint, read_json
 from executor.errors import UserError
-from executor.host.env import host_memory_bytes
+from executor.host.memory import host_memory_bytes
 from executor.recipe.memory import MemoryEstimate, estimate
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes, read_shapes
