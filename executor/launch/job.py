@@ -37,7 +37,7 @@ from executor.launch.heartbeat import (
     post,
     rank_beat,
 )
-from executor.launch.options import network_options, rank_options
+from executor.launch.options import in_words, network_options, rank_options
 from executor.launch.plan import LOCAL_ADDRESS, SET_ENV, NodePlan, plan_nodes
 from executor.launch.preflight import PROBLEM, Card, agree, check_rival, exchange, take_place
 from executor.launch.processes import Follower, RankProcess, end_all, start_rank
@@ -236,7 +236,10 @@ class Job:
             "TORCHELASTIC_RESTART_COUNT": "0",
             "RECIPE_LAUNCHER": str(os.getpid()),
         }
-        variables = self._options | Machine().environment | own
+        users = Machine().environment
+        added = {name: value for name, value in self._options.items() if name not in users}
+        logger.info("environment of the ranks: %s", in_words(added))
+        variables = added | users | own
         for local, rank in enumerate(plan.ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(local)}
             self._ranks.append(start_rank(rank, self._argv, variables | place, folder))

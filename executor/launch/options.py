@@ -6,14 +6,19 @@ Sources: the HCCL and Ascend Extension for PyTorch chapters of the CANN document
 from __future__ import annotations
 
 import ctypes.util
+import logging
 import os
 import re
+import sys
 from collections.abc import Mapping
 
+from executor.host.env import set_where_unset
 from executor.host.machine import Machine
 from executor.host.npu_smi import A2, A3
 from executor.launch.plan import NodePlan
 from executor.recipe.schema import Recipe
+
+logger = logging.getLogger(__name__)
 
 HCCL_CONNECT_TIMEOUT_S = 1200  # ranks read their weights at different speeds before they meet
 HCCL_EXEC_TIMEOUT_S = 1800
@@ -25,6 +30,25 @@ def rank_options(recipe: Recipe, device: str, local_ranks: int) -> dict[str, str
         cores = len(os.sched_getaffinity(0))  # which the ranks share
         return {"OMP_NUM_THREADS": str(max(1, cores // local_ranks))}
     return npu_options(recipe.model.soc, ctypes.util.find_library("jemalloc"))
+
+
+def in_words(variables: Mapping[str, str]) -> str:
+    """For the log."""
+    return ", ".join(f"{name}={value}" for name, value in sorted(variables.items())) or "nothing to add"
+
+
+def apply(options: Mapping[str, str]) -> None:
+    """Set what the user has not set in this process, which has not imported torch yet, and log it.
+
+    A library is preloaded when a process starts: where LD_PRELOAD is among them this process begins anew, with all of
+    them in its environment, which takes a moment once.
+    """
+    added = set_where_unset(options)
+    logger.info("environment: %s", in_words(added))
+    if "LD_PRELOAD" in added:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def npu_options(soc: str | None, jemalloc: str | None) -> dict[str, str]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from executor.errors import UserError
-from executor.host.env import code_digest, environment, rank_place, set_always, set_where_unset
+from executor.host.env import code_digest, environment, rank_place, set_always
 from executor.launch.foreign import check_world, rank_variables
 from executor.launch.processes import die_with_parent
 from executor.recipe.schema import Recipe
@@ -82,15 +82,15 @@ class Rank:
         recipe: Recipe,
         command: str,
         check: Callable[[Recipe, int], Recipe],
-        options: Callable[[], dict[str, str]],
+        set_options: Callable[[], None],
     ) -> None:
         """Join the job: signs of life, and without our launcher the preflight, whose UserErrors every rank gets.
 
-        `options` gives the environment variables that our launcher would have set; the user's own stay.
+        `set_options` sets the environment variables that our launcher would have set; the user's own stay.
         """
         check_world(self._variables, recipe.parallel.world_size)
         if not self._has_launcher:
-            set_where_unset(options())
+            set_options()
         if self.place.world_size > 1:
             self._join(recipe, command, check)
         self._is_agreed = True

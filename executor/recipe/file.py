@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from executor.errors import UserError, nearest
-from executor.host.env import find_path
+from executor.recipe.place import find_recipe
 
 
 class _Loader(yaml.SafeLoader):
@@ -38,13 +38,9 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The top-level mapping of a YAML file. UserError when it is missing, empty, not YAML or not a mapping."""
-    found = find_path(path)
-    if found.is_dir():
-        raise UserError(f"{path} is a folder; a recipe is a YAML file, e.g. config/quickstart.yaml")
+    found = find_recipe(path)
     try:
         text = found.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"there is no recipe {path}{_neighbours(found)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the recipe {path} cannot be read: {error}") from error
     try:
@@ -104,14 +100,6 @@ def _parse_value(raw: str, field: FieldInfo, text: str) -> Any:
         return yaml.load(raw, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(f"--set {text}: the value is not valid YAML: {_problem(error)}") from error
-
-
-def _neighbours(path: Path) -> str:
-    names = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-    close = nearest(path.name, names)
-    return close or (
-        f"; {path.parent} has {', '.join(names)}" if names else "; config/ has the ones that come with this"
-    )
 
 
 def _place(error: yaml.YAMLError) -> str:
