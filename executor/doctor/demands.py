@@ -83,6 +83,9 @@ def _world(facts: Facts, wish: Wish) -> Finding:
     if not facts.on_npu:
         return Finding("recipe_world_size", OK, found)
     usable = facts.usable_chips
+    if not usable:
+        why = "see visible_devices" if facts.chip_count else "see recipe_device"
+        return Finding("recipe_world_size", UNKNOWN, f"{found}; no usable chip is here to count with", "", why)
     found += f"; {usable} usable chip(s) x {nodes} node(s)"
     if world > usable * nodes:
         advice = (

@@ -20,6 +20,7 @@ RANKS_OF_SOC = {A2: 8, A3: 16, DUO: 2}
 """Ranks of a node whose chips cannot be counted: an A2 node, an A3 node (8 modules of 2 dies), one 300I DUO card."""
 
 LOCAL_ADDRESS = "127.0.0.1"
+MEND = f"write the nodes' addresses in rank order into IPs in {SET_ENV}, alike on every node"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def plan_nodes(recipe: Recipe, device: str, entries: tuple[str, ...], machine: M
     told_port = machine.environment.get("MASTER_PORT", "")
     if told_port and not (told_port.isdigit() and 0 < int(told_port) < 65536):
         raise UserError(f"MASTER_PORT={told_port} is no port: set a number from 1 to 65535, or unset it")
+    check_entries(entries, machine)
     if device == "npu":
         per_node = npu_ranks(recipe.model.soc, machine)
         num_nodes = num_npu_nodes(world_size, per_node)
@@ -132,28 +134,31 @@ def num_npu_nodes(world_size: int, per_node: int) -> int:
     return world_size // per_node
 
 
+def check_entries(entries: tuple[str, ...], machine: Machine) -> None:
+    """UserError for what is neither a placeholder nor an address nor a host, however many nodes the job has."""
+    bad = [entry for entry in entries if not is_placeholder(entry) and machine.resolve(entry) is None]
+    if bad:
+        verb = "are no addresses and no known hosts" if len(bad) > 1 else "is no address and no known host"
+        raise UserError(f"IPs in {SET_ENV}: {', '.join(bad)} {verb}: {MEND}; IPs=() for this node alone")
+
+
 def check_addresses(entries: tuple[str, ...], num_nodes: int, machine: Machine) -> tuple[str, ...]:
     """The addresses of the `num_nodes` nodes. UserError for anything in IPs that is no usable address."""
-    mend = f"write the nodes' addresses in rank order into IPs in {SET_ENV}, alike on every node"
     if not entries:
-        raise UserError(f"the recipe needs {num_nodes} nodes, but IPs in {SET_ENV} is empty: {mend}")
+        raise UserError(f"the recipe needs {num_nodes} nodes, but IPs in {SET_ENV} is empty: {MEND}")
     placeholders = [entry for entry in entries if is_placeholder(entry)]
     if placeholders:
-        raise UserError(f"IPs in {SET_ENV} still has placeholders ({', '.join(placeholders)}): {mend}")
-    resolved = [machine.resolve(entry) for entry in entries]
-    bad = [entry for entry, address in zip(entries, resolved, strict=True) if address is None]
-    if bad:
-        raise UserError(f"IPs in {SET_ENV}: {', '.join(bad)} is no address and no known host: {mend}")
-    addresses = [address for address in resolved if address]
+        raise UserError(f"IPs in {SET_ENV} still has placeholders ({', '.join(placeholders)}): {MEND}")
+    addresses = [address for address in map(machine.resolve, entries) if address]  # check_entries has seen them
     if len(set(addresses)) < len(addresses):
         raise UserError(f"IPs in {SET_ENV} names a node twice ({', '.join(entries)}): name each once")
     loops = [address for address in addresses if re.match(r"127\.|::1$|0\.0\.0\.0$", address)]
     if loops:
-        raise UserError(f"IPs in {SET_ENV}: {', '.join(loops)} cannot be reached from other nodes: {mend}")
+        raise UserError(f"IPs in {SET_ENV}: {', '.join(loops)} cannot be reached from other nodes: {MEND}")
     if len(addresses) < num_nodes:
         raise UserError(
             f"the recipe needs {num_nodes} nodes, but IPs in {SET_ENV} names {len(addresses)} "
-            f"({', '.join(entries)}): {mend}"
+            f"({', '.join(entries)}): {MEND}"
         )
     return tuple(addresses)
 
