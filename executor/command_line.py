@@ -196,10 +196,14 @@ def _unknown(words: Sequence[str]) -> str:
         if name in FOREIGN:
             lines.append(f"{word} is no flag here; write {FOREIGN[name]}")
         else:
-            lines.append(f"unrecognized arguments: {word}{nearest(f'--{name}', ['--set', *map('--{}'.format, SHORT_FORMS)])}")
+            lines.append(
+                f"unrecognized arguments: {word}{nearest(f'--{name}', ['--set', *map('--{}'.format, SHORT_FORMS)])}"
+            )
     if not lines:
         lines.append(f"unrecognized arguments: {' '.join(words)}")
-    return "\n".join([*lines, "every key can be changed: --set section.key=value (docs/recipe.md, docs/coming_from.md)"])
+    return "\n".join(
+        [*lines, "every key can be changed: --set section.key=value (docs/recipe.md, docs/coming_from.md)"]
+    )
 
 
 def extra_commands() -> dict[str, str]:

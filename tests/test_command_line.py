@@ -74,7 +74,9 @@ def test_flags_of_other_tools_are_translated():
             parse([QUICK, f"--{flag.replace('-', '_')}", "4"])
         assert f"is no flag here; write {advice}" in str(error.value)
         assert f"`--{flag}`" in page, flag
-        line = advice.partition(" (")[0].replace("TP*DP", "4").replace("TP", "2").replace("=N", "=2").replace("=X", "=1")
+        line = (
+            advice.partition(" (")[0].replace("TP*DP", "4").replace("TP", "2").replace("=N", "=2").replace("=X", "=1")
+        )
         if line.startswith("--set"):
             line = line.replace("[TEXT]", "[end]")
             assert recipe_of(*line.split())

@@ -174,7 +174,9 @@ def test_infer_sh_by_other_ways(tmp_path, way):
 
 def test_a_reader_that_has_gone_is_no_error():
     """`| head -1`: nothing is said of the closed pipe, and the status is SIGPIPE's."""
-    code = "import time; from executor import __main__ as launch, command_line; launch.run = lambda *a: (time.sleep(0.3), "
+    code = (
+        "import time; from executor import __main__ as launch, command_line; launch.run = lambda *a: (time.sleep(0.3), "
+    )
     code += "print('late', flush=True)); launch.end(launch.main(['config/quickstart.yaml']))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -74,7 +74,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default=[],
         help="change a value of the recipe; may be repeated",
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.recipe is None and len(arguments.overrides) > 1 and "=" not in arguments.overrides[-1]:
+        arguments.recipe = arguments.overrides.pop()  # it stood behind --set
+    return arguments
 
 
 def _read(machine: Machine, path: str, overrides: list[str]) -> Wish:

@@ -84,8 +84,8 @@ def _world(facts: Facts, wish: Wish) -> Finding:
         return Finding("recipe_world_size", OK, found)
     usable = facts.usable_chips
     if not usable:
-        why = "see visible_devices" if facts.chip_count else "see recipe_device"
-        return Finding("recipe_world_size", UNKNOWN, f"{found}; no usable chip is here to count with", "", why)
+        status, why = (ERROR, "see visible_devices") if facts.chip_count else (UNKNOWN, "see recipe_device")
+        return Finding("recipe_world_size", status, f"{found}; no usable chip here", "1 or more", why)
     found += f"; {usable} usable chip(s) x {nodes} node(s)"
     if world > usable * nodes:
         advice = (

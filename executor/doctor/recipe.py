@@ -65,7 +65,9 @@ def read_recipe(text: str, overrides: list[str] | None = None) -> Wish:
         if not equals or not dot:
             raise RecipeError(f"--set {override}: the form is section.key=value, e.g. --set model_config.device=cpu")
         if not value.strip():
-            raise RecipeError(f"--set {override}: there is no value (an unset variable of the shell?); write null for none")
+            raise RecipeError(
+                f"--set {override}: there is no value (an unset variable of the shell?); write null for none"
+            )
         place, kinds = _PLACES.get(key, ("", ()))
         if place == section:  # other keys may hold any text: they are infer.sh's to read
             tree.setdefault(section, {})[key] = _overriding(value, kinds, f"--set {override}")

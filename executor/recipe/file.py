@@ -109,7 +109,9 @@ def _parse_value(raw: str, field: FieldInfo, text: str) -> Any:
     try:
         value = yaml.load(raw, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {text}: the value is not valid YAML: {_problem(error)}{_quoting(text, kinds)}") from error
+        raise UserError(
+            f"--set {text}: the value is not valid YAML: {_problem(error)}{_quoting(text, kinds)}"
+        ) from error
     if is_list_of_texts and isinstance(value, list) and not all(_is_whole_text(item) for item in value):
         raise UserError(f"--set {text}: YAML reads this list as {value}{_quoting(text, kinds)}")
     return value

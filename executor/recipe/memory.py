@@ -100,7 +100,9 @@ def estimate(recipe: Recipe, shapes: ModelShapes, free_bytes: int) -> MemoryEsti
     weights, peak, block = weights_bytes(recipe, shapes), peak_bytes(recipe, shapes), kv_block_bytes(recipe, shapes)
     blocks_of_one = -(-scheduler.max_model_len // scheduler.block_size)
     affordable = (budget - weights - peak) // block
-    num_blocks = _blocks_asked_for(recipe, block, blocks_of_one) or min(scheduler.max_num_seqs * blocks_of_one, max(affordable, blocks_of_one))
+    num_blocks = _blocks_asked_for(recipe, block, blocks_of_one) or min(
+        scheduler.max_num_seqs * blocks_of_one, max(affordable, blocks_of_one)
+    )
     result = MemoryEstimate(weights, num_blocks * block, peak, budget, num_blocks, block)
     if result.total_bytes > budget:
         raise UserError(f"{shapes.name} does not fit: {result}. {_advice(recipe, weights > budget)}")

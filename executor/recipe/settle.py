@@ -73,9 +73,7 @@ def refuse(findings: Sequence[str]) -> None:
         raise UserError("\n".join(dict.fromkeys(findings)))
 
 
-def _sizes(
-    recipe: Recipe, findings: list[str], may_download: bool
-) -> tuple[Path, dict[str, Any], ModelShapes] | None:
+def _sizes(recipe: Recipe, findings: list[str], may_download: bool) -> tuple[Path, dict[str, Any], ModelShapes] | None:
     """The checkpoint's folder, its config.json and its sizes; None, and a finding, where it has none.
 
     Nothing is downloaded for a recipe that cannot start.
@@ -229,10 +227,11 @@ def resolve(recipe: Recipe, shapes: ModelShapes, quantization: str = "none") -> 
         if own == "float32" and model.device in NPU_DEVICES:
             own = "bfloat16"
         settled["model"]["dtype"] = "float16" if model.soc == "atlas_300i_duo" else own
+    findings = []
     if model.quantization == "auto":
         settled["model"]["quantization"] = quantization
     elif model.quantization != quantization:
-        raise UserError(
+        findings.append(
             f"model_config.quantization: the recipe says {model.quantization}, the checkpoint {model.model_path} is "
             f"{quantization}; set quantization: auto, or give the other checkpoint"
         )
@@ -240,22 +239,33 @@ def resolve(recipe: Recipe, shapes: ModelShapes, quantization: str = "none") -> 
         settled["parallel"]["attn_tp_size"] = recipe.parallel.world_size
     if scheduler.max_model_len is None:
         settled["scheduler"]["max_model_len"] = min(DEFAULT_MAX_MODEL_LEN, shapes.max_position_embeddings)
-    elif scheduler.max_model_len > shapes.max_position_embeddings:
-        raise UserError(
-            f"scheduler_config.max_model_len: got {scheduler.max_model_len}; {shapes.name} was made for at most "
-            f"{shapes.max_position_embeddings} tokens"
-        )
-    if not scheduler.enable_chunked_prefill:
-        longest = scheduler.max_model_len or settled["scheduler"]["max_model_len"]
-        if scheduler.max_num_batched_tokens < longest:
-            raise UserError(
-                f"scheduler_config.max_num_batched_tokens: got {scheduler.max_num_batched_tokens}; without chunked "
-                f"prefill a prompt is one step, so it must be at least max_model_len ({longest})"
-            )
+    refuse([*findings, *_size_findings(recipe, shapes, settled["scheduler"].get("max_model_len"))])
     values = ", ".join(f"{key} {value}" for part in settled.values() for key, value in part.items())
     if values:
         logger.info("settled by the checkpoint: %s", values)
     return recipe.replace(**{section: fields for section, fields in settled.items() if fields})
+
+
+def _size_findings(recipe: Recipe, shapes: ModelShapes, default_len: int | None) -> list[str]:
+    """Sizes of a step and of the cache that contradict the model or one another."""
+    scheduler, findings = recipe.scheduler, []
+    longest = scheduler.max_model_len or default_len
+    if longest > shapes.max_position_embeddings:
+        findings.append(
+            f"scheduler_config.max_model_len: got {scheduler.max_model_len}; {shapes.name} was made for at most "
+            f"{shapes.max_position_embeddings} tokens"
+        )
+    if not scheduler.enable_chunked_prefill and scheduler.max_num_batched_tokens < longest:
+        findings.append(
+            f"scheduler_config.max_num_batched_tokens: got {scheduler.max_num_batched_tokens}; without chunked "
+            f"prefill a prompt is one step, so it must be at least max_model_len ({longest})"
+        )
+    if scheduler.kv_cache_gb is not None and scheduler.num_blocks is not None:
+        findings.append(
+            f"scheduler_config.kv_cache_gb: got {scheduler.kv_cache_gb:g} beside num_blocks {scheduler.num_blocks}; "
+            "both give the size of the KV cache: set one of them to null"
+        )
+    return findings
 
 
 def check_recipe(recipe: Recipe, shapes: ModelShapes) -> None:
