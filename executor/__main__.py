@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from executor.command_line import MODULES, check, extra_commands, parse
 from executor.errors import UserError
-from executor.host.env import calm_threads, environment
+from executor.host.env import calm_threads, environment, quiet_torch
 from executor.host.streams import READER_GONE, print_document, reader_is_gone, write_to_nobody
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def run(arguments: argparse.Namespace, argv: Sequence[str], rank: "Rank | None" 
         return importlib.import_module(name).check(recipe)
 
     if rank is None:
-        from executor.launch.job import start_job
+        with quiet_torch():
+            from executor.launch.job import start_job
 
         return start_job(recipe, arguments.command, argv, check_node)
 

@@ -6,9 +6,10 @@ only, and importable on Python 3.8, because the doctor starts from here on machi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,23 @@ def code_digest() -> str:
             if not name.startswith("models/tiny/"):
                 digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Import torch in here, and its C++ part writes no warnings with stack frames, unless the user has set their level.
+
+    For a launcher, which says itself what it finds wrong with the job's store; what it starts gets the variable not.
+    """
+    name = "TORCH_CPP_LOG_LEVEL"  # read once, when torch is imported
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "FATAL"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def calm_threads() -> None:
