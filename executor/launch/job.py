@@ -254,7 +254,9 @@ class Job:
         self._copy_log()
         if self._signal:
             where = f" on node {self._plan.address}" if self._plan.address != LOCAL_ADDRESS else ""
-            summary = f"interrupted by {signal.Signals(self._signal).name}{where}"
+            saved = self._recipe.data.results_path
+            resume = f"; the answers so far are in {saved}, and the same command goes on from there" if saved else ""
+            summary = f"interrupted by {signal.Signals(self._signal).name}{where}{resume}"
             raise _Over(Fault(summary, weight=0, own_status=128 + self._signal))
         if self._heart is None:
             return
