@@ -9,7 +9,7 @@ from dataclasses import dataclass
 PORTS = range(20000, 20051)
 """Where a job's master port is customarily taken from."""
 
-# A quad with x in it, as templates of such files have them, or words in angle brackets (which the shell may have split).
+# A quad with x in it, as templates have them, or words in angle brackets (which the shell may have split).
 _PLACEHOLDER = re.compile(r"(?=.*x)(\d+|x+)(\.(\d+|x+)){3}|<.*|.*>", re.IGNORECASE)
 _FIELD = re.compile(r"""^\s*(?:export\s+)?(\w+)=(?:"([^"]*)"|'([^']*)'|([^\s#;(]*))""")
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from executor.host.env import set_where_unset
 from executor.host.machine import Machine
 from executor.host.npu_smi import A2, A3
-from executor.launch.plan import NodePlan
+from executor.launch.layout import Layout
 from executor.recipe.schema import Recipe
 
 logger = logging.getLogger(__name__)
@@ -72,19 +72,19 @@ def npu_options(soc: str | None, jemalloc: str | None) -> dict[str, str]:
     return options
 
 
-def network_options(plan: NodePlan, device: str, machine: Machine) -> dict[str, str]:
+def network_options(layout: Layout, device: str, machine: Machine) -> dict[str, str]:
     """The way of gloo, and on NPUs of HCCL, to the other nodes; a job of one node stays on the loopback.
 
     Where `ip` is missing the interface is left to the libraries, whose own choice is the first that looks right.
     HCCL_IF_IP outranks HCCL_SOCKET_IFNAME, so it is left out where the user has chosen an interface.
     """
-    if plan.num_nodes == 1:
+    if layout.num_nodes == 1:
         return {"GLOO_SOCKET_IFNAME": "lo"}
-    routed = machine.run(["ip", "route", "get", plan.master], 10)
-    name = interface(routed.stdout if routed else "", machine.addresses(), plan.address)
+    routed = machine.run(["ip", "route", "get", layout.master], 10)
+    name = interface(routed.stdout if routed else "", machine.addresses(), layout.address)
     options = {"GLOO_SOCKET_IFNAME": name} if name else {}
     if device == "npu" and "HCCL_SOCKET_IFNAME" not in machine.environment:
-        options["HCCL_IF_IP"] = plan.address
+        options["HCCL_IF_IP"] = layout.address
         if name:
             options["HCCL_SOCKET_IFNAME"] = name
     return options

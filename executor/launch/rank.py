@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; a mistake in the command lin
     from executor.launch.heartbeat import Heartbeat
 
 WATCH_S = 0.2
-TOLD_S = 1.0
+FAREWELL_S = 1.0
 """How long the rank that holds the store stays for the others to learn why the job ends."""
 
 Document = dict[str, Any]
@@ -56,12 +56,12 @@ class Rank:
 
         From here on RANK and its companions are in the environment, and only rank 0 can write to stdout.
         """
-        told = environment()
-        variables = rank_variables(told)
+        inherited = environment()
+        variables = rank_variables(inherited)
         if not variables:
             return None
         set_always(variables)
-        launcher = told.get("RECIPE_LAUNCHER")
+        launcher = inherited.get("RECIPE_LAUNCHER")
         if launcher is not None:
             die_with_parent(int(launcher))
         rank = cls(variables, launcher is not None)
@@ -138,8 +138,8 @@ class Rank:
             time.sleep(WATCH_S)
             if heart.broken and not heart.is_stopped:
                 self._leave_at_once(f"the job's store is gone ({heart.broken})", 1)
-            if heart.told:
-                self._leave_at_once(heart.told.summary, heart.told.status)
+            if heart.fault:
+                self._leave_at_once(heart.fault.summary, heart.fault.status)
             for rank in range(1, self.place.world_size if self.place.rank == 0 else 0):
                 if heart.silence_s(rank_beat(rank), STARTUP_S) > timeout_s and not self._has_left(rank):
                     post(self._store, Fault(hang_of(f"rank {rank}", timeout_s), rank=rank))
@@ -151,7 +151,7 @@ class Rank:
         print(f"error: {reason}; rank {self.place.rank} ends", file=sys.stderr, flush=True)
         if self.place.rank == 0 and is_result:
             print(json.dumps({"command": "launch", "error": reason}, ensure_ascii=False), flush=True)
-            time.sleep(TOLD_S if self._is_host else 0)
+            time.sleep(FAREWELL_S if self._is_host else 0)
         os._exit(status)
 
     def _has_left(self, rank: int) -> bool:
@@ -180,11 +180,11 @@ class Rank:
             self._heart.stop()
         if self._store is not None:
             with _while_there_is_a_store():
-                told = {"document": document, "status": status, "error": document.get("error")}
+                outcome = {"document": document, "status": status, "error": document.get("error")}
                 if failed:
-                    me = str(self.place.rank)
-                    told["is_first"] = self._store.compare_set("first_failed", "", me).decode() == me
-                self._store.set(f"outcome/{self.place.rank}", json.dumps(told))
+                    name = str(self.place.rank)
+                    outcome["is_first"] = self._store.compare_set("first_failed", "", name).decode() == name
+                self._store.set(f"outcome/{self.place.rank}", json.dumps(outcome))
         return status if failed else 0
 
     def _tell_others(self, document: Document, status: int) -> tuple[Document, int]:
@@ -192,9 +192,9 @@ class Rank:
         from executor.launch.heartbeat import Fault, post
 
         words = str(document["error"])
-        own = Fault(words if status == 2 else f"rank {self.place.rank} failed: {words}", status)
-        fault = post(self._store, own)
-        if fault.summary == own.summary:
+        raised = Fault(words if status == 2 else f"rank {self.place.rank} failed: {words}", status)
+        fault = post(self._store, raised)
+        if fault.summary == raised.summary:
             return document, status
         print(f"error: {fault.summary}", file=sys.stderr, flush=True)
         return document | {"error": fault.summary}, fault.status
@@ -203,7 +203,7 @@ class Rank:
         """The rank that holds the store goes last."""
         self._store.set(f"left/{self.place.rank}", "yes")
         if self._is_host and failed:
-            time.sleep(TOLD_S)
+            time.sleep(FAREWELL_S)
         elif self._is_host:  # without limit: _watch ends this process when one of them hangs
             while not all(self._has_left(rank) for rank in range(1, self.place.world_size)):
                 time.sleep(0.05)

@@ -192,7 +192,7 @@ class DataSection(Section):
 
 
 class ServerSection(Section):
-    """The HTTP server of the `serve` command."""
+    """The HTTP server of the `serve` command, which is not in this release yet."""
 
     host: str = "127.0.0.1"
     """Address it listens on. 0.0.0.0: every network of the machine."""

@@ -1,7 +1,8 @@
 """Everything about a recipe that can be settled before a rank starts: what this release runs, chip rules, degrees,
 `auto` values, memory. Each finding is a UserError that says what would work.
 
-`prepare` does it all in order and tells everything it finds at once; the pieces are pure functions of recipe and sizes, and read no weights.
+`prepare` does it all in order and tells everything it finds at once; the pieces are pure functions of recipe and sizes,
+and read no weights.
 """
 
 import importlib.util

@@ -118,8 +118,9 @@ def test_page_names_every_finding():
         assert re.search(rf"\b{row['id']}\b", page), row["id"]
 
 
-def test_a_text_is_taken_as_it_stands(machine=fake.laptop()):
+def test_a_text_is_taken_as_it_stands():
     """As infer.sh takes it: no YAML in the name of a folder."""
+    machine = fake.laptop()
     machine.files["/home/user/r.yaml"] = "model_config:\n  model_path: gone\n  device: cpu\n"
     _, _, document = run(machine, ["r.yaml", "--set", "model_config.model_path=/data/@a: [b]"])
     (row,) = (row for row in document["findings"] if row["id"] == "model_path")

@@ -12,7 +12,7 @@ import pytest
 from executor import __main__ as launch
 from executor.host.env import REPO_ROOT
 from executor.launch import job as jobs
-from executor.launch.plan import LOCAL_ADDRESS
+from executor.launch.layout import LOCAL_ADDRESS
 
 TWO = "parallel_config.world_size=2"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "executor"]

@@ -14,7 +14,7 @@ from executor.errors import UserError
 from executor.host.env import REPO_ROOT
 from executor.host.machine import Machine
 from executor.launch import store as stores
-from executor.launch.plan import LOCAL_ADDRESS
+from executor.launch.layout import LOCAL_ADDRESS
 
 
 def listening(port: int) -> set[str]:
@@ -40,7 +40,9 @@ def test_a_store_listens_on_its_own_address_alone(store):
 def test_torch_shares_the_store_of_its_process(store):
     """init_process_group opens one on the same port (multi_tenant)."""
     opened, port = store
-    again = PrefixStore("recipe", TCPStore(LOCAL_ADDRESS, port, is_master=True, wait_for_workers=False, multi_tenant=True))
+    again = PrefixStore(
+        "recipe", TCPStore(LOCAL_ADDRESS, port, is_master=True, wait_for_workers=False, multi_tenant=True)
+    )
     again.set("a", "c")
     assert opened.get("a") == b"c" and listening(port) == {"0100007F"}
 

@@ -103,6 +103,19 @@ def test_the_degrees_an_error_lists_do_work(name):
                 check_recipe(recipe, shapes_of(name))
 
 
+def test_the_cache_in_gb():
+    """As many blocks as fit into it; at least what one request needs."""
+    shapes, scheduler = shapes_of("Qwen3-VL-8B-Instruct"), {"kv_cache_gb": 3.0, "max_model_len": 8192}
+    recipe = resolve(recipe_of(scheduler=scheduler), shapes)
+    memory = estimate(recipe, shapes, 64 * GIB)
+    assert memory.num_blocks == int(3 * GIB / kv_block_bytes(recipe, shapes)) > 8192 // 128
+    assert 3 * GIB - memory.block_bytes < memory.kv_bytes <= 3 * GIB
+    with pytest.raises(UserError, match=r"kv_cache_gb: 0.5 GB are 28 blocks, and one .* takes 64: give at least 1.12"):
+        estimate(recipe.replace(scheduler={"kv_cache_gb": 0.5}), shapes, 64 * GIB)
+    with pytest.raises(UserError, match=r"does not fit: .* Lower scheduler_config.kv_cache_gb \(3\)"):
+        estimate(recipe, shapes, 20 * GIB)
+
+
 NPU = {"device": "npu", "soc": "atlas_800i_a2"}
 
 

@@ -77,8 +77,8 @@ def _what_is_saved(rows: dict[int, Row], total: int, path: str | None) -> str:
     """For someone who has pressed Ctrl-C."""
     if path is None:
         return (
-            f"{len(rows)} of {total} answers were printed and none is saved; --set data_config.results_path=FILE saves "
-            "them as they come, and goes on from there"
+            f"{len(rows)} of {total} requests were answered, and nothing is saved; --set data_config.results_path=FILE "
+            "saves answers as they come, and goes on from there"
         )
     return f"{len(rows)} of {total} answers are in {path}; the same command goes on from there"
 

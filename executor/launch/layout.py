@@ -1,4 +1,4 @@
-"""Which ranks run where: from the recipe, the addresses in set_env.sh and this machine to a `NodePlan`.
+"""Which ranks run where: from the recipe, the addresses in set_env.sh and this machine to a `Layout`.
 
 Reads the machine only through what is handed in (executor.host.machine.Machine or a test's), starts nothing. What the
 user must mend is a UserError.
@@ -24,8 +24,8 @@ MEND = f"write the nodes' addresses in rank order into IPs in {SET_ENV}, alike o
 
 
 @dataclass(frozen=True)
-class NodePlan:
-    """The nodes of a job in the order of their ranks, and which of them this is."""
+class Layout:
+    """Which ranks run where: the nodes of a job in the order of their ranks, and which of them this is."""
 
     addresses: tuple[str, ...]
     node: int
@@ -64,16 +64,16 @@ class NodePlan:
         return self.addresses[rank // self.ranks_per_node]
 
 
-def plan_nodes(recipe: Recipe, device: str, entries: tuple[str, ...], machine: Machine) -> NodePlan:
+def lay_out(recipe: Recipe, device: str, entries: tuple[str, ...], machine: Machine) -> Layout:
     """How a recipe of several ranks is laid over the nodes.
 
     `device` is the recipe's with `auto` settled, `entries` are the IPs of set_env.sh. Raises UserError for a world that
     does not fit, and for addresses that do not say which node this is.
     """
     world_size = recipe.parallel.world_size
-    told_port = machine.environment.get("MASTER_PORT", "")
-    if told_port and not (told_port.isdigit() and 0 < int(told_port) < 65536):
-        raise UserError(f"MASTER_PORT={told_port} is no port: set a number from 1 to 65535, or unset it")
+    port = machine.environment.get("MASTER_PORT", "")
+    if port and not (port.isdigit() and 0 < int(port) < 65536):
+        raise UserError(f"MASTER_PORT={port} is no port: set a number from 1 to 65535, or unset it")
     check_entries(entries, machine)
     if device == "npu":
         per_node = npu_ranks(recipe.model.soc, machine)
@@ -94,9 +94,9 @@ def plan_nodes(recipe: Recipe, device: str, entries: tuple[str, ...], machine: M
             "(IPs=() for this node alone), or set a world_size for all of them"
         )
     if num_nodes == 1:
-        return NodePlan((LOCAL_ADDRESS,), 0, per_node, int(told_port or 0))
+        return Layout((LOCAL_ADDRESS,), 0, per_node, int(port or 0))
     addresses = check_addresses(entries, num_nodes, machine)
-    return NodePlan(addresses, find_node(addresses, machine), per_node, int(told_port or PORTS[0]))
+    return Layout(addresses, find_node(addresses, machine), per_node, int(port or PORTS[0]))
 
 
 def npu_ranks(soc: str | None, machine: Machine) -> int:
