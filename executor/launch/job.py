@@ -50,8 +50,8 @@ logger = logging.getLogger(__name__)
 
 WATCH_S = 0.1
 SETTLE_S = {Kind.KILLED: 0.0, Kind.MISTAKE: 0.0, Kind.RAISED: 1.0, Kind.FOLLOWED: 2.0}
-"""How long the launcher waits for a fault that explains the one it has seen: a rank raises when its peer dies, and may be
-noticed first."""
+"""How long the launcher waits for a fault that explains the one it has seen: a rank raises when its peer dies, and may
+be noticed first."""
 FAREWELL_S = 1.0
 """How long the master stays for the others to learn why the job ends."""
 LEAVE_S = 5.0
