@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from executor.command_line import MODULES, check, extra_commands, parse
 from executor.errors import UserError
 from executor.host.env import calm_threads, environment, quiet_torch
+from executor.host.limits import host_cores
 from executor.host.streams import READER_GONE, print_document, reader_is_gone, write_to_nobody
 
 if TYPE_CHECKING:
@@ -118,7 +119,8 @@ def _set_options(recipe: "Recipe", local_ranks: int) -> None:
     device = resolve_device(recipe).model.device
     if device == "npu" and not has_torch_npu():  # which is refused in a moment
         return
-    if device == "npu" or local_ranks > 1:  # one process has all threads of a CPU as it is
+    # One process takes all cores of a CPU as it is, but does not see a container's quota of them.
+    if device == "npu" or local_ranks > 1 or host_cores() < len(os.sched_getaffinity(0)):
         apply(rank_options(recipe, device, local_ranks))
 
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from executor.errors import UserError, nearest
 from executor.host.env import environment
 from executor.host.streams import print_document
-from executor.recipe.place import find_recipe
+from executor.recipe.place import find_recipe, split_override
 
 COMMANDS = {
     "generate": "answer the recipe's questions (the default)",
@@ -151,12 +151,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """UserError for a command that is not in this release, and for a recipe that is not there."""
+    """UserError for a command that is not in this release, a missing recipe, and an override without a value."""
     if arguments.command not in {**MODULES, **extra_commands()}:
         raise UserError(
             f"the command {arguments.command} is not part of this release yet; there is: {', '.join(MODULES)}"
         )
     find_recipe(arguments.config)
+    for override in arguments.overrides:
+        split_override(override)
 
 
 def _parser() -> argparse.ArgumentParser:

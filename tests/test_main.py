@@ -129,6 +129,8 @@ def copied(root, *folders: str):
         ([], 2, "CONFIG.yaml"),
         (["config/quickstart.yaml", "bench"], 2, "not part of this release yet"),
         (["config/quickstrt.yaml"], 2, "did you mean 'quickstart.yaml'?"),
+        (["config/quickstart.yaml", "--set", "data_config.prompt="], 2, "write null for none"),
+        (["config/quickstart.yaml", "--set", "nonsense"], 2, "section.key=value"),
         (["config/quickstart.yaml", "--sett", "a.b=1"], 2, "unrecognized arguments: --sett"),
         (["config/quickstart.yaml"], 1, "the set-up needs to write .venv"),
     ],
@@ -148,7 +150,7 @@ def test_what_needs_no_installation_is_answered_before_it(tmp_path, arguments, s
         assert "Traceback" not in done.stderr and json.loads(done.stdout.splitlines()[-1])["error"]
 
 
-@pytest.mark.parametrize("name", ["errors", "command_line", "host/env", "host/streams", "host/memory", "recipe/place"])
+@pytest.mark.parametrize("name", ["errors", "command_line", "host/env", "host/streams", "host/limits", "recipe/place"])
 def test_what_answers_first_is_readable_to_an_old_python(name):
     ast.parse((REPO / "executor" / f"{name}.py").read_text(), feature_version=(3, 8))
 
@@ -192,6 +194,12 @@ def test_a_broken_pipe_of_something_else_is_an_error(monkeypatch, capsys):
 
     monkeypatch.setattr(generate, "run", fail)
     assert typed(capsys, QUICK)[:2] == (1, {"command": "generate", "error": "BrokenPipeError: a socket's"})
+
+
+def test_a_closed_stdout_gets_nothing(monkeypatch):
+    """`>&-`: Python has no stdout then."""
+    monkeypatch.setattr(sys, "stdout", None)
+    print_document({"command": "check"})
 
 
 def test_a_terminal_gets_a_short_document(monkeypatch, capsys):

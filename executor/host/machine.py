@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 
 from executor.host.env import environment
-from executor.host.memory import host_memory_bytes
+from executor.host.limits import host_memory_bytes
 from executor.host.nodes import is_address, parse_ip_addr
 
 

@@ -19,6 +19,8 @@ VALUE_CHARACTERS = 100
 
 def print_document(document: dict[str, Any]) -> None:
     """The last line of a command: whole for pipes and files, shortened (and still JSON) for a terminal."""
+    if sys.stdout is None:  # closed by whoever started this process
+        return
     whole = json.dumps(document, ensure_ascii=False)
     if sys.stdout.isatty() and len(whole) > WHOLE_CHARACTERS:
         whole = json.dumps(shortened(document), ensure_ascii=False)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 
 from executor.host.env import set_where_unset
+from executor.host.limits import host_cores
 from executor.host.machine import Machine
 from executor.host.npu_smi import A2, A3
 from executor.launch.layout import Layout
@@ -27,8 +28,7 @@ HCCL_EXEC_TIMEOUT_S = 1800
 def rank_options(recipe: Recipe, device: str, local_ranks: int) -> dict[str, str]:
     """What the `local_ranks` ranks of a node get. `device` is the recipe's with `auto` settled."""
     if device != "npu":
-        cores = len(os.sched_getaffinity(0))  # which the ranks share
-        return {"OMP_NUM_THREADS": str(max(1, cores // local_ranks))}
+        return {"OMP_NUM_THREADS": str(max(1, host_cores() // local_ranks))}
     return npu_options(recipe.model.soc, ctypes.util.find_library("jemalloc"))
 
 

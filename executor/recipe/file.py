@@ -6,7 +6,7 @@ Knows the schema only as a pydantic class whose fields are the sections; checks 
 import re
 import types
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from executor.errors import UserError, nearest
 from executor.host.env import find_path
-from executor.recipe.place import find_recipe
+from executor.recipe.place import find_recipe, split_override
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,11 +61,9 @@ def parse_override(text: str, schema: type[BaseModel]) -> tuple[str, str, Any]:
     The value is read as YAML, except that a text field takes the words as they stand ("Where is it: left?"), and so
     does a list of texts where the value is one file or has no brackets.
     """
-    name, equals, raw = text.partition("=")
-    section_name, dot, key = name.strip().partition(".")
+    name, raw = split_override(text)
+    section_name, dot, key = name.partition(".")
     sections = {field.alias: field.annotation for field in schema.model_fields.values()}
-    if not equals or not name.strip():
-        raise UserError(f"--set {text}: the form is section.key=value, e.g. --set generation_config.max_new_tokens=64")
     if not dot:
         owners = [alias for alias, section in sections.items() if section_name in section.model_fields]
         wanted = f"{owners[0]}.{section_name}={raw}" if owners else "section.key=value"
@@ -93,11 +91,6 @@ def _parse_value(raw: str, field: FieldInfo, text: str) -> Any:
     kinds = _kinds(field.annotation)
     is_list_of_texts = any(get_origin(kind) is tuple and str in _kinds(get_args(kind)[0]) for kind in kinds)
     stripped = raw.strip()
-    if not stripped:
-        raise UserError(
-            f"--set {text}: there is no value (an unset variable of the shell?); write null for none, \"''\" for an "
-            "empty text"
-        )
     if str in kinds or is_list_of_texts:
         if stripped in ("null", "~") and type(None) in kinds:
             return None
@@ -121,7 +114,7 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
     """The alternatives of a type, without what pydantic's Annotated adds to them."""
     if get_origin(annotation) is Annotated:
         return _kinds(get_args(annotation)[0])
-    if isinstance(annotation, types.UnionType):
+    if get_origin(annotation) in (types.UnionType, Union):
         return tuple(kind for part in get_args(annotation) for kind in _kinds(part))
     return (annotation,)
 

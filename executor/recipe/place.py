@@ -1,4 +1,7 @@
-"""Where a recipe's file lies. Standard library only: it is looked for before anything is installed."""
+"""Where a recipe's file lies, and the form of an override: what is said of both before anything is installed.
+
+Standard library only, and importable on Python 3.8.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,19 @@ def find_recipe(path: str | Path) -> Path:
     if not found.exists():
         raise UserError(f"there is no recipe {path}{_neighbours(found)}")
     return found
+
+
+def split_override(text: str) -> tuple[str, str]:
+    """`section.key=value` as ("section.key", "value"). UserError for another form, and where there is no value."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise UserError(f"--set {text}: the form is section.key=value, e.g. --set generation_config.max_new_tokens=64")
+    if not value.strip(" \t"):
+        raise UserError(
+            f"--set {text}: there is no value (an unset variable of the shell?); write null for none, \"''\" for an "
+            "empty text"
+        )
+    return name.strip(), value
 
 
 def _neighbours(path: Path) -> str:

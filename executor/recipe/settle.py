@@ -14,7 +14,7 @@ from typing import Any
 
 from executor.checkpoint.folder import find_checkpoint, is_hub_id, local_checkpoint, read_json
 from executor.errors import UserError
-from executor.host.memory import host_memory_bytes
+from executor.host.limits import host_memory_bytes
 from executor.recipe.memory import MemoryEstimate, estimate
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes, read_shapes
@@ -61,6 +61,7 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
         except UserError as error:
             findings.append(str(error))
         findings += degree_findings(recipe, shapes)
+        missing = [finding + _too_large_for_cpu(recipe, shapes) for finding in missing]
     refuse([*findings, *missing])
     assert found, "without a checkpoint there is a finding"
     memory = estimate(recipe, shapes, host_memory_bytes() // local_ranks)
@@ -128,6 +129,17 @@ def device_finding(recipe: Recipe) -> list[str]:
         "(python -m executor.commands.doctor says which). device: npu_emulated runs the same code on this CPU; "
         f"device: cpu is fast. Try:  {_that_runs(recipe)}"
     ]
+
+
+def _too_large_for_cpu(recipe: Recipe, shapes: ModelShapes) -> str:
+    """A warning where the advice to take the CPU would lead to another refusal, for want of memory."""
+    alone = {"world_size": 1, "attn_tp_size": 1, "moe_ep_size": 1}
+    model = {"device": "cpu", "soc": None, "dtype": "auto", "exe_mode": "eager", "quantization": "none"}
+    try:
+        estimate(resolve(recipe.replace(model=model, parallel=alone), shapes), shapes, host_memory_bytes())
+    except UserError:
+        return f"  (but {shapes.name} is too large for this machine's memory as it is: a smaller model, or an NPU)"
+    return ""
 
 
 def _has_graphs(recipe: Recipe) -> bool:

@@ -8,6 +8,7 @@ import pytest
 from executor import __main__ as main
 from executor.command_line import parse
 from executor.commands.generate import run as generate
+from executor.host.limits import host_cores
 from executor.host.machine import Output
 from executor.launch import options
 from executor.launch.layout import Layout
@@ -28,7 +29,7 @@ def routed():
 
 def test_threads_of_cpu_ranks_share_the_cores():
     recipe = load_recipe("config/quickstart.yaml")
-    cores = len(os.sched_getaffinity(0))
+    cores = host_cores()
     assert rank_options(recipe, "cpu", 1) == {"OMP_NUM_THREADS": str(cores)}
     assert rank_options(recipe, "cpu", 10 * cores) == {"OMP_NUM_THREADS": "1"}
 

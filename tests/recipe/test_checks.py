@@ -163,6 +163,15 @@ def test_the_advice_of_a_refusal_is_not_refused(model, parallel, monkeypatch):
     assert prepare(recipe).recipe.model.device == "cpu"
 
 
+@pytest.mark.parametrize("memory_gb, is_enough", [(64, True), (1e-6, False)])
+def test_the_advice_to_take_the_cpu_says_when_its_memory_is_too_small(monkeypatch, memory_gb, is_enough):
+    monkeypatch.setattr(checks, "has_torch_npu", lambda: False)
+    monkeypatch.setattr(checks, "host_memory_bytes", lambda: int(memory_gb * GIB))
+    with pytest.raises(UserError) as error:
+        prepare(recipe_of(NPU))
+    assert ("too large for this machine's memory" in str(error.value)) != is_enough
+
+
 def test_nothing_is_downloaded_for_a_recipe_that_cannot_start(monkeypatch):
     monkeypatch.setattr(checks, "has_torch_npu", lambda: False)
     monkeypatch.setattr(checks, "find_checkpoint", lambda path, hub: pytest.fail("looked for on the hub"))

@@ -127,6 +127,8 @@ def test_a_file_is_found_from_anywhere(tmp_path, monkeypatch):
         ("generation_config.temperature=0.7", "generation", 0.7),
         ("generation_config.stop=null", "generation", None),
         ("generation_config.stop=END", "generation", ("END",)),
+        ("generation_config.stop=a: b #c", "generation", ("a: b #c",)),
+        ("generation_config.stop=12", "generation", ("12",)),
         ("generation_config.stop=[END, '. ']", "generation", ("END", ". ")),
         ("generation_config.stop_token_ids=[1, 2]", "generation", (1, 2)),
         ("generation_config.draw=true", "generation", True),
@@ -151,6 +153,7 @@ def test_a_file_is_found_from_anywhere(tmp_path, monkeypatch):
             ("a, #1.png", "[b].png", "data:image/png;base64,AA=="),
         ),
         ("scheduler_config.kv_cache_gb=3", "scheduler", 3.0),
+        ("generation_config.stop=\n", "generation", ("\n",)),
         ("generation_config.do_sample=false", "generation", False),
     ],
 )

@@ -1,10 +1,11 @@
-"""What a process may still take of a machine's memory, as /proc and control groups of both versions tell it."""
+"""What a process may take of a machine's memory and cores, as /proc and control groups of both versions tell it."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from executor.host.memory import host_memory_bytes
+from executor.host.limits import host_cores, host_memory_bytes
 
 MB = 2**20
 V2_MOUNT = "30 23 0:26 {mounted} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
@@ -30,7 +31,7 @@ class Kernel:
         self.write("proc/self/mountinfo", V2_MOUNT.format(mounted=mounted))
 
     def v1(self, own: str, mounted: str = "/") -> None:
-        self.write("proc/self/cgroup", f"5:cpu,cpuacct:/elsewhere\n4:memory:{own}\n")
+        self.write("proc/self/cgroup", f"5:cpu,cpuacct:/\n4:memory:{own}\n")
         self.write("proc/self/mountinfo", V1_CPU + V1_MOUNT.format(mounted=mounted))
 
     def group_v2(self, path: str, limit: int | str, used: int = 0, inactive: int = 0, high: int | str = "max") -> None:
@@ -109,5 +110,33 @@ def test_a_group_that_is_full_leaves_nothing(kernel):
     assert kernel.memory_mb == 0
 
 
+# Cores
+
+
+@pytest.fixture
+def eight_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+
+
+def test_a_quota_of_cores_in_version_2(kernel, eight_cores):
+    kernel.v2("/pod/container")
+    assert host_cores(kernel.root) == 8
+    for text, cores in (("max 100000", 8), ("200000 100000", 2), ("250000 100000", 3), ("5000 100000", 1)):
+        kernel.write("sys/fs/cgroup/pod/container/cpu.max", text + "\n")
+        assert host_cores(kernel.root) == cores
+    kernel.write("sys/fs/cgroup/pod/container/cpu.max", "max 100000\n")
+    kernel.write("sys/fs/cgroup/pod/cpu.max", "400000 100000\n")
+    assert host_cores(kernel.root) == 4
+
+
+def test_a_quota_of_cores_in_version_1(kernel, eight_cores):
+    kernel.v1("/")
+    for quota, cores in ((-1, 8), (300000, 3), (1600000, 8)):
+        kernel.write("sys/fs/cgroup/cpu/cpu.cfs_quota_us", f"{quota}\n")
+        kernel.write("sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
+        assert host_cores(kernel.root) == cores
+
+
 def test_this_machine():
+    assert 1 <= host_cores() <= len(os.sched_getaffinity(0))
     assert 0 < host_memory_bytes() <= host_memory_bytes(Path("/nowhere"))

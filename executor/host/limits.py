@@ -1,9 +1,9 @@
-"""Host memory that this process may still take: what the machine has, within the limits of its control groups.
+"""Memory and cores that this process may take: what the machine has, within the limits of its control groups.
 
-A container's limit says nothing of what is used in it already, and groups nest (a service in a slice, a pod's container
-in the pod): each group from this process's own up to the root has a limit and a usage, and the narrowest decides.
-Standard library only, and importable on Python 3.8 (the doctor). Sources: the kernel's admin-guide, cgroup-v1/memory
-and cgroup-v2.
+A container's memory limit says nothing of what is used in it already, a quota of cores shows in no list of cores, and
+groups nest (a service in a slice, a pod's container in the pod): each group from this process's own up to the root has
+limits, and the narrowest decides. Standard library only, and importable on Python 3.8 (the doctor). Sources: the
+kernel's admin-guide, cgroup-v1/memory and cgroup-v2, and its scheduler/sched-bwc.
 """
 
 from __future__ import annotations
@@ -32,8 +32,24 @@ _V1 = _Files(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactiv
 def host_memory_bytes(root: Path = Path("/")) -> int:
     """Bytes this process may still take. `root` is where /proc and /sys are looked for."""
     available = _meminfo_available_bytes(root) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    left = [bytes_left for folder, files in _groups(root) for bytes_left in _left_in_group(folder, files)]
+    left = [bytes_left for folder, files in _groups(root, "memory") for bytes_left in _left_in_group(folder, files)]
     return max(0, min([available, *left]))
+
+
+def host_cores(root: Path = Path("/")) -> int:
+    """Cores this process may keep busy: those it may run on, and no more than its quota of their time; at least 1."""
+    quotas = [quota for folder, files in _groups(root, "cpu") for quota in _quota(folder, files)]
+    return max(1, min([len(os.sched_getaffinity(0)), *quotas]))
+
+
+def _quota(folder: Path, files: _Files) -> Iterator[int]:
+    """Whole cores of one group's quota; a part of a core is one that is not always there."""
+    if files is _V2:
+        words = " ".join(_lines(folder / "cpu.max")).split()  # `200000 100000`: microseconds in each period
+    else:
+        words = [" ".join(_lines(folder / f"cpu.cfs_{name}_us")).strip() for name in ("quota", "period")]
+    if len(words) == 2 and all(word.isdigit() and int(word) for word in words):  # none: `max`, or -1
+        yield -(-int(words[0]) // int(words[1]))
 
 
 def _meminfo_available_bytes(root: Path) -> int | None:
@@ -44,14 +60,14 @@ def _meminfo_available_bytes(root: Path) -> int | None:
     return None
 
 
-def _groups(root: Path) -> Iterator[tuple[Path, _Files]]:
-    """The folders of this process's memory groups, from its own up to where the hierarchy is mounted."""
+def _groups(root: Path, controller: str) -> Iterator[tuple[Path, _Files]]:
+    """The folders of this process's groups for memory or cpu, from its own up to where the hierarchy is mounted."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, own = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         files = _V1 if controllers else _V2
-        for mount_point, mounted in _mounts(root, files):
+        for mount_point, mounted in _mounts(root, files, controller):
             top = root / mount_point.lstrip("/")
             # A container may see its own group as the top of the mount, while its path is told from the host's root.
             inner = os.path.relpath(own, mounted)
@@ -63,14 +79,14 @@ def _groups(root: Path) -> Iterator[tuple[Path, _Files]]:
                 folder = folder.parent
 
 
-def _mounts(root: Path, files: _Files) -> Iterator[tuple[str, str]]:
-    """(mount point, path within the hierarchy that is mounted there) of a version's memory hierarchy."""
+def _mounts(root: Path, files: _Files, controller: str) -> Iterator[tuple[str, str]]:
+    """(mount point, path within the hierarchy that is mounted there) of a version's hierarchy."""
     for line in _lines(root / "proc/self/mountinfo"):
         mount, _, filesystem = line.partition(" - ")
         fields, kind = mount.split(), filesystem.split()
         if len(fields) < 5 or not kind:
             continue
-        is_v1 = kind[0] == "cgroup" and "memory" in kind[-1].split(",")
+        is_v1 = kind[0] == "cgroup" and controller in kind[-1].split(",")
         if is_v1 if files is _V1 else kind[0] == "cgroup2":
             yield fields[4], fields[3]
 
