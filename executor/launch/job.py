@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from dataclasses import replace
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +29,6 @@ from executor.host.nodes import is_address, parse_set_env
 from executor.launch import store as stores
 from executor.launch.heartbeat import (
     LOST_S,
-    STARTUP_S,
     Fault,
     Heartbeat,
     Kind,
@@ -36,13 +36,13 @@ from executor.launch.heartbeat import (
     hang_of,
     node_beat,
     post,
-    rank_beat,
 )
 from executor.launch.layout import LOCAL_ADDRESS, SET_ENV, Layout, lay_out
 from executor.launch.options import in_words, network_options, rank_options
 from executor.launch.preflight import PROBLEM, Card, agree, check_rival, exchange, take_place
 from executor.launch.processes import Follower, RankProcess, end_all, start_rank
 from executor.launch.rank import outcome_of
+from executor.launch.watch import Watch, watched_node, watched_rank
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import resolve_device
 
@@ -129,6 +129,7 @@ class Job:
         self._names = [f"node {address}" for address in layout.addresses] if layout.num_nodes > 1 else ["this node"]
         self._store: Any = None
         self._heart: Heartbeat | None = None
+        self._watch: Watch | None = None
         self._ranks: list[RankProcess] = []
         self._follower: Follower | None = None
         self._faults: dict[int, Fault] = {}  # of ranks of this node that have ended badly, the first one _failed_at
@@ -187,9 +188,14 @@ class Job:
         else:
             self._store = self._await(lambda: stores.join(layout.master, layout.port))
         self._await(lambda: take_place(self._store, layout.node, self._names, layout.in_words))
-        others = [node_beat(node) for node in range(layout.num_nodes) if node != layout.node]
         store = self._await(lambda: stores.connect(layout.master, layout.port))
-        self._heart = Heartbeat(store, node_beat(layout.node), others)
+        self._heart = Heartbeat(store, node_beat(layout.node))
+        others = [
+            watched_node(node, partial(self._lost_node, node))
+            for node in range(layout.num_nodes)
+            if node != layout.node
+        ]
+        self._watch = Watch(self._heart, self._lost_master, others, LOST_S)
         self._heart.start()
 
     def _preflight(self) -> Path:
@@ -247,7 +253,13 @@ class Job:
             self._ranks.append(start_rank(rank, self._argv, variables | place, folder))
         if layout.node == 0:
             self._follower = Follower(self._ranks[0].log)
-        self._heart.watch(rank_beat(rank) for rank in layout.ranks)
+        timeout_s = self._recipe.parallel.hang_timeout_s
+        self._watch.add(
+            watched_rank(
+                rank.rank, timeout_s, partial(self._hanging, rank), lambda rank=rank: rank.exit_code is not None
+            )
+            for rank in self._ranks
+        )
 
     # The watch
 
@@ -260,12 +272,13 @@ class Job:
             resume = f"; the answers so far are in {saved}, and the same command goes on from there" if saved else ""
             summary = f"interrupted by {signal.Signals(self._signal).name}{where}{resume}"
             raise _Over(Fault(summary, kind=Kind.KILLED, own_status=128 + self._signal))
-        if self._heart is None:
+        if self._watch is None:
             return
-        if self._heart.fault:
-            raise _Over(self._heart.fault)
-        self._look_at_ranks()
-        self._look_for_silence()
+        if not self._heart.fault:  # what ended here says more than who is silent
+            self._look_at_ranks()
+        fault = self._watch.look()
+        if fault:
+            raise _Over(fault)
 
     def _look_at_ranks(self) -> None:
         for rank in self._ranks:
@@ -280,21 +293,14 @@ class Job:
         outcome = stores.soon(lambda: outcome_of(self._store, rank.rank), 0.5) if rank.exit_code > 0 else None
         return fault_of_exit(rank.rank, self._rank_name(rank), rank.exit_code, outcome, str(rank.log), rank.tail())
 
-    def _look_for_silence(self) -> None:
-        """A node, the store, or a rank of this node that gives no sign of life."""
-        heart, layout = self._heart, self._layout
-        if heart.broken or heart.stuck_s > LOST_S:
-            raise _Over(self._lost_master(heart.broken or f"no answer for {heart.stuck_s:.0f} s"))
-        for node, address in enumerate(layout.addresses):
-            if node != layout.node and heart.silence_s(node_beat(node)) > LOST_S:
-                words = f"no sign of life for {LOST_S:.0f} s: its launcher or the network is gone; see what it printed"
-                raise _Over(Fault(f"node {address}: {words}", lost_node=node))
-        timeout_s = self._recipe.parallel.hang_timeout_s
-        for rank in self._ranks:
-            if rank.exit_code is None and heart.silence_s(rank_beat(rank.rank), STARTUP_S) > timeout_s:
-                why = f": {rank.state}" if rank.state else ""
-                summary = f"{hang_of(self._rank_name(rank), timeout_s)}{why}"
-                raise _Over(Fault(summary, rank=rank.rank, log=str(rank.log), tail=rank.tail()))
+    def _lost_node(self, node: int) -> Fault:
+        words = f"no sign of life for {LOST_S:.0f} s: its launcher or the network is gone; see what it printed"
+        return Fault(f"node {self._layout.addresses[node]}: {words}", lost_node=node)
+
+    def _hanging(self, rank: RankProcess) -> Fault:
+        why = f": {rank.state}" if rank.state else ""
+        summary = f"{hang_of(self._rank_name(rank), self._recipe.parallel.hang_timeout_s)}{why}"
+        return Fault(summary, rank=rank.rank, log=str(rank.log), tail=rank.tail())
 
     def _rank_name(self, rank: RankProcess) -> str:
         return f"rank {rank.rank}" + (f" on node {self._layout.address}" if self._layout.num_nodes > 1 else "")

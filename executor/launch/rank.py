@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from executor.errors import UserError
@@ -24,6 +25,7 @@ from executor.recipe.schema import Recipe
 
 if TYPE_CHECKING:  # torch takes seconds to import; a mistake in the command line need not wait for it
     from executor.launch.heartbeat import Heartbeat
+    from executor.launch.watch import Watch
 
 WATCH_S = 0.2
 FAREWELL_S = 1.0
@@ -100,16 +102,15 @@ class Rank:
         from executor.launch.heartbeat import Heartbeat, rank_beat
 
         address, port = self._variables["MASTER_ADDR"], int(self._variables["MASTER_PORT"])
-        rank, world_size = self.place.rank, self.place.world_size
+        rank = self.place.rank
         self._is_host = rank == 0 and environment().get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._store = stores.connect(address, port, is_server=True) if self._is_host else stores.join(address, port)
-        watches = not self._has_launcher and rank == 0
-        watched = [rank_beat(other) for other in range(1, world_size)] if watches else []
-        self._heart = Heartbeat(stores.connect(address, port), rank_beat(rank), watched)
+        self._heart = Heartbeat(stores.connect(address, port), rank_beat(rank))
+        if not self._has_launcher:
+            watch = self._watch_others(recipe.parallel.hang_timeout_s if rank == 0 else None)
+            threading.Thread(target=self._keep_watch, args=(watch,), name="store: watch", daemon=True).start()
         self._heart.start()
         if not self._has_launcher:
-            timeout_s = recipe.parallel.hang_timeout_s
-            threading.Thread(target=self._watch, args=(timeout_s,), name="store: watch", daemon=True).start()
             self._preflight(recipe, command, check)
 
     def _preflight(self, recipe: Recipe, command: str, check: Callable[[Recipe, int], Recipe]) -> None:
@@ -129,20 +130,34 @@ class Rank:
         take_place(self._store, self.place.rank, names, f"{self.place.world_size} ranks")
         agree(exchange(self._store, self.place.rank, names, make_card))
 
-    def _watch(self, timeout_s: int) -> None:
+    def _watch_others(self, hang_timeout_s: int | None) -> Watch:
+        """What this rank does for want of a launcher of ours: it watches the store, and as rank 0 (which has a
+        `hang_timeout_s`) the other ranks."""
+        from executor.launch.heartbeat import Fault, hang_of
+        from executor.launch.watch import Watch, watched_rank
+
+        def hanging(rank: int) -> Fault:
+            return Fault(hang_of(f"rank {rank}", hang_timeout_s), rank=rank)
+
+        others = range(1, self.place.world_size) if hang_timeout_s is not None else ()
+        watched = [
+            watched_rank(rank, hang_timeout_s, partial(hanging, rank), partial(self._has_left, rank)) for rank in others
+        ]
+        return Watch(self._heart, lambda why: Fault(f"the job's store is gone ({why})"), watched)
+
+    def _keep_watch(self, watch: Watch) -> None:
         """End this process when the job is over, or its store gone. In a thread: the main one may wait for a peer."""
-        from executor.launch.heartbeat import STARTUP_S, Fault, hang_of, post, rank_beat
+        from executor.launch.heartbeat import post
 
         heart = self._heart
         while not heart.is_stopped:
             time.sleep(WATCH_S)
-            if heart.broken and not heart.is_stopped:
-                self._leave_at_once(f"the job's store is gone ({heart.broken})", 1)
-            if heart.fault:
-                self._leave_at_once(heart.fault.summary, heart.fault.status)
-            for rank in range(1, self.place.world_size if self.place.rank == 0 else 0):
-                if heart.silence_s(rank_beat(rank), STARTUP_S) > timeout_s and not self._has_left(rank):
-                    post(self._store, Fault(hang_of(f"rank {rank}", timeout_s), rank=rank))
+            fault = watch.look()
+            if fault is None or heart.is_stopped:
+                continue
+            if heart.fault or heart.broken:
+                self._leave_at_once(fault.summary, fault.status)
+            post(self._store, fault)  # every rank reads it, this one too
 
     def _leave_at_once(self, reason: str, status: int) -> None:
         is_result = self._result.acquire(blocking=False)
