@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -39,7 +38,7 @@ from executor.launch.heartbeat import (
 )
 from executor.launch.layout import LOCAL_ADDRESS, SET_ENV, Layout, lay_out
 from executor.launch.options import in_words, network_options, rank_options
-from executor.launch.preflight import PROBLEM, Card, agree, check_rival, exchange, take_place
+from executor.launch.preflight import PROBLEM, Card, Rivals, agree, exchange, take_place
 from executor.launch.processes import Follower, RankProcess, end_all, start_rank
 from executor.launch.rank import outcome_of
 from executor.launch.watch import Watch, watched_node, watched_rank
@@ -57,7 +56,6 @@ FAREWELL_S = 1.0
 LEAVE_S = 5.0
 REPORT_S = 10.0
 """How long a node that cannot take part tries to say so to the master."""
-RIVAL_S = 1.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 Document = dict[str, Any]
@@ -190,12 +188,9 @@ class Job:
         self._await(lambda: take_place(self._store, layout.node, self._names, layout.in_words))
         store = self._await(lambda: stores.connect(layout.master, layout.port))
         self._heart = Heartbeat(store, node_beat(layout.node))
-        others = [
-            watched_node(node, partial(self._lost_node, node))
-            for node in range(layout.num_nodes)
-            if node != layout.node
-        ]
-        self._watch = Watch(self._heart, self._lost_master, others, LOST_S)
+        others = (node for node in range(layout.num_nodes) if node != layout.node)
+        watched = [watched_node(node, partial(self._lost_node, node)) for node in others]
+        self._watch = Watch(self._heart, self._lost_master, watched, LOST_S)
         self._heart.start()
 
     def _preflight(self) -> Path:
@@ -205,7 +200,7 @@ class Job:
             now = time.time()  # to the millisecond: jobs may be started in one breath
             started = time.strftime("%Y%m%d-%H%M%S", time.localtime(now)) + f"-{int(now % 1 * 1000):03d}"
             self._await(lambda: store.set("started", started))
-        rivals = _Rivals(layout) if layout.node == 0 else lambda missing: None
+        rivals = Rivals(layout) if layout.node == 0 else lambda missing: None
         agree(self._await(lambda: exchange(store, layout.node, self._names, self._card, rivals)))
         started = self._await(lambda: store.get("started").decode())
         folder = self._log_root() / started
@@ -255,9 +250,7 @@ class Job:
             self._follower = Follower(self._ranks[0].log)
         timeout_s = self._recipe.parallel.hang_timeout_s
         self._watch.add(
-            watched_rank(
-                rank.rank, timeout_s, partial(self._hanging, rank), lambda rank=rank: rank.exit_code is not None
-            )
+            watched_rank(rank.rank, timeout_s, partial(self._hanging, rank), partial(_has_ended, rank))
             for rank in self._ranks
         )
 
@@ -377,30 +370,9 @@ class Job:
         return {"command": self._command, "node": self._layout.node, "ranks": list(self._layout.ranks)}
 
 
+def _has_ended(rank: RankProcess) -> bool:
+    return rank.exit_code is not None
+
+
 def _waiting_for_nodes(keys: list[str]) -> str:
     return f"waiting for node(s) {', '.join(key.split('/')[1] for key in keys)} to finish"
-
-
-class _Rivals:
-    """Looks, while the master waits, whether another node takes itself for the master: IPs in another order there.
-
-    Both would wait for each other until they give up.
-    """
-
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._looked_at = 0.0
-
-    def __call__(self, missing: list[int]) -> None:
-        """UserError, there too, when one of the missing nodes is one."""
-        if time.monotonic() - self._looked_at < RIVAL_S:
-            return
-        self._looked_at = time.monotonic()
-        for address in (self._layout.addresses[node] for node in missing):
-            try:
-                with socket.create_connection((address, self._layout.port), timeout=0.5):
-                    pass
-                rival = stores.connect(address, self._layout.port)
-                check_rival(rival, f"node {self._layout.master}", self._layout.in_words)
-            except stores.BROKEN:
-                continue  # nobody there, or something that is no store

@@ -26,11 +26,9 @@ class Watched:
     """Whether it has a reason to be silent."""
 
 
-def watched_rank(
-    rank: int, hang_timeout_s: float, fault: Callable[[], Fault], has_ended: Callable[[], bool]
-) -> Watched:
-    """A rank: its silence is a hang."""
-    return Watched(rank_beat(rank), hang_timeout_s, fault, STARTUP_S, has_ended)
+def watched_rank(rank: int, limit_s: float, fault: Callable[[], Fault], has_ended: Callable[[], bool]) -> Watched:
+    """A rank: its silence for `limit_s` (hang_timeout_s) is a hang."""
+    return Watched(rank_beat(rank), limit_s, fault, STARTUP_S, has_ended)
 
 
 def watched_node(node: int, fault: Callable[[], Fault]) -> Watched:
@@ -56,7 +54,7 @@ class Watch:
         self._heart.watch(member.key for member in watched)
 
     def look(self) -> Fault | None:
-        """Why the job must end: the fault that somebody has posted, a lost store, or the first member that is silent."""
+        """Why the job must end: a fault that somebody has posted, a lost store, or the first member that is silent."""
         heart = self._heart
         if heart.fault:
             return heart.fault
