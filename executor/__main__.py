@@ -58,10 +58,13 @@ def _run(argv: Sequence[str] | None) -> int:
         print(words, file=sys.stderr)
         document, status = {"command": command, "error": words}, 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and rank is None and reader_is_gone():
-            raise
-        traceback.print_exc()
-        document, status = {"command": command, "error": f"{type(error).__name__}: {error}"}, 1
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            if rank is None:
+                raise
+            document, status = {"command": command, "error": "nobody reads stdout any more"}, READER_GONE
+        else:
+            traceback.print_exc()
+            document, status = {"command": command, "error": f"{type(error).__name__}: {error}"}, 1
     sys.stderr.flush()
     if rank is not None:
         return rank.finish(document, status, failed)

@@ -25,6 +25,7 @@ from executor.errors import UserError
 from executor.host.env import REPO_ROOT, code_digest
 from executor.host.machine import Machine
 from executor.host.nodes import is_address, parse_set_env
+from executor.host.streams import reader_is_gone
 from executor.launch import store as stores
 from executor.launch.heartbeat import (
     LOST_S,
@@ -354,6 +355,8 @@ class Job:
 
     def _report(self, fault: Fault) -> str:
         """Say on the screen why the job ends; returns it in one line."""
+        if reader_is_gone():  # `| head -1`: the job ends as any Unix tool does
+            return fault.summary
         print(f"error: {fault.summary}", file=sys.stderr)
         if fault.status == 2 or fault.log is None:
             return fault.summary

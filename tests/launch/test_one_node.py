@@ -12,6 +12,7 @@ import pytest
 from executor import __main__ as launch
 from executor.host.env import REPO_ROOT
 from executor.host.limits import host_cores
+from executor.host.streams import READER_GONE
 from executor.launch import job as jobs
 from executor.launch.layout import LOCAL_ADDRESS
 
@@ -94,6 +95,14 @@ def test_what_a_rank_raises(job):
     assert job.wait() == [1]
     assert job.document()["error"].startswith("rank 1 failed: RuntimeError: the disk is full; log: ")
     assert "  | RuntimeError: the disk is full" in job.err()
+
+
+def test_a_reader_that_has_gone_ends_a_job_quietly(job):
+    """`| head -1`: nothing but the log lines of the start stands on the screen."""
+    job.start(TWO, prompt="*:print", prefix=["bash", "-c", '"$@" | head -n 1; exit "${PIPESTATUS[0]}"', "bash"])
+    assert job.wait() == [READER_GONE]
+    assert job.out() == "stdout of rank 0\n"
+    assert "error" not in job.err().lower() and "Traceback" not in job.err()
 
 
 def test_the_users_mistake_is_one_line(job):
