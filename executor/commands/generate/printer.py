@@ -44,6 +44,7 @@ class Printer:
         is_told = row["tpot_ms"] is not None and row["completion_tokens"] >= TPOT_TOKENS
         tpot = f"{row['tpot_ms']:.1f} ms" if is_told else "-"
         lines.append(_field("time", f"TTFT {row['ttft_ms']:.1f} ms, TPOT {tpot}, e2e {row['e2e_ms']:.1f} ms"))
+        lines += [_field("warning", warning) for warning in row.get("warnings", ())]
         if row.get("drawn"):
             lines.append(_field("drawn", row["drawn"]))
         return "\n".join([*lines, ""])
