@@ -6,52 +6,39 @@ stdout line one JSON document, exit status 0 done, 2 the user's mistake, 1 anyth
 
 import argparse
 import importlib
-import json
 import logging
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from executor.errors import UserError, nearest
-from executor.host.env import calm_threads, environment
+from executor.command_line import MODULES, check, extra_commands, parse
+from executor.errors import UserError
+from executor.host.env import calm_threads, environment, quiet_torch
+from executor.host.limits import host_cores
+from executor.host.streams import READER_GONE, print_document, reader_is_gone, write_to_nobody
 
 if TYPE_CHECKING:
     from executor.launch.rank import Rank
     from executor.recipe.schema import Recipe
 
-COMMANDS = {
-    "generate": "answer the recipe's questions (the default)",
-    "serve": "an HTTP server with the OpenAI interface",
-    "bench": "measure throughput and latency",
-    "eval": "measure accuracy on a benchmark",
-    "plan": "memory and speed of the recipe, by arithmetic",
-    "check": "what the recipe needs of a chip, without weights",
-}
-MODULES = {  # the commands of this release
-    "generate": "executor.commands.generate.run",
-    "check": "executor.commands.check",
-}
 ONE_PROCESS = ("plan", "check")  # compute nothing on ranks, however many the recipe has
-
-EXAMPLES = """examples:
-  bash infer.sh config/quickstart.yaml
-  bash infer.sh config/quickstart.yaml --set data_config.prompt="What do you see?" --set data_config.media=[a.png,b.mp4]
-"""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}\n{self.format_usage().strip()}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Everything a command raises ends here."""
+    try:
+        return _run(argv)
+    except BrokenPipeError:
+        if not reader_is_gone():
+            raise
+        write_to_nobody()
+        return READER_GONE
+
+
+def _run(argv: Sequence[str] | None) -> int:
     calm_threads()  # before anything imports torch
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s", stream=sys.stderr)
     command, rank, failed = "launch", None, True
@@ -66,16 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank is None or rank.shows_mistakes:
             print(f"error: {error}", file=sys.stderr)
         document, status = {"command": command, "error": str(error)}, 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        document, status = {"command": command, "error": "interrupted"}, 130
+    except KeyboardInterrupt as interrupt:
+        words = f"interrupted{': ' if interrupt.args else ''}{interrupt}"
+        print(words, file=sys.stderr)
+        document, status = {"command": command, "error": words}, 130
     except Exception as error:
-        traceback.print_exc()
-        document, status = {"command": command, "error": f"{type(error).__name__}: {error}"}, 1
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            if rank is None:
+                raise
+            document, status = {"command": command, "error": "nobody reads stdout any more"}, READER_GONE
+        else:
+            traceback.print_exc()
+            document, status = {"command": command, "error": f"{type(error).__name__}: {error}"}, 1
     sys.stderr.flush()
     if rank is not None:
         return rank.finish(document, status, failed)
-    print(json.dumps(document, ensure_ascii=False), flush=True)
+    print_document(document)
     return status
 
 
@@ -88,83 +81,50 @@ def _rank() -> "Rank | None":
     return Rank.of_this_process()
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line as (config, command, overrides). UserError for anything else."""
-    commands = "\n".join(f"  {name:<10}{purpose}" for name, purpose in COMMANDS.items())
-    parser = _Parser(
-        prog="bash infer.sh",
-        usage="bash infer.sh CONFIG.yaml [COMMAND] [--set section.key=value ...]",
-        description=f"Run one recipe.\n\ncommands:\n{commands}",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the recipe, e.g. config/quickstart.yaml")
-    parser.add_argument("command", metavar="COMMAND", nargs="?", default="generate", help="see above")
-    parser.add_argument(
-        "--set",
-        metavar="section.key=value",
-        dest="overrides",
-        action="extend",
-        nargs="+",
-        default=[],
-        help="change a value of the recipe; may be repeated",
-    )
-    parser.add_argument("--save", metavar="FILE", type=Path, help="check: write the decode graph there (GE, as text)")
-    arguments = parser.parse_args(argv)
-    if arguments.command not in COMMANDS | extra_commands():
-        known = f"{', '.join(COMMANDS)}{nearest(arguments.command, COMMANDS)}"
-        raise UserError(f"unknown command '{arguments.command}'; commands: {known}")
-    if arguments.save is not None and arguments.command != "check":
-        raise UserError(f"--save belongs to the command check, got {arguments.command}")
-    return arguments
-
-
 def run(arguments: argparse.Namespace, argv: Sequence[str], rank: "Rank | None" = None) -> tuple[dict[str, Any], int]:
     """The JSON document and the exit status of a parsed command line, which was `argv`.
 
     A rank runs the command; without a launcher a recipe of one rank is run right here, and a larger one is launched.
     """
-    modules = MODULES | extra_commands()
-    name = modules.get(arguments.command)
-    if name is None:
-        raise UserError(
-            f"the command {arguments.command} is not part of this release yet; there is: {', '.join(MODULES)}"
-        )
+    check(arguments)
+    name = (MODULES | extra_commands())[arguments.command]
     from executor.recipe.schema import load_recipe  # pydantic takes a moment that --help need not wait for
 
     recipe = load_recipe(arguments.config, arguments.overrides)
     if arguments.command in ONE_PROCESS or (rank is None and recipe.parallel.world_size == 1):
+        if arguments.command not in ONE_PROCESS:
+            _set_options(recipe, local_ranks=1)
         options = {} if arguments.save is None else {"save": arguments.save}
         return importlib.import_module(name).run(recipe, **options)
 
-    from executor.recipe.settle import prepare, resolve_device
+    from executor.recipe.settle import prepare
 
-    def check(recipe: "Recipe", local_ranks: int) -> "Recipe":
+    def check_node(recipe: "Recipe", local_ranks: int) -> "Recipe":
         if arguments.command in MODULES:
             return prepare(recipe, local_ranks).recipe
         return importlib.import_module(name).check(recipe)
 
     if rank is None:
-        from executor.launch.job import start_job
+        with quiet_torch():
+            from executor.launch.job import start_job
 
-        return start_job(recipe, arguments.command, argv, check)
+        return start_job(recipe, arguments.command, argv, check_node)
 
-    from executor.launch.options import rank_options
-
-    device = resolve_device(recipe).model.device
-    rank.start(recipe, arguments.command, check, lambda: rank_options(recipe, device, rank.place.local_world_size))
+    rank.start(recipe, arguments.command, check_node, lambda: _set_options(recipe, rank.place.local_world_size))
     return importlib.import_module(name).run(recipe)
 
 
-def extra_commands() -> dict[str, str]:
-    """Commands beyond those of COMMANDS, as RECIPE_COMMANDS names them: `probe=package.module,...`.
+def _set_options(recipe: "Recipe", local_ranks: int) -> None:
+    """Give this rank the variables that our launcher gives the ranks of a job, before anything imports torch."""
+    from executor.launch.options import apply, rank_options
+    from executor.recipe.settle import has_torch_npu, resolve_device
 
-    Such a module has `run(recipe)`, and `check(recipe)`, which settles the recipe of several ranks or raises UserError
-    for what keeps a node from starting.
-    """
-    named = environment().get("RECIPE_COMMANDS", "")
-    return dict(entry.split("=", 1) for entry in named.split(",") if "=" in entry)
+    device = resolve_device(recipe).model.device
+    if device == "npu" and not has_torch_npu():  # which is refused in a moment
+        return
+    # One process takes all cores of a CPU as it is, but does not see a container's quota of them.
+    if device == "npu" or local_ranks > 1 or host_cores() < len(os.sched_getaffinity(0)):
+        apply(rank_options(recipe, device, local_ranks))
 
 
 def end(status: int) -> NoReturn:

@@ -4,6 +4,8 @@ UserError: a recipe, checkpoint or input that cannot work; the command line exit
 RuntimeError: the environment failed (exit 1). AssertionError: a defect of this project (exit 1).
 """
 
+from __future__ import annotations
+
 import difflib
 import struct
 from collections.abc import Iterable

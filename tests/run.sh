@@ -3,9 +3,14 @@
 #
 # Without arguments the whole suite runs, spread over WORKERS processes (default: the cores, at most 8).
 # With arguments they are pytest's own: bash tests/run.sh tests/recipe -k degrees
+if [ -z "${BASH_VERSION:-}" ]; then # sh tests/run.sh
+    command -v bash >/dev/null 2>&1 || { echo "error: tests/run.sh needs bash, which is not installed here" >&2; exit 2; }
+    exec bash "$0" "$@"
+fi
+set +o posix
 set -euo pipefail
 
-repo_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+repo_root="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)"
 cd "$repo_root"
 source executor/scripts/find_python.sh
 find_python "$repo_root" requirements.txt requirements-test.txt
@@ -36,7 +41,7 @@ fi
 "$PYTHON_FOUND" -m ruff check .
 "$PYTHON_FOUND" -m ruff format --check .
 
-workers="${WORKERS:-$("$PYTHON_FOUND" -c 'import os; print(min(len(os.sched_getaffinity(0)), 8))')}"
+workers="${WORKERS:-$("$PYTHON_FOUND" -c 'from executor.host.limits import host_cores; print(min(host_cores(), 8))')}"
 # A thread for each worker: tiny matrices gain nothing from more, and threads of several workers stand in each other's way.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 if [ $# -gt 0 ] || [ "$workers" -le 1 ]; then

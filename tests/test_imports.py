@@ -29,6 +29,7 @@ RANKS = {
     "emulator": 8,
     "executor.serve": 8,
     "executor.launch": 8,
+    "executor.command_line": 9,
     "executor.commands": 9,
     "executor.__main__": 10,
 }

@@ -115,6 +115,7 @@ def test_troubleshooting_quotes_messages_that_exist():
     """Every quoted part of a heading stands in some message; `...`, N and M are what a message fills in."""
     folders = [REPO / name for name in ("executor", "models", "dataset", "emulator")]
     source = "".join(path.read_text() for folder in folders for path in sorted(folder.rglob("*.py")))
+    source += "".join(path.read_text() for path in (REPO / "executor" / "scripts").glob("*.sh"))
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # messages that go over several lines
     headings = re.findall(r"^### (.*)$", (REPO / "docs" / "troubleshooting.md").read_text(), flags=re.MULTILINE)
     quoted = [text for heading in headings for text in re.findall(r"`([^`]+)`", heading)]
@@ -125,9 +126,9 @@ def test_troubleshooting_quotes_messages_that_exist():
 
 
 def test_links_lead_somewhere():
-    for page in ("README.md", "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\(([^)#]+)\)", (REPO / page).read_text()):
-            assert target.startswith("http") or (REPO / target).exists(), target
+    for page in (REPO / "README.md", REPO / "CONTRIBUTING.md", *(REPO / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,11 @@ def find_checkpoint(model_path: str, hub: str) -> Path:
     return _from_modelscope(model_path) if hub == "modelscope" else _from_huggingface(model_path)
 
 
+def is_hub_id(model_path: str) -> bool:
+    """Whether this is the name of a model on a hub rather than a folder here."""
+    return not find_path(model_path).exists() and bool(_HUB_ID.match(model_path))
+
+
 def local_checkpoint(model_path: str, hub: str) -> Path | None:
     """The folder if it is on this machine, whole or with its config.json at least; nothing is downloaded."""
     folder = find_path(model_path)

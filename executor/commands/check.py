@@ -45,6 +45,7 @@ def run(recipe: Recipe, save: Path | None = None) -> tuple[dict[str, Any], int]:
             f"--save: {model.soc} decodes eagerly and has no graph; graphs are for {', '.join(GRAPH_CHIPS)}"
         )
     started = time.monotonic()
+    _say(f"emulating {model.soc}")
     from emulator.activate import activate
 
     activate(model.soc, install=True)
@@ -132,17 +133,21 @@ def _examined(recipe: Recipe, config: dict[str, Any], save: Path | None) -> dict
     blocks = -(-limits.max_model_len // limits.block_size)
     with fake_ranks(recipe) as parallel:
         family = family_of(config["architectures"][0])
+        _say(f"building {recipe.model.model_path} at its size, without weights")
         model = build_on_meta(lambda: family.build_model(config, parallel), dtype)
         finalize(model)
         steps = Steps(model, device, dtype, batch, blocks, limits.block_size)
         in_graph = recipe.model.soc in GRAPH_CHIPS
         counts, failures = _graph_counts(steps, save) if in_graph else (_traced_counts(steps), [])
         patches = PICTURE[0] * PICTURE[1] * PICTURE[2]
-        traced = {
-            "decode": steps.decode_calls(tensors=in_graph),
-            "prefill": steps.prefill_calls(limits.max_num_batched_tokens, limits.max_model_len, patches // 4),
-            "vision": steps.vision_calls(PICTURE),
-        }
+        _say(f"tracing a decode step of {batch} requests")
+        traced = {"decode": steps.decode_calls(tensors=in_graph)}
+        _say(f"tracing a prefill step of {limits.max_num_batched_tokens} tokens")
+        traced["prefill"] = steps.prefill_calls(limits.max_num_batched_tokens, limits.max_model_len, patches // 4)
+        _say(f"tracing the vision encoder on {patches // 4} tokens")
+        traced["vision"] = steps.vision_calls(PICTURE)
+        if in_graph:
+            _say("converting a vision block")
         block = steps.vision_block_graph(patches).kernels if in_graph else _per_vision_block(traced["vision"], model)
     called = {call.op for recorded in traced.values() for call in recorded.calls}
     refused, undocumented = chips.report({op.partition(".")[0] for op in called}, chips.current())
@@ -160,10 +165,16 @@ def _examined(recipe: Recipe, config: dict[str, Any], save: Path | None) -> dict
     }
 
 
+def _say(step: str) -> None:
+    """A line for each step on stderr: a large model takes a minute and more."""
+    logger.info("%s ...", step)
+
+
 def _graph_counts(steps: Any, save: Path | None) -> tuple[dict[str, Any], list[str]]:
     """Kernels of the converted decode step: per layer from one more layer, the rest from what all layers leave."""
     from emulator.graph import per_layer
 
+    _say(f"converting the decode step, {steps.num_layers} layers, then 1 and 2 to compare")
     try:
         whole, one, two = steps.decode_graph(), steps.decode_graph(1), steps.decode_graph(2)
     except RuntimeError as error:

@@ -9,7 +9,6 @@ read. The recipe is read by a reader of its own (executor/doctor/recipe.py), bec
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from typing import NoReturn
@@ -19,6 +18,7 @@ from executor.doctor.facts import gather
 from executor.doctor.recipe import RecipeError, Wish, read_recipe
 from executor.host.env import REPO_ROOT
 from executor.host.machine import Machine
+from executor.host.streams import READER_GONE, print_document, reader_is_gone, write_to_nobody
 
 CHECKS = (hardware, software, host, demands)
 
@@ -32,18 +32,27 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None, machine: Machine | None = None) -> int:
     """Examine `machine` (this one), print the report, return the exit status."""
-    machine = machine or Machine()
+    try:
+        return _run(argv, machine or Machine())
+    except BrokenPipeError:
+        if not reader_is_gone():
+            raise
+        write_to_nobody()
+        return READER_GONE
+
+
+def _run(argv: list[str] | None, machine: Machine) -> int:
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         wish = _read(machine, arguments.recipe, arguments.overrides) if arguments.recipe else None
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
-        print(json.dumps({"command": "doctor", "error": str(error)}, ensure_ascii=False), flush=True)
+        print_document({"command": "doctor", "error": str(error)})
         return 2
     document = examine(machine, str(REPO_ROOT), wish)
     for line in findings.lines(findings.Finding(**row) for row in document["findings"]):
         print(line)
-    print(json.dumps(document, ensure_ascii=False), flush=True)
+    print_document(document)
     return 1 if wish and not document["ok"] else 0
 
 
@@ -60,11 +69,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--set",
         metavar="section.key=value",
         dest="overrides",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         help="change a value of the recipe; may be repeated",
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.recipe is None and len(arguments.overrides) > 1 and "=" not in arguments.overrides[-1]:
+        arguments.recipe = arguments.overrides.pop()  # it stood behind --set
+    return arguments
 
 
 def _read(machine: Machine, path: str, overrides: list[str]) -> Wish:

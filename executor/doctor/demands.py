@@ -83,6 +83,9 @@ def _world(facts: Facts, wish: Wish) -> Finding:
     if not facts.on_npu:
         return Finding("recipe_world_size", OK, found)
     usable = facts.usable_chips
+    if not usable:
+        status, why = (ERROR, "see visible_devices") if facts.chip_count else (UNKNOWN, "see recipe_device")
+        return Finding("recipe_world_size", status, f"{found}; no usable chip here", "1 or more", why)
     found += f"; {usable} usable chip(s) x {nodes} node(s)"
     if world > usable * nodes:
         advice = (

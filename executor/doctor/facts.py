@@ -13,7 +13,7 @@ from executor.doctor import versions
 from executor.doctor.recipe import Wish
 from executor.host import npu_smi
 from executor.host.machine import Machine
-from executor.host.nodes import NodeSetup, VisibleDevices, parse_set_env, parse_visible_devices
+from executor.host.nodes import NodeSetup, VisibleDevices, is_placeholder, parse_set_env, parse_visible_devices
 from executor.host.npu_smi import Chip
 
 ASCEND_ROOTS = ("/usr/local/Ascend", "~/Ascend")
@@ -97,14 +97,14 @@ class Facts:
 
     @property
     def num_nodes(self) -> int:
-        """Nodes of a job: as torchrun or Slurm says, else as many as IPs lists."""
+        """Nodes of a job: as torchrun or Slurm says, else as many as IPs lists (one for placeholders)."""
         told = self.machine.environment
         world, local = told.get("WORLD_SIZE", ""), told.get("LOCAL_WORLD_SIZE", "")
         if world.isdigit() and local.isdigit() and int(local):
             return max(1, int(world) // int(local))
         if told.get("SLURM_NNODES", "").isdigit():
             return max(1, int(told["SLURM_NNODES"]))
-        return max(1, len(self.setup.ips))
+        return 1 if all(is_placeholder(entry) for entry in self.setup.ips) else len(self.setup.ips)
 
     def path(self, path: str) -> str:
         """`path` of a recipe: from the working directory if it is there, else from the repository's root."""

@@ -62,6 +62,11 @@ def _is_big(facts: Facts) -> bool:
     return bool(facts.wish and facts.wish.world_size > 1)
 
 
+def _needs_more_nodes(facts: Facts) -> bool:
+    """Whether the recipe has more ranks than this node has chips."""
+    return bool(facts.on_npu and facts.wish and facts.usable_chips and facts.wish.world_size > facts.usable_chips)
+
+
 def _local_rank(facts: Facts) -> int | None:
     """This node's place in IPs, None when no entry is one of this machine's addresses."""
     for rank, entry in enumerate(facts.setup.ips):
@@ -78,6 +83,8 @@ def _nodes(facts: Facts) -> Finding:
     if not ips:
         return Finding("nodes", OK, f"IPs in {_SET_ENV} is empty: this node alone")
     placeholders = [entry for entry in ips if is_placeholder(entry)]
+    if placeholders == list(ips) and not _needs_more_nodes(facts):
+        return Finding("nodes", OK, f"IPs in {_SET_ENV} has placeholders only: this node alone")
     if placeholders:
         advice = f"write the nodes' addresses in rank order into {_SET_ENV}, alike on every node; IPs=() for one node"
         return Finding("nodes", bad, f"IPs still has placeholders: {', '.join(placeholders)}", "addresses", advice)

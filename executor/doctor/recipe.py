@@ -64,8 +64,13 @@ def read_recipe(text: str, overrides: list[str] | None = None) -> Wish:
         section, dot, key = name.strip().partition(".")
         if not equals or not dot:
             raise RecipeError(f"--set {override}: the form is section.key=value, e.g. --set model_config.device=cpu")
-        if _PLACES.get(key, ("",))[0] == section:  # other keys may hold any text: they are infer.sh's to read
-            tree.setdefault(section, {})[key] = _value(value.strip(), f"--set {override}")
+        if not value.strip():
+            raise RecipeError(
+                f"--set {override}: there is no value (an unset variable of the shell?); write null for none"
+            )
+        place, kinds = _PLACES.get(key, ("", ()))
+        if place == section:  # other keys may hold any text: they are infer.sh's to read
+            tree.setdefault(section, {})[key] = _overriding(value, kinds, f"--set {override}")
     values = {}
     for field, (section, kinds) in _PLACES.items():
         if field not in tree.get(section, {}):
@@ -121,6 +126,14 @@ def parse_yaml(text: str) -> dict[str, dict[str, Any]]:
         items = [] if starts_list else None
         tree[section][key] = items if starts_list else _value(value, where)
     return tree
+
+
+def _overriding(text: str, kinds: tuple[type, ...], where: str) -> Any:
+    """The value of an override: a text stands as it is, as infer.sh takes it."""
+    plain = text.strip()
+    if str not in kinds or plain[:1] in ("'", '"') or (plain in ("null", "~") and type(None) in kinds):
+        return _value(plain, where)
+    return text
 
 
 _ADVICE = "; the doctor reads plain recipes only (sections, `key: value`, lists), infer.sh reads all of YAML"

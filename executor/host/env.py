@@ -1,4 +1,4 @@
-"""The process's surroundings: the repository's place, environment variables, host memory.
+"""The process's surroundings: the repository's place and environment variables.
 
 The only module (with the launcher) that reads `os.environ`. Knows nothing of recipes and models. Standard library
 only, and importable on Python 3.8, because the doctor starts from here on machines where nothing else works yet.
@@ -6,9 +6,10 @@ only, and importable on Python 3.8, because the doctor starts from here on machi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,23 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Import torch in here, and its C++ part writes no warnings with stack frames, unless the user has set their level.
+
+    For a launcher, which says itself what it finds wrong with the job's store; what it starts gets the variable not.
+    """
+    name = "TORCH_CPP_LOG_LEVEL"  # read once, when torch is imported
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "FATAL"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
 def calm_threads() -> None:
     """Let idle OpenMP threads sleep instead of spin, unless the user says otherwise. Must precede the import of torch.
 
@@ -90,45 +108,3 @@ def hub_offline() -> bool:
         os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     )
-
-
-def host_memory_bytes() -> int:
-    """Memory this process may still take: the machine's available memory, bounded by the container's limit."""
-    available = _meminfo_available_bytes() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = _cgroup_limit_bytes()
-    return min(available, limit) if limit else available
-
-
-def process_memory_bytes() -> int:
-    """Memory that this process holds already, code of libraries included; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    for line in lines:
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _meminfo_available_bytes() -> int | None:
-    """MemAvailable counts page cache that can be dropped, which sysconf's AVPHYS_PAGES does not."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _cgroup_limit_bytes() -> int | None:
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            return int(text)
-    return None

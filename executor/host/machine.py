@@ -9,13 +9,15 @@ import glob
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 
-from executor.host.env import environment, host_memory_bytes
+from executor.host.env import environment
+from executor.host.limits import host_memory_bytes
 from executor.host.nodes import is_address, parse_ip_addr
 
 
@@ -116,6 +118,8 @@ class Machine:
         """The address of a host name; an address is its own."""
         if is_address(host) or not host:
             return host or None
+        if re.fullmatch(r"[\d.]+", host):  # 192.168.1 is no address, though old rules read it as 192.168.0.1
+            return None
         try:
             return socket.getaddrinfo(host, None)[0][4][0]
         except (OSError, UnicodeError):

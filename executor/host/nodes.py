@@ -9,7 +9,8 @@ from dataclasses import dataclass
 PORTS = range(20000, 20051)
 """Where a job's master port is customarily taken from."""
 
-_PLACEHOLDER = re.compile(r"x{2,}|[<>{}$\[\]]|your|placeholder|^ip\d*$|^\d+\.\d+\.\d+\.[a-z]+$", re.IGNORECASE)
+# A quad with x in it, as templates have them, or words in angle brackets (which the shell may have split).
+_PLACEHOLDER = re.compile(r"(?=.*x)(\d+|x+)(\.(\d+|x+)){3}|<.*|.*>", re.IGNORECASE)
 _FIELD = re.compile(r"""^\s*(?:export\s+)?(\w+)=(?:"([^"]*)"|'([^']*)'|([^\s#;(]*))""")
 
 
@@ -53,8 +54,11 @@ def is_address(text: str) -> bool:
 
 
 def is_placeholder(entry: str) -> bool:
-    """Whether an entry of IPs is what a template has in it, such as xxx.xxx.xxx.xxx, 192.168.0.x or <master ip>."""
-    return not is_address(entry) and bool(_PLACEHOLDER.search(entry))
+    """Whether an entry of IPs is what a template has in it: xxx.xxx.xxx.xxx, 192.168.0.x or <master ip>.
+
+    Nothing else is one: a mistyped address must be refused, never passed over.
+    """
+    return bool(_PLACEHOLDER.fullmatch(entry))
 
 
 def parse_visible_devices(text: str, count: int) -> VisibleDevices:

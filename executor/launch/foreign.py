@@ -82,8 +82,8 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def _tasks_here(environment: Mapping[str, str], world_size: int) -> int:
-    told = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE", "")
-    counts, node = tasks_per_node(told), int(environment.get("SLURM_NODEID", "0") or 0)
+    listed = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE", "")
+    counts, node = tasks_per_node(listed), int(environment.get("SLURM_NODEID", "0") or 0)
     if node < len(counts):
         return counts[node]
     return max(1, world_size // int(environment.get("SLURM_NNODES", "1") or 1))

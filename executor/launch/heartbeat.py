@@ -8,6 +8,7 @@ is stopped, whose machine is gone, or that holds the interpreter's lock.
 
 from __future__ import annotations
 
+import enum
 import json
 import signal
 import threading
@@ -23,12 +24,25 @@ from executor.launch.store import BROKEN, first_line, soon
 BEAT_S = 0.5
 LOST_S = 6.0
 """A launcher that is silent for so long is gone, or its network is. With what ending takes (processes.GRACE_S,
-job.TOLD_S) everything is over within 10 s."""
+job.FAREWELL_S) everything is over within 10 s."""
 STARTUP_S = 60.0
 """More patience with a rank's first sign of life: Python and torch are read from disk before it."""
 POST_S = 1.0
 FAULT = "fault"
 _SECONDARY = (signal.SIGTERM, signal.SIGABRT)  # how ranks end that were told to, or that lost a peer
+
+
+class Kind(enum.IntEnum):
+    """Of faults that are noticed together the smallest is the cause, and the others follow from it."""
+
+    KILLED = 0
+    """A rank by a signal from outside, or the launcher."""
+    MISTAKE = 1
+    """The user's."""
+    RAISED = 2
+    """A rank, the first of its job to do so; or it ended without a word."""
+    FOLLOWED = 3
+    """A rank that raised after another, or that was told to end."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +56,7 @@ class Fault:
     """The failing rank's log, a path on its node."""
     tail: tuple[str, ...] = ()
     """The last lines of that log."""
-    weight: int = 2
-    """Of faults that are noticed together the one of the least weight is the cause, the others follow from it: 0 a
-    rank was killed, 1 the user's mistake, 2 a rank raised, 3 it did after another, or was told to end."""
+    kind: Kind = Kind.RAISED
     own_status: int | None = None
     lost_node: int | None = None
     """The node that gives no sign of life, which nobody waits for."""
@@ -55,25 +67,28 @@ class Fault:
     @classmethod
     def from_json(cls, text: str | bytes) -> Fault:
         fields = json.loads(text)
-        return cls(**{**fields, "tail": tuple(fields["tail"]), "own_status": None})
+        return cls(**{**fields, "tail": tuple(fields["tail"]), "kind": Kind(fields["kind"]), "own_status": None})
 
 
-def fault_of_exit(rank: int, name: str, code: int, told: dict[str, Any] | None, log: str, tail: Iterable[str]) -> Fault:
-    """The fault of a rank, called `name`, that has ended: `code` is Popen's (-9: by signal 9), `told` its outcome.
+def fault_of_exit(
+    rank: int, name: str, code: int, outcome: dict[str, Any] | None, log: str, tail: Iterable[str]
+) -> Fault:
+    """The fault of a rank, called `name`, that has ended: `code` is Popen's (-9: by signal 9), `outcome` what it
+    has left in the store (rank.outcome_of).
 
     A rank that reports a UserError makes the job's status 2, and its words are the whole message.
     """
     if code < 0:
         killer = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         hint = "; if nobody did that, the machine ran out of memory (see dmesg)" if killer == "SIGKILL" else ""
-        weight = 3 if -code in _SECONDARY else 0
-        return Fault(f"{name} was killed by {killer}{hint}", 1, rank, log, tuple(tail), weight)
-    words = (told or {}).get("error")
+        kind = Kind.FOLLOWED if -code in _SECONDARY else Kind.KILLED
+        return Fault(f"{name} was killed by {killer}{hint}", 1, rank, log, tuple(tail), kind)
+    words = (outcome or {}).get("error")
     if code == 2 and words:
-        return Fault(words, 2, rank, log, weight=1)
+        return Fault(words, 2, rank, log, kind=Kind.MISTAKE)
     reason = f"failed: {words}" if words else f"ended with exit status {code} and no word"
-    weight = 3 if words and not told.get("is_first") else 2
-    return Fault(f"{name} {reason}", 1, rank, log, tuple(tail), weight)
+    kind = Kind.FOLLOWED if words and not outcome.get("is_first") else Kind.RAISED
+    return Fault(f"{name} {reason}", 1, rank, log, tuple(tail), kind)
 
 
 def hang_of(name: str, timeout_s: int) -> str:
@@ -82,8 +97,8 @@ def hang_of(name: str, timeout_s: int) -> str:
 
 def post(store: Store, fault: Fault) -> Fault:
     """Make `fault` the job's, unless it has one; returns the job's. A store that does not answer is not waited for."""
-    said = soon(lambda: Fault.from_json(store.compare_set(FAULT, "", fault.to_json())), POST_S)
-    return fault if said is None or said.summary == fault.summary else said
+    first = soon(lambda: Fault.from_json(store.compare_set(FAULT, "", fault.to_json())), POST_S)
+    return fault if first is None or first.summary == fault.summary else first
 
 
 def rank_beat(rank: int) -> str:
@@ -97,8 +112,8 @@ def node_beat(node: int) -> str:
 
 
 class _Awake:
-    """A clock that a pause of this process (Ctrl-Z, a suspended machine) moves by one second at most: who was away
-    cannot say that the others were silent."""
+    """A clock that counts a pause of this process (Ctrl-Z, a suspended machine) as one second at most. During a pause
+    no beat is read, so the time that it took must not count as the silence of others."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -115,20 +130,20 @@ class _Awake:
 
 class Heartbeat(threading.Thread):
     """Beats for one launcher or rank, and notes the beats of those it watches; what is done about it is its owner's
-    business. `store` is its own connection, `own` the key of its beats, `watched` the keys it reads.
+    business. `store` is a connection for this thread alone, `key` that of its beats, `watched` the keys it reads.
 
-    `told` is the job's fault when there is one, `broken` the reason when the store is gone.
+    `fault` is the job's when there is one, `broken` the reason when the store is gone.
     """
 
-    def __init__(self, store: Store, own: str, watched: Iterable[str] = ()) -> None:
+    def __init__(self, store: Store, key: str, watched: Iterable[str] = ()) -> None:
         super().__init__(name="store: heartbeat", daemon=True)
-        self._store, self._own = store, own
+        self._store, self._key = store, key
         self._watched = list(watched)
         self._awake = _Awake()
         self._began = self._round_at = self._awake()
         self._last: dict[str, tuple[bytes, float]] = {}  # a watched key: its value, and when that was new
         self._stopped = threading.Event()
-        self.told: Fault | None = None
+        self.fault: Fault | None = None
         self.broken: str | None = None
 
     def stop(self) -> None:
@@ -162,14 +177,14 @@ class Heartbeat(threading.Thread):
         try:
             while not self._stopped.is_set():
                 count += 1
-                self._store.set(self._own, str(count))
+                self._store.set(self._key, str(count))
                 for key in self._watched:
                     if self._store.check([key]):
                         value = self._store.get(key)
                         if self._last.get(key, (None,))[0] != value:
                             self._last[key] = (value, self._awake())
-                if self.told is None and self._store.check([FAULT]):
-                    self.told = Fault.from_json(self._store.get(FAULT))
+                if self.fault is None and self._store.check([FAULT]):
+                    self.fault = Fault.from_json(self._store.get(FAULT))
                 self._round_at = self._awake()
                 self._stopped.wait(BEAT_S)
         except BROKEN as error:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from dataclasses import replace
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,37 +25,38 @@ from executor.errors import UserError
 from executor.host.env import REPO_ROOT, code_digest
 from executor.host.machine import Machine
 from executor.host.nodes import is_address, parse_set_env
+from executor.host.streams import reader_is_gone
 from executor.launch import store as stores
 from executor.launch.heartbeat import (
     LOST_S,
-    STARTUP_S,
     Fault,
     Heartbeat,
+    Kind,
     fault_of_exit,
     hang_of,
     node_beat,
     post,
-    rank_beat,
 )
-from executor.launch.options import network_options, rank_options
-from executor.launch.plan import LOCAL_ADDRESS, SET_ENV, NodePlan, plan_nodes
-from executor.launch.preflight import PROBLEM, Card, agree, check_rival, exchange, take_place
+from executor.launch.layout import LOCAL_ADDRESS, SET_ENV, Layout, lay_out
+from executor.launch.options import in_words, network_options, rank_options
+from executor.launch.preflight import PROBLEM, Card, Rivals, agree, exchange, take_place
 from executor.launch.processes import Follower, RankProcess, end_all, start_rank
 from executor.launch.rank import outcome_of
+from executor.launch.watch import Watch, watched_node, watched_rank
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import resolve_device
 
 logger = logging.getLogger(__name__)
 
 WATCH_S = 0.1
-SETTLE_S = (0.0, 0.0, 1.0, 2.0)
-"""By a fault's weight: after a rank's exception its peer, perhaps on another node, may turn out to be the cause."""
-TOLD_S = 1.0
+SETTLE_S = {Kind.KILLED: 0.0, Kind.MISTAKE: 0.0, Kind.RAISED: 1.0, Kind.FOLLOWED: 2.0}
+"""How long the launcher waits for a fault that explains the one it has seen: a rank raises when its peer dies, and may
+be noticed first."""
+FAREWELL_S = 1.0
 """How long the master stays for the others to learn why the job ends."""
 LEAVE_S = 5.0
-TELL_S = 10.0
-"""A node that is not part of the job tries so long to tell the master."""
-RIVAL_S = 1.0
+REPORT_S = 10.0
+"""How long a node that cannot take part tries to say so to the master."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 Document = dict[str, Any]
@@ -74,30 +75,30 @@ def start_job(
     device = resolve_device(recipe).model.device
     entries = node_entries(machine)
     try:
-        plan = plan_nodes(recipe, device, entries, machine)
+        layout = lay_out(recipe, device, entries, machine)
     except UserError as error:
-        _tell_master(entries, machine, str(error))
+        _report_to_master(entries, machine, str(error))
         raise
-    options = rank_options(recipe, device, len(plan.ranks)) | network_options(plan, device, machine)
-    return Job(recipe, command, argv, plan, options, check).run()
+    options = rank_options(recipe, device, len(layout.ranks)) | network_options(layout, device, machine)
+    return Job(recipe, command, argv, layout, options, check).run()
 
 
 def node_entries(machine: Machine) -> tuple[str, ...]:
     """The entries of IPs in set_env.sh: as infer.sh hands them over, else as the file has them."""
-    told = machine.environment.get("RECIPE_NODES")
-    if told is not None:
-        return tuple(told.replace(",", " ").split())
+    entries = machine.environment.get("RECIPE_NODES")
+    if entries is not None:
+        return tuple(entries.replace(",", " ").split())
     return parse_set_env(machine.read(str(REPO_ROOT / SET_ENV)) or "").ips
 
 
-def _tell_master(entries: tuple[str, ...], machine: Machine, reason: str) -> None:
+def _report_to_master(entries: tuple[str, ...], machine: Machine, reason: str) -> None:
     """Say to the nodes that may be waiting for this one why it does not come."""
     master = machine.resolve(entries[0]) if len(entries) > 1 and is_address(entries[0]) else None
     if master is None or machine.is_local(master):
         return
     port = machine.environment.get("MASTER_PORT", "")
     try:
-        stores.join(master, int(port) if port.isdigit() else stores.PORTS[0], TELL_S).set(PROBLEM, reason)
+        stores.join(master, int(port) if port.isdigit() else stores.PORTS[0], REPORT_S).set(PROBLEM, reason)
     except (UserError, *stores.BROKEN):
         return  # nobody is waiting yet; they will be told when they ask
 
@@ -118,15 +119,16 @@ class Job:
         recipe: Recipe,
         command: str,
         argv: Sequence[str],
-        plan: NodePlan,
+        layout: Layout,
         options: dict[str, str],
         check: Callable[[Recipe, int], Recipe],
     ) -> None:
         self._recipe, self._command, self._argv = recipe, command, argv
-        self._plan, self._options, self._check = plan, options, check
-        self._names = [f"node {address}" for address in plan.addresses] if plan.num_nodes > 1 else ["this node"]
+        self._layout, self._options, self._check = layout, options, check
+        self._names = [f"node {address}" for address in layout.addresses] if layout.num_nodes > 1 else ["this node"]
         self._store: Any = None
         self._heart: Heartbeat | None = None
+        self._watch: Watch | None = None
         self._ranks: list[RankProcess] = []
         self._follower: Follower | None = None
         self._faults: dict[int, Fault] = {}  # of ranks of this node that have ended badly, the first one _failed_at
@@ -178,38 +180,40 @@ class Job:
     # Before the ranks
 
     def _join(self) -> None:
-        plan = self._plan
-        if plan.node == 0:
-            self._store, port = self._await(lambda: stores.serve(plan.master, plan.port, Machine()))
-            self._plan = plan = replace(plan, port=port)
+        layout = self._layout
+        if layout.node == 0:
+            self._store, port = self._await(lambda: stores.serve(layout.master, layout.port, Machine()))
+            self._layout = layout = replace(layout, port=port)
         else:
-            self._store = self._await(lambda: stores.join(plan.master, plan.port))
-        self._await(lambda: take_place(self._store, plan.node, self._names, plan.in_words))
-        others = [node_beat(node) for node in range(plan.num_nodes) if node != plan.node]
-        store = self._await(lambda: stores.connect(plan.master, plan.port))
-        self._heart = Heartbeat(store, node_beat(plan.node), others)
+            self._store = self._await(lambda: stores.join(layout.master, layout.port))
+        self._await(lambda: take_place(self._store, layout.node, self._names, layout.in_words))
+        store = self._await(lambda: stores.connect(layout.master, layout.port))
+        self._heart = Heartbeat(store, node_beat(layout.node))
+        others = (node for node in range(layout.num_nodes) if node != layout.node)
+        watched = [watched_node(node, partial(self._lost_node, node)) for node in others]
+        self._watch = Watch(self._heart, self._lost_master, watched, LOST_S)
         self._heart.start()
 
     def _preflight(self) -> Path:
         """The folder of this node's logs, when all nodes have agreed to start."""
-        plan, store = self._plan, self._store
-        if plan.node == 0:
+        layout, store = self._layout, self._store
+        if layout.node == 0:
             now = time.time()  # to the millisecond: jobs may be started in one breath
             started = time.strftime("%Y%m%d-%H%M%S", time.localtime(now)) + f"-{int(now % 1 * 1000):03d}"
             self._await(lambda: store.set("started", started))
-        rivals = _Rivals(plan) if plan.node == 0 else lambda missing: None
-        agree(self._await(lambda: exchange(store, plan.node, self._names, self._card, rivals)))
+        rivals = Rivals(layout) if layout.node == 0 else lambda missing: None
+        agree(self._await(lambda: exchange(store, layout.node, self._names, self._card, rivals)))
         started = self._await(lambda: store.get("started").decode())
         folder = self._log_root() / started
         folder.mkdir(parents=True, exist_ok=True)
-        where = f"{plan.num_nodes} nodes ({', '.join(plan.addresses)})" if plan.num_nodes > 1 else "this node"
-        logger.info("%d ranks on %s; logs in %s", plan.world_size, where, folder)
+        where = f"{layout.num_nodes} nodes ({', '.join(layout.addresses)})" if layout.num_nodes > 1 else "this node"
+        logger.info("%d ranks on %s; logs in %s", layout.world_size, where, folder)
         return folder
 
     def _card(self) -> Card:
         recipe, problem = self._recipe, ""
         try:
-            recipe = self._check(self._recipe, len(self._plan.ranks))
+            recipe = self._check(self._recipe, len(self._layout.ranks))
             self._log_root().mkdir(parents=True, exist_ok=True)
         except UserError as error:
             problem = str(error)
@@ -218,31 +222,38 @@ class Job:
         except Exception as error:  # whatever it is, the other nodes must not wait for this one
             logger.exception("this node cannot start")
             problem = f"{type(error).__name__}: {error}"
-        name = self._names[self._plan.node]
+        name = self._names[self._layout.node]
         return Card(name, self._command, code_digest(), recipe.model_dump(mode="json", by_alias=True), problem)
 
     def _log_root(self) -> Path:
         return Path(self._recipe.model.output_path) / "logs"
 
     def _start_ranks(self, folder: Path) -> None:
-        plan = self._plan
-        own = {
-            "WORLD_SIZE": str(plan.world_size),
-            "LOCAL_WORLD_SIZE": str(len(plan.ranks)),
-            "MASTER_ADDR": plan.master,
-            "MASTER_PORT": str(plan.port),
+        layout = self._layout
+        place_in_job = {
+            "WORLD_SIZE": str(layout.world_size),
+            "LOCAL_WORLD_SIZE": str(len(layout.ranks)),
+            "MASTER_ADDR": layout.master,
+            "MASTER_PORT": str(layout.port),
             # This process has opened the store: torch.distributed's env:// joins it (as under torchrun).
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
             "RECIPE_LAUNCHER": str(os.getpid()),
         }
-        variables = self._options | Machine().environment | own
-        for local, rank in enumerate(plan.ranks):
+        users = Machine().environment
+        added = {name: value for name, value in self._options.items() if name not in users}
+        logger.info("environment of the ranks: %s", in_words(added))
+        variables = added | users | place_in_job
+        for local, rank in enumerate(layout.ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(local)}
             self._ranks.append(start_rank(rank, self._argv, variables | place, folder))
-        if plan.node == 0:
+        if layout.node == 0:
             self._follower = Follower(self._ranks[0].log)
-        self._heart.watch(rank_beat(rank) for rank in plan.ranks)
+        timeout_s = self._recipe.parallel.hang_timeout_s
+        self._watch.add(
+            watched_rank(rank.rank, timeout_s, partial(self._hanging, rank), partial(_has_ended, rank))
+            for rank in self._ranks
+        )
 
     # The watch
 
@@ -250,96 +261,92 @@ class Job:
         """Raise _Over for the first fault there is."""
         self._copy_log()
         if self._signal:
-            where = f" on node {self._plan.address}" if self._plan.address != LOCAL_ADDRESS else ""
-            summary = f"interrupted by {signal.Signals(self._signal).name}{where}"
-            raise _Over(Fault(summary, weight=0, own_status=128 + self._signal))
-        if self._heart is None:
+            where = f" on node {self._layout.address}" if self._layout.address != LOCAL_ADDRESS else ""
+            saved = self._recipe.data.results_path
+            resume = f"; the answers so far are in {saved}, and the same command goes on from there" if saved else ""
+            summary = f"interrupted by {signal.Signals(self._signal).name}{where}{resume}"
+            raise _Over(Fault(summary, kind=Kind.KILLED, own_status=128 + self._signal))
+        if self._watch is None:
             return
-        if self._heart.told:
-            raise _Over(self._heart.told)
-        self._look_at_ranks()
-        self._look_for_silence()
+        if not self._heart.fault:  # what ended here says more than who is silent
+            self._look_at_ranks()
+        fault = self._watch.look()
+        if fault:
+            raise _Over(fault)
 
     def _look_at_ranks(self) -> None:
         for rank in self._ranks:
             if rank.exit_code and rank.rank not in self._faults:
                 self._failed_at = min(self._failed_at, time.monotonic())
                 self._faults[rank.rank] = self._fault_of_rank(rank)
-        cause = min(self._faults.values(), key=lambda fault: fault.weight, default=None)
-        if cause and time.monotonic() - self._failed_at >= SETTLE_S[cause.weight]:
+        cause = min(self._faults.values(), key=lambda fault: fault.kind, default=None)
+        if cause and time.monotonic() - self._failed_at >= SETTLE_S[cause.kind]:
             raise _Over(cause)
 
     def _fault_of_rank(self, rank: RankProcess) -> Fault:
-        told = stores.soon(lambda: outcome_of(self._store, rank.rank), 0.5) if rank.exit_code > 0 else None
-        return fault_of_exit(rank.rank, self._rank_name(rank), rank.exit_code, told, str(rank.log), rank.tail())
+        outcome = stores.soon(lambda: outcome_of(self._store, rank.rank), 0.5) if rank.exit_code > 0 else None
+        return fault_of_exit(rank.rank, self._rank_name(rank), rank.exit_code, outcome, str(rank.log), rank.tail())
 
-    def _look_for_silence(self) -> None:
-        """A node, the store, or a rank of this node that gives no sign of life."""
-        heart, plan = self._heart, self._plan
-        if heart.broken or heart.stuck_s > LOST_S:
-            raise _Over(self._lost_master(heart.broken or f"no answer for {heart.stuck_s:.0f} s"))
-        for node, address in enumerate(plan.addresses):
-            if node != plan.node and heart.silence_s(node_beat(node)) > LOST_S:
-                words = f"no sign of life for {LOST_S:.0f} s: its launcher or the network is gone; see what it printed"
-                raise _Over(Fault(f"node {address}: {words}", lost_node=node))
-        timeout_s = self._recipe.parallel.hang_timeout_s
-        for rank in self._ranks:
-            if rank.exit_code is None and heart.silence_s(rank_beat(rank.rank), STARTUP_S) > timeout_s:
-                why = f": {rank.state}" if rank.state else ""
-                summary = f"{hang_of(self._rank_name(rank), timeout_s)}{why}"
-                raise _Over(Fault(summary, rank=rank.rank, log=str(rank.log), tail=rank.tail()))
+    def _lost_node(self, node: int) -> Fault:
+        words = f"no sign of life for {LOST_S:.0f} s: its launcher or the network is gone; see what it printed"
+        return Fault(f"node {self._layout.addresses[node]}: {words}", lost_node=node)
+
+    def _hanging(self, rank: RankProcess) -> Fault:
+        why = f": {rank.state}" if rank.state else ""
+        summary = f"{hang_of(self._rank_name(rank), self._recipe.parallel.hang_timeout_s)}{why}"
+        return Fault(summary, rank=rank.rank, log=str(rank.log), tail=rank.tail())
 
     def _rank_name(self, rank: RankProcess) -> str:
-        return f"rank {rank.rank}" + (f" on node {self._plan.address}" if self._plan.num_nodes > 1 else "")
+        return f"rank {rank.rank}" + (f" on node {self._layout.address}" if self._layout.num_nodes > 1 else "")
 
     def _lost_master(self, why: str) -> Fault:
-        words = f"has lost the master {self._plan.master} ({why}): its launcher or the network is gone"
-        return Fault(f"node {self._plan.address} {words}; see what it printed", lost_node=0)
+        words = f"has lost the master {self._layout.master} ({why}): its launcher or the network is gone"
+        return Fault(f"node {self._layout.address} {words}; see what it printed", lost_node=0)
 
     # The end
 
     def _finish(self) -> tuple[Document, int]:
         """All ranks of this node have ended well: wait for the other nodes', and take the result of rank 0."""
-        plan, store = self._plan, self._store
+        layout, store = self._layout, self._store
         for rank in self._ranks:
             if self._await(lambda rank=rank: outcome_of(store, rank.rank)) is None:
                 raise _Over(Fault(f"{self._rank_name(rank)} ended without a result", 1, rank.rank, str(rank.log)))
-        self._await(lambda: store.set(f"finished/{plan.node}", "yes"))
-        keys = [f"finished/{node}" for node in range(plan.num_nodes)]
+        self._await(lambda: store.set(f"finished/{layout.node}", "yes"))
+        keys = [f"finished/{node}" for node in range(layout.num_nodes)]
         self._await(lambda: stores.wait_for(store, keys, inf, _waiting_for_nodes))
-        told = self._await(lambda: outcome_of(store, 0))
+        outcome = self._await(lambda: outcome_of(store, 0))
         self._copy_log()
         self._leave(LEAVE_S)
-        if plan.node == 0:
-            return told["document"], told["status"]
-        return self._document() | {"ok": told["status"] == 0}, told["status"]
+        if layout.node == 0:
+            return outcome["document"], outcome["status"]
+        return self._document() | {"ok": outcome["status"] == 0}, outcome["status"]
 
     def _end(self, fault: Fault) -> tuple[Document, int]:
         """End this node's part of the job, tell the other nodes why, and say it."""
-        is_master, lost = self._plan.node == 0, fault.lost_node
-        if self._store is not None and (is_master or lost != 0) and fault is not (self._heart and self._heart.told):
+        is_master, lost = self._layout.node == 0, fault.lost_node
+        if self._store is not None and (is_master or lost != 0) and fault is not (self._heart and self._heart.fault):
             fault = replace(post(self._store, fault), own_status=fault.own_status)
         if not is_master and lost != 0:
             self._leave(0)  # it knows; the master need not wait for its ranks to end
         end_all(self._ranks)
         self._copy_log()
         if is_master:
-            self._leave(TOLD_S, without=lost)
-        document = self._document() if self._plan.node else {"command": self._command}
+            self._leave(FAREWELL_S, without=lost)
+        document = self._document() if self._layout.node else {"command": self._command}
         document["error"] = self._report(fault)
-        if self._plan.node:
+        if self._layout.node:
             document["ok"] = False
         return document, fault.own_status or fault.status
 
     def _leave(self, patience_s: float, without: int | None = None) -> None:
         """The master goes last, as its process holds the store that the others read: it waits for those who are not
         known to be lost."""
-        plan, store = self._plan, self._store
-        if store is None or plan.num_nodes == 1:
+        layout, store = self._layout, self._store
+        if store is None or layout.num_nodes == 1:
             return
-        stores.soon(lambda: store.set(f"left/{plan.node}", "yes"), TOLD_S)
-        if plan.node == 0:
-            others = [f"left/{node}" for node in range(plan.num_nodes) if node != without]
+        stores.soon(lambda: store.set(f"left/{layout.node}", "yes"), FAREWELL_S)
+        if layout.node == 0:
+            others = [f"left/{node}" for node in range(layout.num_nodes) if node != without]
             stores.soon(lambda: stores.wait_for(store, others, patience_s), patience_s)
 
     def _copy_log(self) -> None:
@@ -348,10 +355,14 @@ class Job:
 
     def _report(self, fault: Fault) -> str:
         """Say on the screen why the job ends; returns it in one line."""
+        if reader_is_gone():  # `| head -1`: the job ends as any Unix tool does
+            return fault.summary
         print(f"error: {fault.summary}", file=sys.stderr)
         if fault.status == 2 or fault.log is None:
             return fault.summary
-        where = f"{fault.log} on node {self._plan.address_of(fault.rank)}" if self._plan.num_nodes > 1 else fault.log
+        where = (
+            f"{fault.log} on node {self._layout.address_of(fault.rank)}" if self._layout.num_nodes > 1 else fault.log
+        )
         print(f"its log: {where}", file=sys.stderr)
         if not (fault.rank == 0 and self._follower):  # then they are on the screen
             for line in fault.tail:
@@ -359,33 +370,12 @@ class Job:
         return f"{fault.summary}; log: {where}"
 
     def _document(self) -> Document:
-        return {"command": self._command, "node": self._plan.node, "ranks": list(self._plan.ranks)}
+        return {"command": self._command, "node": self._layout.node, "ranks": list(self._layout.ranks)}
+
+
+def _has_ended(rank: RankProcess) -> bool:
+    return rank.exit_code is not None
 
 
 def _waiting_for_nodes(keys: list[str]) -> str:
     return f"waiting for node(s) {', '.join(key.split('/')[1] for key in keys)} to finish"
-
-
-class _Rivals:
-    """Looks, while the master waits, whether another node takes itself for the master: IPs in another order there.
-
-    Both would wait for each other until they give up.
-    """
-
-    def __init__(self, plan: NodePlan) -> None:
-        self._plan = plan
-        self._looked_at = 0.0
-
-    def __call__(self, missing: list[int]) -> None:
-        """UserError, there too, when one of the missing nodes is one."""
-        if time.monotonic() - self._looked_at < RIVAL_S:
-            return
-        self._looked_at = time.monotonic()
-        for address in (self._plan.addresses[node] for node in missing):
-            try:
-                with socket.create_connection((address, self._plan.port), timeout=0.5):
-                    pass
-                rival = stores.connect(address, self._plan.port)
-                check_rival(rival, f"node {self._plan.master}", self._plan.in_words)
-            except stores.BROKEN:
-                continue  # nobody there, or something that is no store

@@ -6,14 +6,20 @@ Sources: the HCCL and Ascend Extension for PyTorch chapters of the CANN document
 from __future__ import annotations
 
 import ctypes.util
+import logging
 import os
 import re
+import sys
 from collections.abc import Mapping
 
+from executor.host.env import set_where_unset
+from executor.host.limits import host_cores
 from executor.host.machine import Machine
 from executor.host.npu_smi import A2, A3
-from executor.launch.plan import NodePlan
+from executor.launch.layout import Layout
 from executor.recipe.schema import Recipe
+
+logger = logging.getLogger(__name__)
 
 HCCL_CONNECT_TIMEOUT_S = 1200  # ranks read their weights at different speeds before they meet
 HCCL_EXEC_TIMEOUT_S = 1800
@@ -22,9 +28,27 @@ HCCL_EXEC_TIMEOUT_S = 1800
 def rank_options(recipe: Recipe, device: str, local_ranks: int) -> dict[str, str]:
     """What the `local_ranks` ranks of a node get. `device` is the recipe's with `auto` settled."""
     if device != "npu":
-        cores = len(os.sched_getaffinity(0))  # which the ranks share
-        return {"OMP_NUM_THREADS": str(max(1, cores // local_ranks))}
+        return {"OMP_NUM_THREADS": str(max(1, host_cores() // local_ranks))}
     return npu_options(recipe.model.soc, ctypes.util.find_library("jemalloc"))
+
+
+def in_words(variables: Mapping[str, str]) -> str:
+    """For the log."""
+    return ", ".join(f"{name}={value}" for name, value in sorted(variables.items())) or "nothing to add"
+
+
+def apply(options: Mapping[str, str]) -> None:
+    """Set what the user has not set in this process, which has not imported torch yet, and log it.
+
+    A library is preloaded when a process starts: where LD_PRELOAD is among them this process begins anew, with all of
+    them in its environment, which takes a moment once.
+    """
+    added = set_where_unset(options)
+    logger.info("environment: %s", in_words(added))
+    if "LD_PRELOAD" in added:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def npu_options(soc: str | None, jemalloc: str | None) -> dict[str, str]:
@@ -48,19 +72,19 @@ def npu_options(soc: str | None, jemalloc: str | None) -> dict[str, str]:
     return options
 
 
-def network_options(plan: NodePlan, device: str, machine: Machine) -> dict[str, str]:
+def network_options(layout: Layout, device: str, machine: Machine) -> dict[str, str]:
     """The way of gloo, and on NPUs of HCCL, to the other nodes; a job of one node stays on the loopback.
 
     Where `ip` is missing the interface is left to the libraries, whose own choice is the first that looks right.
     HCCL_IF_IP outranks HCCL_SOCKET_IFNAME, so it is left out where the user has chosen an interface.
     """
-    if plan.num_nodes == 1:
+    if layout.num_nodes == 1:
         return {"GLOO_SOCKET_IFNAME": "lo"}
-    routed = machine.run(["ip", "route", "get", plan.master], 10)
-    name = interface(routed.stdout if routed else "", machine.addresses(), plan.address)
+    routed = machine.run(["ip", "route", "get", layout.master], 10)
+    name = interface(routed.stdout if routed else "", machine.addresses(), layout.address)
     options = {"GLOO_SOCKET_IFNAME": name} if name else {}
     if device == "npu" and "HCCL_SOCKET_IFNAME" not in machine.environment:
-        options["HCCL_IF_IP"] = plan.address
+        options["HCCL_IF_IP"] = layout.address
         if name:
             options["HCCL_SOCKET_IFNAME"] = name
     return options

@@ -6,6 +6,8 @@ Under another launcher every rank takes part, with us every node's launcher: a m
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import inf
@@ -14,11 +16,16 @@ from typing import Any
 from torch.distributed import Store
 
 from executor.errors import UserError
-from executor.launch.store import JOIN_S, wait_for
+from executor.launch.layout import Layout
+from executor.launch.store import BROKEN, JOIN_S, connect, wait_for
 
 PROBLEM = "problem"
 """The key under which someone who cannot take part in the job says why. Of no effect once the job has started: it may
 be someone who has taken a running job for his own."""
+
+
+RIVAL_S = 1.0
+"""Between two looks for another master."""
 
 
 @dataclass(frozen=True)
@@ -148,3 +155,28 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str
         for key in sorted(ours[section].keys() | theirs[section].keys())
         if ours[section].get(key) != theirs[section].get(key)
     ]
+
+
+class Rivals:
+    """Looks, while the master waits, whether another node takes itself for the master: IPs in another order there.
+
+    Both would wait for each other until they give up.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._looked_at = 0.0
+
+    def __call__(self, missing: list[int]) -> None:
+        """UserError, there too, when one of the missing nodes is one."""
+        if time.monotonic() - self._looked_at < RIVAL_S:
+            return
+        self._looked_at = time.monotonic()
+        for address in (self._layout.addresses[node] for node in missing):
+            try:
+                with socket.create_connection((address, self._layout.port), timeout=0.5):
+                    pass
+                rival = connect(address, self._layout.port)
+                check_rival(rival, f"node {self._layout.master}", self._layout.in_words)
+            except BROKEN:
+                continue  # nobody there, or something that is no store

@@ -14,19 +14,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from executor.errors import UserError
-from executor.host.env import code_digest, environment, rank_place, set_always, set_where_unset
+from executor.host.env import code_digest, environment, rank_place, set_always
 from executor.launch.foreign import check_world, rank_variables
 from executor.launch.processes import die_with_parent
 from executor.recipe.schema import Recipe
 
 if TYPE_CHECKING:  # torch takes seconds to import; a mistake in the command line need not wait for it
     from executor.launch.heartbeat import Heartbeat
+    from executor.launch.watch import Watch
 
 WATCH_S = 0.2
-TOLD_S = 1.0
+FAREWELL_S = 1.0
 """How long the rank that holds the store stays for the others to learn why the job ends."""
 
 Document = dict[str, Any]
@@ -56,12 +58,12 @@ class Rank:
 
         From here on RANK and its companions are in the environment, and only rank 0 can write to stdout.
         """
-        told = environment()
-        variables = rank_variables(told)
+        inherited = environment()
+        variables = rank_variables(inherited)
         if not variables:
             return None
         set_always(variables)
-        launcher = told.get("RECIPE_LAUNCHER")
+        launcher = inherited.get("RECIPE_LAUNCHER")
         if launcher is not None:
             die_with_parent(int(launcher))
         rank = cls(variables, launcher is not None)
@@ -82,15 +84,15 @@ class Rank:
         recipe: Recipe,
         command: str,
         check: Callable[[Recipe, int], Recipe],
-        options: Callable[[], dict[str, str]],
+        set_options: Callable[[], None],
     ) -> None:
         """Join the job: signs of life, and without our launcher the preflight, whose UserErrors every rank gets.
 
-        `options` gives the environment variables that our launcher would have set; the user's own stay.
+        `set_options` sets the environment variables that our launcher would have set; the user's own stay.
         """
         check_world(self._variables, recipe.parallel.world_size)
         if not self._has_launcher:
-            set_where_unset(options())
+            set_options()
         if self.place.world_size > 1:
             self._join(recipe, command, check)
         self._is_agreed = True
@@ -100,16 +102,15 @@ class Rank:
         from executor.launch.heartbeat import Heartbeat, rank_beat
 
         address, port = self._variables["MASTER_ADDR"], int(self._variables["MASTER_PORT"])
-        rank, world_size = self.place.rank, self.place.world_size
+        rank = self.place.rank
         self._is_host = rank == 0 and environment().get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._store = stores.connect(address, port, is_server=True) if self._is_host else stores.join(address, port)
-        watches = not self._has_launcher and rank == 0
-        watched = [rank_beat(other) for other in range(1, world_size)] if watches else []
-        self._heart = Heartbeat(stores.connect(address, port), rank_beat(rank), watched)
+        self._heart = Heartbeat(stores.connect(address, port), rank_beat(rank))
+        if not self._has_launcher:
+            watch = self._watch_others(recipe.parallel.hang_timeout_s if rank == 0 else None)
+            threading.Thread(target=self._keep_watch, args=(watch,), name="store: watch", daemon=True).start()
         self._heart.start()
         if not self._has_launcher:
-            timeout_s = recipe.parallel.hang_timeout_s
-            threading.Thread(target=self._watch, args=(timeout_s,), name="store: watch", daemon=True).start()
             self._preflight(recipe, command, check)
 
     def _preflight(self, recipe: Recipe, command: str, check: Callable[[Recipe, int], Recipe]) -> None:
@@ -129,20 +130,34 @@ class Rank:
         take_place(self._store, self.place.rank, names, f"{self.place.world_size} ranks")
         agree(exchange(self._store, self.place.rank, names, make_card))
 
-    def _watch(self, timeout_s: int) -> None:
+    def _watch_others(self, hang_timeout_s: int | None) -> Watch:
+        """What this rank does for want of a launcher of ours: it watches the store, and as rank 0 (which has a
+        `hang_timeout_s`) the other ranks."""
+        from executor.launch.heartbeat import Fault, hang_of
+        from executor.launch.watch import Watch, watched_rank
+
+        def hanging(rank: int) -> Fault:
+            return Fault(hang_of(f"rank {rank}", hang_timeout_s), rank=rank)
+
+        others = range(1, self.place.world_size) if hang_timeout_s is not None else ()
+        watched = [
+            watched_rank(rank, hang_timeout_s, partial(hanging, rank), partial(self._has_left, rank)) for rank in others
+        ]
+        return Watch(self._heart, lambda why: Fault(f"the job's store is gone ({why})"), watched)
+
+    def _keep_watch(self, watch: Watch) -> None:
         """End this process when the job is over, or its store gone. In a thread: the main one may wait for a peer."""
-        from executor.launch.heartbeat import STARTUP_S, Fault, hang_of, post, rank_beat
+        from executor.launch.heartbeat import post
 
         heart = self._heart
         while not heart.is_stopped:
             time.sleep(WATCH_S)
-            if heart.broken and not heart.is_stopped:
-                self._leave_at_once(f"the job's store is gone ({heart.broken})", 1)
-            if heart.told:
-                self._leave_at_once(heart.told.summary, heart.told.status)
-            for rank in range(1, self.place.world_size if self.place.rank == 0 else 0):
-                if heart.silence_s(rank_beat(rank), STARTUP_S) > timeout_s and not self._has_left(rank):
-                    post(self._store, Fault(hang_of(f"rank {rank}", timeout_s), rank=rank))
+            fault = watch.look()
+            if fault is None or heart.is_stopped:
+                continue
+            if heart.fault or heart.broken:
+                self._leave_at_once(fault.summary, fault.status)
+            post(self._store, fault)  # every rank reads it, this one too
 
     def _leave_at_once(self, reason: str, status: int) -> None:
         is_result = self._result.acquire(blocking=False)
@@ -151,7 +166,7 @@ class Rank:
         print(f"error: {reason}; rank {self.place.rank} ends", file=sys.stderr, flush=True)
         if self.place.rank == 0 and is_result:
             print(json.dumps({"command": "launch", "error": reason}, ensure_ascii=False), flush=True)
-            time.sleep(TOLD_S if self._is_host else 0)
+            time.sleep(FAREWELL_S if self._is_host else 0)
         os._exit(status)
 
     def _has_left(self, rank: int) -> bool:
@@ -180,11 +195,11 @@ class Rank:
             self._heart.stop()
         if self._store is not None:
             with _while_there_is_a_store():
-                told = {"document": document, "status": status, "error": document.get("error")}
+                outcome = {"document": document, "status": status, "error": document.get("error")}
                 if failed:
-                    me = str(self.place.rank)
-                    told["is_first"] = self._store.compare_set("first_failed", "", me).decode() == me
-                self._store.set(f"outcome/{self.place.rank}", json.dumps(told))
+                    name = str(self.place.rank)
+                    outcome["is_first"] = self._store.compare_set("first_failed", "", name).decode() == name
+                self._store.set(f"outcome/{self.place.rank}", json.dumps(outcome))
         return status if failed else 0
 
     def _tell_others(self, document: Document, status: int) -> tuple[Document, int]:
@@ -192,9 +207,9 @@ class Rank:
         from executor.launch.heartbeat import Fault, post
 
         words = str(document["error"])
-        own = Fault(words if status == 2 else f"rank {self.place.rank} failed: {words}", status)
-        fault = post(self._store, own)
-        if fault.summary == own.summary:
+        raised = Fault(words if status == 2 else f"rank {self.place.rank} failed: {words}", status)
+        fault = post(self._store, raised)
+        if fault.summary == raised.summary:
             return document, status
         print(f"error: {fault.summary}", file=sys.stderr, flush=True)
         return document | {"error": fault.summary}, fault.status
@@ -203,7 +218,7 @@ class Rank:
         """The rank that holds the store goes last."""
         self._store.set(f"left/{self.place.rank}", "yes")
         if self._is_host and failed:
-            time.sleep(TOLD_S)
+            time.sleep(FAREWELL_S)
         elif self._is_host:  # without limit: _watch ends this process when one of them hangs
             while not all(self._has_left(rank) for rank in range(1, self.place.world_size)):
                 time.sleep(0.05)

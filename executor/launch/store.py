@@ -5,6 +5,8 @@ A question to a store whose machine is gone may block for minutes, so whoever mu
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import socket
 import threading
@@ -30,6 +32,8 @@ JOIN_S = 600
 """How long everyone waits for each other; the commands are typed by hand on every node."""
 REMIND_S = 20
 POLL_S = 0.1
+BACKLOG = 512
+"""Connections that may wait: every rank of a big job comes at once."""
 BROKEN = (DistError, RuntimeError, OSError)
 """What a call raises when the store is gone."""
 
@@ -92,9 +96,28 @@ def connect(address: str, port: int, is_server: bool = False) -> Store:
         timeout=timedelta(seconds=CONNECT_S),
         wait_for_workers=False,
         multi_tenant=True,
+        master_listen_fd=_listen(address, port) if is_server else None,
     )
     store.set_timeout(timedelta(seconds=ANSWER_S))
     return PrefixStore("recipe", store)
+
+
+def _listen(address: str, port: int) -> int:
+    """A socket, which the store takes over, that listens on `address` alone: left to itself a store, which asks for no
+    password, listens on every network of the machine."""
+    family, kind, protocol, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    with contextlib.closing(socket.socket(family, kind, protocol)) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(where)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            # A name that leads here by way of another machine (a service's), which torchrun or Slurm has given.
+            logger.warning("%s is no address of this machine: the job's store listens on all of its networks", address)
+            server.bind(("", port))
+        server.listen(BACKLOG)
+        return server.detach()
 
 
 def wait_for(

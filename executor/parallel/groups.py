@@ -22,8 +22,8 @@ from executor.recipe.schema import Recipe
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 PATIENCE = timedelta(days=365)
-"""Of what waits for people or files (the next plan, another replica's media). Ranks that are gone are the launcher's
-to notice."""
+"""Timeout of collectives whose other side may rightly take hours: it waits for a request, or reads another replica's
+files. That a rank is gone is noticed by the launcher, not by this timeout."""
 SUMS_MB = 200  # what is sent by prefill: tokens of a step by hidden size
 ROWS_MB = 100  # gathered for experts: one replica's tokens
 
@@ -45,7 +45,8 @@ class Traffic:
 class Group:
     """The ranks that share one collective. `handle` is torch.distributed's process group, None at size 1.
 
-    `rank` is the place in the group. A place without a handle (size above 1) tells which part a rank holds, no more.
+    `rank` is the place in the group. At a size above 1 a group without a handle says which part of the weights a rank
+    holds, and cannot communicate.
     """
 
     rank: int = 0

@@ -6,7 +6,7 @@ Knows the schema only as a pydantic class whose fields are the sections; checks 
 import re
 import types
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from executor.errors import UserError, nearest
 from executor.host.env import find_path
+from executor.recipe.place import find_recipe, split_override
 
 
 class _Loader(yaml.SafeLoader):
@@ -38,13 +39,9 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The top-level mapping of a YAML file. UserError when it is missing, empty, not YAML or not a mapping."""
-    found = find_path(path)
-    if found.is_dir():
-        raise UserError(f"{path} is a folder; a recipe is a YAML file, e.g. config/quickstart.yaml")
+    found = find_recipe(path)
     try:
         text = found.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"there is no recipe {path}{_neighbours(found)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the recipe {path} cannot be read: {error}") from error
     try:
@@ -61,13 +58,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def parse_override(text: str, schema: type[BaseModel]) -> tuple[str, str, Any]:
     """`section.key=value` as (section, key, value). UserError for another form or a name the schema lacks.
 
-    The value is read as YAML, except that a text field takes the words as they stand ("Where is it: left?").
+    The value is read as YAML, except that a text field takes the words as they stand ("Where is it: left?"), and so
+    does a list of texts where the value is one file or has no brackets.
     """
-    name, equals, raw = text.partition("=")
-    section_name, dot, key = name.strip().partition(".")
+    name, raw = split_override(text)
+    section_name, dot, key = name.partition(".")
     sections = {field.alias: field.annotation for field in schema.model_fields.values()}
-    if not equals or not name.strip():
-        raise UserError(f"--set {text}: the form is section.key=value, e.g. --set generation_config.max_new_tokens=64")
     if not dot:
         owners = [alias for alias, section in sections.items() if section_name in section.model_fields]
         wanted = f"{owners[0]}.{section_name}={raw}" if owners else "section.key=value"
@@ -92,26 +88,55 @@ def unknown_key(key: str, section_name: str, sections: dict[str, type[BaseModel]
 
 
 def _parse_value(raw: str, field: FieldInfo, text: str) -> Any:
-    is_union = isinstance(field.annotation, types.UnionType)
-    kinds = get_args(field.annotation) if is_union else (field.annotation,)
+    kinds = _kinds(field.annotation)
+    is_list_of_texts = any(get_origin(kind) is tuple and str in _kinds(get_args(kind)[0]) for kind in kinds)
     stripped = raw.strip()
-    if str in kinds:
-        if type(None) in kinds and stripped in ("", "null", "~"):
+    if str in kinds or is_list_of_texts:
+        if stripped in ("null", "~") and type(None) in kinds:
             return None
-        if stripped[:1] not in ("'", '"') or stripped[:1] != stripped[-1:] or len(stripped) < 2:
+        if _is_file(raw) or is_list_of_texts and stripped[:1] == "[" and _is_file(stripped[1:-1]):
+            return raw if _is_file(raw) else stripped[1:-1]  # whatever marks of YAML its name has
+        is_quoted = stripped[:1] in ("'", '"') and stripped[:1] == stripped[-1:] and len(stripped) > 1
+        if not is_quoted and not (is_list_of_texts and stripped[:1] == "["):
             return raw
     try:
-        return yaml.load(raw, Loader=_Loader)
+        value = yaml.load(raw, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {text}: the value is not valid YAML: {_problem(error)}") from error
+        raise UserError(
+            f"--set {text}: the value is not valid YAML: {_problem(error)}{_quoting(text, kinds)}"
+        ) from error
+    if is_list_of_texts and isinstance(value, list) and not all(_is_whole_text(item) for item in value):
+        raise UserError(f"--set {text}: YAML reads this list as {value}{_quoting(text, kinds)}")
+    return value
 
 
-def _neighbours(path: Path) -> str:
-    names = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-    close = nearest(path.name, names)
-    return close or (
-        f"; {path.parent} has {', '.join(names)}" if names else "; config/ has the ones that come with this"
-    )
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of a type, without what pydantic's Annotated adds to them."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (types.UnionType, Union):
+        return tuple(kind for part in get_args(annotation) for kind in _kinds(part))
+    return (annotation,)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return find_path(text).exists()
+    except (OSError, ValueError):  # too long, or a NUL byte
+        return False
+
+
+def _is_whole_text(item: Any) -> bool:
+    """Not a number or mapping that was meant as a text, nor a data URL that was cut at its comma."""
+    return isinstance(item, str) and not re.fullmatch(r"data:[^,]*;base64", item)
+
+
+def _quoting(text: str, kinds: tuple[Any, ...]) -> str:
+    """How to write what YAML takes for marks of its own."""
+    name = text.partition("=")[0]
+    if any(get_origin(kind) is tuple for kind in kinds):
+        return f"""; put each item in quotes, and all of it for the shell: --set '{name}=["a, #1.png", "b.png"]'"""
+    return f"""; put it in quotes, for the shell too: --set '{name}="..."'"""
 
 
 def _place(error: yaml.YAMLError) -> str:

@@ -24,13 +24,14 @@ def sampling_params(
 ) -> SamplingParams:
     """One request's parameters: `overrides` of the request, then the recipe, then generation_config.json, then greedy.
 
-    `overrides` may hold any field of SamplingParams, and do_sample (false = greedy). None anywhere means "not said".
+    `overrides` may hold any field of SamplingParams, and do_sample (false = greedy), as the recipe may; a request's own
+    temperature outranks the recipe's do_sample. None anywhere means "not said".
     A checkpoint with do_sample false is greedy unless recipe or request set a temperature. `seed` stays 0 when
     nobody names one: who wants different answers each time draws one.
     Raises UserError for an unknown name in `overrides`.
     """
     asked = {name: value for name, value in (overrides or {}).items() if value is not None}
-    do_sample = asked.pop("do_sample", None)
+    do_sample = asked.pop("do_sample", None if "temperature" in asked else generation.do_sample)
     unknown = sorted(set(asked) - _PARAMETERS)
     if unknown:
         raise UserError(f"unknown sampling parameter {', '.join(unknown)}; known: {', '.join(sorted(_PARAMETERS))}")

@@ -108,7 +108,9 @@ def estimate(
     blocks_of_one = -(-scheduler.max_model_len // scheduler.block_size)
     pixels = pixel_bytes(recipe, shapes, scheduler.block_size)  # of the pictures whose tokens a block holds
     affordable = (budget - process - weights - peak) // (block + pixels)
-    num_blocks = scheduler.num_blocks or min(scheduler.max_num_seqs * blocks_of_one, max(affordable, blocks_of_one))
+    num_blocks = _blocks_asked_for(recipe, block, blocks_of_one) or min(
+        scheduler.max_num_seqs * blocks_of_one, max(affordable, blocks_of_one)
+    )
     peak += min(num_blocks, scheduler.max_num_seqs * blocks_of_one) * pixels
     loading = loading_bytes(recipe, shapes)
     result = MemoryEstimate(weights, num_blocks * block, peak, budget, num_blocks, block, process, loading)
@@ -117,11 +119,28 @@ def estimate(
     return result
 
 
+def _blocks_asked_for(recipe: Recipe, block_bytes: int, blocks_of_one: int) -> int | None:
+    """What the recipe names, in blocks or in GB; None where it leaves it open."""
+    scheduler = recipe.scheduler
+    if scheduler.kv_cache_gb is None:
+        return scheduler.num_blocks
+    num_blocks = int(scheduler.kv_cache_gb * GIB) // block_bytes
+    if num_blocks < blocks_of_one:
+        raise UserError(
+            f"scheduler_config.kv_cache_gb: {scheduler.kv_cache_gb:g} GB are {num_blocks} blocks, and one request of "
+            f"max_model_len {scheduler.max_model_len} takes {blocks_of_one}: give at least "
+            f"{blocks_of_one * block_bytes / GIB:.2f} GB, or lower scheduler_config.max_model_len"
+        )
+    return num_blocks
+
+
 def _advice(recipe: Recipe, weights_alone: bool) -> str:
     if weights_alone:
         narrower = "model_config.dtype: bfloat16, " if recipe.model.dtype == "float32" else ""
         return f"The weights alone are too many: use {narrower}a smaller model, a quantized checkpoint or more ranks."
     knobs = "scheduler_config.max_model_len, encoder_cache_tokens, max_num_batched_tokens or max_num_seqs"
+    if recipe.scheduler.kv_cache_gb:
+        knobs = f"scheduler_config.kv_cache_gb ({recipe.scheduler.kv_cache_gb:g}), or {knobs}"
     if recipe.scheduler.num_blocks:
         knobs = f"scheduler_config.num_blocks ({recipe.scheduler.num_blocks}), or {knobs}"
     return f"Lower {knobs}, or data_config.max_pixels, or free memory."

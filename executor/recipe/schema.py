@@ -1,7 +1,7 @@
 """The recipe: one schema, one default per field, one way in (`load_recipe`).
 
 A YAML file and `--set section.key=value` overrides become a frozen `Recipe`, or a UserError in plain words.
-What needs the checkpoint (degrees, `auto` values, memory) is settled in checks.py; this module opens no checkpoint.
+What needs the checkpoint (degrees, `auto` values, memory) is settled in settle.py; this module opens no checkpoint.
 In the YAML the sections are `model_config`, `parallel_config`, ...; here they are `recipe.model`,
 `recipe.parallel`, ... because pydantic keeps the name `model_config` for itself.
 """
@@ -100,6 +100,8 @@ class SchedulerSection(Section):
     """Tokens of one KV cache block."""
     num_blocks: Positive | None = None
     """KV cache blocks. null: as many as the memory allows and max_num_seqs requests can use."""
+    kv_cache_gb: Annotated[float, Field(gt=0)] | None = None
+    """KV cache of one rank in GB (2^30 bytes), in place of num_blocks. null: as num_blocks says."""
     memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of the free memory that weights, KV cache and activations may take together."""
     enable_chunked_prefill: bool = True
@@ -119,6 +121,9 @@ class GenerationSection(Section):
     """Tokens of an answer at most."""
     min_new_tokens: Annotated[int, Field(ge=0)] | None = None
     """Tokens before an end token may come."""
+    do_sample: bool | None = None
+    """false: always the likeliest token, whatever the temperature. true: at the checkpoint's temperature where none
+    is set."""
     temperature: Annotated[float, Field(ge=0)] | None = None
     """0: always the likeliest token."""
     top_k: Annotated[int, Field(ge=0)] | None = None
@@ -192,7 +197,7 @@ class DataSection(Section):
 
 
 class ServerSection(Section):
-    """The HTTP server of the `serve` command."""
+    """The HTTP server of the `serve` command, which is not in this release yet."""
 
     host: str = "127.0.0.1"
     """Address it listens on. 0.0.0.0: every network of the machine."""

@@ -1,19 +1,20 @@
 """Everything about a recipe that can be settled before a rank starts: what this release runs, chip rules, degrees,
 `auto` values, memory. Each finding is a UserError that says what would work.
 
-`prepare` does it all in order; the pieces are pure functions of recipe and sizes, and read no weights.
+`prepare` does it all in order and tells everything it finds at once; the pieces are pure functions of recipe and sizes,
+and read no weights.
 """
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from executor.checkpoint.folder import find_checkpoint, read_json
+from executor.checkpoint.folder import find_checkpoint, is_hub_id, local_checkpoint, read_json
 from executor.errors import UserError
-from executor.host.env import host_memory_bytes, process_memory_bytes
+from executor.host.limits import host_memory_bytes, process_memory_bytes
 from executor.recipe.memory import MemoryEstimate, estimate
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes, read_shapes
@@ -45,17 +46,25 @@ class Prepared:
 def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     """Settle and check everything about `recipe` but its data. A settled recipe comes back as it is.
 
-    `local_ranks` share this machine's memory. Logs the values it settles. Raises UserError for what cannot start.
+    `local_ranks` share this machine's memory. Logs the values it settles. Raises one UserError with everything that
+    keeps it from starting and can be known at once, a line each; what the device must be there for comes last.
     """
-    check_chip(recipe)
     recipe = resolve_device(recipe)
-    check_supported(recipe)
-    folder = find_checkpoint(recipe.model.model_path, recipe.model.hub)
-    config = read_json(folder, "config.json")
-    shapes = read_shapes(config, recipe.model.model_path)
-    recipe = resolve(recipe, shapes, quantization=find_quantization(folder, config))
-    check_supported(recipe)  # once more: the checkpoint may have brought a scheme
-    check_recipe(recipe, shapes)
+    findings = [*chip_findings(recipe), *release_findings(recipe)]
+    missing = device_finding(recipe)
+    found = _sizes(recipe, findings, may_download=not missing)
+    if found:
+        folder, config, shapes = found
+        try:
+            recipe = resolve(recipe, shapes, quantization=find_quantization(folder, config))
+            findings += release_findings(recipe)  # once more: the checkpoint may have brought a scheme
+            findings += chip_findings(recipe)
+        except UserError as error:
+            findings.append(str(error))
+        findings += degree_findings(recipe, shapes)
+        missing = [finding + _too_large_for_cpu(recipe, shapes) for finding in missing]
+    refuse([*findings, *missing])
+    assert found, "without a checkpoint there is a finding"
     picture_tokens = largest_picture_tokens(recipe, shapes, folder)
     process_bytes = process_memory_bytes() if recipe.model.device != "npu" else 0
     memory = estimate(
@@ -82,31 +91,77 @@ def largest_picture_tokens(recipe: Recipe, shapes: ModelShapes, folder: Path) ->
     return max(1, found // token_pixels) if isinstance(found, int) and found > 0 else None
 
 
+def refuse(findings: Sequence[str]) -> None:
+    """UserError with all findings, each once; nothing where there are none."""
+    if findings:
+        raise UserError("\n".join(dict.fromkeys(findings)))
+
+
+def _sizes(recipe: Recipe, findings: list[str], may_download: bool) -> tuple[Path, dict[str, Any], ModelShapes] | None:
+    """The checkpoint's folder, its config.json and its sizes; None, and a finding, where it has none.
+
+    Nothing is downloaded for a recipe that cannot start.
+    """
+    path, hub = recipe.model.model_path, recipe.model.hub
+    may_download = may_download and not findings
+    try:
+        folder = find_checkpoint(path, hub) if may_download or not is_hub_id(path) else local_checkpoint(path, hub)
+        if folder is None:
+            return None
+        config = read_json(folder, "config.json")
+        return folder, config, read_shapes(config, path)
+    except UserError as error:
+        findings.append(str(error))
+        return None
+
+
 def check_supported(recipe: Recipe) -> None:
-    """Refuse what the schema knows and this release cannot start yet. The one place that decides it."""
-    model = recipe.model
+    """Refuse what the schema knows and this release or this machine cannot start."""
+    refuse([*release_findings(recipe), *device_finding(recipe)])
+
+
+def release_findings(recipe: Recipe) -> list[str]:
+    """What the schema knows and this release cannot start yet. The one place that decides it."""
+    model, findings = recipe.model, []
     if model.device not in (*SUPPORTED_DEVICES, "auto"):
-        raise UserError(
+        findings.append(
             f"model_config.device: the {model.device} backend is not part of this release yet; device: cpu runs "
             f"everywhere. Try:  {_that_runs(recipe)}"
         )
-    if model.device == "npu" and not has_torch_npu():
-        raise UserError(
-            "model_config.device: npu needs torch_npu beside torch, and it is not installed in this environment: use "
-            "the interpreter of the Ascend host (PYTHON=...), or pip install the torch_npu of your torch and CANN "
-            "(python -m executor.commands.doctor says which). device: npu_emulated runs the same code on this CPU; "
-            f"device: cpu is fast. Try:  {_that_runs(recipe)}"
-        )
-    if model.exe_mode == "compile":
-        raise UserError(
+    elif model.exe_mode == "compile":
+        findings.append(
             f"model_config.exe_mode: {model.exe_mode} is not part of this release yet; eager is. "
             f"Try:  {_that_runs(recipe)}"
         )
     if model.quantization not in ("auto", "none"):
-        raise UserError(
+        findings.append(
             f"model_config.quantization: {model.quantization} weights are not part of this release yet; "
-            "use the float checkpoint of the same model"
+            "use the float checkpoint of the same model, and  --set model_config.quantization=auto"
         )
+    return findings
+
+
+def device_finding(recipe: Recipe) -> list[str]:
+    """What this machine lacks for the recipe's device; looked for last, as it hides nothing that is wrong anywhere."""
+    if recipe.model.device != "npu" or has_torch_npu():
+        return []
+    return [
+        "model_config.device: npu needs torch_npu beside torch, and it is not installed in this environment: use "
+        "the interpreter of the Ascend host (PYTHON=...), or pip install the torch_npu of your torch and CANN "
+        "(python -m executor.commands.doctor says which). device: npu_emulated runs the same code on this CPU; "
+        f"device: cpu is fast. Try:  {_that_runs(recipe)}"
+    ]
+
+
+def _too_large_for_cpu(recipe: Recipe, shapes: ModelShapes) -> str:
+    """A warning where the advice to take the CPU would lead to another refusal, for want of memory."""
+    alone = {"world_size": 1, "attn_tp_size": 1, "moe_ep_size": 1}
+    model = {"device": "cpu", "soc": None, "dtype": "auto", "exe_mode": "eager", "quantization": "none"}
+    try:
+        estimate(resolve(recipe.replace(model=model, parallel=alone), shapes), shapes, host_memory_bytes())
+    except UserError:
+        return f"  (but {shapes.name} is too large for this machine's memory as it is: a smaller model, or an NPU)"
+    return ""
 
 
 def _has_graphs(recipe: Recipe) -> bool:
@@ -121,12 +176,13 @@ def has_torch_npu() -> bool:
 
 def _that_runs(recipe: Recipe) -> str:
     """The overrides that make the recipe one for this release, on its NPU where there is one, else on the CPU."""
-    device = recipe.model.device
-    stays = device == "npu_emulated" or device == "npu" and has_torch_npu()
-    changes = {"model_config.device=cpu": not stays and device != "cpu"}
-    changes["model_config.soc=null"] = not stays and recipe.model.soc is not None
-    changes["model_config.exe_mode=eager"] = recipe.model.exe_mode != "eager" and not (stays and _has_graphs(recipe))
-    changes["model_config.dtype=auto"] = not stays and recipe.model.dtype == "float16"
+    model = recipe.model
+    stays = model.device == "npu_emulated" or model.device == "npu" and has_torch_npu()
+    changes = {"model_config.device=cpu": not stays and model.device != "cpu"}
+    changes["model_config.soc=null"] = not stays and model.soc is not None
+    changes["model_config.exe_mode=eager"] = model.exe_mode != "eager" and not (stays and _has_graphs(recipe))
+    changes["model_config.dtype=auto"] = not stays and model.dtype == "float16"
+    changes["model_config.quantization=auto"] = not stays and model.quantization not in ("auto", "none")
     changes["parallel_config.world_size=1"] = not stays and recipe.parallel.world_size > 1
     changes["parallel_config.attn_tp_size=1"] = not stays and (recipe.parallel.attn_tp_size or 1) > 1
     changes["parallel_config.moe_ep_size=1"] = not stays and recipe.parallel.moe_ep_size > 1
@@ -134,35 +190,45 @@ def _that_runs(recipe: Recipe) -> str:
 
 
 def check_chip(recipe: Recipe) -> None:
-    """Refuse what contradicts itself on a chip: types, decode modes and schemes it does not have."""
-    model = recipe.model
+    """Refuse what contradicts itself on a chip."""
+    refuse(chip_findings(recipe))
+
+
+def chip_findings(recipe: Recipe) -> list[str]:
+    """What contradicts itself on a chip: types, decode modes and schemes it does not have."""
+    model, findings = recipe.model, []
+    on_npu = model.device in NPU_DEVICES
     if model.soc and model.device not in ("auto", *NPU_DEVICES):
-        elsewhere = f", or on this machine:  {_that_runs(recipe)}" if model.device == "cpu" else ""
-        raise UserError(
-            f"model_config.soc: {model.soc} is an NPU, but device is {model.device}; set device: npu{elsewhere}"
-        )
+        here = f"on this machine:  {_that_runs(recipe)}" if model.device == "cpu" else "model_config.soc: null"
+        npu = f"set device: npu, or {here}" if has_torch_npu() else f"set device: npu on an Ascend host, or {here}"
+        findings.append(f"model_config.soc: {model.soc} is an NPU, but device is {model.device}; {npu}")
     if model.device == "npu_emulated" and not model.soc:
-        raise UserError("model_config.soc: npu_emulated needs a chip: atlas_800i_a2, atlas_800i_a3 or atlas_300i_duo")
+        findings.append("model_config.soc: npu_emulated needs a chip: atlas_800i_a2, atlas_800i_a3 or atlas_300i_duo")
     devices = GRAPH_DEVICES.get(model.exe_mode)
     if devices and model.device not in (*devices, "auto"):
-        raise UserError(
+        findings.append(
             f"model_config.exe_mode: {model.exe_mode} is for device {' or '.join(devices)}, "
             f"but device is {model.device}; set exe_mode: eager"
         )
-    if model.device in NPU_DEVICES and model.dtype == "float32" and model.soc != "atlas_300i_duo":
-        raise UserError(
+    if on_npu and model.dtype == "float32" and model.soc != "atlas_300i_duo":
+        findings.append(
             "model_config.dtype: attention on NPUs computes in bfloat16 or float16, got float32; set dtype: bfloat16"
         )
     if model.soc == "atlas_300i_duo":
         if model.dtype not in ("auto", "float16"):
-            raise UserError(f"model_config.dtype: atlas_300i_duo computes in float16 only, got {model.dtype}")
-        if model.exe_mode != "eager":
-            raise UserError(f"model_config.exe_mode: atlas_300i_duo decodes eagerly only, got {model.exe_mode}")
+            findings.append(
+                f"model_config.dtype: atlas_300i_duo computes in float16 only, got {model.dtype}; set dtype: auto"
+            )
+        if model.exe_mode != "eager" and (not devices or on_npu or model.device == "auto"):
+            findings.append(
+                f"model_config.exe_mode: atlas_300i_duo decodes eagerly only, got {model.exe_mode}; set exe_mode: eager"
+            )
     elif model.quantization == "w8a8sc" and model.soc:
-        raise UserError(
+        findings.append(
             f"model_config.quantization: w8a8sc weights are unpacked by atlas_300i_duo only, got soc {model.soc}; "
             "use w8a8 weights"
         )
+    return findings
 
 
 def resolve_device(recipe: Recipe) -> Recipe:
@@ -196,10 +262,11 @@ def resolve(recipe: Recipe, shapes: ModelShapes, quantization: str = "none") -> 
         if own == "float32" and model.device in NPU_DEVICES:
             own = "bfloat16"
         settled["model"]["dtype"] = "float16" if model.soc == "atlas_300i_duo" else own
+    findings = []
     if model.quantization == "auto":
         settled["model"]["quantization"] = quantization
     elif model.quantization != quantization:
-        raise UserError(
+        findings.append(
             f"model_config.quantization: the recipe says {model.quantization}, the checkpoint {model.model_path} is "
             f"{quantization}; set quantization: auto, or give the other checkpoint"
         )
@@ -207,51 +274,73 @@ def resolve(recipe: Recipe, shapes: ModelShapes, quantization: str = "none") -> 
         settled["parallel"]["attn_tp_size"] = recipe.parallel.world_size
     if scheduler.max_model_len is None:
         settled["scheduler"]["max_model_len"] = min(DEFAULT_MAX_MODEL_LEN, shapes.max_position_embeddings)
-    elif scheduler.max_model_len > shapes.max_position_embeddings:
-        raise UserError(
-            f"scheduler_config.max_model_len: got {scheduler.max_model_len}; {shapes.name} was made for at most "
-            f"{shapes.max_position_embeddings} tokens"
-        )
-    if not scheduler.enable_chunked_prefill:
-        longest = scheduler.max_model_len or settled["scheduler"]["max_model_len"]
-        if scheduler.max_num_batched_tokens < longest:
-            raise UserError(
-                f"scheduler_config.max_num_batched_tokens: got {scheduler.max_num_batched_tokens}; without chunked "
-                f"prefill a prompt is one step, so it must be at least max_model_len ({longest})"
-            )
+    refuse([*findings, *_size_findings(recipe, shapes, settled["scheduler"].get("max_model_len"))])
     values = ", ".join(f"{key} {value}" for part in settled.values() for key, value in part.items())
     if values:
         logger.info("settled by the checkpoint: %s", values)
     return recipe.replace(**{section: fields for section, fields in settled.items() if fields})
 
 
-def check_recipe(recipe: Recipe, shapes: ModelShapes) -> None:
-    """Refuse degrees that do not divide the model's sizes, naming those that do."""
-    check_chip(recipe)
-    world, tp, ep = recipe.parallel.world_size, recipe.attn_tp_size, recipe.parallel.moe_ep_size
-    if world % tp:
-        raise UserError(
-            f"parallel_config.attn_tp_size: got {tp} in a world of {world}; it must divide world_size: "
-            f"{_join(d for d in range(1, world + 1) if world % d == 0)}"
+def _size_findings(recipe: Recipe, shapes: ModelShapes, default_len: int | None) -> list[str]:
+    """Sizes of a step and of the cache that contradict the model or one another."""
+    scheduler, findings = recipe.scheduler, []
+    longest = scheduler.max_model_len or default_len
+    if longest > shapes.max_position_embeddings:
+        findings.append(
+            f"scheduler_config.max_model_len: got {scheduler.max_model_len}; {shapes.name} was made for at most "
+            f"{shapes.max_position_embeddings} tokens"
         )
-    faults = tp_faults(tp, shapes, recipe.parallel.vision_parallel)
-    if faults:
-        working = _working(lambda degree: not tp_faults(degree, shapes, recipe.parallel.vision_parallel))
-        hint = ""
-        if recipe.parallel.vision_parallel == "tp" and not tp_faults(tp, shapes, "data"):
-            hint = "; with parallel_config.vision_parallel: data it would work"
-        raise UserError(
-            f"parallel_config.attn_tp_size: {shapes.name} cannot be split over {tp} ranks: {'; '.join(faults)}. "
-            f"Degrees that work: {working}{hint}"
+    if not scheduler.enable_chunked_prefill and scheduler.max_num_batched_tokens < longest:
+        findings.append(
+            f"scheduler_config.max_num_batched_tokens: got {scheduler.max_num_batched_tokens}; without chunked "
+            f"prefill a prompt is one step, so it must be at least max_model_len ({longest})"
+        )
+    if scheduler.kv_cache_gb is not None and scheduler.num_blocks is not None:
+        findings.append(
+            f"scheduler_config.kv_cache_gb: got {scheduler.kv_cache_gb:g} beside num_blocks {scheduler.num_blocks}; "
+            "both give the size of the KV cache: set one of them to null"
+        )
+    return findings
+
+
+def check_recipe(recipe: Recipe, shapes: ModelShapes) -> None:
+    """Refuse what contradicts itself on a chip, and degrees that do not divide the model's sizes."""
+    refuse([*chip_findings(recipe), *degree_findings(recipe, shapes)])
+
+
+def degree_findings(recipe: Recipe, shapes: ModelShapes) -> list[str]:
+    """Degrees that do not divide the model's sizes, or one another, each with those that would work."""
+    world, tp, ep = recipe.parallel.world_size, recipe.attn_tp_size, recipe.parallel.moe_ep_size
+    vision, findings = recipe.parallel.vision_parallel, []
+
+    def divides(degree: int) -> bool:
+        return not tp_faults(degree, shapes, vision)
+
+    in_world = [degree for degree in range(1, world + 1) if world % degree == 0 and divides(degree)]
+    if world % tp:
+        findings.append(
+            f"parallel_config.attn_tp_size: got {tp} in a world of {world}; it must divide world_size and the sizes of "
+            f"{shapes.name}: {_join(in_world)}"
+        )
+    elif not divides(tp):
+        hint = f"; attn_tp_size in this world of {world}: {_join(in_world)}"
+        if vision == "tp" and not tp_faults(tp, shapes, "data"):
+            hint += "; with parallel_config.vision_parallel: data it would work"
+        findings.append(
+            f"parallel_config.attn_tp_size: {shapes.name} cannot be split over {tp} ranks: "
+            f"{'; '.join(tp_faults(tp, shapes, vision))}. Degrees that work: {_working(divides)}{hint}"
         )
     if ep > 1 and not shapes.num_experts:
-        raise UserError(f"parallel_config.moe_ep_size: got {ep}, but {shapes.name} has no experts; set it to 1")
+        findings.append(f"parallel_config.moe_ep_size: got {ep}, but {shapes.name} has no experts; set it to 1")
     if shapes.num_experts and ep_faults(ep, world, shapes):
         working = _working(lambda degree: not ep_faults(degree, world, shapes))
-        raise UserError(
+        why = "; ".join(ep_faults(ep, world, shapes))
+        findings.append(
             f"parallel_config.moe_ep_size: the experts of {shapes.name} cannot be dealt to {ep} groups of a world of "
-            f"{world}: {'; '.join(ep_faults(ep, world, shapes))}. Degrees that work: {working}"
+            f"{world}: {why}. "
+            + (f"Degrees that work: {working}" if working else "No degree works in this world: change world_size")
         )
+    return findings
 
 
 def tp_faults(degree: int, shapes: ModelShapes, vision_parallel: str) -> list[str]:

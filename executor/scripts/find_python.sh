@@ -9,6 +9,9 @@
 
 TORCH_FOR_VENV="torch==2.13.0"
 
+PROGRESS_S=0.5
+STILL_S=30 # where nobody watches, a sign of life so often
+
 _say() { echo "set-up: $*" >&2; }
 
 _fail() {
@@ -38,18 +41,95 @@ _shows_gpu() {
     [ -e /dev/nvidia0 ] || [ -e /dev/nvidiactl ] || command -v nvidia-smi >/dev/null 2>&1
 }
 
+# Answers what needs no installation (help, a mistake in the command line, a recipe that is not there) with the python3
+# that is there, whatever its age. One that cannot even do that leaves it to the real thing.
+answer_before_set_up() {
+    local root="$1" name status=0
+    shift
+    for name in "${PYTHON:-python3}" python3; do
+        command -v "$name" >/dev/null 2>&1 || continue
+        PYTHONPATH="$root" PYTHONDONTWRITEBYTECODE=1 "$name" -c 'import sys
+if sys.version_info >= (3, 8):
+    from executor.command_line import main
+    sys.exit(main(sys.argv[1:]))' "$@" || status=$?
+        break
+    done
+    case "$status" in
+        64) exit 0 ;;
+        65) exit 2 ;;
+        141) exit 141 ;; # nobody reads any more
+    esac
+}
+
 # pip would bring CUDA's libraries where nothing can use them, unless the user has told it where to look.
 _warn_of_cuda() {
     if [ "$(uname -s)" != Linux ] || _shows_gpu || [ -n "${PIP_INDEX_URL:-}${PIP_EXTRA_INDEX_URL:-}${PIP_FIND_LINKS:-}" ]; then
         return 0
     fi
-    _say "this machine shows no NVIDIA GPU, but the usual torch package brings some gigabytes of CUDA libraries."
-    _say "For PyTorch's CPU build, stop now (Ctrl-C), point PIP_INDEX_URL or PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel"
-    _say "index (see the installation selector on pytorch.org), and start again."
+    _say "no NVIDIA GPU here, but the usual torch brings gigabytes of CUDA libraries. For PyTorch's CPU build press"
+    _say "Ctrl-C, set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL to its CPU wheel index (see pytorch.org), and start again."
 }
 
 _pip() {
-    "$PYTHON_FOUND" -m pip --disable-pip-version-check "$@" >&2
+    "$PYTHON_FOUND" -m pip --disable-pip-version-check "$1" --progress-bar off "${@:2}"
+}
+
+# Where everything that a set-up does is written down; an error names it.
+_open_log() {
+    SETUP_LOG="$1/.cache/setup.log"
+    if ! { mkdir -p "$1/.cache" && : >"$SETUP_LOG"; } 2>/dev/null; then SETUP_LOG="$(mktemp)"; fi
+}
+
+# What pip is doing, by the last line of the log that tells it: "torch-2.13.0 (190.3 MB)".
+_latest() {
+    sed -n -E 's/^ *(Downloading|Collecting|Using cached) +([^ ]*\/)?([^ /]+)( \([0-9.]+ [kMG]B\))?.*/\3\4/p' "$SETUP_LOG" |
+        tail -n 1 | sed -E 's/-(py[0-9]|cp[0-9]|[0-9][^ ]*-(py|cp)[0-9])[^ ]*//; s/\.whl|\.tar\.gz//'
+}
+
+# Megabytes that the log's lines from number $1 on say were downloaded.
+_downloaded_mb() {
+    tail -n "+$1" "$SETUP_LOG" | awk '/^ *Downloading .*\([0-9.]+ [kMG]B\)/ {
+        match($0, /\([0-9.]+ [kMG]B\)/); split(substr($0, RSTART + 1, RLENGTH - 2), size, " ")
+        total += size[1] * (size[2] == "GB" ? 1000 : size[2] == "MB" ? 1 : 0.001)
+    } END { printf "%.0f", total }'
+}
+
+# Shows that a stage goes on, until its parent ends it: the seconds and the latest package, over and over on one line of
+# a terminal, else a line now and then.
+_progress() {
+    local words="$1" parent="$2" started=$SECONDS told=0
+    while sleep "$PROGRESS_S" && kill -0 "$parent" 2>/dev/null; do
+        if [ -t 2 ]; then
+            printf '\r\033[Kset-up: %s ... %d s  %s' "$words" $((SECONDS - started)) "$(_latest)" >&2
+        elif [ $((SECONDS - started - told)) -ge "$STILL_S" ]; then
+            told=$((SECONDS - started))
+            _say "$words: still at it after $told s: $(_latest)"
+        fi
+    done
+}
+
+# _stage WORDS COMMAND...: runs one stage of the set-up, its output in the log, and says how it went in one line.
+_stage() {
+    local words="$1" started=$SECONDS status=0 from watcher size
+    shift
+    from=$(($(wc -l <"$SETUP_LOG") + 1))
+    [ -t 2 ] || _say "$words ..."
+    # pip stays in the foreground, where Ctrl-C reaches it.
+    _progress "$words" "$$" &
+    watcher=$!
+    { echo "== $words"; "$@"; } >>"$SETUP_LOG" 2>&1 || status=$?
+    { kill "$watcher" && wait "$watcher"; } 2>/dev/null || true
+    [ ! -t 2 ] || printf '\r\033[K' >&2
+    if [ "$status" -ne 0 ]; then return "$status"; fi
+    size="$(_downloaded_mb "$from")"
+    if [ "$size" != 0 ]; then size=", $size MB downloaded"; else size=""; fi
+    _say "$words: $((SECONDS - started)) s$size"
+}
+
+# The end of a set-up that failed: the log's last lines on the screen, and where the rest is.
+_fail_with_log() {
+    tail -n 15 "$SETUP_LOG" | sed 's/^/  | /' >&2
+    _fail "$1. All of it is in $SETUP_LOG" 1
 }
 
 # Installs what is missing into the interpreter of .venv. $1: the torch that is there already, or empty.
@@ -61,12 +141,16 @@ _install() {
         echo "torch==$torch_there" >"$constraint"
     else
         _warn_of_cuda
-        _pip install "$TORCH_FOR_VENV" || return 1
+        _stage "installing torch ${TORCH_FOR_VENV#torch==}" _pip install "$TORCH_FOR_VENV" || return 1
     fi
-    local files=() file
-    for file in "$@"; do files+=(-r "$file"); done
+    local files=() file names=()
+    for file in "$@"; do
+        files+=(-r "$file")
+        names+=("$(basename "$file")")
+    done
     local status=0
-    _pip install "${files[@]}" ${constraint:+--constraint "$constraint"} || status=1
+    _stage "installing what ${names[*]} names" \
+        _pip install "${files[@]}" ${constraint:+--constraint "$constraint"} || status=1
     [ -z "$constraint" ] || rm -f "$constraint"
     return $status
 }
@@ -92,17 +176,17 @@ _make_venv() {
     fi
     if [ -n "$torch_there" ]; then
         system_site="--system-site-packages"
-        _say "making .venv upon $base and its torch $torch_there"
+        _say "the first run makes .venv upon $base and its torch $torch_there; log: $SETUP_LOG"
     else
-        _say "making .venv with $base; the first time this takes a few minutes"
+        _say "the first run makes .venv with $base, which takes a few minutes; log: $SETUP_LOG"
     fi
     rm -rf "$venv"
-    "$base" -m venv $system_site "$venv" >&2 ||
-        _fail "$base -m venv failed: see above. On Debian and Ubuntu the package python3-venv is needed" 1
+    _stage "making .venv" "$base" -m venv $system_site "$venv" ||
+        _fail_with_log "$base -m venv failed. On Debian and Ubuntu the package python3-venv is needed"
     PYTHON_FOUND="$venv/bin/python"
     if [ -n "$torch_there" ]; then _see_packages_of "$base"; fi
     _install "$torch_there" "$@" ||
-        _fail "pip could not install the requirements: see above. Behind a mirror set PIP_INDEX_URL; offline, use an interpreter that has them: PYTHON=/path/to/python" 1
+        _fail_with_log "pip could not install the requirements. Behind a mirror set PIP_INDEX_URL; offline, use an interpreter that has them: PYTHON=/path/to/python"
 }
 
 # The stamp of one requirement file: it says that .venv has what the file named when it was installed.
@@ -144,12 +228,16 @@ find_python() {
         PYTHON_FOUND="$venv/bin/python"
         return 0
     fi
+    if ! { : >>"$root/.venv.lock"; } 2>/dev/null; then
+        _fail "the set-up needs to write .venv into $root, and that cannot be written (read-only, or another user's). Make it writable for the first run, run a copy of it, or name an interpreter that has everything in ${files[*]}: PYTHON=/path/to/python" 1
+    fi
     # Two set-ups at the same time would tear each other's .venv down.
     if command -v flock >/dev/null 2>&1; then
         exec 9>"$root/.venv.lock"
         flock -n 9 || { _say "another set-up is running; waiting for it"; flock 9; }
     fi
     if ! _is_ready "$venv" "${files[@]}"; then
+        _open_log "$root"
         if compgen -G "$venv/.ready-*" >/dev/null && [ -x "$venv/bin/python" ]; then
             _extend_venv "$venv" "${files[@]}"
         else
@@ -170,8 +258,8 @@ _extend_venv() {
     shift
     PYTHON_FOUND="$venv/bin/python"
     torch_there="$("$PYTHON_FOUND" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true)"
-    _say "adding to .venv what it lacks"
+    _say "adding to .venv what it lacks; log: $SETUP_LOG"
     # The old stamps go first: what fails from here on must not leave a .venv that looks whole.
     rm -f "$venv"/.ready-*
-    _install "$torch_there" "$@" || _fail "pip could not install the requirements: see above" 1
+    _install "$torch_there" "$@" || _fail_with_log "pip could not install the requirements"
 }

@@ -281,6 +281,26 @@ def test_nodes(case):
     assert rows["npu_network"]["found"] == "/etc/hccn.conf names 2 addresses for 8 chips"
 
 
+def test_placeholders_alone_are_this_node():
+    machine = fake.set_env(fake.a2(), ips=["xxx.xxx.xxx.xxx", "xxx.xxx.xxx.xxx"])
+    _, rows = examine(machine, Wish(fake.FOLDER, "npu", world_size=8))
+    assert (rows["nodes"]["status"], rows["recipe_world_size"]["status"]) == ("ok", "ok")
+    _, rows = examine(machine, Wish(fake.FOLDER, "npu", world_size=16))
+    assert (rows["nodes"]["status"], rows["recipe_world_size"]["status"]) == ("error", "error")
+
+
+def test_ranks_are_not_counted_against_chips_that_are_not_here():
+    """One error says that there is no NPU; another that allows at most 0 ranks helps nobody."""
+    document, rows = examine(fake.laptop(), Wish(fake.FOLDER, "npu", world_size=8))
+    assert rows["recipe_world_size"]["status"] == "unknown"
+    assert "recipe_device" in errors(document) and "at most 0" not in str(document)
+    machine = fake.a2()
+    machine.environment["ASCEND_RT_VISIBLE_DEVICES"] = " 0"
+    document, rows = examine(machine, Wish(fake.FOLDER, "npu"))
+    assert "see visible_devices" in rows["recipe_world_size"]["advice"]
+    assert "recipe_world_size" in errors(document)
+
+
 def test_interface_is_the_way_to_the_master():
     machine = fake.set_env(fake.a2(), ips=["192.168.0.10", "192.168.0.11"])
     wish = Wish(fake.FOLDER, "npu", world_size=16)

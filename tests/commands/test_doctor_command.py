@@ -34,11 +34,13 @@ def test_exit_status():
     assert run(machine, [])[0] == 0
     assert run(machine, ["r.yaml"])[0] == 1
     assert run(machine, ["r.yaml", "--set", "model_config.device=cpu"])[0] == 0
+    assert run(machine, ["--set", "model_config.device=cpu", "model_config.soc=null", "r.yaml"])[0] == 0
     assert run(fake.laptop(python_version=(3, 8, 18)), [])[0] == 0, "no recipe, nothing that cannot run"
     for arguments, said in (
         (["gone.yaml"], "there is no recipe"),
         (["a", "b"], "usage"),
         (["r.yaml", "--set", "x"], "section.key"),
+        (["r.yaml", "--set", "model_config.soc="], "write null for none"),
     ):
         status, _, document = run(machine, arguments)
         assert status == 2 and said in document["error"] and set(document) == {"command", "error"}
@@ -114,3 +116,22 @@ def test_page_names_every_finding():
     machine = fake.set_env(fake.a2(taken_ports={8000}), ips=["192.168.0.10", "192.168.0.11"])
     for row in doctor.examine(machine, fake.ROOT, wish)["findings"]:
         assert re.search(rf"\b{row['id']}\b", page), row["id"]
+
+
+def test_a_text_is_taken_as_it_stands():
+    """As infer.sh takes it: no YAML in the name of a folder."""
+    machine = fake.laptop()
+    machine.files["/home/user/r.yaml"] = "model_config:\n  model_path: gone\n  device: cpu\n"
+    _, _, document = run(machine, ["r.yaml", "--set", "model_config.model_path=/data/@a: [b]"])
+    (row,) = (row for row in document["findings"] if row["id"] == "model_path")
+    assert "/data/@a: [b]" in row["found"]
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    code = "import sys, time; from executor.commands import doctor; time.sleep(0.3); sys.exit(doctor.main([]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPO_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 141

@@ -166,7 +166,7 @@ def test_set_env():
 
 
 def test_placeholders():
-    for entry in ("xxx.xxx.xxx.xxx", "192.168.0.x", "<master>", "your_ip", "ip1", "$MASTER"):
+    for entry in ("xxx.xxx.xxx.xxx", "192.168.0.x", "<master>", "<master", "ip>", "10.X.X.X"):
         assert is_placeholder(entry), entry
     for entry in ("192.168.0.1", "fd00::2", "node-1", "npu01.cluster"):
         assert not is_placeholder(entry), entry

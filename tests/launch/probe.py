@@ -1,7 +1,7 @@
 """A command for tests of the launcher: `probe=tests.launch.probe` in RECIPE_COMMANDS.
 
 All ranks meet over gloo and add up their numbers; what else happens is told by data_config.prompt:
-`RANK:ACTION` words (every rank: *), where the action is user, raise, child or sleep.
+`RANK:ACTION` words (every rank: *), where the action is user, raise, print, child or sleep.
 """
 
 import os
@@ -41,6 +41,10 @@ def run(recipe):
             raise UserError("mend this")
         if action == "raise":
             raise RuntimeError("the disk is full")
+        if action == "print":  # until nobody reads it
+            while True:
+                print("more", flush=True)
+                time.sleep(0.01)
         if action == "child":
             subprocess.Popen(["sleep", "1000"])
         if action == "sleep":

@@ -4,27 +4,27 @@ import time
 
 from torch.distributed import HashStore
 
-from executor.launch.heartbeat import BEAT_S, LOST_S, POST_S, Fault, Heartbeat, fault_of_exit, post, rank_beat
-from executor.launch.job import TOLD_S
+from executor.launch.heartbeat import BEAT_S, LOST_S, POST_S, Fault, Heartbeat, Kind, fault_of_exit, post, rank_beat
+from executor.launch.job import FAREWELL_S
 from executor.launch.processes import GRACE_S
 
 
-def exited(code, told=None, rank=1):
-    return fault_of_exit(rank, f"rank {rank}", code, told, "rank_01.log", ("last line",))
+def exited(code, outcome=None, rank=1):
+    return fault_of_exit(rank, f"rank {rank}", code, outcome, "rank_01.log", ("last line",))
 
 
 def test_a_lost_node_is_over_within_10_s():
     assert LOST_S + 2 * BEAT_S + POST_S + GRACE_S < 10  # the ranks
-    assert LOST_S + 2 * BEAT_S + GRACE_S + TOLD_S < 10  # the master, whose own store answers at once
+    assert LOST_S + 2 * BEAT_S + GRACE_S + FAREWELL_S < 10  # the master, whose own store answers at once
 
 
 def test_the_cause_is_told_from_what_follows():
     killed, raised = exited(-9), exited(1, {"error": "RuntimeError: Connection closed by peer"}, 0)
     first = exited(1, {"error": "RuntimeError: the disk is full", "is_first": True})
     mistake, ended, silent = exited(2, {"error": "mend this"}), exited(-15), exited(7)
-    assert min((raised, ended, killed), key=lambda fault: fault.weight) is killed
-    assert min((raised, ended, mistake), key=lambda fault: fault.weight) is mistake
-    assert min((ended, raised, first), key=lambda fault: fault.weight) is first
+    assert min((raised, ended, killed), key=lambda fault: fault.kind) is killed
+    assert min((raised, ended, mistake), key=lambda fault: fault.kind) is mistake
+    assert min((ended, raised, first), key=lambda fault: fault.kind) is first
     assert killed.summary.startswith("rank 1 was killed by SIGKILL; if nobody did that, the machine ran out of memory")
     assert (killed.status, killed.log, killed.tail) == (1, "rank_01.log", ("last line",))
     assert (mistake.status, mistake.summary) == (2, "mend this")
@@ -38,6 +38,7 @@ def test_the_first_fault_is_the_jobs():
     first, second = Fault("first", rank=3, tail=("a", "b"), own_status=130), Fault("second")
     assert post(store, first) == first
     assert post(store, second) == Fault("first", rank=3, tail=("a", "b"))
+    assert post(store, second).kind is Kind.RAISED
 
 
 def test_a_launcher_that_was_stopped_does_not_blame_the_others(monkeypatch):
@@ -65,7 +66,7 @@ def test_beats_are_heard_and_missed():
         post(store, Fault("over"))
         time.sleep(4 * BEAT_S)
         assert watcher.silence_s(rank_beat(1)) > 2 * BEAT_S
-        assert watcher.told == Fault("over")
+        assert watcher.fault == Fault("over")
         assert watcher.stuck_s < 2 * BEAT_S and watcher.broken is None
     finally:
         other.stop(), watcher.stop()

@@ -11,8 +11,10 @@ import pytest
 
 from executor import __main__ as launch
 from executor.host.env import REPO_ROOT
+from executor.host.limits import host_cores
+from executor.host.streams import READER_GONE
 from executor.launch import job as jobs
-from executor.launch.plan import LOCAL_ADDRESS
+from executor.launch.layout import LOCAL_ADDRESS
 
 TWO = "parallel_config.world_size=2"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "executor"]
@@ -31,7 +33,7 @@ def test_a_job(job):
     assert job.document() == {"command": "probe", "sum": 3.0, "world_size": 2}
     assert job.out().splitlines()[:-1] == ["stdout of rank 0"]
     assert "rank 0 sees 3" in job.err() and "rank 1 sees 3" not in job.err()
-    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    threads = max(1, host_cores() // 2)
     for rank in range(2):
         log = job.log(rank).read_text()
         assert f"rank {rank} sees 3" in log
@@ -93,6 +95,14 @@ def test_what_a_rank_raises(job):
     assert job.wait() == [1]
     assert job.document()["error"].startswith("rank 1 failed: RuntimeError: the disk is full; log: ")
     assert "  | RuntimeError: the disk is full" in job.err()
+
+
+def test_a_reader_that_has_gone_ends_a_job_quietly(job):
+    """`| head -1`: nothing but the log lines of the start stands on the screen."""
+    job.start(TWO, prompt="*:print", prefix=["bash", "-c", '"$@" | head -n 1; exit "${PIPESTATUS[0]}"', "bash"])
+    assert job.wait() == [READER_GONE]
+    assert job.out() == "stdout of rank 0\n"
+    assert "error" not in job.err().lower() and "Traceback" not in job.err()
 
 
 def test_the_users_mistake_is_one_line(job):

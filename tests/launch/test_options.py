@@ -1,15 +1,24 @@
 """The variables ranks get: derived, and never instead of the user's."""
 
 import os
+import sys
 
+import pytest
+
+from executor import __main__ as main
+from executor.command_line import parse
+from executor.commands.generate import run as generate
+from executor.host.limits import host_cores
 from executor.host.machine import Output
-from executor.launch.options import interface, network_options, npu_options, rank_options
-from executor.launch.plan import NodePlan
+from executor.launch import options
+from executor.launch.layout import Layout
+from executor.launch.options import apply, interface, network_options, npu_options, rank_options
+from executor.recipe import settle
 from executor.recipe.schema import load_recipe
 from tests.doctor import fake
 
 ROUTE = "192.168.0.10 via 192.168.1.1 dev enp1s0 src 192.168.0.11 uid 0\n    cache\n"
-NODES = NodePlan(("192.168.0.10", "192.168.0.11"), 1, 8, 20000)
+NODES = Layout(("192.168.0.10", "192.168.0.11"), 1, 8, 20000)
 
 
 def routed():
@@ -20,7 +29,7 @@ def routed():
 
 def test_threads_of_cpu_ranks_share_the_cores():
     recipe = load_recipe("config/quickstart.yaml")
-    cores = len(os.sched_getaffinity(0))
+    cores = host_cores()
     assert rank_options(recipe, "cpu", 1) == {"OMP_NUM_THREADS": str(cores)}
     assert rank_options(recipe, "cpu", 10 * cores) == {"OMP_NUM_THREADS": "1"}
 
@@ -36,6 +45,57 @@ def test_npu_ranks():
     assert int(plain["HCCL_CONNECT_TIMEOUT"]) > 120
 
 
+@pytest.fixture
+def own_environment(monkeypatch):
+    """Variables that a test sets are gone after it."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    for name in ("LD_PRELOAD", "TASK_QUEUE_ENABLE", "OMP_NUM_THREADS"):
+        os.environ.pop(name, None)
+
+
+@pytest.fixture
+def restarts(monkeypatch, own_environment):
+    """The command lines with which this process would have begun anew."""
+    begun = []
+    monkeypatch.setattr(os, "execv", lambda path, words: begun.append(words))
+    return begun
+
+
+def test_options_are_logged_and_leave_the_users_alone(restarts, caplog):
+    os.environ["OMP_NUM_THREADS"] = "7"
+    with caplog.at_level("INFO"):
+        apply({"OMP_NUM_THREADS": "1", "TASK_QUEUE_ENABLE": "1"})
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["TASK_QUEUE_ENABLE"]) == ("7", "1")
+    assert "environment: TASK_QUEUE_ENABLE=1" in caplog.text and "OMP" not in caplog.text
+    assert restarts == []
+
+
+def test_a_preloaded_library_needs_a_new_process_once(restarts):
+    """The second time it is in the environment already."""
+    for _ in range(2):
+        apply({"LD_PRELOAD": "libjemalloc.so.2"})
+    assert restarts == [[sys.executable, *sys.orig_argv[1:]]]
+    assert os.environ["LD_PRELOAD"] == "libjemalloc.so.2"
+
+
+def test_a_recipe_of_one_npu_rank_has_the_options_of_many(monkeypatch, restarts):
+    """Before the command is imported, and torch with it."""
+    seen = []
+    monkeypatch.setattr(settle, "has_torch_npu", lambda: True)
+    monkeypatch.setattr(options.ctypes.util, "find_library", lambda name: None)
+    monkeypatch.setattr(generate, "run", lambda recipe: (seen.append(dict(os.environ)), ({}, 0))[1])
+    chip = ["--set", "model_config.soc=atlas_800i_a2", "model_config.dtype=auto"]
+    for device, expected in (("npu", True), ("cpu", False)):
+        words = chip if device == "npu" else []
+        parsed = parse(["config/quickstart.yaml", *words, "--device", device])
+        main.run(parsed, [])
+        wanted = npu_options("atlas_800i_a2", None)
+        assert (wanted.items() <= seen[-1].items()) == expected
+        for name in wanted:
+            os.environ.pop(name, None)
+    assert len(seen) == 2
+
+
 def test_the_interface_is_the_way_to_the_master():
     assert network_options(NODES, "npu", routed()) == {
         "GLOO_SOCKET_IFNAME": "enp1s0",
@@ -43,7 +103,7 @@ def test_the_interface_is_the_way_to_the_master():
         "HCCL_SOCKET_IFNAME": "enp1s0",
     }
     assert network_options(NODES, "cpu", routed()) == {"GLOO_SOCKET_IFNAME": "enp1s0"}
-    assert network_options(NodePlan(("127.0.0.1",), 0, 8, 0), "npu", routed()) == {"GLOO_SOCKET_IFNAME": "lo"}
+    assert network_options(Layout(("127.0.0.1",), 0, 8, 0), "npu", routed()) == {"GLOO_SOCKET_IFNAME": "lo"}
 
 
 def test_the_master_takes_the_interface_with_its_address():

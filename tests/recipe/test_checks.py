@@ -7,6 +7,7 @@ import pytest
 from executor.checkpoint.folder import find_checkpoint, read_json
 from executor.errors import UserError
 from executor.recipe import settle as checks
+from executor.recipe.file import parse_override
 from executor.recipe.memory import GIB, estimate, kv_block_bytes
 from executor.recipe.schema import Recipe, build_recipe
 from executor.recipe.settle import check_chip, check_recipe, check_supported, find_quantization, prepare, resolve
@@ -100,6 +101,82 @@ def test_the_degrees_an_error_lists_do_work(name):
         else:
             with pytest.raises(UserError):
                 check_recipe(recipe, shapes_of(name))
+
+
+def test_the_cache_in_gb():
+    """As many blocks as fit into it; at least what one request needs."""
+    shapes, scheduler = shapes_of("Qwen3-VL-8B-Instruct"), {"kv_cache_gb": 3.0, "max_model_len": 8192}
+    recipe = resolve(recipe_of(scheduler=scheduler), shapes)
+    memory = estimate(recipe, shapes, 64 * GIB)
+    assert memory.num_blocks == int(3 * GIB / kv_block_bytes(recipe, shapes)) > 8192 // 128
+    assert 3 * GIB - memory.block_bytes < memory.kv_bytes <= 3 * GIB
+    with pytest.raises(UserError, match=r"kv_cache_gb: 0.5 GB are 28 blocks, and one .* takes 64: give at least 1.12"):
+        estimate(recipe.replace(scheduler={"kv_cache_gb": 0.5}), shapes, 64 * GIB)
+    with pytest.raises(UserError, match=r"does not fit: .* Lower scheduler_config.kv_cache_gb \(3\)"):
+        estimate(recipe, shapes, 20 * GIB)
+
+
+NPU = {"device": "npu", "soc": "atlas_800i_a2"}
+
+
+@pytest.mark.parametrize(
+    "model, parallel, scheduler, words",
+    [
+        (NPU, {"world_size": 3}, {}, ["attn_tp_size: ", "needs torch_npu"]),
+        (NPU | {"quantization": "w8a8"}, {}, {}, ["quantization: w8a8", "quantization: the recipe says", "torch_npu"]),
+        (NPU | {"model_path": "./absent"}, {}, {}, ["there is no folder ./absent", "needs torch_npu"]),
+        (NPU | {"dtype": "float32"}, {"world_size": 3, "moe_ep_size": 3}, {"max_model_len": 10**9},
+         ["dtype: attention on NPUs", "made for at most", "attn_tp_size: ", "has no experts", "needs torch_npu"]),
+        ({"device": "cpu", "soc": "atlas_300i_duo", "exe_mode": "ge_graph"}, {}, {"kv_cache_gb": 1, "num_blocks": 9},
+         ["is an NPU, but device is cpu", "ge_graph is for device npu", "set one of them to null"]),
+    ],
+)  # fmt: skip
+def test_everything_that_can_be_known_is_told_at_once(model, parallel, scheduler, words, monkeypatch):
+    """In lines of their own, and what the machine lacks comes last: it hides nothing."""
+    monkeypatch.setattr(checks, "has_torch_npu", lambda: False)
+    with pytest.raises(UserError) as error:
+        prepare(recipe_of(model, parallel=parallel, scheduler=scheduler))
+    lines = str(error.value).splitlines()
+    assert len(lines) == len(words), error.value
+    for word, line in zip(words, lines, strict=True):
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    "model, parallel",
+    [
+        (NPU | {"exe_mode": "ge_graph", "dtype": "float16"}, {"world_size": 8, "attn_tp_size": 4, "moe_ep_size": 2}),
+        ({"device": "cpu", "soc": "atlas_300i_duo", "dtype": "float16"}, {}),
+        ({"device": "cuda", "exe_mode": "compile", "quantization": "w8a8"}, {"world_size": 2}),
+    ],
+)
+def test_the_advice_of_a_refusal_is_not_refused(model, parallel, monkeypatch):
+    """The overrides behind "Try:" make a recipe that starts here."""
+    monkeypatch.setattr(checks, "has_torch_npu", lambda: False)
+    recipe = recipe_of(model, parallel=parallel)
+    with pytest.raises(UserError) as error:
+        prepare(recipe)
+    advice = next(line for line in str(error.value).splitlines() if "--set model_config." in line)
+    for override in advice.split("  --set ")[1].split(" --set "):
+        section, key, value = parse_override(override, Recipe)
+        recipe = recipe.replace(**{section.removesuffix("_config"): {key: value}})
+    assert prepare(recipe).recipe.model.device == "cpu"
+
+
+@pytest.mark.parametrize("memory_gb, is_enough", [(64, True), (1e-6, False)])
+def test_the_advice_to_take_the_cpu_says_when_its_memory_is_too_small(monkeypatch, memory_gb, is_enough):
+    monkeypatch.setattr(checks, "has_torch_npu", lambda: False)
+    monkeypatch.setattr(checks, "host_memory_bytes", lambda: int(memory_gb * GIB))
+    with pytest.raises(UserError) as error:
+        prepare(recipe_of(NPU))
+    assert ("too large for this machine's memory" in str(error.value)) != is_enough
+
+
+def test_nothing_is_downloaded_for_a_recipe_that_cannot_start(monkeypatch):
+    monkeypatch.setattr(checks, "has_torch_npu", lambda: False)
+    monkeypatch.setattr(checks, "find_checkpoint", lambda path, hub: pytest.fail("looked for on the hub"))
+    with pytest.raises(UserError, match="needs torch_npu"):
+        prepare(recipe_of(NPU | {"model_path": "Nobody/Has-This-VL"}))
 
 
 def test_auto_is_settled_by_the_checkpoint():

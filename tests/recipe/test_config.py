@@ -127,6 +127,8 @@ def test_a_file_is_found_from_anywhere(tmp_path, monkeypatch):
         ("generation_config.temperature=0.7", "generation", 0.7),
         ("generation_config.stop=null", "generation", None),
         ("generation_config.stop=END", "generation", ("END",)),
+        ("generation_config.stop=a: b #c", "generation", ("a: b #c",)),
+        ("generation_config.stop=12", "generation", ("12",)),
         ("generation_config.stop=[END, '. ']", "generation", ("END", ". ")),
         ("generation_config.stop_token_ids=[1, 2]", "generation", (1, 2)),
         ("generation_config.draw=true", "generation", True),
@@ -140,12 +142,35 @@ def test_a_file_is_found_from_anywhere(tmp_path, monkeypatch):
         ("data_config.chat_template_kwargs={thinking: false}", "data", {"thinking": False}),
         ("model_config.soc=null", "model", None),
         ("model_config.output_path=12", "model", "12"),
+        ("data_config.prompt=''", "data", ""),
+        ("data_config.media=a #1.png", "data", ("a #1.png",)),
+        ("data_config.media=@a, b.png", "data", ("@a, b.png",)),
+        ("data_config.media=*.png", "data", ("*.png",)),
+        ("data_config.media=data:image/png;base64,AA==", "data", ("data:image/png;base64,AA==",)),
+        (
+            'data_config.media=["a, #1.png", "[b].png", "data:image/png;base64,AA=="]',
+            "data",
+            ("a, #1.png", "[b].png", "data:image/png;base64,AA=="),
+        ),
+        ("scheduler_config.kv_cache_gb=3", "scheduler", 3.0),
+        ("generation_config.stop=\n", "generation", ("\n",)),
+        ("generation_config.do_sample=false", "generation", False),
     ],
 )
 def test_overrides(write, override, section, value):
     key = override.partition("=")[0].partition(".")[2]
     got = getattr(getattr(load_recipe(write(LEAST), [override]), section), key)
     assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("name", ["a #1.png", "[1], b.png", "[c].png", "@d.png", "*.png", "e: f.png", "'g'", "[h"])
+def test_a_file_is_taken_as_it_stands(write, tmp_path, monkeypatch, name):
+    """Alone or in brackets, whatever marks of YAML its name has."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).touch()
+    for value in (name, f"[{name}]"):
+        assert load_recipe(write(LEAST), [f"data_config.media={value}"]).data.media == (name,)
+    assert load_recipe(write(LEAST), [f"data_config.dataset_path={name}"]).data.dataset_path == name
 
 
 def test_an_override_wins_over_the_file_and_the_last_one_over_the_others(write):
@@ -163,7 +188,15 @@ def test_an_override_wins_over_the_file_and_the_last_one_over_the_others(write):
         ("modl_config.dtype=x", ["unknown section 'modl_config'", "did you mean 'model_config'?"]),
         ("model_config.dtyp=x", ["unknown key 'dtyp'", "did you mean 'dtype'?"]),
         ("generation_config.world_size=2", ["belongs in parallel_config"]),
-        ("data_config.media=[a.png", ["not valid YAML"]),
+        ("data_config.media=[a.png", ["not valid YAML", '--set \'data_config.media=["a, #1.png", "b.png"]\'']),
+        ("data_config.media=[@a.png, b.png]", ["not valid YAML", "put each item in quotes"]),
+        ("data_config.media=[a #1.png, b.png]", ["not valid YAML", "put each item in quotes"]),
+        ("data_config.media=[data:image/png;base64,AA==]", ["YAML reads this list as", "put each item in quotes"]),
+        ("data_config.media=[a: b.png]", ["YAML reads this list as", "put each item in quotes"]),
+        ("data_config.media=", ["there is no value", "write null for none"]),
+        ("data_config.prompt= ", ["there is no value", "write null for none"]),
+        ("generation_config.seed=", ["there is no value", "write null for none"]),
+        ("data_config.chat_template_kwargs={a: [}", ["not valid YAML", "put it in quotes"]),
         ("scheduler_config.max_num_seqs=few", ["--set scheduler_config.max_num_seqs=few: ", "got 'few' (text)"]),
     ],
 )

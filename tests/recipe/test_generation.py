@@ -53,6 +53,16 @@ def test_do_sample_of_a_request():
     assert chosen(QWEN3, {"do_sample": True, "temperature": 0.4}).temperature == 0.4
 
 
+def test_do_sample_of_a_recipe():
+    """As transformers and MindIE have it; a request's own temperature or do_sample outranks it."""
+    assert chosen(QWEN3, do_sample=False).temperature == 0
+    assert chosen(QWEN3, do_sample=False, temperature=0.9).temperature == 0
+    assert chosen(QWEN3, {"temperature": 0.4}, do_sample=False).temperature == 0.4
+    assert chosen(QWEN3, {"do_sample": True}, do_sample=False).temperature == 0.7
+    assert chosen({}, do_sample=True).temperature == 1.0
+    assert chosen({}, {"temperature": 0.0}, do_sample=True).temperature == 0
+
+
 def test_a_sampling_checkpoint_without_a_temperature_samples_at_one():
     assert chosen({"do_sample": True}).temperature == 1.0
 

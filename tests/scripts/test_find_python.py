@@ -3,10 +3,14 @@
 pip is replaced by a function that lays down an empty package, or fails; everything else is the real script.
 """
 
+import contextlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,11 @@ from tests.reference import REPO
 FAKE_PIP = r"""
 _pip() {
     echo "$*" >>"$ROOT/pip.log"
-    [ ! -f "$ROOT/no_network" ] || return 1
+    echo "Collecting nobodyhasthis>=1.0"
+    echo "  Downloading https://index/packages/ab/nobodyhasthis-1.0-cp311-cp311-linux_x86_64.whl (190.3 MB)"
+    echo "  Downloading northis-2.5.tar.gz (700 kB)"
+    [ ! -f "$ROOT/slow" ] || sleep "$(cat "$ROOT/slow")"
+    [ ! -f "$ROOT/no_network" ] || { echo "ERROR: no route to the index" >&2; return 1; }
     local site name
     site="$("$PYTHON_FOUND" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
     for name in $(cat "$ROOT"/requirements*.txt | cut -d'>' -f1); do
@@ -25,6 +33,9 @@ _pip() {
     done
 }
 """
+
+
+LOG = ".cache/setup.log"
 
 
 class Place:
@@ -48,19 +59,24 @@ class Place:
         path.chmod(0o755)
         return path
 
-    def find(self, *files: str, path: str | None = None, **environment: str) -> subprocess.CompletedProcess:
-        script = f'set -euo pipefail\nROOT="{self.root}"\nsource executor/scripts/find_python.sh\n{FAKE_PIP}'
+    def start(self, *files: str, before: str = "", start_new_session: bool = False, **environment: str):
+        script = f'set -euo pipefail\nROOT="{self.root}"\nsource executor/scripts/find_python.sh\n{FAKE_PIP}{before}\n'
         script += f'find_python "$ROOT" {" ".join(files or ["requirements.txt"])}\necho "$PYTHON_FOUND"\n'
-        search = path or f"{self.root / 'bin'}:{os.environ['PATH']}"
         variables = {key: value for key, value in os.environ.items() if key != "PYTHON"}
-        return subprocess.run(
+        return subprocess.Popen(
             ["bash", "-c", script],
             cwd=self.root,
-            env=variables | {"PATH": search} | environment,
-            capture_output=True,
+            env=variables | {"PATH": f"{self.root / 'bin'}:{os.environ['PATH']}"} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=60,
+            start_new_session=start_new_session,
         )
+
+    def find(self, *files: str, before: str = "", **environment: str) -> subprocess.CompletedProcess:
+        process = self.start(*files, before=before, **environment)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def found(self, *files: str, **environment: str) -> Path:
         done = self.find(*files, **environment)
@@ -166,3 +182,66 @@ def test_the_interpreter_that_the_user_names(place):
     assert "lacks what this project needs: nobodyhasthis is missing" in place.refused(2, PYTHON=sys.executable)
     (place.root / "requirements.txt").write_text("pytest>=1.0\n")
     assert place.found(PYTHON=sys.executable) == Path(sys.executable)
+
+
+# What the set-up says
+
+
+def test_the_set_up_is_a_few_lines_and_a_log(place):
+    done = place.find()
+    said = done.stderr.splitlines()
+    assert len(said) <= 8 and all(line.startswith("set-up: ") for line in said), done.stderr
+    assert f"log: {place.root / LOG}" in done.stderr
+    assert re.search(r"^set-up: installing what requirements.txt names: \d+ s, 191 MB downloaded$", done.stderr, re.M)
+    assert done.stdout.count("\n") == 1, "pip's words are in the log"
+    log = (place.root / LOG).read_text()
+    assert "== making .venv" in log and log.count("Collecting nobodyhasthis") == place.pip_calls() > 0
+
+
+def test_a_set_up_that_fails_names_its_log_and_shows_the_end(place):
+    (place.root / "no_network").touch()
+    done = place.find()
+    assert done.returncode == 1
+    assert "  | ERROR: no route to the index" in done.stderr
+    assert json.loads(done.stdout)["error"].endswith(f"All of it is in {place.root / LOG}")
+
+
+def test_a_slow_stage_gives_signs_of_life(place):
+    (place.root / "slow").write_text("1.5")
+    done = place.find(before="PROGRESS_S=0.1 STILL_S=1")
+    words = r"installing what requirements.txt names: still at it after [12] s: northis-2.5 \(700 kB\)"
+    assert re.search(words, done.stderr)
+
+
+def test_an_interrupted_set_up_leaves_nothing_running(place):
+    """Ctrl-C reaches every process of the terminal's group."""
+    (place.root / "slow").write_text("30")
+    process = place.start(start_new_session=True)
+    log = place.root / LOG
+    deadline = time.monotonic() + 20
+    while not (log.exists() and "Collecting" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(10) != 0
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+            continue
+        return
+    pytest.fail("something of the set-up still runs")
+
+
+def test_a_repository_that_cannot_be_written(place):
+    """As on a read-only mount: not even the lock can be made."""
+    (place.root / ".venv.lock").mkdir()
+    message = place.refused(1)
+    assert f"needs to write .venv into {place.root}, and that cannot be written" in message
+    assert "PYTHON=/path/to/python" in message
+
+
+def test_a_log_that_cannot_be_written_lies_elsewhere(place, tmp_path):
+    (place.root / ".cache").touch()
+    done = place.find()
+    assert done.returncode == 0, done.stderr
+    assert Path(re.search(r"log: (\S+)", done.stderr)[1]).is_file()

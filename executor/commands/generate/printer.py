@@ -6,6 +6,7 @@ from typing import TextIO
 from executor.commands.generate.rows import Row
 
 SHOWN_CHARACTERS = 300  # of a question
+TPOT_TOKENS = 8  # of an answer at least, for a time per token that says something
 
 
 class Printer:
@@ -39,7 +40,9 @@ class Printer:
             lines.append(_field("answer", text))
         tokens = f"{row['vision_tokens']} vision, {row['prompt_tokens']} prompt, {row['completion_tokens']} completion"
         lines.append(_field("tokens", tokens))
-        tpot = "-" if row["tpot_ms"] is None else f"{row['tpot_ms']:.1f} ms"
+        # A short answer's few steps are mostly those of other requests' prompts; the JSON has the figure all the same.
+        is_told = row["tpot_ms"] is not None and row["completion_tokens"] >= TPOT_TOKENS
+        tpot = f"{row['tpot_ms']:.1f} ms" if is_told else "-"
         lines.append(_field("time", f"TTFT {row['ttft_ms']:.1f} ms, TPOT {tpot}, e2e {row['e2e_ms']:.1f} ms"))
         lines += [_field("warning", warning) for warning in row.get("warnings", ())]
         if row.get("drawn"):

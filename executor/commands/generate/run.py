@@ -57,7 +57,10 @@ def run(recipe: Recipe, build: Callable[..., Any] | None = None, out: TextIO | N
             logger.info("%d of %d answers are in %s already", len(rows), len(dataset), recipe.data.results_path)
         started = time.monotonic()
         if len(rows) < len(dataset) or recipe.parallel.world_size > 1:  # the other ranks wait for this one
-            started = _answer_missing(prepared, params, dataset, rows, results, build, out)
+            try:
+                started = _answer_missing(prepared, params, dataset, rows, results, build, out)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(_what_is_saved(rows, len(dataset), recipe.data.results_path)) from None
         if results:
             results.sort()
     outputs = [rows[index] for index in sorted(rows)]
@@ -71,6 +74,16 @@ def run(recipe: Recipe, build: Callable[..., Any] | None = None, out: TextIO | N
         "outputs": outputs,
     }
     return document, 2 if num_failed else 0
+
+
+def _what_is_saved(rows: dict[int, Row], total: int, path: str | None) -> str:
+    """For someone who has pressed Ctrl-C."""
+    if path is None:
+        return (
+            f"{len(rows)} of {total} requests were answered, and nothing is saved; --set data_config.results_path=FILE "
+            "saves answers as they come, and goes on from there"
+        )
+    return f"{len(rows)} of {total} answers are in {path}; the same command goes on from there"
 
 
 def _answer_missing(

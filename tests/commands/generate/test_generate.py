@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dataset.sample import Sample
 from executor.commands.generate import run as generate
+from executor.commands.generate.printer import Printer
+from executor.commands.generate.rows import failed_row
 from executor.errors import UserError
 from executor.media import draw
 from executor.media.draw import COLORS, Mark, find_marks
@@ -335,3 +338,36 @@ def test_what_no_row_could_be_asked_with_is_refused_before_weights_are_read(monk
     monkeypatch.setattr("executor.commands.build.load_model", reads_weights)
     with pytest.raises(UserError, match=says):
         generate.run(recipe_of(**sections), out=io.StringIO())
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_ctrl_c_says_what_is_saved_and_how_to_go_on(monkeypatch, tmp_path, saved):
+    """The rows that had come are in the file, and in nothing else."""
+
+    def two_rows(engine, recipe, params, spread, count):
+        for index in range(2):
+            yield failed_row(index, Sample(f"mine.jsonl:{index}"), "as good as an answer")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "all_rows", two_rows)
+    path = tmp_path / "out.jsonl"
+    data = rows_file(tmp_path / "mine.jsonl", [{"question": f"{number}?"} for number in range(5)])
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        data |= {"results_path": str(path)} if saved else {}
+        generate.run(recipe_of(data=data), build=lambda *opened: None, out=io.StringIO())
+    if saved:
+        assert str(interrupt.value) == f"2 of 5 answers are in {path}; the same command goes on from there"
+        assert path.read_bytes().count(b"\n") == 2
+    else:
+        assert "2 of 5 requests were answered, and nothing is saved" in str(interrupt.value)
+        assert "--set data_config.results_path=FILE" in str(interrupt.value)
+
+
+def test_a_time_per_token_of_few_tokens_is_for_scripts_alone():
+    """Most of it is other requests' prompts."""
+    row = {"index": 0, "media": [], "prompt": "?", "error": None, "text": "3", "vision_tokens": 0, "prompt_tokens": 9}
+    row |= {"ttft_ms": 1.0, "tpot_ms": 527.7, "e2e_ms": 2.0}
+    for tokens, shown in ((2, "TPOT -"), (7, "TPOT -"), (8, "TPOT 527.7 ms")):
+        out = io.StringIO()
+        Printer(1, out, ()).print_ready({0: row | {"completion_tokens": tokens}})
+        assert shown in out.getvalue()

@@ -1,4 +1,4 @@
-"""Which ranks run where: from the recipe, the addresses in set_env.sh and this machine to a `NodePlan`.
+"""Which ranks run where: from the recipe, the addresses in set_env.sh and this machine to a `Layout`.
 
 Reads the machine only through what is handed in (executor.host.machine.Machine or a test's), starts nothing. What the
 user must mend is a UserError.
@@ -20,11 +20,12 @@ RANKS_OF_SOC = {A2: 8, A3: 16, DUO: 2}
 """Ranks of a node whose chips cannot be counted: an A2 node, an A3 node (8 modules of 2 dies), one 300I DUO card."""
 
 LOCAL_ADDRESS = "127.0.0.1"
+MEND = f"write the nodes' addresses in rank order into IPs in {SET_ENV}, alike on every node"
 
 
 @dataclass(frozen=True)
-class NodePlan:
-    """The nodes of a job in the order of their ranks, and which of them this is."""
+class Layout:
+    """Which ranks run where: the nodes of a job in the order of their ranks, and which of them this is."""
 
     addresses: tuple[str, ...]
     node: int
@@ -63,16 +64,17 @@ class NodePlan:
         return self.addresses[rank // self.ranks_per_node]
 
 
-def plan_nodes(recipe: Recipe, device: str, entries: tuple[str, ...], machine: Machine) -> NodePlan:
+def lay_out(recipe: Recipe, device: str, entries: tuple[str, ...], machine: Machine) -> Layout:
     """How a recipe of several ranks is laid over the nodes.
 
     `device` is the recipe's with `auto` settled, `entries` are the IPs of set_env.sh. Raises UserError for a world that
     does not fit, and for addresses that do not say which node this is.
     """
     world_size = recipe.parallel.world_size
-    told_port = machine.environment.get("MASTER_PORT", "")
-    if told_port and not (told_port.isdigit() and 0 < int(told_port) < 65536):
-        raise UserError(f"MASTER_PORT={told_port} is no port: set a number from 1 to 65535, or unset it")
+    port = machine.environment.get("MASTER_PORT", "")
+    if port and not (port.isdigit() and 0 < int(port) < 65536):
+        raise UserError(f"MASTER_PORT={port} is no port: set a number from 1 to 65535, or unset it")
+    check_entries(entries, machine)
     if device == "npu":
         per_node = npu_ranks(recipe.model.soc, machine)
         num_nodes = num_npu_nodes(world_size, per_node)
@@ -92,9 +94,9 @@ def plan_nodes(recipe: Recipe, device: str, entries: tuple[str, ...], machine: M
             "(IPs=() for this node alone), or set a world_size for all of them"
         )
     if num_nodes == 1:
-        return NodePlan((LOCAL_ADDRESS,), 0, per_node, int(told_port or 0))
+        return Layout((LOCAL_ADDRESS,), 0, per_node, int(port or 0))
     addresses = check_addresses(entries, num_nodes, machine)
-    return NodePlan(addresses, find_node(addresses, machine), per_node, int(told_port or PORTS[0]))
+    return Layout(addresses, find_node(addresses, machine), per_node, int(port or PORTS[0]))
 
 
 def npu_ranks(soc: str | None, machine: Machine) -> int:
@@ -132,28 +134,31 @@ def num_npu_nodes(world_size: int, per_node: int) -> int:
     return world_size // per_node
 
 
+def check_entries(entries: tuple[str, ...], machine: Machine) -> None:
+    """UserError for what is neither a placeholder nor an address nor a host, however many nodes the job has."""
+    bad = [entry for entry in entries if not is_placeholder(entry) and machine.resolve(entry) is None]
+    if bad:
+        verb = "are no addresses and no known hosts" if len(bad) > 1 else "is no address and no known host"
+        raise UserError(f"IPs in {SET_ENV}: {', '.join(bad)} {verb}: {MEND}; IPs=() for this node alone")
+
+
 def check_addresses(entries: tuple[str, ...], num_nodes: int, machine: Machine) -> tuple[str, ...]:
     """The addresses of the `num_nodes` nodes. UserError for anything in IPs that is no usable address."""
-    mend = f"write the nodes' addresses in rank order into IPs in {SET_ENV}, alike on every node"
     if not entries:
-        raise UserError(f"the recipe needs {num_nodes} nodes, but IPs in {SET_ENV} is empty: {mend}")
+        raise UserError(f"the recipe needs {num_nodes} nodes, but IPs in {SET_ENV} is empty: {MEND}")
     placeholders = [entry for entry in entries if is_placeholder(entry)]
     if placeholders:
-        raise UserError(f"IPs in {SET_ENV} still has placeholders ({', '.join(placeholders)}): {mend}")
-    resolved = [machine.resolve(entry) for entry in entries]
-    bad = [entry for entry, address in zip(entries, resolved, strict=True) if address is None]
-    if bad:
-        raise UserError(f"IPs in {SET_ENV}: {', '.join(bad)} is no address and no known host: {mend}")
-    addresses = [address for address in resolved if address]
+        raise UserError(f"IPs in {SET_ENV} still has placeholders ({', '.join(placeholders)}): {MEND}")
+    addresses = [address for address in map(machine.resolve, entries) if address]  # check_entries has seen them
     if len(set(addresses)) < len(addresses):
         raise UserError(f"IPs in {SET_ENV} names a node twice ({', '.join(entries)}): name each once")
     loops = [address for address in addresses if re.match(r"127\.|::1$|0\.0\.0\.0$", address)]
     if loops:
-        raise UserError(f"IPs in {SET_ENV}: {', '.join(loops)} cannot be reached from other nodes: {mend}")
+        raise UserError(f"IPs in {SET_ENV}: {', '.join(loops)} cannot be reached from other nodes: {MEND}")
     if len(addresses) < num_nodes:
         raise UserError(
             f"the recipe needs {num_nodes} nodes, but IPs in {SET_ENV} names {len(addresses)} "
-            f"({', '.join(entries)}): {mend}"
+            f"({', '.join(entries)}): {MEND}"
         )
     return tuple(addresses)
 

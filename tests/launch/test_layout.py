@@ -6,7 +6,7 @@ from executor.errors import UserError
 from executor.host.machine import Machine
 from executor.host.nodes import PORTS
 from executor.launch.job import node_entries
-from executor.launch.plan import NodePlan, npu_ranks, plan_nodes
+from executor.launch.layout import Layout, lay_out, npu_ranks
 from executor.recipe.schema import load_recipe
 from tests.doctor import fake
 
@@ -19,8 +19,8 @@ def recipe(world_size, soc=None):
     return load_recipe("config/quickstart.yaml", settings)
 
 
-def plan(world_size, entries=(), machine=None, device="cpu", soc=None) -> NodePlan:
-    return plan_nodes(recipe(world_size, soc), device, tuple(entries), machine or fake.laptop())
+def laid_out(world_size, entries=(), machine=None, device="cpu", soc=None) -> Layout:
+    return lay_out(recipe(world_size, soc), device, tuple(entries), machine or fake.laptop())
 
 
 def with_environment(machine, **variables):
@@ -63,23 +63,23 @@ def test_one_node_needs_nothing():
     placeholders = ("xxx.xxx.xxx.xxx", "xxx.xxx.xxx.xxx")
     for entries in ((), placeholders, ("<master ip>",)):
         for device, machine, world in (("cpu", fake.laptop(), 4), ("npu", fake.a2(), 8), ("npu", fake.a3(), 16)):
-            laid = plan(world, entries, machine, device)
+            laid = laid_out(world, entries, machine, device)
             assert (laid.addresses, laid.node, laid.ranks) == (("127.0.0.1",), 0, range(world))
             assert laid.port == 0  # the first free one
 
 
 def test_two_nodes():
     for device, machine, world in (("cpu", fake.laptop(), 4), ("npu", fake.a2(), 16), ("npu", fake.a3(), 32)):
-        laid = plan(world, TWO, machine, device)
+        laid = laid_out(world, TWO, machine, device)
         assert (laid.master, laid.address, laid.node) == ("192.168.0.10", "192.168.0.11", 1)
         assert laid.ranks == range(world // 2, world)
         assert [laid.address_of(rank) for rank in (0, world // 2)] == list(TWO)
         assert laid.port == PORTS[0]
-        assert plan(world, TWO[::-1], machine, device).node == 0
+        assert laid_out(world, TWO[::-1], machine, device).node == 0
 
 
 def test_a_name_for_a_node():
-    laid = plan(2, ("head", "192.168.0.11"), fake.laptop(names={"head": "192.168.0.10"}))
+    laid = laid_out(2, ("head", "192.168.0.11"), fake.laptop(names={"head": "192.168.0.10"}))
     assert laid.addresses == TWO
 
 
@@ -88,7 +88,7 @@ def test_this_machine_by_its_real_addresses():
     assert Machine().is_local("127.0.0.9")
     assert not Machine().is_local("198.51.100.1")
     with pytest.raises(UserError, match="is not among the 2 nodes of the job"):
-        plan(2, ("198.51.100.1", "198.51.100.2"), Machine())
+        laid_out(2, ("198.51.100.1", "198.51.100.2"), Machine())
 
 
 @pytest.mark.parametrize(
@@ -107,28 +107,28 @@ def test_this_machine_by_its_real_addresses():
 )
 def test_addresses_that_do_not_say_which_node_this_is(entries, words):
     with pytest.raises(UserError, match=words) as raised:
-        plan(16, entries, fake.a2(), "npu")
+        laid_out(16, entries, fake.a2(), "npu")
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("world, device", [(12, "npu"), (3, "cpu")])
 def test_a_world_that_is_no_multiple(world, device):
     with pytest.raises(UserError, match=rf"parallel_config.world_size: got {world}"):
-        plan(world, TWO, fake.a2(), device)
+        laid_out(world, TWO, fake.a2(), device)
 
 
 def test_a_world_that_fits_on_one_of_two_nodes_is_not_run_on_both():
     for machine, world in ((fake.a3(), 16), (fake.a2(), 8)):
         with pytest.raises(UserError, match="each of which would run the job"):
-            plan(world, TWO, machine, "npu")
+            laid_out(world, TWO, machine, "npu")
 
 
 def test_a_port_of_the_user():
     machine = with_environment(fake.laptop(), MASTER_PORT="23456")
-    assert plan(2, (), machine).port == plan(2, TWO, machine).port == 23456
+    assert laid_out(2, (), machine).port == laid_out(2, TWO, machine).port == 23456
     for wrong in ("abc", "0", "70000"):
         with pytest.raises(UserError, match=f"MASTER_PORT={wrong} is no port"):
-            plan(2, (), with_environment(fake.laptop(), MASTER_PORT=wrong))
+            laid_out(2, (), with_environment(fake.laptop(), MASTER_PORT=wrong))
 
 
 def test_entries_come_from_infer_sh_else_from_the_file():

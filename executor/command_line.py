@@ -1,0 +1,236 @@
+"""The command line: `CONFIG.yaml [COMMAND] [--set section.key=value ...]`, and short flags for the commonest keys.
+
+Standard library only, and importable on Python 3.8: infer.sh asks `main` before
+it installs anything, so that help and a mistake are answered at once. Knows no schema: what a key may hold is
+said when the recipe is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from executor.errors import UserError, nearest
+from executor.host.env import environment
+from executor.host.streams import print_document
+from executor.recipe.place import find_recipe, split_override
+
+COMMANDS = {
+    "generate": "answer the recipe's questions (the default)",
+    "serve": "an HTTP server with the OpenAI interface",
+    "bench": "measure throughput and latency",
+    "eval": "measure accuracy on a benchmark",
+    "plan": "memory and speed of the recipe, by arithmetic",
+    "check": "what the recipe needs of a chip, without weights",
+}
+MODULES = {  # the commands of this release
+    "generate": "executor.commands.generate.run",
+    "check": "executor.commands.check",
+}
+
+SHORT_FORMS = {  # flag -> key; the flag may be written with - or _
+    "question": "data_config.prompt",
+    "prompt": "data_config.prompt",
+    "image": "data_config.media",
+    "video": "data_config.media",
+    "media": "data_config.media",
+    "model": "model_config.model_path",
+    "model-path": "model_config.model_path",
+    "device": "model_config.device",
+    "dtype": "model_config.dtype",
+    "max-new-tokens": "generation_config.max_new_tokens",
+    "temperature": "generation_config.temperature",
+    "top-p": "generation_config.top_p",
+    "top-k": "generation_config.top_k",
+    "seed": "generation_config.seed",
+    "max-model-len": "scheduler_config.max_model_len",
+    "max-num-seqs": "scheduler_config.max_num_seqs",
+    "output": "data_config.results_path",
+    "host": "server_config.host",
+    "port": "server_config.port",
+}
+LISTS = ("data_config.media",)  # repeated flags add up
+TEXTS = ("data_config.prompt", "model_config.model_path", "data_config.results_path", "server_config.host")
+
+FOREIGN = {  # flags of vLLM, MindIE, PaddleMIX and others -> what stands for them here (docs/coming_from.md has all)
+    "tensor-parallel-size": "--set parallel_config.world_size=N (attn_tp_size: null splits over all ranks)",
+    "tp": "--set parallel_config.world_size=N (attn_tp_size: null splits over all ranks)",
+    "data-parallel-size": "--set parallel_config.world_size=TP*DP parallel_config.attn_tp_size=TP",
+    "enable-expert-parallel": "--set parallel_config.moe_ep_size=N",
+    "gpu-memory-utilization": "--set scheduler_config.memory_fraction=0.9",
+    "kv-cache-memory-bytes": "--set scheduler_config.kv_cache_gb=N",
+    "max-num-batched-tokens": "--set scheduler_config.max_num_batched_tokens=N",
+    "block-size": "--set scheduler_config.block_size=128",
+    "no-enable-prefix-caching": "--set scheduler_config.enable_prefix_caching=false",
+    "enable-prefix-caching": "--set scheduler_config.enable_prefix_caching=true",
+    "enforce-eager": "--set model_config.exe_mode=eager",
+    "quantization": "--set model_config.quantization=auto (read from the checkpoint)",
+    "quant-type": "--set model_config.quantization=auto (read from the checkpoint)",
+    "served-model-name": "--set server_config.served_model_name=NAME",
+    "api-key": "--set server_config.api_key=KEY",
+    "model-name-or-path": "--model PATH",
+    "question-file": "--set data_config.dataset=jsonl data_config.dataset_path=FILE",
+    "image-file": "--image FILE",
+    "image-path": "--image FILE (or a folder)",
+    "video-file": "--video FILE",
+    "max-length": "--max-new-tokens N",
+    "max-tokens": "--max-new-tokens N",
+    "max-output-length": "--max-new-tokens N",
+    "min-length": "--set generation_config.min_new_tokens=N",
+    "max-input-length": "--max-model-len N (prompt and answer together)",
+    "max-batch-size": "--max-num-seqs N",
+    "repetition-penalty": "--set generation_config.repetition_penalty=X",
+    "ignore-eos": "--set generation_config.ignore_eos=true",
+    "do-sample": "--set generation_config.do_sample=true",
+    "stop": "--set generation_config.stop=[TEXT]",
+    "trust-remote-code": "nothing: no code of a checkpoint is ever run",
+    "benchmark": "the command bench",
+}
+
+EXAMPLES = """examples:
+  bash infer.sh config/quickstart.yaml
+  bash infer.sh config/quickstart.yaml --image a.png --question "What do you see?"
+  bash infer.sh config/quickstart.yaml --set generation_config.temperature=0.7 data_config.media=[a.png,b.mp4]
+"""
+ANSWERED, REFUSED = 64, 65
+"""Exit statuses that tell infer.sh to go no further: help was shown, or a mistake was reported."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises UserError where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}\n{self.format_usage().strip()}")
+
+
+class _Set(argparse.Action):
+    """`--set` takes several overrides; what follows them without a `=` may be the command."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if len(values) > 1 and values[-1] in COMMANDS:
+            namespace.command_behind = values.pop()
+        namespace.overrides = [*namespace.overrides, *values]
+
+
+class _ShortForm(argparse.Action):
+    """A short flag becomes an override of its key, in the order of the command line: the last one wins."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        key = SHORT_FORMS[self.option_strings[0][2:]]
+        values = values if isinstance(values, list) else [values]
+        if len(values) > 1 and values[-1] in COMMANDS and not Path(values[-1]).exists():
+            namespace.command_behind = values.pop()
+        if not all(values):
+            raise UserError(f"{option_string}: got an empty text (an unset variable of the shell?); give a value")
+        if key in LISTS:
+            namespace.listed[key] = [*namespace.listed.get(key, ()), *values]
+            value: Any = namespace.listed[key]
+        else:
+            value = values[0]
+        # JSON is YAML that needs no thought about # , [ or quotes.
+        text = json.dumps(value, ensure_ascii=False) if key in (*TEXTS, *LISTS) else value
+        namespace.overrides = [*namespace.overrides, f"{key}={text}"]
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line as (config, command, overrides, save). UserError for anything else."""
+    arguments, unknown = _parser().parse_known_intermixed_args(list(argv))
+    if unknown:
+        raise UserError(_unknown(unknown))
+    arguments.command = arguments.command or arguments.command_behind or "generate"
+    if arguments.command not in {**COMMANDS, **extra_commands()}:
+        known = f"{', '.join(COMMANDS)}{nearest(arguments.command, COMMANDS)}"
+        raise UserError(f"unknown command '{arguments.command}'; commands: {known}")
+    if arguments.save is not None and arguments.command != "check":
+        raise UserError(f"--save belongs to the command check, got {arguments.command}")
+    return arguments
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """UserError for a command that is not in this release, a missing recipe, and an override without a value."""
+    if arguments.command not in {**MODULES, **extra_commands()}:
+        raise UserError(
+            f"the command {arguments.command} is not part of this release yet; there is: {', '.join(MODULES)}"
+        )
+    find_recipe(arguments.config)
+    for override in arguments.overrides:
+        split_override(override)
+
+
+def _parser() -> argparse.ArgumentParser:
+    later = {name: "" if name in MODULES else " (not in this release yet)" for name in COMMANDS}
+    commands = "\n".join(f"  {name:<10}{purpose}{later[name]}" for name, purpose in COMMANDS.items())
+    parser = _Parser(
+        prog="bash infer.sh",
+        usage="bash infer.sh CONFIG.yaml [COMMAND] [--set section.key=value ...]",
+        description=f"Run one recipe.\n\ncommands:\n{commands}",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(listed={}, command_behind=None, overrides=[])
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the recipe, e.g. config/quickstart.yaml")
+    parser.add_argument("command", metavar="COMMAND", nargs="?", help="see above")
+    change = "change a value of the recipe; may be repeated; docs/recipe.md has every key"
+    parser.add_argument(
+        "--set", metavar="section.key=value", dest="overrides", action=_Set, nargs="+", help=change
+    )  # fmt: skip
+    parser.add_argument("--save", metavar="FILE", type=Path, help="check: write the decode graph there (GE, as text)")
+    short = parser.add_argument_group("short forms of keys (with - or _)")
+    for flag, key in SHORT_FORMS.items():
+        spellings = dict.fromkeys((f"--{flag}", f"--{flag.replace('-', '_')}"))
+        number = "+" if key in LISTS else None
+        short.add_argument(*spellings, dest="overrides", metavar="X", nargs=number, action=_ShortForm, help=key)
+    return parser
+
+
+def _unknown(words: Sequence[str]) -> str:
+    """What to say of words that are no flags here: what they are for users of other tools, or what is near."""
+    lines = []
+    for word in words:
+        name = word.partition("=")[0].lstrip("-").replace("_", "-")
+        if not word.startswith("-"):
+            continue
+        if name in FOREIGN:
+            lines.append(f"{word} is no flag here; write {FOREIGN[name]}")
+        else:
+            lines.append(
+                f"unrecognized arguments: {word}{nearest(f'--{name}', ['--set', *map('--{}'.format, SHORT_FORMS)])}"
+            )
+    if not lines:
+        lines.append(f"unrecognized arguments: {' '.join(words)}")
+    return "\n".join(
+        [*lines, "every key can be changed: --set section.key=value (docs/recipe.md, docs/coming_from.md)"]
+    )
+
+
+def extra_commands() -> dict[str, str]:
+    """Commands beyond those of COMMANDS, as RECIPE_COMMANDS names them: `probe=package.module,...`.
+
+    Such a module has `run(recipe)`, and `check(recipe)`, which settles the recipe of several ranks or raises UserError
+    for what keeps a node from starting.
+    """
+    named = environment().get("RECIPE_COMMANDS", "")
+    return dict(entry.split("=", 1) for entry in named.split(",") if "=" in entry)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Answer what needs no installation. 0: nothing to say, run it; ANSWERED or REFUSED: it has been said."""
+    if {"RANK", "SLURM_PROCID"} & environment().keys():
+        return 0  # one rank of many: they say it once, together
+    command = "launch"
+    try:
+        arguments = parse(argv)
+        command = arguments.command
+        check(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        print_document({"command": command, "error": str(error)})
+        return REFUSED
+    except SystemExit:  # help was printed
+        return ANSWERED
+    return 0

@@ -1,0 +1,42 @@
+"""Where a recipe's file lies, and the form of an override: what is said of both before anything is installed.
+
+Standard library only, and importable on Python 3.8.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from executor.errors import UserError, nearest
+from executor.host.env import find_path
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file that `path` means, from here or from the repository. UserError where there is none."""
+    found = find_path(path)
+    if found.is_dir():
+        raise UserError(f"{path} is a folder; a recipe is a YAML file, e.g. config/quickstart.yaml")
+    if not found.exists():
+        raise UserError(f"there is no recipe {path}{_neighbours(found)}")
+    return found
+
+
+def split_override(text: str) -> tuple[str, str]:
+    """`section.key=value` as ("section.key", "value"). UserError for another form, and where there is no value."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise UserError(f"--set {text}: the form is section.key=value, e.g. --set generation_config.max_new_tokens=64")
+    if not value.strip(" \t"):
+        raise UserError(
+            f"--set {text}: there is no value (an unset variable of the shell?); write null for none, \"''\" for an "
+            "empty text"
+        )
+    return name.strip(), value
+
+
+def _neighbours(path: Path) -> str:
+    names = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    close = nearest(path.name, names)
+    return close or (
+        f"; {path.parent} has {', '.join(names)}" if names else "; config/ has the ones that come with this"
+    )
