@@ -121,7 +121,7 @@ def fake_ranks(recipe: Recipe) -> Iterator[Parallel]:
 def _examined(recipe: Recipe, config: dict[str, Any], save: Path | None) -> dict[str, Any]:
     """The report's part that comes out of conversion and tracing."""
     from emulator import chips
-    from emulator.steps import Steps
+    from emulator.traces import Traces
     from executor.device.npu.ops import NpuOps
     from executor.device.npu.soc import soc_of
 
@@ -134,16 +134,16 @@ def _examined(recipe: Recipe, config: dict[str, Any], save: Path | None) -> dict
         family = family_of(config["architectures"][0])
         model = build_on_meta(lambda: family.build_model(config, parallel), dtype)
         finalize(model)
-        steps = Steps(model, device, dtype, batch, blocks, limits.block_size)
+        traces = Traces(model, device, dtype, batch, blocks, limits.block_size)
         in_graph = recipe.model.soc in GRAPH_CHIPS
-        counts, failures = _graph_counts(steps, save) if in_graph else (_traced_counts(steps), [])
+        counts, failures = _graph_counts(traces, save) if in_graph else (_traced_counts(traces), [])
         patches = PICTURE[0] * PICTURE[1] * PICTURE[2]
         traced = {
-            "decode": steps.decode_calls(tensors=in_graph),
-            "prefill": steps.prefill_calls(limits.max_num_batched_tokens, limits.max_model_len, patches // 4),
-            "vision": steps.vision_calls(PICTURE),
+            "decode": traces.decode_calls(tensors=in_graph),
+            "prefill": traces.prefill_calls(limits.max_num_batched_tokens, limits.max_model_len, patches // 4),
+            "vision": traces.vision_calls(PICTURE),
         }
-        block = steps.vision_block_graph(patches).kernels if in_graph else _per_vision_block(traced["vision"], model)
+        block = traces.vision_block_graph(patches).kernels if in_graph else _per_vision_block(traced["vision"], model)
     called = {call.op for recorded in traced.values() for call in recorded.calls}
     refused, undocumented = chips.report({op.partition(".")[0] for op in called}, chips.current())
     violations = [f"{step}: {text}" for step, recorded in traced.items() for text in recorded.violations]
@@ -160,12 +160,12 @@ def _examined(recipe: Recipe, config: dict[str, Any], save: Path | None) -> dict
     }
 
 
-def _graph_counts(steps: Any, save: Path | None) -> tuple[dict[str, Any], list[str]]:
+def _graph_counts(traces: Any, save: Path | None) -> tuple[dict[str, Any], list[str]]:
     """Kernels of the converted decode step: per layer from one more layer, the rest from what all layers leave."""
     from emulator.graph import per_layer
 
     try:
-        whole, one, two = steps.decode_graph(), steps.decode_graph(1), steps.decode_graph(2)
+        whole, one, two = traces.decode_graph(), traces.decode_graph(1), traces.decode_graph(2)
     except RuntimeError as error:
         return _counts(Counter(), Counter(), Counter()), [f"decode graph: {error}"]
     if save is not None:
@@ -174,13 +174,13 @@ def _graph_counts(steps: Any, save: Path | None) -> tuple[dict[str, Any], list[s
     layer = per_layer(one, two)
     fixed = Counter(one.kernels)
     fixed.subtract(layer)
-    expected = fixed.total() + steps.num_layers * layer.total()
+    expected = fixed.total() + traces.num_layers * layer.total()
     assert whole.kernels.total() == expected, f"{whole.kernels.total()} nodes, {expected} by layers: they differ"
     return _counts(layer, fixed, Counter({t: n for t, n in layer.items() if t in two.collectives})), []
 
 
-def _traced_counts(steps: Any) -> dict[str, Any]:
-    one, two = (steps.decode_calls(layers, tensors=False) for layers in (1, 2))
+def _traced_counts(traces: Any) -> dict[str, Any]:
+    one, two = (traces.decode_calls(layers, tensors=False) for layers in (1, 2))
     layer, fixed = Counter(two.kernels), Counter(one.kernels)
     layer.subtract(one.kernels)
     fixed.subtract(layer)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
-from executor.device.npu import attention, forms, graph, layout, linear
+from executor.device.npu import attention, experts, forms, graph, layout, linear
 from executor.device.npu.soc import COMPOSED, SOCS, Soc, chip_named, choose, soc_of
 from executor.device.ops import HeadNorms, Heads, KVLayer, Ops
 from executor.errors import UserError
@@ -90,7 +90,8 @@ class NpuOps(Ops):
         self, gate_up: Tensor, down: Tensor, first: int = 0, num_experts: int | None = None
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         weights = (layout.weight(w.detach(), self.weight_nz) for w in (gate_up, down))
-        return linear.Experts(*weights, self.swiglu, first, num_experts or len(gate_up), self.soc.drops_rows)
+        kind = experts.Experts if self.soc.routes_ranges else experts.LocalExperts
+        return kind(*weights, self.swiglu, first, num_experts or len(gate_up))
 
     def gate_topk(self, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
         """The softmax is the op's own, in fp32 inside; ids int32."""

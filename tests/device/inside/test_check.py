@@ -26,8 +26,8 @@ ON_HOST = {"LocalScalarDense", "Where", "NonZero", "Unique2", "MaskedSelect"}  #
 @pytest.mark.parametrize("soc", [A2, A3])
 @pytest.mark.parametrize("name, tp, most_a2, most_a3", FIGURES)
 def test_nodes_of_a_decode_layer(soc, name, tp, most_a2, most_a3) -> None:
-    with true_size(name, soc, tp=tp) as steps:
-        one, two = steps.decode_graph(1), steps.decode_graph(2)
+    with true_size(name, soc, tp=tp) as traces:
+        one, two = traces.decode_graph(1), traces.decode_graph(2)
     layer = per_layer(one, two)
     fixed = Counter(one.kernels)
     fixed.subtract(layer)
@@ -42,8 +42,8 @@ def test_nodes_of_a_decode_layer(soc, name, tp, most_a2, most_a3) -> None:
 @pytest.mark.parametrize("soc", [A2, A3])
 @pytest.mark.parametrize("tp, replicas, ep", [(2, 1, 2), (4, 1, 4), (8, 1, 8), (4, 2, 2), (4, 2, 8), (8, 2, 16)])
 def test_collectives_of_dealt_experts(soc, tp, replicas, ep) -> None:
-    with true_size(MOE, soc, tp=tp, replicas=replicas, ep=ep) as steps:
-        one, two = steps.decode_graph(1), steps.decode_graph(2)
+    with true_size(MOE, soc, tp=tp, replicas=replicas, ep=ep) as traces:
+        one, two = traces.decode_graph(1), traces.decode_graph(2)
     layer = per_layer(one, two)
     collectives = Counter({kind: layer[kind] for kind in layer if kind in two.collectives})
     assert collectives.total() == (2 if replicas == 1 else 3), collectives
@@ -57,16 +57,16 @@ def test_collectives_of_dealt_experts(soc, tp, replicas, ep) -> None:
 def test_half_precision_has_the_same_graph(soc, name) -> None:
     graphs = []
     for dtype in (torch.bfloat16, torch.float16):
-        with true_size(name, soc, tp=2, dtype=dtype) as steps:
-            graphs.append(steps.decode_graph(2).kernels)
-            assert steps.decode_calls(tensors=True).violations == []
+        with true_size(name, soc, tp=2, dtype=dtype) as traces:
+            graphs.append(traces.decode_graph(2).kernels)
+            assert traces.decode_calls(tensors=True).violations == []
     assert graphs[0] == graphs[1]
 
 
 @pytest.mark.parametrize("name", [QWEN2_5, QWEN3, MOE])
 def test_nodes_of_a_vision_block(name) -> None:
-    with true_size(name, A3) as steps:
-        assert steps.vision_block_graph(1024).kernels.total() <= 14
+    with true_size(name, A3) as traces:
+        assert traces.vision_block_graph(1024).kernels.total() <= 14
 
 
 def checked(recipe: str, *overrides: str) -> dict:

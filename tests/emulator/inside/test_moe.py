@@ -79,6 +79,61 @@ def test_init_routing(a2, kind, active) -> None:
         assert index[: len(order)].tolist() == order
 
 
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("active", [0, 7])
+def test_init_routing_of_duo(duo, kind, active) -> None:
+    """Its kernel gives running totals in int32, whatever is asked, and fills nothing into the fourth output."""
+    x, ids = rand(5, N, dtype=FP16), torch.stack([torch.randperm(E - 1)[:K] for _ in range(5)]).to(torch.int32)
+    expanded, index, totals, fourth = torch_npu.npu_moe_init_routing_v2(
+        x, ids, active_num=active, expert_num=E, expert_tokens_num_type=kind, expert_tokens_num_flag=True
+    )
+    flat = ids.flatten().tolist()
+    order = sorted(range(5 * K), key=lambda i: flat[i])
+    kept = order[: active or 5 * K]
+    assert torch.equal(expanded, x[[i // K for i in kept]])
+    assert index.dtype == torch.int32 and index.tolist() == [order.index(i) for i in range(5 * K)]
+    assert totals.dtype == torch.int32 and totals.tolist() == [sum(f <= e for f in flat) for e in range(E)]
+    assert fourth.dtype == torch.int32 and fourth.shape == (E,)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"active_expert_range": [0, E - 1]}, "active_expert_range is not handed on"),
+    ({"active_expert_range": [2, E]}, "active_expert_range is not handed on"),
+    ({"row_idx_type": 1}, "row_idx_type is not handed on"),
+    ({"quant_mode": 1}, "quant_mode is not handed on"),
+    ({"drop_pad_mode": 1, "expert_capacity": 4}, "drop_pad_mode is not handed on"),
+    ({"scale": torch.ones(4)}, "scale must be None"),
+    ({"expert_tokens_num_type": 2}, "expert_tokens_num_type must be 0"),
+    ({"active_num": -1}, "active_num must be 0"),
+    ({"x": torch.ones(4, N, dtype=BF16)}, "x must be float16 or float32"),
+    ({"x": torch.ones(4, N, dtype=torch.int8)}, "x must be float16 or float32"),
+    ({"expert_num": 3}, r"expert ids must lie in \[0, 3\)"),
+])  # fmt: skip
+def test_what_duo_does_not_hand_on_is_refused(duo, wrong, message) -> None:
+    x, ids = torch.ones(4, N, dtype=FP16), torch.tensor([[0, 1], [1, 2], [2, 0], [3, 1]], dtype=torch.int32)
+    call = {"active_num": 0, "expert_num": E, "expert_tokens_num_type": 0, "expert_tokens_num_flag": True} | wrong
+    with pytest.raises(LimitError, match=f"npu_moe_init_routing_v2 on Atlas 300I DUO.*{message}"):
+        torch_npu.npu_moe_init_routing_v2(call.pop("x", x), ids, **call)
+
+
+def test_the_form_of_a2_does_not_run_on_duo(duo) -> None:
+    """Counts of all experts, given on as counts: the totals that come instead are int32, which no product takes."""
+    x, ids, w = rand(4, N, dtype=FP16), torch.zeros(4, 1, dtype=torch.int32), rand(E, N, 16, dtype=FP16)
+    rows, _, counts, _ = torch_npu.npu_moe_init_routing_v2(
+        x, ids, active_num=4, expert_num=E, expert_tokens_num_type=1, expert_tokens_num_flag=True,
+        active_expert_range=[0, E], row_idx_type=0,
+    )  # fmt: skip
+    call = {"split_item": 2, "group_type": 0, "group_list_type": 1}
+    with pytest.raises(LimitError, match="group_list must be int64; got int32"):
+        torch_npu.npu_grouped_matmul([rows], [w], group_list=counts, **call)
+    with pytest.raises(LimitError, match="must add up to x's 4 rows"):
+        torch_npu.npu_grouped_matmul([rows], [w], group_list=counts.long(), **call)
+    call["group_list_type"] = 0
+    close(
+        torch_npu.npu_grouped_matmul([rows], [w], group_list=counts.long(), **call)[0], rows.float() @ w[0].float(), 4
+    )
+
+
 def test_init_routing_keeps_the_first_rows(a2) -> None:
     x, ids = rand(4, N), torch.tensor([[0, 1], [1, 2], [2, 0], [3, 1]], dtype=torch.int32)
     common = {
