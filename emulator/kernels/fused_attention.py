@@ -9,7 +9,7 @@ attention sinks, the NTD layouts, sparse mode 9.
 import torch
 from torch import Tensor
 
-from emulator.kernels.attention_call import MASK, Call, run
+from emulator.kernels.attention_call import MASK, Call, require_countable, run
 from emulator.limits import (
     HALF,
     refuse,
@@ -22,6 +22,7 @@ from emulator.limits import (
 )
 from emulator.registry import kernel
 
+_TND_TOKENS = 1 << 20
 _LAYOUTS = {"BSH": 3, "BSND": 4, "BNSD": 4, "BNSD_BSND": 4, "TND": 3}
 
 
@@ -50,7 +51,7 @@ def check(call: Call) -> None:
         call.heads // call.kv_heads,
     )
     require(call.heads <= 256, "there must be at most 256 query heads", call.heads)
-    require(call.inner_precise in (0, 1, 2, 3), "inner_precise must be 0 to 3", call.inner_precise)
+    _check_precision(call)
     _check_head_dim(call)
     _check_mask(call)
     _check_lengths(call)
@@ -61,6 +62,17 @@ def check(call: Call) -> None:
         axis = {"TND": 1, "BSND": 2, "BSH": None}.get(call.layout, 1)
         got = call.key.shape[axis] if axis is not None else call.key.shape[2] // call.head_dim
         require(got == call.kv_heads, f"key must have {call.kv_heads} heads", list(call.key.shape))
+
+
+def _check_precision(call: Call) -> None:
+    allowed = (0, 1) if call.single else (0, 1, 2, 3)
+    one = " with one query token" if call.single else ""
+    require(call.inner_precise in allowed, f"inner_precise must be 0 to {allowed[-1]}{one}", call.inner_precise)
+    require(
+        not call.tnd or call.query.dtype != torch.bfloat16 or call.inner_precise == 0,
+        "with TND and bfloat16 inner_precise must be 0",
+        call.inner_precise,
+    )
 
 
 def _check_head_dim(call: Call) -> None:
@@ -76,6 +88,9 @@ def _check_head_dim(call: Call) -> None:
     dim = call.head_dim
     if call.tnd:
         require(dim in (64, 128), "with TND the head dim must be 64 or 128 (192 is not emulated)", dim)
+        require(
+            call.query_tokens <= _TND_TOKENS, f"with TND there must be at most {_TND_TOKENS} tokens", call.query_tokens
+        )
     else:
         require(dim <= 512, "the head dim must be at most 512", dim)
         require(call.query_tokens == 1 or dim % 16 == 0, "the head dim must be a multiple of 16", dim)
@@ -90,10 +105,16 @@ def _check_head_dim(call: Call) -> None:
 
 def _check_mask(call: Call) -> None:
     modes = (0, 3, 4) if call.tnd else (0, 1, 2, 3, 4)
-    require(call.sparse_mode in modes, f"sparse_mode must be {', '.join(map(str, modes))}", call.sparse_mode)
+    require(call.mode in modes, f"sparse_mode must be {', '.join(map(str, modes))}", call.sparse_mode)
     if call.mask is not None:
         require_dtype("atten_mask", call.mask, (torch.bool, torch.int8, torch.uint8))
-    mode = call.sparse_mode
+    mode = call.mode
+    if mode == 4:
+        require(
+            call.pre_tokens + call.next_tokens >= 0,
+            "with sparse_mode 4 pre_tokens + next_tokens must not be negative",
+            [call.pre_tokens, call.next_tokens],
+        )
     if mode in (2, 3, 4):
         require(call.mask is not None, f"sparse_mode {mode} needs atten_mask, the {MASK} x {MASK} upper triangle")
         shape = tuple(call.mask.shape)
@@ -139,6 +160,7 @@ def _check_paged(call: Call) -> None:
     table, block_size, dim = call.block_table, call.block_size, call.head_dim
     require_dtype("block_table", table, (torch.int32,))
     require_rank("block_table", table, 2)
+    require_countable(call)
     batch = len(call.kv_lens) if call.tnd else call.query.shape[0]
     require(table.shape[0] == batch, f"block_table must have one row per request, {batch}", list(table.shape))
     if call.tnd:
@@ -192,6 +214,11 @@ def check_extras(call: Call) -> None:
         refuse(quant_offset_out=call.out_offset)
         return
     require(not call.tnd, "an int8 output is not for TND")
+    require(
+        call.mode != 4 or min(call.pre_tokens, call.next_tokens) >= 0,
+        "with an int8 output and sparse_mode 4 pre_tokens and next_tokens must not be negative",
+        [call.pre_tokens, call.next_tokens],
+    )
     wide = (torch.float32, torch.bfloat16) if call.query.dtype == torch.bfloat16 else (torch.float32,)
     require_dtype("the output's scale", call.out_scale, wide)
     channels = call.heads * call.head_dim

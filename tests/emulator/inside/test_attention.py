@@ -206,6 +206,33 @@ def test_sparse_modes(a2, mode, pre, after) -> None:
     close(out[0], wanted)
 
 
+@pytest.mark.parametrize("mode", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("layout", ["BSND", "BNSD", "BSH"])
+def test_one_query_token_knows_no_sparse_mode_and_no_band(a2, mode, layout) -> None:
+    """Outside TND: neither is a mask needed, nor does a band hide what the own mask shows."""
+    q, k = rand(2, 1, 2, 32), rand(2, 8, 2, 32, seed=1)
+    turned = {"BSND": lambda x: x, "BNSD": lambda x: x.transpose(1, 2).contiguous(), "BSH": lambda x: x.flatten(2)}
+    arrange = turned[layout]
+    call = {"num_query_heads": 2, "softmax_scale": SCALE, "input_layout": layout}
+    call |= {"sparse_mode": mode, "pre_tokens": 0, "next_tokens": -3}
+    own = torch.zeros(2, 8, dtype=torch.bool)
+    own[0, 5:] = True
+    for mask, seen in ((None, [8, 8]), (own, [5, 8])):
+        out, _ = torch_npu.npu_fused_infer_attention_score_v2(*map(arrange, (q, k, k)), atten_mask=mask, **call)
+        for i, n in enumerate(seen):
+            close(out[i].flatten(), naive(q[i], k[i, :n], k[i, :n], SCALE, False).flatten())
+
+
+def test_one_token_in_tnd_keeps_its_sparse_mode(a2) -> None:
+    q, k = rand(1, 2, 64), rand(8, 2, 64, seed=1)
+    call = {"actual_seq_qlen": [1], "actual_seq_kvlen": [8], "num_query_heads": 2, "softmax_scale": SCALE}
+    call |= {"input_layout": "TND", "sparse_mode": 4, "atten_mask": MASK, "pre_tokens": 2, "next_tokens": 0}
+    out, _ = torch_npu.npu_fused_infer_attention_score_v2(q, k, k, **call)
+    close(out, naive(q, k[5:], k[5:], SCALE, False))
+    with pytest.raises(LimitError, match="sparse_mode must be 0, 3, 4; got 2"):
+        torch_npu.npu_fused_infer_attention_score_v2(q, k, k, **call | {"sparse_mode": 2})
+
+
 def test_shifted_scores_and_int8_output(a2) -> None:
     q, k, v = (rand(2, 2, 6, 32, dtype=FP16, seed=s) for s in range(3))
     shift, scale = rand(1, 2, 6, 6, dtype=FP16, seed=4), torch.rand(2, 32) * 50 + 10
