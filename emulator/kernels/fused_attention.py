@@ -1,10 +1,13 @@
-"""npu_fused_infer_attention_score, first and second form, and torchair's form with lengths as tensors.
+"""npu_fused_infer_attention_score, first and second form; what ACL graphs call of them; lengths as tensors (torchair).
 
 Semantics and limits: the ops' docstrings in the torch_npu wheel; for TND with a paged cache, head dim 64 and NZ
 caches, which those docstrings leave out, the newer pages of torch_npu's op reference (op-plugin 26 / CANN 9).
 Not emulated, though documented: MLA (query_rope), quantized queries, keys and values, shared prefix, left padding,
 attention sinks, the NTD layouts, sparse mode 9.
 """
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,6 +26,7 @@ from emulator.limits import (
 from emulator.registry import kernel
 
 _TND_TOKENS = 1 << 20
+_WORKSPACE = 1 << 10
 _LAYOUTS = {"BSH": 3, "BSND": 4, "BNSD": 4, "BNSD_BSND": 4, "TND": 3}
 
 
@@ -274,3 +278,72 @@ def npu_fused_infer_attention_score_v2(*args: Tensor, **given: object) -> tuple[
 @kernel("npu_fused_infer_attention_score", _check_first, namespace="air")
 def npu_fused_infer_attention_score(*args: Tensor, **given: object) -> tuple[Tensor, Tensor]:
     return run(_call(_FIRST, *args, **given))
+
+
+def _check_out(
+    names: dict[str, str], *args: Tensor, out: list[Tensor], workspace: Tensor | None = None, **given: object
+) -> None:
+    """The forms that write where they are told: ACL graphs capture them and call them again with other lengths."""
+    call = _call(names, *args, **given)
+    check(call)
+    require(len(out) == 2, "out must be [attention_out, softmax_lse]", len(out))
+    if workspace is not None:
+        require_rank("workspace", workspace, 1)
+        require_same_dtype("query", call.query, workspace=workspace)
+    require_shape("out[0]", out[0], *_out_shape(call))
+    wanted = call.query.dtype if call.out_scale is None else torch.int8
+    require(out[0].dtype == wanted, f"out[0] must be {wanted}", out[0].dtype)
+    require_contiguous(attention_out=out[0])
+    if call.lse:
+        require_shape("out[1]", out[1], *_lse_shape(call))
+        require_dtype("out[1]", out[1], (torch.float32,))
+
+
+def _out_shape(call: Call) -> tuple[int, ...]:
+    """Of the output: the query's, turned where the layout says so. Key and value have one head dim here."""
+    shape = call.query.shape
+    return (shape[0], shape[2], shape[1], shape[3]) if call.layout == "BNSD_BSND" else tuple(shape)
+
+
+def _lse_shape(call: Call) -> tuple[int, ...]:
+    if not call.lse:
+        return (1,)
+    if call.tnd:
+        return (call.query_tokens, call.heads, 1)
+    return (call.query.shape[0], call.heads, call.query_tokens, 1)
+
+
+def _write(
+    names: dict[str, str], *args: Tensor, out: list[Tensor], workspace: Tensor | None = None, **given: object
+) -> tuple[Tensor, Tensor]:
+    call = _call(names, *args, **given)
+    result, sums = run(call)
+    out[0].copy_(result)
+    if call.lse:
+        out[1].copy_(sums)
+    return out[0], out[1]
+
+
+def _workspace(query: Tensor, *_: Tensor, **__: object) -> Tensor:
+    """Of the largest size that any lengths need; how large that is only CANN knows."""
+    return query.new_zeros(_WORKSPACE)
+
+
+def _inferred(names: dict[str, str], query: Tensor, value: Tensor, **given: object) -> tuple[Tensor, Tensor]:
+    """Empty outputs for the .out form."""
+    call = _call(names, query, value, value, **{name: x for name, x in given.items() if name != "block_table"})
+    kind = query.dtype if call.out_scale is None else torch.int8
+    return query.new_empty(_out_shape(call), dtype=kind), query.new_empty(_lse_shape(call), dtype=torch.float32)
+
+
+def _enter(name: str, names: dict[str, str], checked: Callable[..., None]) -> None:
+    """The three beside an op: its .out form, its workspace and the outputs to give it. They have no meta kernels."""
+    written = functools.partial(_write, names)
+    kernel(f"{name}.out", functools.partial(_check_out, names), lambda *_, out, **__: (out[0], out[1]))(written)
+    kernel(f"_{name}_get_max_workspace", checked, _workspace)(_workspace)
+    inferred = functools.partial(_inferred, names)
+    kernel(f"_{name}_infer_output", None, inferred)(inferred)
+
+
+_enter("npu_fused_infer_attention_score", _FIRST, _check_first)
+_enter("npu_fused_infer_attention_score_v2", _SECOND, _check_second)

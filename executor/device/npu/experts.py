@@ -48,7 +48,8 @@ class Experts(nn.Module):
             active_expert_range=[self.first, self.first + self.gate_up.shape[0]],
             row_idx_type=0,
         )
-        y = self._multiply(rows, counts.to(torch.int64), _COUNTS)
+        # A list of counts must be longer than one; a single count is its own running total.
+        y = self._multiply(rows, counts.to(torch.int64), _COUNTS if self.gate_up.shape[0] > 1 else _TOTALS)
         if self.is_whole:
             return _summed(y, places, weights, drop_pad_mode=2)
         # Each routed row is an expert of capacity 1, and -1 is the place of another rank's.

@@ -50,7 +50,7 @@ class NpuOps(Ops):
         return forms.RMS_NORM[self.calls["rms_norm"]](x, weight, eps)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        if residual is None or self.calls["add_rms_norm"] == COMPOSED:
+        if residual is None or not len(x) or self.calls["add_rms_norm"] == COMPOSED:  # the fused op takes no empty x
             return super().add_rms_norm(x, residual, weight, eps)
         return forms.add_rms_norm(x, residual, weight, eps)
 
