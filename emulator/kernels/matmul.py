@@ -4,6 +4,9 @@ Semantics and limits: the ops' docstrings in the torch_npu wheel. int8 and int4 
 quantization are documented and not emulated.
 """
 
+import weakref
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -198,8 +201,20 @@ def _check_all_reduce(
     require_shape("bias", bias, x2.shape[1])
     _check_reduced_dtypes(x1, x2, bias, x3, dequant_scale, pertoken_scale)
     group = group_named(hcom)
-    ranks = group.size() if group is not None else 1
-    require(ranks in (1, 2, 4, 8), "the group must have 1, 2, 4 or 8 ranks", ranks)
+    if group is not None:
+        require(group.size() in (1, 2, 4, 8), "the group must have 1, 2, 4 or 8 ranks", group.size())
+        _check_domain(hcom)
+
+
+def _check_domain(hcom: str) -> None:
+    """A model's fused communication passes through one domain only: here, all of a process while its world lasts."""
+    world = dist.group.WORLD
+    if not _domain or _domain[0]() is not world:
+        _domain[:] = [weakref.ref(world), hcom]
+    require(_domain[1] == hcom, f"a model's fused ops must share one communication domain, here {_domain[1]}", hcom)
+
+
+_domain: list[Any] = []
 
 
 def _check_reduced_dtypes(

@@ -18,7 +18,7 @@ import torch
 from executor.checkpoint.folder import local_checkpoint, read_json
 from executor.checkpoint.load import build_on_meta
 from executor.checkpoint.pull import finalize
-from executor.commands.build import family_of, graph_sizes
+from executor.commands.build import decode_rows, family_of, graph_sizes
 from executor.device import ops
 from executor.engine.graphs import batch_sizes
 from executor.errors import UserError, nearest
@@ -126,7 +126,10 @@ def _examined(recipe: Recipe, config: dict[str, Any], save: Path | None) -> dict
     from executor.device.npu.soc import soc_of
 
     limits, dtype = recipe.scheduler, getattr(torch, recipe.model.dtype)
-    device = NpuOps(soc_of(recipe.model.soc), torch.device("meta"), weight_nz=recipe.model.enable_weight_nz)
+    device = NpuOps(
+        soc_of(recipe.model.soc), torch.device("meta"), weight_nz=recipe.model.enable_weight_nz,
+        decode_rows=decode_rows(recipe),
+    )  # fmt: skip
     ops.bind(device)
     batch = max(graph_sizes(recipe) or batch_sizes(limits.max_num_seqs))
     blocks = -(-limits.max_model_len // limits.block_size)

@@ -38,15 +38,21 @@ class SummedLinear(nn.Module):
 
 
 class FusedSummedLinear(Linear):
-    """Both in one kernel, where a tile is sent while the next is multiplied."""
+    """Both in one kernel where x has more rows than a decode step: a tile is sent while the next is multiplied.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, group: Any) -> None:
+    The kernel is documented for prefill only ("not in the incremental phase"), between at most 8 ranks of one node, and
+    over one communication domain in a model.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, group: Any, decode_rows: int) -> None:
         super().__init__(weight, bias)
+        self.group, self.decode_rows = group, decode_rows
         self.communicator = communicator(group, weight.device)
-        self.traffic = group.traffic
 
     def forward(self, x: Tensor) -> Tensor:
-        self.traffic.add(x)
+        if len(x) <= self.decode_rows:
+            return self.group.all_reduce(super().forward(x))
+        self.group.traffic.add(x)
         return torch_npu.npu_mm_all_reduce_base(x, self.weight, self.communicator, reduce_op="sum", bias=self.bias)
 
 

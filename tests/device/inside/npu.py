@@ -100,11 +100,16 @@ def true_size(
     replicas: int = 1,
     dtype: torch.dtype | None = None,
     layers: int = 2,
+    calls: dict[str, str] | None = None,
 ) -> Iterator[Traces]:
-    """The steps of a published model's first layers on a chip, as rank 0 of `tp * replicas` ranks, on meta tensors."""
+    """A published model's first layers on a chip, traced as rank 0 of `tp * replicas` ranks, on meta tensors.
+
+    `calls`: ops that another call of the table serves.
+    """
     activate(soc)
     dtype = dtype or SOCS[soc].dtypes[0]
     device = NpuOps(SOCS[soc], torch.device("meta"))
+    device.calls |= calls or {}
     ops.bind(device)
     config = published_config(name)
     world_size = tp * replicas

@@ -93,12 +93,6 @@ def test_only_token_ids_come_back(family, tmp_path, monkeypatch) -> None:
     assert read == [("tolist", (2,))]
 
 
-def decode_arguments(engine, size):
-    graphs = engine.runner.graphs
-    values = graphs._values[:, :size].unbind(0)
-    return [*values, graphs._block_table[:size], [q[:size] for q in graphs._q_outs]]
-
-
 def test_nodes_of_the_engines_own_graph(family, tmp_path) -> None:
     """The tiny models' layers have the nodes that the true models have: fixed here for one rank."""
     folder, _, _ = family
@@ -109,7 +103,7 @@ def test_nodes_of_the_engines_own_graph(family, tmp_path) -> None:
         model={"exe_mode": "ge_graph", "output_path": str(tmp_path)},
         graph_batch_sizes=(4,),
     )
-    made = graph.convert(engine.runner.step.decode, *decode_arguments(engine, 4), configure=configure)
+    made = graph.convert(engine.runner.step.decode, *engine.runner.graphs._inputs[4], configure=configure)
     layers = len(engine.runner.kv)
     kernels = made.kernels
     assert kernels["FusedInferAttentionScore"] == layers
