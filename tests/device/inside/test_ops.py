@@ -1,15 +1,19 @@
 """Each op of the NPU backend against the CPU reference, on every chip, in its own dtypes and layouts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch_npu
 
 from emulator.formats import is_nz
 from executor.device.npu import soc as chips
+from executor.device.npu.linear import FusedSummedLinear, SummedLinear
 from executor.device.npu.ops import NpuOps
 from executor.device.npu.soc import COMPOSED, SOCS, chip_named, choose
 from executor.errors import UserError
 from executor.layers.vision import widen
+from executor.parallel.groups import Group
 from tests.device.inside.npu import A2, A3, CPU, DUO, backend
 from tests.emulator.helpers import close, rand
 
@@ -123,6 +127,17 @@ def test_dealt_experts_add_up(npu, tokens, groups) -> None:
         mine = slice(first, first + size)
         total += device.prepare_experts(gate_up[mine], down[mine], first, 6)(x, ids, weights).float()
     close(total.to(dtype), whole.float(), scale=8)
+
+
+def test_sums_are_fused_with_products_over_one_group_only() -> None:
+    """The first group's, where the chip has it and the ranks are as many as the kernel takes."""
+    groups = [Group(size=size, handle=SimpleNamespace(group_name=str(size))) for size in (16, 2, 4)]
+    weight = rand(16, 32, dtype=torch.float16)
+    for soc in SOCS:
+        device = backend(soc)
+        found = [type(device.prepare_summed_linear(weight, None, group)) for group in (*groups, groups[1])]
+        fused = FusedSummedLinear if soc == A2 else SummedLinear
+        assert found == [SummedLinear, fused, SummedLinear, fused]
 
 
 def test_counts_may_come_as_int32(npu, monkeypatch) -> None:

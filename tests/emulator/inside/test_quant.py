@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch_npu
 
 from emulator.formats import NZ
+from emulator.graph import fake_world
 from emulator.kernels.quant import scale_of_param
 from emulator.limits import LimitError
 from tests.emulator.helpers import BF16, FP16, FP32, HALF, close, like_meta, rand
@@ -149,6 +151,19 @@ def test_mm_all_reduce_of_one_rank(a2, bias) -> None:
     extra = rand(16, seed=2) if bias else None
     got = like_meta(torch_npu.npu_mm_all_reduce_base, x, w, "group", bias=extra)
     close(got, x.float() @ w.float() + (extra.float() if bias else 0), 4)
+
+
+def test_fused_sums_of_a_model_share_one_domain(a2) -> None:
+    x, w = rand(3, 32), rand(32, 16, seed=1)
+    for _ in range(2):  # another world is another job
+        with fake_world(2):
+            whole, other = dist.group.WORLD.group_name, dist.new_group([0, 1]).group_name
+            torch_npu.npu_mm_all_reduce_base(x, w, other)
+            torch_npu.npu_mm_all_reduce_base(x, w, other)
+            with pytest.raises(LimitError, match=f"must share one communication domain, here {other}"):
+                torch_npu.npu_mm_all_reduce_base(x, w, whole)
+    with fake_world(16), pytest.raises(LimitError, match="the group must have 1, 2, 4 or 8 ranks; got 16"):
+        torch_npu.npu_mm_all_reduce_base(x, w, dist.group.WORLD.group_name)
 
 
 def test_mm_all_reduce_does_not_exist_on_a3(a3) -> None:
