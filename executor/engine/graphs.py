@@ -7,7 +7,6 @@ Legend: R rows of a captured size, W blocks of the longest request.
 import logging
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from executor.device.ops import Ops
+from executor.engine.graph_folder import GraphFolder
 from executor.engine.step import ModelStep
 from executor.schedule.scheduler import Row
 
@@ -44,10 +44,11 @@ class DecodeGraphs:
         sizes: Sequence[int],
         num_blocks: int,
         max_model_len: int,
-        folder: Path,
+        folder: GraphFolder,
     ) -> None:
         """`num_blocks`: the scheduler's; the cache has `spare_blocks` more. `folder` keeps what is compiled."""
         self.device = device
+        self.folder = folder  # claimed as long as the graphs live
         self.sizes = tuple(sorted(set(sizes)))
         self.block_size = step.block_size
         most, width = self.sizes[-1], -(-max_model_len // step.block_size)
@@ -65,7 +66,7 @@ class DecodeGraphs:
         self._q_outs = [torch.zeros(shape, dtype=step.dtype, device=to) for _ in step.kv]
         # Views of the first rows of all of them, made once: they are what a replay is given.
         self._inputs = {size: self._first_rows(size) for size in self.sizes}
-        self._graphs = {size: device.capture(step.decode, mode, folder / f"batch_{size}") for size in self.sizes}
+        self._graphs = {size: device.capture(step.decode, mode, folder.path / f"batch_{size}") for size in self.sizes}
 
     def _first_rows(self, size: int) -> tuple[Any, ...]:
         values = self._values[:, :size].unbind(0)
