@@ -1,15 +1,17 @@
 """ATB's attention ops: the whole attention of 300I DUO, and available on A2 and A3.
 
 Sources: the SelfAttentionOperation (PA_ENCODER) and PagedAttentionOperation pages of ATB, their mask tables and
-constraints. Lengths are each request's own, int32, on the host. Masks hide where they are not 0; values between 0
-and -1000 (ALiBi slopes) are documented and not emulated. T tokens, H heads, K kv heads, D head dim, L keys.
+constraints; for _npu_paged_attention_splitfuse_v2 its own test on 300I DUO in op-plugin. Lengths are each request's
+own, int32, on the host (on 300I DUO those of cached keys may be, and for that op are, on the device). Masks hide where
+they are not 0; values between 0 and -1000 (ALiBi slopes) are documented and not emulated. T tokens, H heads, K kv
+heads, D head dim, L keys.
 """
 
 import torch
 from torch import Tensor
 
 from emulator import chips
-from emulator.formats import cache_rows, format_of, from_nz, is_nz
+from emulator.formats import NZ, cache_rows, format_of, from_nz, is_nz
 from emulator.kernels.attention_math import attend, causal, gather_blocks, require_triangle
 from emulator.limits import (
     HALF,
@@ -47,10 +49,15 @@ def _check_query(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads
 
 
 def _check_lens(name: str, lens: Tensor, most: int) -> None:
+    """Lengths on the host."""
+    _check_counts(name, lens, most)
+    require(lens.device.type in ("cpu", "meta"), f"{name} must be on the host", lens.device)
+
+
+def _check_counts(name: str, lens: Tensor, most: int) -> None:
     require_dtype(name, lens, (torch.int32,))
     require_rank(name, lens, 1)
     require(0 < len(lens) <= most, f"there must be 1 to {most} requests", len(lens))
-    require(lens.device.type in ("cpu", "meta"), f"{name} must be on the host", lens.device)
 
 
 def _check_packed(
@@ -198,6 +205,7 @@ def _npu_flash_attention_unpad(
 def _check_paged(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lens: Tensor, heads: int, kv_heads: int, out: Tensor
 ) -> None:
+    """Limits of every paged op; on 300I DUO a cache has NZ's shape."""
     _check_query(query, k_cache, v_cache, heads, kv_heads, out)
     dim = query.shape[2]
     require_dtype("block_table", table, (torch.int32,))
@@ -229,7 +237,10 @@ def _check_paged(
     require(
         block_size % 16 == 0 and block_size <= 128, "the block size must be a multiple of 16, at most 128", block_size
     )
-    _check_lens("context_lens", lens, 2048 if _duo() else 8192)
+    if _duo():
+        _check_counts("context_lens", lens, 2048)
+    else:
+        _check_lens("context_lens", lens, 8192)
     require(table.shape[0] == len(lens), f"block_table must have one row per request, {len(lens)}", list(table.shape))
 
 
@@ -339,13 +350,11 @@ def _check_split_v2(
         scale_value,
         out,
     )
+    require(context_lens.device == query.device, "context_lens must be on the device", context_lens.device)
     require(mask_type in (None, 5), "mask_type must be 5 (MASK_TYPE_NORM_COMPRESS)", mask_type)
     require_dtype("mask", mask, (torch.float16,))
-    require(
-        tuple(mask.shape) in ((_LONG, _LONG), (1, _LONG // 16, _LONG, 16)),
-        f"mask must have shape [{_LONG}, {_LONG}]",
-        list(mask.shape),
-    )
+    require_shape("mask", mask, _LONG, _LONG)
+    require(format_of(mask) != NZ, "mask must be plain here (not FRACTAL_NZ)", format_of(mask))
 
 
 @kernel("_npu_paged_attention_splitfuse_v2", _check_split_v2, _nothing, namespace="atb")
@@ -354,6 +363,6 @@ def _npu_paged_attention_splitfuse_v2(
     seq_len: Tensor,
     num_kv_heads: int, num_heads: int, scale_value: float, *, mask_type: int | None = 5, out: Tensor,
 ) -> None:  # fmt: skip
-    require_triangle("mask", mask if mask.dim() == 2 else from_nz(mask[0], _LONG, _LONG))
+    require_triangle("mask", mask)
     caches = _plain(key_cache, num_kv_heads), _plain(value_cache, num_kv_heads)
     _split(query, caches, block_table, seq_len.tolist(), context_lens.tolist(), scale_value, out, None)

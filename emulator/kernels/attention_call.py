@@ -14,6 +14,7 @@ from emulator.limits import require
 
 MASK = 2048  # the side of a compressed mask
 EVERYTHING = 2147483647
+COUNTABLE = 2**31 - 1  # elements of a paged cache
 Lengths = Sequence[int] | Tensor | None
 
 
@@ -41,6 +42,7 @@ class Call:
     shift: Tensor | None = None  # added to the scaled scores, [B or 1, H, S, L]
     out_scale: Tensor | None = None  # int8 output: round(out * scale + offset)
     out_offset: Tensor | None = None
+    prompt: bool = False  # npu_prompt_flash_attention: one query token is as good as many
 
     @property
     def paged(self) -> bool:
@@ -49,6 +51,16 @@ class Call:
     @property
     def tnd(self) -> bool:
         return self.layout == "TND"
+
+    @property
+    def single(self) -> bool:
+        """Whether the call takes the branch for one query token, for which sparse_mode and bands are void."""
+        return not self.tnd and not self.prompt and self.query_tokens == 1
+
+    @property
+    def mode(self) -> int:
+        """The sparse_mode that holds."""
+        return 0 if self.single else self.sparse_mode
 
     @property
     def head_dim(self) -> int:
@@ -66,9 +78,15 @@ class Call:
         return len(self.q_lens or ()) if self.tnd else self.query.shape[0]
 
 
+def require_countable(call: Call) -> None:
+    """A paged cache's elements are counted in int32."""
+    got = call.key.numel()
+    require(got <= COUNTABLE, f"a paged cache must have at most {COUNTABLE} elements (counted in int32)", got)
+
+
 def run(call: Call) -> tuple[Tensor, Tensor]:
     """Attention of every request, in the layout of the call; the sums of the softmax only where asked for."""
-    if call.sparse_mode in (2, 3, 4):
+    if call.mode in (2, 3, 4):
         require_triangle("atten_mask", call.mask.view(MASK, MASK))
     queries, q_lens = _queries(call)
     keys, values, kv_lens = _keys(call, len(queries))
@@ -167,22 +185,27 @@ def _plain_blocks(call: Call, cache: Tensor) -> Tensor:
 def _hidden(call: Call, q_len: int, kv_len: int, index: int) -> Tensor | None:
     """Where a request's keys are not seen, by the sparse mode: 0 own mask, 1 all of it, 2 and 3 causal, 4 a band."""
     ahead = torch.arange(kv_len) - torch.arange(q_len).unsqueeze(1)  # how far a key is ahead of a query, from top left
-    if call.sparse_mode == 2:
+    if call.mode == 2:
         return ahead > 0
-    if call.sparse_mode == 3:
+    if call.mode == 3:
         require(
             not kv_len or q_len <= kv_len,
             "with sparse_mode 3 a request must not have more queries than keys",
             [q_len, kv_len],
         )
         return None if q_len <= 1 else ahead > kv_len - q_len
-    if call.sparse_mode == 4:
+    if call.mode == 4:
+        require(
+            call.pre_tokens >= -q_len and call.next_tokens >= -kv_len,
+            "with sparse_mode 4 pre_tokens must be at least minus a request's queries, next_tokens minus its keys",
+            [call.pre_tokens, call.next_tokens, q_len, kv_len],
+        )
         ahead = ahead - (kv_len - q_len)
         return (ahead > call.next_tokens) | (-ahead > call.pre_tokens)
     if call.mask is None:
         return None
     own = _own_mask(call, q_len, kv_len, index)
-    if call.sparse_mode == 1 or call.query_tokens == 1:  # a single query token ignores pre_tokens and next_tokens
+    if call.mode == 1 or call.single:
         return own
     return own | (ahead > call.next_tokens) | (-ahead > call.pre_tokens)
 
@@ -192,7 +215,7 @@ def _own_mask(call: Call, q_len: int, kv_len: int, index: int) -> Tensor:
     mask = call.mask.bool()
     while mask.dim() > 3:
         mask = mask.squeeze(1)
-    if mask.dim() == 2 and call.query_tokens == 1:  # [B, L], one row per request
+    if mask.dim() == 2 and call.single:  # [B, L], one row per request
         mask = mask.unsqueeze(1)
     mask = mask if mask.dim() == 2 else mask[index if mask.shape[0] > 1 else 0]
     require(

@@ -253,16 +253,18 @@ def _cached(x: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
 
 
 def _check_reshape(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_indices: Tensor) -> None:
-    require_dtype("key", key, (*HALF, torch.int8))
-    require_same_dtype("key", key, value=value, key_cache=key_cache, value_cache=value_cache)
+    for name, rows, cache in (("key", key, key_cache), ("value", value, value_cache)):  # int8 beside half is taken
+        require_dtype(name, rows, (*HALF, torch.int8))
+        require_same_dtype(name, rows, **{f"{name}_cache": cache})
     require_rank("key", key, 3)
     require_rank("value", value, 3)
     require_dtype("slot_indices", slot_indices, (torch.int32,))
     require_shape("slot_indices", slot_indices, key.shape[0])
     require_contiguous(key=key, value=value, slot_indices=slot_indices)
     if chips.current().soc == "atlas_300i_duo":
-        require(key.shape[2] * key.element_size() % 32 == 0, "the head dim must be aligned to 32 bytes", key.shape[2])
         for name, rows, cache in (("key_cache", key, key_cache), ("value_cache", value, value_cache)):
+            aligned = rows.shape[2] * rows.element_size() % 32 == 0
+            require(aligned, "the head dim must be aligned to 32 bytes", rows.shape[2])
             _check_nz_cache(name, cache, rows.shape[1], rows.shape[2])
             require(
                 is_nz(cache),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emulator import chips
-from emulator.kernels.attention_call import MASK, Call, run
+from emulator.kernels.attention_call import MASK, Call, require_countable, run
 from emulator.kernels.fused_attention import check_extras
 from emulator.limits import (
     HALF,
@@ -108,6 +108,7 @@ def _prompt(
         shift=pse_shift,
         out_scale=quant_scale2,
         out_offset=quant_offset2,
+        prompt=True,
     )
 
 
@@ -212,6 +213,7 @@ def _check_incre(*args: Tensor, **kwargs: object) -> None:
         require(call.key.dim() == call.query.dim(), "key must have as many dimensions as query", list(call.key.shape))
         return
     require(call.kv_lens is not None, "with block_table actual_seq_lengths must be given")
+    require_countable(call)
     require_dtype("block_table", call.block_table, (torch.int32,))
     require_rank("block_table", call.block_table, 2)
     require(

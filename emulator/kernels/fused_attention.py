@@ -1,4 +1,4 @@
-"""npu_fused_infer_attention_score, first and second form, and torchair's form with lengths as tensors.
+"""npu_fused_infer_attention_score, first and second form; what ACL graphs call of them; lengths as tensors (torchair).
 
 Semantics and limits: the ops' docstrings in the torch_npu wheel; for TND with a paged cache, head dim 64 and NZ
 caches, which those docstrings leave out, the newer pages of torch_npu's op reference (op-plugin 26 / CANN 9).
@@ -6,10 +6,13 @@ Not emulated, though documented: MLA (query_rope), quantized queries, keys and v
 attention sinks, the NTD layouts, sparse mode 9.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from emulator.kernels.attention_call import MASK, Call, run
+from emulator.kernels.attention_call import MASK, Call, require_countable, run
 from emulator.limits import (
     HALF,
     refuse,
@@ -22,6 +25,8 @@ from emulator.limits import (
 )
 from emulator.registry import kernel
 
+_TND_TOKENS = 1 << 20
+_WORKSPACE = 1 << 10
 _LAYOUTS = {"BSH": 3, "BSND": 4, "BNSD": 4, "BNSD_BSND": 4, "TND": 3}
 
 
@@ -50,7 +55,7 @@ def check(call: Call) -> None:
         call.heads // call.kv_heads,
     )
     require(call.heads <= 256, "there must be at most 256 query heads", call.heads)
-    require(call.inner_precise in (0, 1, 2, 3), "inner_precise must be 0 to 3", call.inner_precise)
+    _check_precision(call)
     _check_head_dim(call)
     _check_mask(call)
     _check_lengths(call)
@@ -61,6 +66,17 @@ def check(call: Call) -> None:
         axis = {"TND": 1, "BSND": 2, "BSH": None}.get(call.layout, 1)
         got = call.key.shape[axis] if axis is not None else call.key.shape[2] // call.head_dim
         require(got == call.kv_heads, f"key must have {call.kv_heads} heads", list(call.key.shape))
+
+
+def _check_precision(call: Call) -> None:
+    allowed = (0, 1) if call.single else (0, 1, 2, 3)
+    one = " with one query token" if call.single else ""
+    require(call.inner_precise in allowed, f"inner_precise must be 0 to {allowed[-1]}{one}", call.inner_precise)
+    require(
+        not call.tnd or call.query.dtype != torch.bfloat16 or call.inner_precise == 0,
+        "with TND and bfloat16 inner_precise must be 0",
+        call.inner_precise,
+    )
 
 
 def _check_head_dim(call: Call) -> None:
@@ -76,6 +92,9 @@ def _check_head_dim(call: Call) -> None:
     dim = call.head_dim
     if call.tnd:
         require(dim in (64, 128), "with TND the head dim must be 64 or 128 (192 is not emulated)", dim)
+        require(
+            call.query_tokens <= _TND_TOKENS, f"with TND there must be at most {_TND_TOKENS} tokens", call.query_tokens
+        )
     else:
         require(dim <= 512, "the head dim must be at most 512", dim)
         require(call.query_tokens == 1 or dim % 16 == 0, "the head dim must be a multiple of 16", dim)
@@ -90,10 +109,16 @@ def _check_head_dim(call: Call) -> None:
 
 def _check_mask(call: Call) -> None:
     modes = (0, 3, 4) if call.tnd else (0, 1, 2, 3, 4)
-    require(call.sparse_mode in modes, f"sparse_mode must be {', '.join(map(str, modes))}", call.sparse_mode)
+    require(call.mode in modes, f"sparse_mode must be {', '.join(map(str, modes))}", call.sparse_mode)
     if call.mask is not None:
         require_dtype("atten_mask", call.mask, (torch.bool, torch.int8, torch.uint8))
-    mode = call.sparse_mode
+    mode = call.mode
+    if mode == 4:
+        require(
+            call.pre_tokens + call.next_tokens >= 0,
+            "with sparse_mode 4 pre_tokens + next_tokens must not be negative",
+            [call.pre_tokens, call.next_tokens],
+        )
     if mode in (2, 3, 4):
         require(call.mask is not None, f"sparse_mode {mode} needs atten_mask, the {MASK} x {MASK} upper triangle")
         shape = tuple(call.mask.shape)
@@ -139,6 +164,7 @@ def _check_paged(call: Call) -> None:
     table, block_size, dim = call.block_table, call.block_size, call.head_dim
     require_dtype("block_table", table, (torch.int32,))
     require_rank("block_table", table, 2)
+    require_countable(call)
     batch = len(call.kv_lens) if call.tnd else call.query.shape[0]
     require(table.shape[0] == batch, f"block_table must have one row per request, {batch}", list(table.shape))
     if call.tnd:
@@ -192,6 +218,11 @@ def check_extras(call: Call) -> None:
         refuse(quant_offset_out=call.out_offset)
         return
     require(not call.tnd, "an int8 output is not for TND")
+    require(
+        call.mode != 4 or min(call.pre_tokens, call.next_tokens) >= 0,
+        "with an int8 output and sparse_mode 4 pre_tokens and next_tokens must not be negative",
+        [call.pre_tokens, call.next_tokens],
+    )
     wide = (torch.float32, torch.bfloat16) if call.query.dtype == torch.bfloat16 else (torch.float32,)
     require_dtype("the output's scale", call.out_scale, wide)
     channels = call.heads * call.head_dim
@@ -247,3 +278,72 @@ def npu_fused_infer_attention_score_v2(*args: Tensor, **given: object) -> tuple[
 @kernel("npu_fused_infer_attention_score", _check_first, namespace="air")
 def npu_fused_infer_attention_score(*args: Tensor, **given: object) -> tuple[Tensor, Tensor]:
     return run(_call(_FIRST, *args, **given))
+
+
+def _check_out(
+    names: dict[str, str], *args: Tensor, out: list[Tensor], workspace: Tensor | None = None, **given: object
+) -> None:
+    """The forms that write where they are told: ACL graphs capture them and call them again with other lengths."""
+    call = _call(names, *args, **given)
+    check(call)
+    require(len(out) == 2, "out must be [attention_out, softmax_lse]", len(out))
+    if workspace is not None:
+        require_rank("workspace", workspace, 1)
+        require_same_dtype("query", call.query, workspace=workspace)
+    require_shape("out[0]", out[0], *_out_shape(call))
+    wanted = call.query.dtype if call.out_scale is None else torch.int8
+    require(out[0].dtype == wanted, f"out[0] must be {wanted}", out[0].dtype)
+    require_contiguous(attention_out=out[0])
+    if call.lse:
+        require_shape("out[1]", out[1], *_lse_shape(call))
+        require_dtype("out[1]", out[1], (torch.float32,))
+
+
+def _out_shape(call: Call) -> tuple[int, ...]:
+    """Of the output: the query's, turned where the layout says so. Key and value have one head dim here."""
+    shape = call.query.shape
+    return (shape[0], shape[2], shape[1], shape[3]) if call.layout == "BNSD_BSND" else tuple(shape)
+
+
+def _lse_shape(call: Call) -> tuple[int, ...]:
+    if not call.lse:
+        return (1,)
+    if call.tnd:
+        return (call.query_tokens, call.heads, 1)
+    return (call.query.shape[0], call.heads, call.query_tokens, 1)
+
+
+def _write(
+    names: dict[str, str], *args: Tensor, out: list[Tensor], workspace: Tensor | None = None, **given: object
+) -> tuple[Tensor, Tensor]:
+    call = _call(names, *args, **given)
+    result, sums = run(call)
+    out[0].copy_(result)
+    if call.lse:
+        out[1].copy_(sums)
+    return out[0], out[1]
+
+
+def _workspace(query: Tensor, *_: Tensor, **__: object) -> Tensor:
+    """Of the largest size that any lengths need; how large that is only CANN knows."""
+    return query.new_zeros(_WORKSPACE)
+
+
+def _inferred(names: dict[str, str], query: Tensor, value: Tensor, **given: object) -> tuple[Tensor, Tensor]:
+    """Empty outputs for the .out form."""
+    call = _call(names, query, value, value, **{name: x for name, x in given.items() if name != "block_table"})
+    kind = query.dtype if call.out_scale is None else torch.int8
+    return query.new_empty(_out_shape(call), dtype=kind), query.new_empty(_lse_shape(call), dtype=torch.float32)
+
+
+def _enter(name: str, names: dict[str, str], checked: Callable[..., None]) -> None:
+    """The three beside an op: its .out form, its workspace and the outputs to give it. They have no meta kernels."""
+    written = functools.partial(_write, names)
+    kernel(f"{name}.out", functools.partial(_check_out, names), lambda *_, out, **__: (out[0], out[1]))(written)
+    kernel(f"_{name}_get_max_workspace", checked, _workspace)(_workspace)
+    inferred = functools.partial(_inferred, names)
+    kernel(f"_{name}_infer_output", None, inferred)(inferred)
+
+
+_enter("npu_fused_infer_attention_score", _FIRST, _check_first)
+_enter("npu_fused_infer_attention_score_v2", _SECOND, _check_second)

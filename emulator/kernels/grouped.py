@@ -1,8 +1,7 @@
 """npu_grouped_matmul: one product per expert, over rows that routing has sorted or over lists of inputs.
 
 Semantics and limits: the op's docstring in the torch_npu wheel: plain, per-channel and per-token quantized, and int8
-weights with scales per channel; group_list as a tensor or as a list. int4 weights and scales per group are
-documented and not emulated.
+weights with scales per channel, int4 ones also per group; group_list as a tensor or as a list.
 """
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from emulator import chips
+from emulator.kernels.int4 import columns_of, rows_of, unpack_matrix
 from emulator.kernels.matmul import DTYPES, int_product
 from emulator.kernels.quant import quantize, scale_of_param
 from emulator.limits import FLOATS, HALF, refuse, require, require_dtype, require_rank, require_shape
@@ -61,6 +61,7 @@ def _check(
     require(
         1 <= len(x) <= 128 and 1 <= len(weight) <= 128, "x and weight must be lists of 1 to 128 tensors", len(weight)
     )
+    split_item, group_list_type, act_type = split_item or 0, group_list_type or 0, act_type or 0  # None is 0
     require(split_item in (0, 1, 2, 3), "split_item must be 0 to 3", split_item)
     require(act_type in _ACTIVATIONS, "act_type must be 0, 1, 2, 4 or 5", act_type)
     if group_type == 0:
@@ -71,11 +72,10 @@ def _check(
     target = _dtype(output_dtype)
     if chips.current().soc == "atlas_300i_duo":
         _check_duo(x, weight, group_type, scale, per_token_scale, antiquant_scale, act_type)
-    _check_dtypes(x[0], weight, bias or [], scale or [], per_token_scale or [], target, antiquant_scale or [])
-    for part in antiquant_offset or []:
-        require(
-            bool(antiquant_scale) and part.dtype == antiquant_scale[0].dtype, "antiquant_offset needs antiquant_scale"
-        )
+    _check_dtypes(x, weight, bias or [], scale or [], per_token_scale or [], target, antiquant_scale or [])
+    for part, of in zip(antiquant_offset or [], antiquant_scale or [None] * 128, strict=False):
+        fits = of is not None and (part.dtype, part.shape) == (of.dtype, of.shape)
+        require(fits, "antiquant_offset must be as its antiquant_scale", list(part.shape))
     require(not act_type or bool(per_token_scale), "act_type is for the per-token quantized form only", act_type)
 
 
@@ -84,7 +84,7 @@ def _dtype(output_dtype: int | torch.dtype | None) -> torch.dtype | None:
 
 
 def _check_rows(
-    x: list[Tensor], weight: list[Tensor], groups: Tensor | list[int] | None, split: int | None, kind: int | None
+    x: list[Tensor], weight: list[Tensor], groups: Tensor | list[int] | None, split: int, kind: int
 ) -> None:
     """group_type 0: the rows of x are grouped by a group_list tensor."""
     require(split in (2, 3), "with group_type 0 split_item must be 2 or 3", split)
@@ -98,6 +98,11 @@ def _check_rows(
             groups.shape[0] == matrices, f"group_list must have one entry per weight, {matrices}", list(groups.shape)
         )
         require(groups.shape[0] <= 1024, "there must be at most 1024 groups", groups.shape[0])
+        require(
+            kind == 0 or groups.shape[0] > 1,
+            "with group_list_type 1 group_list must have more than one entry (a single count is its own running total)",
+            list(groups.shape),
+        )
     if len(weight) == 1:
         require_rank("weight", weight[0], 3)
     for part in x:
@@ -105,10 +110,11 @@ def _check_rows(
 
 
 def _check_lists(
-    x: list[Tensor], weight: list[Tensor], groups: Tensor | list[int] | None, split: int | None, group_type: int | None
+    x: list[Tensor], weight: list[Tensor], groups: Tensor | list[int] | None, split: int, group_type: int | None
 ) -> None:
     """Lists of inputs (group_type -1), or group_list as a list of ints (no group_type)."""
     require(group_type in (None, -1), "group_type must be 0 (rows) or -1 (lists)", group_type)
+    require(group_type is not None or groups is not None, "group_type is needed where there is no group_list")
     if group_type == -1:
         require(groups is None, "with group_type -1 group_list must be None", groups)
         require(split in (0, 1), "with group_type -1 split_item must be 0 or 1", split)
@@ -132,11 +138,11 @@ def _check_shapes(x: list[Tensor], weight: list[Tensor]) -> None:
         require(2 <= part.dim() <= 6, "x must have 2 to 6 dimensions", list(part.shape))
         require(part.is_contiguous(), "x must not be transposed", part.stride())
         require(
-            w.shape[-2] == part.shape[-1],
+            rows_of(w) == part.shape[-1],
             "x's columns must be the weights' rows",
             [list(part.shape), list(w.shape)],
         )
-        inner = w.shape[-1] if w.is_contiguous() else w.shape[-2]
+        inner = columns_of(w) if w.is_contiguous() else rows_of(w)
         require(
             inner < _INNER and part.shape[-1] < _INNER,
             f"the innermost dimensions must be below {_INNER}",
@@ -164,7 +170,7 @@ def _check_duo(
 
 
 def _check_dtypes(
-    x: Tensor,
+    x: list[Tensor],
     weight: list[Tensor],
     bias: list[Tensor],
     scale: list[Tensor],
@@ -172,41 +178,62 @@ def _check_dtypes(
     target: torch.dtype | None,
     antiquant: list[Tensor],
 ) -> None:
-    columns, groups = weight[0].shape[-1], weight[0].shape[0] if weight[0].dim() == 3 else len(weight)
-    if x.dtype == torch.int8:
-        _check_int8(x, weight, scale, tokens, target or torch.int8, groups * columns)
+    """Which types go together; what belongs to a weight is held against that weight."""
+    first = x[0].dtype
+    require(all(part.dtype == first for part in x), f"x must be {first} throughout", [part.dtype for part in x])
+    for name, parts in (("bias", bias), ("scale", scale), ("antiquant_scale", antiquant)):
+        require(
+            len(parts) in (0, len(weight)), f"{name} must have one tensor for each weight, {len(weight)}", len(parts)
+        )
+    require(len(tokens) in (0, len(x)), f"per_token_scale must have one tensor for each x, {len(x)}", len(tokens))
+    if first == torch.int8:
+        _check_int8(x, weight, scale, tokens, target or torch.int8)
         require(all(b.dtype == torch.int32 for b in bias), "bias must be int32", [b.dtype for b in bias])
+    else:
+        require_dtype("x", x[0], HALF if antiquant else FLOATS)
+        wanted = (torch.int8, torch.int32) if antiquant else (first,)
+        require(all(w.dtype in wanted for w in weight), f"weight must be {wanted[0]}", [w.dtype for w in weight])
+        require(target in (None, first), f"output_dtype must be {first}", target)
+        require(not scale and not tokens, "scale and per_token_scale are for an int8 x")
+        for s, w in zip(antiquant, weight, strict=False):
+            _check_antiquant(s, w, first)
+        kind = torch.float16 if first == torch.float16 else torch.float32
+        require(all(b.dtype == kind for b in bias), f"bias must be {kind}", [b.dtype for b in bias])
+    for b, w in zip(bias, weight, strict=False):
+        _require_per_column("bias", b, w)
+
+
+def _require_per_column(name: str, values: Tensor, w: Tensor) -> None:
+    """`[n]` for a weight `[k, n]`, `[g, n]` for `[g, k, n]`."""
+    shape = (*w.shape[:-2], columns_of(w))
+    require(tuple(values.shape) == shape, f"{name} must have shape {list(shape)} for its weight", list(values.shape))
+
+
+def _check_antiquant(scale: Tensor, w: Tensor, dtype: torch.dtype) -> None:
+    """One value per column; for int4 also one per column of each group of rows."""
+    require(scale.dtype == dtype, "antiquant_scale must have x's dtype", scale.dtype)
+    if w.dtype == torch.int32 and scale.dim() == w.dim():
+        groups, rows = scale.shape[-2], rows_of(w)
+        fits = (*scale.shape[:-2], scale.shape[-1]) == (*w.shape[:-2], columns_of(w))
+        require(fits and rows % groups == 0, "antiquant_scale must have groups that divide the rows", list(scale.shape))
         return
-    require_dtype("x", x, HALF if antiquant else FLOATS)
-    wanted = torch.int8 if antiquant else x.dtype
-    require(all(w.dtype == wanted for w in weight), f"weight must be {wanted}", [w.dtype for w in weight])
-    require(target in (None, x.dtype), f"output_dtype must be {x.dtype}", target)
-    require(not scale and not tokens, "scale and per_token_scale are for an int8 x")
-    require(
-        all(s.dtype == x.dtype for s in antiquant), "antiquant_scale must have x's dtype", [s.dtype for s in antiquant]
-    )
-    require(
-        all(s.shape[-1] == columns and s.numel() in (columns, groups * columns) for s in antiquant),
-        "antiquant_scale must have one value per column (per group is not emulated)",
-        [list(s.shape) for s in antiquant],
-    )
-    wanted = torch.float16 if x.dtype == torch.float16 else torch.float32
-    require(all(b.dtype == wanted for b in bias), f"bias must be {wanted}", [b.dtype for b in bias])
+    _require_per_column("antiquant_scale", scale, w)
 
 
 def _check_int8(
-    x: Tensor, weight: list[Tensor], scale: list[Tensor], tokens: list[Tensor], target: torch.dtype, values: int
+    x: list[Tensor], weight: list[Tensor], scale: list[Tensor], tokens: list[Tensor], target: torch.dtype
 ) -> None:
     require(all(w.dtype == torch.int8 for w in weight), "weight must be int8", [w.dtype for w in weight])
     wanted = {torch.int32: None, torch.int8: torch.int64, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
     require(target in wanted, "output_dtype must be int8, bfloat16, float16 or int32", target)
-    got = scale[0].dtype if scale else None
-    require(got == wanted[target], f"for an output of {target} scale must be {wanted[target]}", got)
-    require(not scale or sum(s.numel() for s in scale) == values, f"scale must have {values} values in all")
-    if tokens:
+    for got in [s.dtype for s in scale] or [None]:
+        require(got == wanted[target], f"for an output of {target} scale must be {wanted[target]}", got)
+    for s, w in zip(scale, weight, strict=False):
+        _require_per_column("scale", s, w)
+    for t, part in zip(tokens, x, strict=False):
         require(target in HALF, "per_token_scale is for outputs of bfloat16 and float16", target)
-        require_dtype("per_token_scale", tokens[0], (torch.float32,))
-        require_shape("per_token_scale", tokens[0], x.shape[0])
+        require_dtype("per_token_scale", t, (torch.float32,))
+        require_shape("per_token_scale", t, part.shape[0])
 
 
 def _run(
@@ -225,7 +252,8 @@ def _run(
     output_dtype: int | torch.dtype | None = None,
     **_: object,
 ) -> list[Tensor]:
-    matrices = list(weight[0]) if weight[0].dim() == 3 else list(weight)
+    plain = [unpack_matrix(w) if w.dtype == torch.int32 else w for w in weight]
+    matrices = list(plain[0]) if plain[0].dim() == 3 else plain
     if antiquant_scale:
         shifts = _per_group(antiquant_offset, len(matrices))
         scales = _per_group(antiquant_scale, len(matrices))
@@ -258,12 +286,17 @@ def _parts(
 
 
 def _per_group(given: Tensors, groups: int) -> list[Tensor | None]:
+    """What belongs to each group: a tensor of a list, or a part of the one tensor."""
     if not given:
         return [None] * groups
-    return list(given) if len(given) == groups else list(given[0].view(groups, -1))
+    return list(given) if len(given) == groups > 1 or given[0].dim() == 1 else list(given[0])
 
 
 def _widened(w: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """`(w + offset) * scale`, by columns or by columns of equal groups of rows."""
+    scale, offset = (
+        x if x is None or x.dim() == 1 else x.repeat_interleave(len(w) // len(x), 0) for x in (scale, offset)
+    )
     wide = w.float() if offset is None else w.float() + offset.float()
     return (wide * scale.float()).to(scale.dtype)
 

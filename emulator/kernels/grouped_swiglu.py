@@ -1,12 +1,14 @@
-"""npu_grouped_matmul_swiglu_quant_v2: an expert's first product, its activation and the quantization after it.
+"""npu_grouped_matmul_swiglu_quant, both forms: an expert's first product, its activation and the quantization after it.
 
-Semantics and limits: the op's docstring in the torch_npu wheel, W8A8; int4 weights are documented and not emulated.
+Semantics and limits: the ops' docstrings in the torch_npu wheel, W8A8; int4 weights are documented and not emulated.
+Weights must be in FRACTAL_NZ: the kernels read them so whatever their format is.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from emulator.formats import NAMES, format_of, is_nz
 from emulator.kernels.grouped import group_sizes
 from emulator.kernels.matmul import int_product
 from emulator.kernels.quant import dynamic_quantize
@@ -33,23 +35,51 @@ def _check(
     **others: object,
 ) -> None:
     refuse(smooth_scale=smooth_scale, weight_assist_matrix=weight_assist_matrix or None, bias=bias, **others)
-    require_dtype("x", x, (torch.int8,))
-    require_rank("x", x, 2)
     one = len(weight) == len(weight_scale) == 1
     require(one, "weight and weight_scale must be lists of one tensor", [len(weight), len(weight_scale)])
-    require_dtype("weight", weight[0], (torch.int8,))
-    require_rank("weight", weight[0], 3)
-    groups, rows, columns = weight[0].shape
-    fits = rows == x.shape[1] and columns % 2 == 0
-    require(fits, "weight must have shape [groups, x's columns, an even number]", list(weight[0].shape))
     require_dtype("weight_scale", weight_scale[0], (torch.float32,))
-    require_shape("weight_scale", weight_scale[0], groups, columns)
+    _check_operands(x, weight[0], weight_scale[0], x_scale, group_list)
+    require(dequant_mode == 0 and quant_mode == 0, "dequant_mode and quant_mode must be 0", [dequant_mode, quant_mode])
+    require(group_list_type in (0, 1), "group_list_type must be 0 or 1", group_list_type)
+
+
+def _check_first(
+    x: Tensor, weight: Tensor, group_list: Tensor, weight_scale: Tensor, x_scale: Tensor, *, bias: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> None:  # fmt: skip
+    refuse(bias=bias, offset=offset)
+    require_dtype("weight_scale", weight_scale, (torch.float32, torch.float16, torch.bfloat16))
+    _check_operands(x, weight, weight_scale, x_scale, group_list)
+
+
+def _check_operands(x: Tensor, weight: Tensor, weight_scale: Tensor, x_scale: Tensor, group_list: Tensor) -> None:
+    require_dtype("x", x, (torch.int8,))
+    require_rank("x", x, 2)
+    require_dtype("weight", weight, (torch.int8,))
+    require_rank("weight", weight, 3)
+    require(is_nz(weight), "weight must be in FRACTAL_NZ (npu_format_cast with 29)", NAMES[format_of(weight)])
+    groups, rows, columns = weight.shape
+    fits = rows == x.shape[1] and columns % 2 == 0
+    require(fits, "weight must have shape [groups, x's columns, an even number]", list(weight.shape))
+    require_shape("weight_scale", weight_scale, groups, columns)
     require_dtype("x_scale", x_scale, (torch.float32,))
     require_shape("x_scale", x_scale, x.shape[0])
     require_dtype("group_list", group_list, (torch.int64,))
     require_shape("group_list", group_list, groups)
-    require(dequant_mode == 0 and quant_mode == 0, "dequant_mode and quant_mode must be 0", [dequant_mode, quant_mode])
-    require(group_list_type in (0, 1), "group_list_type must be 0 or 1", group_list_type)
+
+
+def _fused(x: Tensor, weight: Tensor, scale: Tensor, tokens: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """`(quantized [m, n / 2], its scale [m])`; rows of no group are not written, what stands there is anything."""
+    half = weight.shape[2] // 2
+    out, scales = torch.full((len(x), half), 99, dtype=torch.int8), torch.full((len(x),), float("nan"))
+    start = 0
+    for index, size in enumerate(sizes):
+        part = slice(start, start + size)
+        if size:
+            wide = int_product(x[part], weight[index]).float() * scale[index].float() * tokens[part, None]
+            out[part], scales[part] = dynamic_quantize(F.silu(wide[:, :half]) * wide[:, half:])
+        start += size
+    return out, scales
 
 
 @kernel("npu_grouped_matmul_swiglu_quant_v2", _check)
@@ -63,14 +93,14 @@ def npu_grouped_matmul_swiglu_quant_v2(
     group_list_type: int | None = 0,
     **_: object,
 ) -> tuple[Tensor, Tensor]:
-    half = weight[0].shape[2] // 2
-    # Rows of no group are not written: what stands there is as good as anything.
-    out, scales = torch.full((len(x), half), 99, dtype=torch.int8), torch.full((len(x),), float("nan"))
-    start = 0
-    for index, size in enumerate(group_sizes(group_list.tolist(), group_list_type or 0, len(x))):
-        mine = slice(start, start + size)
-        wide = int_product(x[mine], weight[0][index]).float() * weight_scale[0][index] * x_scale[mine, None]
-        if size:
-            out[mine], scales[mine] = dynamic_quantize(F.silu(wide[:, :half]) * wide[:, half:])
-        start += size
-    return out, scales
+    sizes = group_sizes(group_list.tolist(), group_list_type or 0, len(x))
+    return _fused(x, weight[0], weight_scale[0], x_scale, sizes)
+
+
+@kernel("npu_grouped_matmul_swiglu_quant", _check_first)
+def npu_grouped_matmul_swiglu_quant(
+    x: Tensor, weight: Tensor, group_list: Tensor, weight_scale: Tensor, x_scale: Tensor, **_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first form: groups by running totals; the third output is reserved."""
+    sizes = group_sizes(group_list.tolist(), 0, len(x))
+    return *_fused(x, weight, weight_scale, x_scale, sizes), torch.full((), float("nan"))

@@ -1,8 +1,11 @@
 """Quantized products and the product fused with an all-reduce.
 
-Semantics and limits: the ops' docstrings in the torch_npu wheel. int8 products are exact. int4 operands, group and
-MX quantization are documented and not emulated.
+Semantics and limits: the ops' docstrings in the torch_npu wheel. int8 and int4 products are exact. int8 by int4 and MX
+quantization are documented and not emulated.
 """
+
+import weakref
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,7 +13,8 @@ from torch import Tensor
 
 from emulator import chips
 from emulator.formats import NAMES, ND, format_of
-from emulator.kernels.quant import quantize, scale_of_param
+from emulator.kernels.int4 import PER_WORD, columns_of, rows_of, unpack_int4, unpack_matrix
+from emulator.kernels.quant import quantize, scale_of_param, trans_quant_param
 from emulator.limits import (
     HALF,
     refuse,
@@ -55,22 +59,16 @@ def _check_quant_matmul(
 ) -> None:
     refuse(x1_dtype=x1_dtype, x2_dtype=x2_dtype, pertoken_scale_dtype=pertoken_scale_dtype, scale_dtype=scale_dtype)
     refuse(group_sizes=group_sizes or None, y_scale=y_scale)
-    require_dtype("x1", x1, (torch.int8,))
-    require_dtype("x2", x2, (torch.int8,))
+    packed = x1.dtype == torch.int32  # int4, eight to a word
+    require_dtype("x1", x1, (torch.int8,) if _duo() else (torch.int8, torch.int32))
+    require_dtype("x2", x2, (x1.dtype,))
     require_rank("x1", x1, 2, 6)
-    require_rank("x2", x2, 2, 6)
+    require_rank("x2", x2, 2, 2 if packed else 6)
     require(x1.numel() > 0 and x2.numel() > 0, "x1 and x2 must not be empty", [list(x1.shape), list(x2.shape)])
-    require(
-        x1.shape[-1] == x2.shape[-2],
-        "x1's last dimension must be x2's second to last",
-        [list(x1.shape), list(x2.shape)],
-    )
-    require(
-        max(x1.shape[-1], x2.shape[-1]) <= 65535,
-        "the last dimensions of x1 and x2 must be at most 65535",
-        [x1.shape[-1], x2.shape[-1]],
-    )
-    columns = x2.shape[-1]
+    require(not packed or x1.is_contiguous(), "x1 of int4 must be contiguous", x1.stride())
+    inner, columns = x1.shape[-1] * (PER_WORD if packed else 1), columns_of(x2)
+    require(inner == rows_of(x2), "x1's columns must be x2's rows", [list(x1.shape), list(x2.shape)])
+    require(max(inner, columns) <= 65535, "x1's and x2's columns must be at most 65535", [inner, columns])
     if _duo() and format_of(x2) != ND:
         require(
             x2.dim() == 2 and x2.t().is_contiguous(),
@@ -85,6 +83,9 @@ def _check_quant_matmul(
     out = DTYPES.get(output_dtype, output_dtype) if output_dtype is not None else torch.int8
     outs = (torch.int8, torch.float16) if _duo() else (torch.int8, torch.float16, torch.bfloat16, torch.int32)
     require(out in outs, f"output_dtype must be one of {', '.join(str(d).removeprefix('torch.') for d in outs)}", out)
+    if packed:
+        require(out == torch.float16, "for int4 operands output_dtype must be float16", out)
+        refuse(pertoken_scale=pertoken_scale, offset=offset)
     _check_combination(x1, scale, offset, pertoken_scale, bias, out, columns)
 
 
@@ -143,6 +144,8 @@ def npu_quant_matmul(
     output_dtype: int | None = None,
     **_: object,
 ) -> Tensor:
+    if x1.dtype == torch.int32:
+        x1, x2 = unpack_int4(x1), unpack_matrix(x2)
     product = int_product(x1, x2)
     if bias is not None and bias.dtype == torch.int32:
         product, bias = product + bias, None
@@ -150,6 +153,8 @@ def npu_quant_matmul(
     if out == torch.int32:
         return product
     packed_offset = None
+    if scale.dtype == torch.float32 and pertoken_scale is None and out in (torch.float16, torch.int8):
+        scale = trans_quant_param(scale)  # as the op does by itself: 19 bits of the scale are left
     if scale.dtype == torch.int64:
         scale, packed_offset = scale_of_param(scale)
     if out == torch.int8:
@@ -196,8 +201,20 @@ def _check_all_reduce(
     require_shape("bias", bias, x2.shape[1])
     _check_reduced_dtypes(x1, x2, bias, x3, dequant_scale, pertoken_scale)
     group = group_named(hcom)
-    ranks = group.size() if group is not None else 1
-    require(ranks in (1, 2, 4, 8), "the group must have 1, 2, 4 or 8 ranks", ranks)
+    if group is not None:
+        require(group.size() in (1, 2, 4, 8), "the group must have 1, 2, 4 or 8 ranks", group.size())
+        _check_domain(hcom)
+
+
+def _check_domain(hcom: str) -> None:
+    """A model's fused communication passes through one domain only: here, all of a process while its world lasts."""
+    world = dist.group.WORLD
+    if not _domain or _domain[0]() is not world:
+        _domain[:] = [weakref.ref(world), hcom]
+    require(_domain[1] == hcom, f"a model's fused ops must share one communication domain, here {_domain[1]}", hcom)
+
+
+_domain: list[Any] = []
 
 
 def _check_reduced_dtypes(
@@ -274,24 +291,28 @@ def _check_weight_quant(
     weight_dtype: int | None = None,
 ) -> None:
     refuse(quant_scale=quant_scale, quant_offset=quant_offset, weight_dtype=weight_dtype)
-    require(
-        antiquant_group_size == 0,
-        "antiquant_group_size must be 0 (per-group is documented and not emulated)",
-        antiquant_group_size,
-    )
+    require(inner_precise == 0, "inner_precise must be 0 (1 is for int4 weights in FRACTAL_NZ)", inner_precise)
     require_dtype("x", x, HALF)
-    require_dtype("weight", weight, (torch.int8,))
+    require_dtype("weight", weight, (torch.int8,) if _duo() else (torch.int8, torch.int32))
     require_rank("x", x, 2)
     require_rank("weight", weight, 2)
-    require(x.shape[1] == weight.shape[0], "x's columns must be weight's rows", [list(x.shape), list(weight.shape)])
-    require(max(weight.shape) <= 65535, "weight's dimensions must be at most 65535", list(weight.shape))
+    rows, columns = rows_of(weight), columns_of(weight)
+    require(x.numel() > 0 and weight.numel() > 0, "x and weight must not be empty", [list(x.shape), list(weight.shape)])
+    require(x.shape[1] == rows, "x's columns must be weight's rows", [list(x.shape), [rows, columns]])
+    require(max(rows, columns) <= 65535, "weight's dimensions must be at most 65535", [rows, columns])
     require_same_dtype("x", x, antiquant_scale=antiquant_scale, antiquant_offset=antiquant_offset)
-    columns = weight.shape[1]
-    require(
-        antiquant_scale.numel() in (1, columns),
-        f"antiquant_scale must have 1 or {columns} values",
-        list(antiquant_scale.shape),
-    )
+    if antiquant_group_size:
+        require(not _duo(), "antiquant_group_size must be 0", antiquant_group_size)
+        fits = antiquant_group_size % 32 == 0 and 32 <= antiquant_group_size <= rows - 1
+        require(fits, f"antiquant_group_size must be a multiple of 32 below {rows}", antiquant_group_size)
+        require_shape("antiquant_scale", antiquant_scale, -(-rows // antiquant_group_size), columns)
+    else:
+        shapes = ((1,), (1, 1), (columns,), (1, columns))
+        require(
+            tuple(antiquant_scale.shape) in shapes,
+            f"antiquant_scale must have shape [1], [1, 1], [{columns}] or [1, {columns}]",
+            list(antiquant_scale.shape),
+        )
     require(
         antiquant_offset is None or antiquant_offset.shape == antiquant_scale.shape,
         "antiquant_offset must have antiquant_scale's shape",
@@ -315,11 +336,18 @@ def npu_weight_quant_batchmatmul(
     quant_scale: Tensor | None = None,
     quant_offset: Tensor | None = None,
     bias: Tensor | None = None,
+    antiquant_group_size: int = 0,
     **_: object,
 ) -> Tensor:
-    wide = weight.float()
+    wide = (unpack_matrix(weight) if weight.dtype == torch.int32 else weight).float()
+
+    def spread(values: Tensor) -> Tensor:
+        """By column, or by column of each group of rows."""
+        values = values.float().reshape(-1, values.shape[-1])
+        return values.repeat_interleave(antiquant_group_size, 0)[: len(wide)] if antiquant_group_size else values
+
     if antiquant_offset is not None:
-        wide = wide + antiquant_offset.float().view(1, -1)
-    wide = (wide * antiquant_scale.float().view(1, -1)).to(x.dtype)
+        wide = wide + spread(antiquant_offset)
+    wide = (wide * spread(antiquant_scale)).to(x.dtype)
     y = x.float() @ wide.float()
     return (y if bias is None else y + bias.float().view(1, -1)).to(x.dtype)

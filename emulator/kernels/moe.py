@@ -1,8 +1,9 @@
 """Mixture of experts: routing rows to experts, and the way back.
 
-Semantics and limits: the ops' docstrings in the torch_npu wheel and, for finalize_routing's modes, the page of
-aclnnMoeFinalizeRoutingV2. What an op leaves undefined is filled with NaN (or an index far out of range), so that
-whoever reads it is found out. N rows, k experts of a row, E experts, n row size.
+Semantics and limits: the ops' docstrings in the torch_npu wheel, for finalize_routing's modes the page of
+aclnnMoeFinalizeRoutingV2, and for routing on 300I DUO the page of aclnnMoeInitRoutingV2, which
+npu_moe_init_routing_v2 takes there. What an op leaves undefined is filled with NaN (or an index far out of range), so
+that whoever reads it is found out. N rows, k experts of a row, E experts, n row size.
 """
 
 import torch
@@ -24,6 +25,10 @@ from emulator.registry import kernel
 _UNDEFINED_INDEX = 2**30
 
 
+def _duo() -> bool:
+    return chips.current().soc == "atlas_300i_duo"
+
+
 def _check_init_routing(
     x: Tensor,
     expert_idx: Tensor,
@@ -42,7 +47,6 @@ def _check_init_routing(
     x_dtype: int | None = None,
 ) -> None:
     refuse(offset=offset, x_dtype=x_dtype)
-    require_dtype("x", x, (*FLOATS, torch.int8))
     require_rank("x", x, 2)
     require_dtype("expert_idx", expert_idx, (torch.int32,))
     require_rank("expert_idx", expert_idx, 2)
@@ -51,6 +55,13 @@ def _check_init_routing(
         "expert_idx must have one row per row of x",
         [list(x.shape), list(expert_idx.shape)],
     )
+    if _duo():
+        _check_duo_routing(
+            x, active_num, expert_num, drop_pad_mode, expert_tokens_num_type, quant_mode, active_expert_range,
+            row_idx_type, scale,
+        )  # fmt: skip
+        return
+    require_dtype("x", x, (*FLOATS, torch.int8))
     require(drop_pad_mode == 0, "drop_pad_mode must be 0", drop_pad_mode)
     require(
         expert_tokens_num_type in (1, 2),
@@ -69,6 +80,30 @@ def _check_init_routing(
     if scale is not None:
         require_dtype("scale", scale, (torch.float32,))
         require_shape("scale", scale, *((x.shape[0],) if quant_mode == -1 else (end - start, x.shape[1])))
+
+
+def _check_duo_routing(
+    x: Tensor, active_num: int, expert_num: int, drop_pad_mode: int, expert_tokens_num_type: int, quant_mode: int,
+    active_expert_range: list[int] | None, row_idx_type: int, scale: Tensor | None,
+) -> None:  # fmt: skip
+    """300I DUO: what its kernel is not told must not be asked for, else it silently computes something else."""
+    require_dtype("x", x, FLOATS)
+    require(
+        list(active_expert_range or (0, expert_num)) == [0, expert_num],
+        f"active_expert_range is not handed on here: it must be [0, {expert_num}] or left out, and ids must be local",
+        active_expert_range,
+    )
+    require(row_idx_type == 0, "row_idx_type is not handed on here and must be 0", row_idx_type)
+    require(quant_mode == -1, "quant_mode is not handed on here and must be -1", quant_mode)
+    refuse(scale=scale)
+    require(drop_pad_mode == 0, "drop_pad_mode is not handed on here and must be 0", drop_pad_mode)
+    require(
+        expert_tokens_num_type in (0, 1),
+        "expert_tokens_num_type must be 0 (running totals, which come whatever is asked)",
+        expert_tokens_num_type,
+    )
+    require(expert_num > 0, "expert_num must be positive", expert_num)
+    require(active_num >= 0, "active_num must be 0 (all rows) or more", active_num)
 
 
 @kernel("npu_moe_init_routing_v2", _check_init_routing)
@@ -92,6 +127,8 @@ def npu_moe_init_routing_v2(
         f"expert ids must lie in [0, {expert_num})",
         flat.tolist()[:32],
     )
+    if _duo():
+        return _duo_routing(x, flat, active_num, expert_num)
     mine = (flat >= start) & (flat < end)
     order = torch.where(mine, flat, expert_num).argsort(stable=True)[: int(mine.sum())]
     total = len(flat) if active_num <= 0 else min(active_num, len(flat))
@@ -120,6 +157,17 @@ def npu_moe_init_routing_v2(
         pairs[: len(busy)] = torch.stack((busy + start, counts[busy]), dim=1)
         counts = pairs
     return expanded, row_idx, counts, expanded_scale
+
+
+def _duo_routing(x: Tensor, flat: Tensor, active_num: int, expert_num: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """300I DUO: the counts are int32 running totals over all experts; what stands in the fourth output is undefined."""
+    order = flat.argsort(stable=True)
+    places = torch.empty(len(flat), dtype=torch.int32)
+    places[order] = torch.arange(len(flat), dtype=torch.int32)
+    kept = order[: active_num or len(flat)]
+    totals = torch.bincount(flat, minlength=expert_num).cumsum(0).to(torch.int32)
+    per_row = len(flat) // max(len(x), 1) or 1
+    return x[kept // per_row], places, totals, torch.full((expert_num,), _UNDEFINED_INDEX, dtype=torch.int32)
 
 
 def _check_finalize(
@@ -155,7 +203,7 @@ def _check_finalize(
     require(skip1 is not None or skip2 is None, "skip2 needs skip1")
     require_shape("export_for_source_row", export_for_source_row, rows, per_row)
     require(bias is None or export_for_source_row is not None, "bias needs export_for_source_row")
-    if chips.current().soc == "atlas_300i_duo":
+    if _duo():
         require(drop_pad_mode == 2, "drop_pad_mode must be 2", drop_pad_mode)
         refuse(skip1=skip1, skip2=skip2, bias=bias, export_for_source_row=export_for_source_row)
         require(x.shape[1] % 32 == 0, "the row size must be a multiple of 32", x.shape[1])

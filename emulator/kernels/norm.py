@@ -7,6 +7,7 @@ add_rms_norm is rounded to the inputs' dtype before it is normalised.
 import torch
 from torch import Tensor
 
+from emulator import chips
 from emulator.kernels.quant import dynamic_quantize, quantize
 from emulator.limits import (
     FLOATS,
@@ -55,6 +56,7 @@ def _check_add(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> 
     require_rank("x1", x1, 1, 8)
     require_same_dtype("x1", x1, x2=x2)
     require_shape("x2", x2, *x1.shape)
+    require(x1.numel() > 0, "empty tensors are not supported", list(x1.shape))
     _check_gamma(x1, gamma)
 
 
@@ -62,6 +64,8 @@ def _check_add(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> 
 def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
     x = x1 + x2
     y, rstd = normalised(x, gamma, epsilon)
+    if chips.current().soc == "atlas_300i_duo":
+        rstd = torch.full_like(rstd, float("nan"))  # void there
     return y.to(x.dtype), rstd, x
 
 
@@ -82,7 +86,6 @@ def _check_add_quant(
 ) -> None:
     _check_add(x1, x2, gamma)
     require_dtype("x1", x1, HALF)
-    require(x1.numel() > 0, "empty tensors are not supported", list(x1.shape))
     require(axis == -1, "axis must be -1", axis)
     require(dst_type in (None, 1), "dst_type must be torch.int8", dst_type)
     require_same_dtype("x1", x1, beta=beta)
@@ -141,7 +144,6 @@ def _check_add_dynamic(
     require_dtype("x1", x1, HALF)
     require_rank("x1", x1, 2, 8)
     require_rank("gamma", gamma, 1)
-    require(x1.numel() > 0, "empty tensors are not supported", list(x1.shape))
     require(y_dtype in (None, 1), "y_dtype must be torch.int8 (int4 is not emulated)", y_dtype)
     for name, x in (("smooth_scale1", smooth_scale1), ("smooth_scale2", smooth_scale2), ("beta", beta)):
         require_shape(name, x, *gamma.shape)
@@ -193,10 +195,19 @@ def _check_quant(
     dst_dtype: int | None = None,
 ) -> None:
     require_dtype("x", x, HALF)
-    _check_gamma(x, gamma)
+    require_rank("x", x, 1, 8)
+    columns = x.shape[-1]
+    require(x.numel() > 0, "empty tensors are not supported", list(x.shape))
+    require(columns * x.element_size() >= 32, "the last dimension must have at least 32 bytes", columns)
+    for name, row in (("gamma", gamma), ("beta", beta)):
+        require(
+            tuple(row.shape) in ((columns,), (1, columns)),
+            f"{name} must have shape [{columns}] or [1, {columns}]",
+            list(row.shape),
+        )
     refuse(dst_dtype=None if dst_dtype in (None, 1) else dst_dtype)
     require_dtype("offset", offset, (torch.int8,))
-    require_same_dtype("x", x, beta=beta, scale=scale)
+    require_same_dtype("x", x, gamma=gamma, beta=beta, scale=scale)
     require_shape("scale", scale, 1)
     require_shape("offset", offset, 1)
 
@@ -212,5 +223,5 @@ def npu_rms_norm_quant(
     *,
     dst_dtype: int | None = None,
 ) -> Tensor:
-    y = normalised(x, gamma, epsilon)[0] + beta.float()
+    y = normalised(x, gamma.view(-1), epsilon)[0] + beta.view(-1).float()
     return quantize(y, scale, offset, True)

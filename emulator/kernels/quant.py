@@ -176,7 +176,7 @@ def _check_trans(scale: Tensor, offset: Tensor | None = None, round_mode: int | 
 
 
 @kernel("npu_trans_quant_param", _check_trans)
-def npu_trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int | None = 0) -> Tensor:
+def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int | None = 0) -> Tensor:
     """Bits 13-31: the upper 19 bits of the fp32 scale; bits 37-45: the offset in 9 bits; bit 46 is set."""
     bits = scale.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     if round_mode == 1:  # to the nearest of the 19 bits, ties to even

@@ -92,8 +92,10 @@ def open_device(recipe: Recipe) -> ops.Ops:
             "python -m executor.commands.doctor says what is missing"
         ) from error
     dtype = getattr(torch, model.dtype)
-    index = rank_place().local_rank
-    return open_npu(model.soc, dtype, emulated=emulated, weight_nz=model.enable_weight_nz, index=index)
+    return open_npu(
+        model.soc, dtype, emulated=emulated, weight_nz=model.enable_weight_nz, decode_rows=decode_rows(recipe),
+        index=rank_place().local_rank,
+    )  # fmt: skip
 
 
 def join(
@@ -107,6 +109,13 @@ def join(
 ) -> Engine:
     """The engine over a loaded model."""
     limits, text = recipe.scheduler, model.config.text
+    attention = model.language_model.layers[0].self_attn
+    sizes = graph_sizes(recipe)
+    spare = spare_blocks(sizes, limits.block_size)
+    most = device.most_blocks(limits.block_size, attention.num_kv_heads, text.head_dim)
+    if most is not None and num_blocks > most - spare:
+        logger.warning("KV cache: %d blocks instead of %d, the most that one cache may have", most - spare, num_blocks)
+        num_blocks = most - spare
     scheduler = Scheduler(
         num_blocks=num_blocks,
         block_size=limits.block_size,
@@ -118,11 +127,8 @@ def join(
         encoder_cache_tokens=limits.encoder_cache_tokens,
         eos_token_ids=processor.eos_token_ids,
     )
-    attention = model.language_model.layers[0].self_attn
-    sizes = graph_sizes(recipe)
-    blocks = num_blocks + spare_blocks(sizes, limits.block_size)
     kv = device.kv_cache(
-        text.num_layers, blocks, limits.block_size, attention.num_kv_heads, text.head_dim, dtype,
+        text.num_layers, num_blocks + spare, limits.block_size, attention.num_kv_heads, text.head_dim, dtype,
         normed=attention.q_norm is not None,
     )  # fmt: skip
     sampler = Sampler(text.vocab_size, device.device, eos_token_ids=processor.eos_token_ids)
@@ -130,6 +136,11 @@ def join(
     if sizes:
         runner.graphs = _captured(recipe, runner.step, device, sizes, num_blocks, replica.parallel)
     return Engine(processor, scheduler, runner, text.vocab_size)
+
+
+def decode_rows(recipe: Recipe) -> int:
+    """The most rows of a decode step of one replica, with those that a graph is padded by."""
+    return max((recipe.scheduler.max_num_seqs, *graph_sizes(recipe)))
 
 
 def graph_sizes(recipe: Recipe) -> tuple[int, ...]:

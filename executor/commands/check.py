@@ -18,7 +18,7 @@ import torch
 from executor.checkpoint.folder import local_checkpoint, read_json
 from executor.checkpoint.load import build_on_meta
 from executor.checkpoint.pull import finalize
-from executor.commands.build import family_of, graph_sizes
+from executor.commands.build import decode_rows, family_of, graph_sizes
 from executor.device import ops
 from executor.engine.graphs import batch_sizes
 from executor.errors import UserError, nearest
@@ -122,12 +122,15 @@ def fake_ranks(recipe: Recipe) -> Iterator[Parallel]:
 def _examined(recipe: Recipe, config: dict[str, Any], save: Path | None) -> dict[str, Any]:
     """The report's part that comes out of conversion and tracing."""
     from emulator import chips
-    from emulator.steps import Steps
+    from emulator.traces import Traces
     from executor.device.npu.ops import NpuOps
     from executor.device.npu.soc import soc_of
 
     limits, dtype = recipe.scheduler, getattr(torch, recipe.model.dtype)
-    device = NpuOps(soc_of(recipe.model.soc), torch.device("meta"), weight_nz=recipe.model.enable_weight_nz)
+    device = NpuOps(
+        soc_of(recipe.model.soc), torch.device("meta"), weight_nz=recipe.model.enable_weight_nz,
+        decode_rows=decode_rows(recipe),
+    )  # fmt: skip
     ops.bind(device)
     batch = max(graph_sizes(recipe) or batch_sizes(limits.max_num_seqs))
     blocks = -(-limits.max_model_len // limits.block_size)
@@ -136,19 +139,19 @@ def _examined(recipe: Recipe, config: dict[str, Any], save: Path | None) -> dict
         _say(f"building {recipe.model.model_path} at its size, without weights")
         model = build_on_meta(lambda: family.build_model(config, parallel), dtype)
         finalize(model)
-        steps = Steps(model, device, dtype, batch, blocks, limits.block_size)
+        traces = Traces(model, device, dtype, batch, blocks, limits.block_size)
         in_graph = recipe.model.soc in GRAPH_CHIPS
-        counts, failures = _graph_counts(steps, save) if in_graph else (_traced_counts(steps), [])
+        counts, failures = _graph_counts(traces, save) if in_graph else (_traced_counts(traces), [])
         patches = PICTURE[0] * PICTURE[1] * PICTURE[2]
         _say(f"tracing a decode step of {batch} requests")
-        traced = {"decode": steps.decode_calls(tensors=in_graph)}
+        traced = {"decode": traces.decode_calls(tensors=in_graph)}
         _say(f"tracing a prefill step of {limits.max_num_batched_tokens} tokens")
-        traced["prefill"] = steps.prefill_calls(limits.max_num_batched_tokens, limits.max_model_len, patches // 4)
+        traced["prefill"] = traces.prefill_calls(limits.max_num_batched_tokens, limits.max_model_len, patches // 4)
         _say(f"tracing the vision encoder on {patches // 4} tokens")
-        traced["vision"] = steps.vision_calls(PICTURE)
+        traced["vision"] = traces.vision_calls(PICTURE)
         if in_graph:
             _say("converting a vision block")
-        block = steps.vision_block_graph(patches).kernels if in_graph else _per_vision_block(traced["vision"], model)
+        block = traces.vision_block_graph(patches).kernels if in_graph else _per_vision_block(traced["vision"], model)
     called = {call.op for recorded in traced.values() for call in recorded.calls}
     refused, undocumented = chips.report({op.partition(".")[0] for op in called}, chips.current())
     violations = [f"{step}: {text}" for step, recorded in traced.items() for text in recorded.violations]
@@ -170,13 +173,13 @@ def _say(step: str) -> None:
     logger.info("%s ...", step)
 
 
-def _graph_counts(steps: Any, save: Path | None) -> tuple[dict[str, Any], list[str]]:
+def _graph_counts(traces: Any, save: Path | None) -> tuple[dict[str, Any], list[str]]:
     """Kernels of the converted decode step: per layer from one more layer, the rest from what all layers leave."""
     from emulator.graph import per_layer
 
-    _say(f"converting the decode step, {steps.num_layers} layers, then 1 and 2 to compare")
+    _say(f"converting the decode step, {traces.num_layers} layers, then 1 and 2 to compare")
     try:
-        whole, one, two = steps.decode_graph(), steps.decode_graph(1), steps.decode_graph(2)
+        whole, one, two = traces.decode_graph(), traces.decode_graph(1), traces.decode_graph(2)
     except RuntimeError as error:
         return _counts(Counter(), Counter(), Counter()), [f"decode graph: {error}"]
     if save is not None:
@@ -185,13 +188,13 @@ def _graph_counts(steps: Any, save: Path | None) -> tuple[dict[str, Any], list[s
     layer = per_layer(one, two)
     fixed = Counter(one.kernels)
     fixed.subtract(layer)
-    expected = fixed.total() + steps.num_layers * layer.total()
+    expected = fixed.total() + traces.num_layers * layer.total()
     assert whole.kernels.total() == expected, f"{whole.kernels.total()} nodes, {expected} by layers: they differ"
     return _counts(layer, fixed, Counter({t: n for t, n in layer.items() if t in two.collectives})), []
 
 
-def _traced_counts(steps: Any) -> dict[str, Any]:
-    one, two = (steps.decode_calls(layers, tensors=False) for layers in (1, 2))
+def _traced_counts(traces: Any) -> dict[str, Any]:
+    one, two = (traces.decode_calls(layers, tensors=False) for layers in (1, 2))
     layer, fixed = Counter(two.kernels), Counter(one.kernels)
     layer.subtract(one.kernels)
     fixed.subtract(layer)

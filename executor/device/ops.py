@@ -106,6 +106,10 @@ class Ops(ABC):
         The ids' integer type is the backend's own: they go to its experts.
         """
 
+    def most_blocks(self, block_size: int, heads: int, dim: int) -> int | None:
+        """The most blocks that a cache may have on this device, whatever its memory; None: any number."""
+        return None
+
     @abstractmethod
     def kv_cache(
         self, num_layers: int, num_blocks: int, block_size: int, heads: int, dim: int, dtype: torch.dtype,

@@ -7,6 +7,7 @@ Legend: R rows of a captured size, W blocks of the longest request.
 import logging
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,13 @@ class DecodeGraphs:
         self._block_table = torch.from_numpy(self._table).to(to, copy=True)
         shape = most, attention.num_heads * attention.head_dim
         self._q_outs = [torch.zeros(shape, dtype=step.dtype, device=to) for _ in step.kv]
+        # Views of the first rows of all of them, made once: they are what a replay is given.
+        self._inputs = {size: self._first_rows(size) for size in self.sizes}
         self._graphs = {size: device.capture(step.decode, mode, folder.path / f"batch_{size}") for size in self.sizes}
+
+    def _first_rows(self, size: int) -> tuple[Any, ...]:
+        values = self._values[:, :size].unbind(0)
+        return *values, self._block_table[:size], [q_out[:size] for q_out in self._q_outs]
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -92,9 +99,7 @@ class DecodeGraphs:
 
     def _run(self, rows: Sequence[Row], size: int) -> Tensor:
         self._fill(rows, size)
-        values = self._values[:, :size].unbind(0)
-        lengths = self._host[_KV_LEN, :size].tolist()
-        return self._graphs[size](*values, self._block_table[:size], [q[:size] for q in self._q_outs], lengths)
+        return self._graphs[size](*self._inputs[size], self._host[_KV_LEN, :size].tolist())
 
     def _fill(self, rows: Sequence[Row], size: int) -> None:
         """The step's numbers into the device's buffers: one copy, and one more where a request got a block."""

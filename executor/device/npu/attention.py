@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import numpy as np
 import torch
 import torch_npu
 import torchair
@@ -30,8 +31,8 @@ class Step:
     kv_lens: list[int] | Tensor
     block_table: Tensor  # int32 [R, most blocks], on the device
     block_size: int
-    q_lens_host: Tensor | None = None  # int32 [R], for ATB
-    kv_lens_host: Tensor | None = None
+    q_lens_host: Tensor | None = None  # int32 [R], for ATB, as is the next
+    kv_lens_device: Tensor | None = None
     decodes: bool = False  # every row has one query token
     mask: Tensor | None = None  # for ops that want a row for every token
 
@@ -45,16 +46,17 @@ def prepare(
 ) -> Step:
     """The step of these rows; each has its own number of blocks, the rest of the table is block 0."""
     needed = [-(-kv_len // block_size) for kv_len in kv_lens]
-    table = torch.zeros(len(needed), max(needed, default=1), dtype=torch.int32)
-    for row, (count, blocks) in enumerate(zip(needed, block_tables, strict=True)):
-        table[row, :count] = torch.tensor(blocks[:count], dtype=torch.int32)
+    table = np.zeros((len(needed), max(needed, default=1)), dtype=np.int32)
+    for row, count, blocks in zip(table, needed, block_tables, strict=True):
+        assert len(blocks) >= count, (
+            f"{len(blocks)} blocks of {block_size} for {count}"
+        )  # numpy would repeat a single one
+        row[:count] = blocks[:count]
     return Step(
         q_ends=list(accumulate(q_lens)),
         kv_lens=list(kv_lens),
-        block_table=table.to(device),
+        block_table=torch.from_numpy(table).to(device),
         block_size=block_size,
-        q_lens_host=torch.tensor(q_lens, dtype=torch.int32),
-        kv_lens_host=torch.tensor(kv_lens, dtype=torch.int32),
         decodes=all(q_len == 1 for q_len in q_lens),
     )
 
@@ -154,7 +156,9 @@ class FusedAttention:
 
 
 class AtbAttention:
-    """300I DUO: ATB's paged attention over NZ caches, one token a row or chunks; fp16; lengths on the host.
+    """300I DUO: ATB's paged attention over NZ caches, one token a row or chunks; fp16.
+
+    Query lengths are read on the host, key lengths on the device.
 
     `chunk_call`: the op for chunks; releases 2.8 and 2.9 have only the one whose mask has a row for every token.
     """
@@ -163,13 +167,17 @@ class AtbAttention:
         self.device = device
         self.chunk_call = chunk_call
         self.by_rows = not chunk_call.endswith("_v2")
-        self.mask = None if self.by_rows else layout.triangle_nz(device)
+        self.mask = None if self.by_rows else layout.additive_triangle(device)
 
     def complete(self, step: Step, q_lens: Sequence[int], kv_lens: Sequence[int]) -> Step:
-        """The step with its mask, where chunks want one of their own."""
-        if not self.by_rows or step.decodes:
-            return step
-        return replace(step, mask=layout.rows_nz(q_lens, kv_lens, self.device))
+        """The step with its lengths where ATB reads them, and with its mask, where chunks want one of their own."""
+        by_rows = self.by_rows and not step.decodes
+        return replace(
+            step,
+            q_lens_host=torch.tensor(q_lens, dtype=torch.int32),
+            kv_lens_device=torch.tensor(kv_lens, dtype=torch.int32).to(self.device),
+            mask=layout.rows_nz(q_lens, kv_lens, self.device) if by_rows else None,
+        )
 
     def caches(self, *sizes: int, dtype: torch.dtype, form: str) -> list[KVLayer]:
         assert form == "NZ", f"this chip's caches are NZ, got {form}"
@@ -191,7 +199,7 @@ class AtbAttention:
             "num_heads": num_heads,
             "scale_value": scale,
             "block_table": step.block_table,
-            "context_lens": step.kv_lens_host,
+            "context_lens": step.kv_lens_device,
             "out": torch.empty_like(q),
         }
         if step.decodes:

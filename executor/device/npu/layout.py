@@ -15,7 +15,8 @@ from executor.device.ops import KVLayer
 
 NZ = 29  # acl's number of FRACTAL_NZ
 STRIP = 16  # elements of a half-precision strip
-MASK_SIDE = 2048  # of the compressed causal masks that fused attention takes
+MASK_SIDE = 2048  # of the compressed causal masks that attention takes
+_LEAST = torch.finfo(torch.float16).min
 
 
 def weight(stored: Tensor, nz: bool) -> Tensor:
@@ -68,9 +69,10 @@ def triangle(device: torch.device) -> Tensor:
     return torch.ones(MASK_SIDE, MASK_SIDE, dtype=torch.int8).triu_(1).to(device)
 
 
-def triangle_nz(device: torch.device) -> Tensor:
-    """The same for ATB on the 300I DUO: fp16 `[1, 128, 2048, 16]` in NZ, the least fp16 above the diagonal."""
-    return _mask_nz(torch.ones(MASK_SIDE, MASK_SIDE, dtype=torch.bool).triu_(1), device)
+def additive_triangle(device: torch.device) -> Tensor:
+    """The same for chunks on the 300I DUO: fp16 `[2048, 2048]`, plain, the least fp16 above the diagonal."""
+    hidden = torch.ones(MASK_SIDE, MASK_SIDE, dtype=torch.bool).triu_(1)
+    return torch.zeros(MASK_SIDE, MASK_SIDE, dtype=torch.float16).masked_fill_(hidden, _LEAST).to(device)
 
 
 def rows_nz(q_lens: Sequence[int], kv_lens: Sequence[int], device: torch.device) -> Tensor:
@@ -88,6 +90,6 @@ def _mask_nz(hidden: Tensor, device: torch.device) -> Tensor:
     """`hidden [m, n]` as an additive fp16 mask in strips, both sides padded to whole strips."""
     rows, columns = (-(-size // STRIP) * STRIP for size in hidden.shape)
     mask = torch.zeros(rows, columns, dtype=torch.float16)
-    mask[: hidden.shape[0], : hidden.shape[1]].masked_fill_(hidden, torch.finfo(torch.float16).min)
+    mask[: hidden.shape[0], : hidden.shape[1]].masked_fill_(hidden, _LEAST)
     strips = mask.view(rows, columns // STRIP, STRIP).transpose(0, 1).unsqueeze(0).contiguous()
     return torch_npu.npu_format_cast(strips.to(device), NZ)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
-from executor.device.npu import attention, forms, graph, layout, linear
+from executor.device.npu import attention, experts, forms, graph, layout, linear
 from executor.device.npu.soc import COMPOSED, SOCS, Soc, chip_named, choose, soc_of
 from executor.device.ops import HeadNorms, Heads, KVLayer, Ops
 from executor.errors import UserError
@@ -22,17 +22,27 @@ from executor.host.env import environment
 
 _HEAD_DIMS = (64, 128)  # what rotary and packed attention take
 _FUSED_DIM = 128  # of heads whose norm, rotation and write are one kernel
+_FUSED_RANKS = (2, 4, 8)  # between which a product and its sum are one kernel
 
 
 class NpuOps(Ops):
     """One chip. `weight_nz`: linear weights in FRACTAL_NZ also where the chip takes both.
 
-    `cache`: "ND" or "NZ" for every cache; None: what suits the chip and the model.
+    `cache`: "ND" or "NZ" for every cache; None: what suits the chip and the model. `decode_rows`: the most rows of a
+    decode step, padded ones included.
     """
 
     name = "npu"
 
-    def __init__(self, soc: Soc, device: torch.device, *, weight_nz: bool = True, cache: str | None = None) -> None:
+    def __init__(
+        self,
+        soc: Soc,
+        device: torch.device,
+        *,
+        weight_nz: bool = True,
+        cache: str | None = None,
+        decode_rows: int = 16,
+    ) -> None:
         self.soc = soc
         self.device = device
         self.weight_nz = weight_nz or soc.always_nz
@@ -41,6 +51,8 @@ class NpuOps(Ops):
             self.collectives = "hccl"
         self.calls = choose(soc, _installed)
         self.cache = cache
+        self.decode_rows = decode_rows
+        self._domain: Any = None  # the one group that fused sums pass through
         if self.calls["attention"] == "_npu_paged_attention":
             self.attention = attention.AtbAttention(device, self.calls["chunk_attention"])
         else:
@@ -50,7 +62,7 @@ class NpuOps(Ops):
         return forms.RMS_NORM[self.calls["rms_norm"]](x, weight, eps)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        if residual is None or self.calls["add_rms_norm"] == COMPOSED:
+        if residual is None or not len(x) or self.calls["add_rms_norm"] == COMPOSED:  # the fused op takes no empty x
             return super().add_rms_norm(x, residual, weight, eps)
         return forms.add_rms_norm(x, residual, weight, eps)
 
@@ -82,15 +94,24 @@ class NpuOps(Ops):
         return linear.Linear(layout.weight(weight.detach(), self.weight_nz), bias)
 
     def prepare_summed_linear(self, weight: Tensor, bias: Tensor | None, group: Any) -> Callable[[Tensor], Tensor]:
-        if self.calls.get("summed_linear", COMPOSED) == COMPOSED:
+        if not self._sums_fused(group):
             return linear.SummedLinear(self.prepare_linear(weight, bias), group)
-        return linear.FusedSummedLinear(layout.weight(weight.detach(), self.weight_nz), bias, group)
+        rows = self.decode_rows if self.calls["summed_linear_in_decode"] == COMPOSED else 0
+        return linear.FusedSummedLinear(layout.weight(weight.detach(), self.weight_nz), bias, group, rows)
+
+    def _sums_fused(self, group: Any) -> bool:
+        """Whether products summed over `group` may be one kernel: the first such group's, and no other's."""
+        if self.calls.get("summed_linear", COMPOSED) == COMPOSED or group.size not in _FUSED_RANKS:
+            return False
+        self._domain = self._domain or group.handle
+        return group.handle is self._domain
 
     def prepare_experts(
         self, gate_up: Tensor, down: Tensor, first: int = 0, num_experts: int | None = None
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         weights = (layout.weight(w.detach(), self.weight_nz) for w in (gate_up, down))
-        return linear.Experts(*weights, self.swiglu, first, num_experts or len(gate_up), self.soc.drops_rows)
+        kind = experts.Experts if self.soc.routes_ranges else experts.LocalExperts
+        return kind(*weights, self.swiglu, first, num_experts or len(gate_up))
 
     def gate_topk(self, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
         """The softmax is the op's own, in fp32 inside; ids int32."""
@@ -111,6 +132,10 @@ class NpuOps(Ops):
         fused = normed and dim == _FUSED_DIM and self.calls.get("qkv_norm_rope_write", COMPOSED) != COMPOSED
         form = self.cache or ("NZ" if fused else self.soc.cache)
         return self.attention.caches(num_layers, num_blocks, block_size, heads, dim, dtype=dtype, form=form)
+
+    def most_blocks(self, block_size: int, heads: int, dim: int) -> int | None:
+        """A cache's elements are counted in int32 by A2's and A3's attention."""
+        return None if self.soc.cache_elements is None else self.soc.cache_elements // (block_size * heads * dim)
 
     def kv_write(self, k: Tensor, v: Tensor, cache: KVLayer, slots: Tensor) -> None:
         self.attention.write(k, v, cache, slots)
@@ -173,10 +198,12 @@ def _cann_version() -> str:
     return f"{ask('CANN') if ask else 'unknown'} {Path(home).resolve() if home else 'no ASCEND_HOME_PATH'}"
 
 
-def open_npu(name: str | None, dtype: torch.dtype, *, emulated: bool, weight_nz: bool, index: int = 0) -> NpuOps:
+def open_npu(
+    name: str | None, dtype: torch.dtype, *, emulated: bool, weight_nz: bool, decode_rows: int, index: int = 0
+) -> NpuOps:
     """The backend of the chip `name`, over CPU tensors where it is emulated; None: the chip that is there.
 
-    `index`: which of the chips that this process sees.
+    `index`: which of the chips that this process sees. `decode_rows`: see NpuOps.
 
     Raises UserError where the machine has another chip, or the chip does not compute in `dtype`.
     """
@@ -187,11 +214,11 @@ def open_npu(name: str | None, dtype: torch.dtype, *, emulated: bool, weight_nz:
             f"model_config.dtype: {soc.name} computes in {allowed}, got {str(dtype).removeprefix('torch.')}"
         )
     if emulated:
-        return NpuOps(soc, torch.device("cpu"), weight_nz=weight_nz)
+        return NpuOps(soc, torch.device("cpu"), weight_nz=weight_nz, decode_rows=decode_rows)
     logging.getLogger("torch_npu").setLevel(logging.WARNING)  # it reports every variable that it reads
     torch_npu.npu.set_device(index)
     torch_npu.npu.config.allow_internal_format = True  # else format casts are ignored
-    return NpuOps(soc, torch.device("npu", index), weight_nz=weight_nz)
+    return NpuOps(soc, torch.device("npu", index), weight_nz=weight_nz, decode_rows=decode_rows)
 
 
 def _chip_here(name: str | None, index: int) -> Soc:

@@ -21,8 +21,9 @@ class Soc:
 
     `cache`: "ND" [blocks, block_size, K, D], or "NZ" [blocks, K*D/16, block_size, 16]; NZ weights and caches of the
     300I DUO are in the storage format FRACTAL_NZ as well. `swiglu_columns` divides the width of a fused SwiGLU's
-    input; `gate_rows` bounds the tokens that are gated at once; `drops_rows`: routed rows are summed without those that
-    other ranks compute (npu_moe_finalize_routing's drop_pad_mode 3), else these are filled with zeros before.
+    input; `gate_rows` bounds the tokens that are gated at once; `routes_ranges`: routing takes a range of experts and
+    summing leaves out the rows of others (npu_moe_init_routing_v2, npu_moe_finalize_routing), else neither does;
+    `cache_elements` bounds what one cache of keys or values may have.
     """
 
     name: str
@@ -33,7 +34,8 @@ class Soc:
     slot_dtype: torch.dtype = torch.int64
     swiglu_columns: int = 2
     gate_rows: int | None = None
-    drops_rows: bool = True
+    routes_ranges: bool = True
+    cache_elements: int | None = 2**31 - 1
 
 
 SOCS = {
@@ -50,7 +52,8 @@ SOCS = {
             slot_dtype=torch.int32,
             swiglu_columns=32,
             gate_rows=1024,
-            drops_rows=False,
+            routes_ranges=False,
+            cache_elements=None,
         ),
     )
 }
@@ -74,6 +77,8 @@ TABLE = (
     ("attention", _TRAINED, "bf16 fp16", "TND, paged", ("npu_fused_infer_attention_score_v2",)),
     ("attention", _DUO, "fp16", "TND, paged, 16-row tiles", ("_npu_paged_attention",)),
     ("summed_linear", ("atlas_800i_a2",), "bf16 fp16", "[in, out]", ("npu_mm_all_reduce_base", COMPOSED)),
+    # Its page: for prefill, not for decode. The other way round a decode layer has two nodes less (docs/check.md).
+    ("summed_linear_in_decode", ("atlas_800i_a2",), "bf16 fp16", "[in, out]", (COMPOSED, "npu_mm_all_reduce_base")),
     (
         "chunk_attention",
         _DUO,

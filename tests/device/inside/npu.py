@@ -13,7 +13,7 @@ from emulator import kernels
 from emulator.activate import activate
 from emulator.graph import fake_world
 from emulator.limits import FLOATS
-from emulator.steps import Steps
+from emulator.traces import Traces
 from executor.checkpoint.load import build_on_meta, load_model
 from executor.checkpoint.pull import finalize
 from executor.checkpoint.weights import Checkpoint
@@ -100,11 +100,16 @@ def true_size(
     replicas: int = 1,
     dtype: torch.dtype | None = None,
     layers: int = 2,
-) -> Iterator[Steps]:
-    """The steps of a published model's first layers on a chip, as rank 0 of `tp * replicas` ranks, on meta tensors."""
+    calls: dict[str, str] | None = None,
+) -> Iterator[Traces]:
+    """A published model's first layers on a chip, traced as rank 0 of `tp * replicas` ranks, on meta tensors.
+
+    `calls`: ops that another call of the table serves.
+    """
     activate(soc)
     dtype = dtype or SOCS[soc].dtypes[0]
     device = NpuOps(SOCS[soc], torch.device("meta"))
+    device.calls |= calls or {}
     ops.bind(device)
     config = published_config(name)
     world_size = tp * replicas
@@ -113,4 +118,4 @@ def true_size(
         model = build_on_meta(lambda: family_of(config["architectures"][0]).build_model(config, parallel), dtype)
         model.language_model.layers = model.language_model.layers[:layers]
         finalize(model)
-        yield Steps(model, device, dtype, batch=8, blocks=32, block_size=128)
+        yield Traces(model, device, dtype, batch=8, blocks=32, block_size=128)

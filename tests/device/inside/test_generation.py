@@ -4,6 +4,9 @@ A2 and A3 in fp32, which their kernels are allowed here only (see npu.exact): th
 whose ops and masks are fp16 by shape of their arguments, logits lose no more than fp16 does on the CPU.
 """
 
+import logging
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -85,6 +88,25 @@ def test_chunks_on_the_chips_own_dtype(family, soc) -> None:
     done = engine.generate(list(prompts.values()), GREEDY)
     assert all(len(completion.token_ids[0]) == NUM_TOKENS for completion in done)
     engine.scheduler.check()
+
+
+def test_a_cache_has_no_more_blocks_than_attention_can_count(family, caplog) -> None:
+    """A2's and A3's attention counts a cache's elements in int32: more memory makes no more blocks, and it is told."""
+    folder, prompts, wanted, *_ = family
+    with exact(), caplog.at_level(logging.WARNING):
+        device = backend(A2)
+        assert device.most_blocks(128, 8, 128) == (2**31 - 1) // (128 * 8 * 128) and not caplog.records
+        per_block = 16 * 2 * 128
+        device.soc = replace(device.soc, cache_elements=100 * per_block + 1)
+        engine = engine_on(device, folder, torch.float32)
+        (told,) = [r.getMessage() for r in caplog.records if "KV cache" in r.getMessage()]
+        tokens, _ = answers(engine, {"text": prompts["text"]})
+    heads = engine.runner.model.language_model.layers[0].self_attn.num_kv_heads
+    most = (100 * per_block + 1) // (16 * heads * 128)
+    assert told == f"KV cache: {most} blocks instead of 256, the most that one cache may have"
+    assert engine.scheduler.pool.num_blocks == most == engine.runner.kv[0].k.shape[0]
+    assert tokens[0] == wanted[list(prompts).index("text")]
+    assert backend(DUO).most_blocks(128, 8, 128) is None
 
 
 OPS = {

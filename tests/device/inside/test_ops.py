@@ -1,14 +1,19 @@
 """Each op of the NPU backend against the CPU reference, on every chip, in its own dtypes and layouts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch_npu
 
 from emulator.formats import is_nz
 from executor.device.npu import soc as chips
+from executor.device.npu.linear import FusedSummedLinear, SummedLinear
 from executor.device.npu.ops import NpuOps
 from executor.device.npu.soc import COMPOSED, SOCS, chip_named, choose
 from executor.errors import UserError
 from executor.layers.vision import widen
+from executor.parallel.groups import Group
 from tests.device.inside.npu import A2, A3, CPU, DUO, backend
 from tests.emulator.helpers import close, rand
 
@@ -122,6 +127,33 @@ def test_dealt_experts_add_up(npu, tokens, groups) -> None:
         mine = slice(first, first + size)
         total += device.prepare_experts(gate_up[mine], down[mine], first, 6)(x, ids, weights).float()
     close(total.to(dtype), whole.float(), scale=8)
+
+
+def test_sums_are_fused_with_products_over_one_group_only() -> None:
+    """The first group's, where the chip has it and the ranks are as many as the kernel takes."""
+    groups = [Group(size=size, handle=SimpleNamespace(group_name=str(size))) for size in (16, 2, 4)]
+    weight = rand(16, 32, dtype=torch.float16)
+    for soc in SOCS:
+        device = backend(soc)
+        found = [type(device.prepare_summed_linear(weight, None, group)) for group in (*groups, groups[1])]
+        fused = FusedSummedLinear if soc == A2 else SummedLinear
+        assert found == [SummedLinear, fused, SummedLinear, fused]
+
+
+def test_counts_may_come_as_int32(npu, monkeypatch) -> None:
+    """As another kernel gives them, which some releases take on A2 and A3 for 128 experts of width 2048."""
+    device, dtype = npu
+    x, ids = rand(5, 32, dtype=dtype), torch.randint(0, 4, (5, 2), dtype=torch.int32)
+    weights = torch.rand(5, 2).to(dtype)
+    experts = device.prepare_experts(rand(4, 64, 32, dtype=dtype) * 0.1, rand(4, 32, 32, dtype=dtype, seed=3) * 0.1)
+    wanted, plain = experts(x, ids, weights), torch_npu.npu_moe_init_routing_v2
+
+    def other_kernel(*args, **options):
+        rows, places, counts, _ = plain(*args, **options)
+        return rows, places, counts.int(), counts.int()
+
+    monkeypatch.setattr(torch_npu, "npu_moe_init_routing_v2", other_kernel)
+    assert torch.equal(experts(x, ids, weights), wanted)
 
 
 def test_all_tokens_to_one_expert(npu) -> None:

@@ -19,14 +19,14 @@ MODELS = ("Qwen2.5-VL-7B-Instruct", "Qwen3-VL-8B-Instruct", "Qwen3-VL-30B-A3B-In
 REPLACEABLE = sorted({call for row in TABLE for call in row[-1][:-1] if call != COMPOSED})
 
 
-def calls_of(steps) -> list:
+def calls_of(traces) -> list:
     recorded = [
-        steps.prefill_calls(4096, 4096, 100),
-        steps.vision_calls((1, 16, 16)),
-        steps.decode_calls(tensors=False),
+        traces.prefill_calls(4096, 4096, 100),
+        traces.vision_calls((1, 16, 16)),
+        traces.decode_calls(tensors=False),
     ]
-    if steps.device.soc.name != DUO:
-        recorded.append(steps.decode_calls(tensors=True))
+    if traces.device.soc.name != DUO:
+        recorded.append(traces.decode_calls(tensors=True))
     assert [violation for one in recorded for violation in one.violations] == []
     return [call for one in recorded for call in one.calls]
 
@@ -35,8 +35,8 @@ def calls_of(steps) -> list:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("hidden", [(), tuple(REPLACEABLE)], ids=["all", "composed"])
 def test_calls_bind_to_every_supported_release(soc, name, hidden) -> None:
-    with hide(*hidden) if hidden else contextlib.nullcontext(), true_size(name, soc, tp=2) as steps:
-        calls = calls_of(steps)
+    with hide(*hidden) if hidden else contextlib.nullcontext(), true_size(name, soc, tp=2) as traces:
+        calls = calls_of(traces)
     assert len({call.bare for call in calls}) >= (2 if hidden else 5)
     assert not {call.bare for call in calls} & set(hidden)
     misfits = {releases.misfit(call, release) for call in calls for release in releases.SUPPORTED}
@@ -47,8 +47,8 @@ def test_calls_bind_to_every_supported_release(soc, name, hidden) -> None:
 
 def test_a_call_that_an_old_release_does_not_know_is_found() -> None:
     """The check above can fail."""
-    with true_size(MODELS[1], A2) as steps:
-        (call, *_) = [call for call in calls_of(steps) if call.bare == "npu_qkv_rms_norm_rope_cache"]
+    with true_size(MODELS[1], A2) as traces:
+        (call, *_) = [call for call in calls_of(traces) if call.bare == "npu_qkv_rms_norm_rope_cache"]
     assert releases.misfit(call, "2.6.0.post5") and not releases.misfit(call, "2.7.1.post11")
 
 

@@ -6,6 +6,7 @@ import torch_npu
 
 from emulator.formats import NZ, set_format, to_nz
 from emulator.limits import LimitError
+from emulator.record import Recorder
 from tests.emulator.helpers import BF16, FP16, blocks_of, close, naive, rand, slots_of
 
 SCALE = 0.11
@@ -145,6 +146,28 @@ def test_splitfuse(request, soc, q_lens, kv_lens) -> None:
         out.zero_()
         torch_npu._npu_paged_attention_splitfuse_v2(mask=causal_mask(2048, 2048, "a2", -60000.0), out=out, **call)
         close(out, expected)
+
+
+def test_chunks_of_duo_want_the_plain_mask_and_key_lengths_on_the_device(duo) -> None:
+    q, cache = rand(4, 2, 64, dtype=FP16), set_format(rand(2, 8, 16, 16, dtype=FP16), NZ)
+    call = {"query": q, "key_cache": cache, "value_cache": cache, "block_table": int32([[0]]), "seq_len": int32([4])}
+    call |= {"context_lens": int32([9]), "num_kv_heads": 2, "num_heads": 2, "scale_value": SCALE}
+    call |= {"mask": causal_mask(2048, 2048, "a2"), "out": torch.zeros_like(q)}
+    torch_npu._npu_paged_attention_splitfuse_v2(**call)
+    for name, wrong, message in (
+        ("mask", causal_mask(2048, 2048, "duo"), r"mask must have shape \[2048, 2048\]"),
+        ("mask", set_format(call["mask"].clone(), NZ), "mask must be plain"),
+        ("mask", torch.zeros(2048, 2048, dtype=FP16), "above the diagonal"),
+        ("context_lens", torch.tensor([9]), "context_lens must be int32"),
+    ):
+        with pytest.raises(LimitError, match=f"_npu_paged_attention_splitfuse_v2 on Atlas 300I DUO.*{message}"):
+            torch_npu._npu_paged_attention_splitfuse_v2(**call | {name: wrong})
+    meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in call.items()}
+    with Recorder(check="collect") as seen:
+        torch_npu._npu_paged_attention_splitfuse_v2(**meta | {"seq_len": call["seq_len"]})
+        assert seen.violations == []
+        torch_npu._npu_paged_attention_splitfuse_v2(**meta | {"context_lens": call["context_lens"]})
+    assert len(seen.violations) == 1 and "context_lens must be on the device" in seen.violations[0]
 
 
 def test_limits_on_duo(duo) -> None:

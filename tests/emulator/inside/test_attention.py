@@ -206,6 +206,33 @@ def test_sparse_modes(a2, mode, pre, after) -> None:
     close(out[0], wanted)
 
 
+@pytest.mark.parametrize("mode", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("layout", ["BSND", "BNSD", "BSH"])
+def test_one_query_token_knows_no_sparse_mode_and_no_band(a2, mode, layout) -> None:
+    """Outside TND: neither is a mask needed, nor does a band hide what the own mask shows."""
+    q, k = rand(2, 1, 2, 32), rand(2, 8, 2, 32, seed=1)
+    turned = {"BSND": lambda x: x, "BNSD": lambda x: x.transpose(1, 2).contiguous(), "BSH": lambda x: x.flatten(2)}
+    arrange = turned[layout]
+    call = {"num_query_heads": 2, "softmax_scale": SCALE, "input_layout": layout}
+    call |= {"sparse_mode": mode, "pre_tokens": 0, "next_tokens": -3}
+    own = torch.zeros(2, 8, dtype=torch.bool)
+    own[0, 5:] = True
+    for mask, seen in ((None, [8, 8]), (own, [5, 8])):
+        out, _ = torch_npu.npu_fused_infer_attention_score_v2(*map(arrange, (q, k, k)), atten_mask=mask, **call)
+        for i, n in enumerate(seen):
+            close(out[i].flatten(), naive(q[i], k[i, :n], k[i, :n], SCALE, False).flatten())
+
+
+def test_one_token_in_tnd_keeps_its_sparse_mode(a2) -> None:
+    q, k = rand(1, 2, 64), rand(8, 2, 64, seed=1)
+    call = {"actual_seq_qlen": [1], "actual_seq_kvlen": [8], "num_query_heads": 2, "softmax_scale": SCALE}
+    call |= {"input_layout": "TND", "sparse_mode": 4, "atten_mask": MASK, "pre_tokens": 2, "next_tokens": 0}
+    out, _ = torch_npu.npu_fused_infer_attention_score_v2(q, k, k, **call)
+    close(out, naive(q, k[5:], k[5:], SCALE, False))
+    with pytest.raises(LimitError, match="sparse_mode must be 0, 3, 4; got 2"):
+        torch_npu.npu_fused_infer_attention_score_v2(q, k, k, **call | {"sparse_mode": 2})
+
+
 def test_shifted_scores_and_int8_output(a2) -> None:
     q, k, v = (rand(2, 2, 6, 32, dtype=FP16, seed=s) for s in range(3))
     shift, scale = rand(1, 2, 6, 6, dtype=FP16, seed=4), torch.rand(2, 32) * 50 + 10
@@ -223,3 +250,62 @@ def test_shifted_scores_and_int8_output(a2) -> None:
     )
     exact = wanted * scale.view(1, 2, 1, 32) + 2
     assert small.dtype == torch.int8 and (small - exact.clamp(-128, 127)).abs().max() < 0.51
+
+
+FIRST, SECOND = "npu_fused_infer_attention_score", "npu_fused_infer_attention_score_v2"
+FORMS = pytest.mark.parametrize("form", [FIRST, SECOND])
+NAMES = {  # query heads, scale, lengths of queries and keys, sums of the softmax
+    FIRST: ("num_heads", "scale", "actual_seq_lengths", "actual_seq_lengths_kv", "softmax_lse_flag"),
+    SECOND: ("num_query_heads", "softmax_scale", "actual_seq_qlen", "actual_seq_kvlen", "return_softmax_lse"),
+}
+
+
+@FORMS
+def test_what_an_acl_graph_calls(a2, form) -> None:
+    """One workspace of the largest size, outputs in place, and the same call again with other lengths."""
+    lengths, size = [17, 30], 16
+    q, k, v = rand(2, 4, 64), rand(47, 2, 64, seed=1), rand(47, 2, 64, seed=2)
+    table, blocks = blocks_of(lengths, size)
+    caches = pages("BSH", k, v, table, blocks, lengths, size)
+    heads, scale, q_lens, kv_lens, lse = NAMES[form]
+    call = {
+        heads: 4,
+        "num_key_value_heads": 2,
+        scale: SCALE,
+        "input_layout": "TND",
+        "sparse_mode": 3,
+        "atten_mask": MASK,
+    }
+    call |= {"block_table": table, "block_size": size, q_lens: [1, 2], kv_lens: lengths}
+    plain, op = getattr(torch.ops.npu, form), getattr(torch.ops.npu, form).out
+    shaped = {heads: 4, "num_key_value_heads": 2, "input_layout": "TND", "block_table": table}
+    for wanted_lse in (False, True):
+        call[lse] = shaped[lse] = wanted_lse
+        workspace = getattr(torch.ops.npu, f"_{form}_get_max_workspace")(q, *caches, **call)
+        assert workspace.dim() == 1 and workspace.dtype == q.dtype
+        out = list(getattr(torch.ops.npu, f"_{form}_infer_output")(q, caches[1], **shaped))
+        assert out[0].shape == q.shape and out[1].shape == ((2, 4, 1) if wanted_lse else (1,))
+        for kv in (lengths, [3, 16]):  # the shorter ones are an update of the captured call
+            pointers = [x.data_ptr() for x in out]
+            got = op(q, *caches, workspace=workspace, out=out, **call | {kv_lens: kv})
+            assert [x.data_ptr() for x in out] == [x.data_ptr() for x in got] == pointers
+            wanted = plain(q, *caches, **call | {kv_lens: kv})
+            assert torch.equal(out[0], wanted[0]) and (not wanted_lse or torch.equal(out[1], wanted[1]))
+    for wrong, message in (
+        ({"out": out[:1]}, r"out must be \[attention_out, softmax_lse\]"),
+        ({"out": [out[0][:1], out[1]]}, r"out\[0\] must have shape \[2, 4, 64\]"),
+        ({"out": [out[0].half(), out[1]]}, r"out\[0\] must be torch.bfloat16"),
+        ({"out": [out[0], out[1][0]]}, r"out\[1\] must have shape \[2, 4, 1\]"),
+        ({"workspace": workspace.half()}, "workspace must have the dtype of query"),
+        ({"workspace": workspace.view(2, -1)}, "workspace must have 1 dimension"),
+        ({"block_size": 24}, "block_size must be a multiple of 16"),
+    ):
+        with pytest.raises(LimitError, match=f"{form} on Atlas 800I A2.*{message}"):
+            op(q, *caches, **{"workspace": workspace, "out": out} | call | wrong)
+
+
+@FORMS
+def test_graph_forms_are_not_on_duo(duo, form) -> None:
+    q = rand(1, 2, 64, dtype=FP16)
+    with pytest.raises(LimitError, match="not available on this chip"):
+        getattr(torch.ops.npu, f"_{form}_get_max_workspace")(q, q, q)

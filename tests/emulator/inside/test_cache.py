@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch_npu
 
-from emulator.formats import NZ, cache_rows, format_of, from_nz, to_nz
+from emulator.formats import NZ, cache_rows, format_of, from_nz, set_format, to_nz
 from emulator.limits import LimitError
 from executor.device.cpu import CpuOps
 from tests.emulator.helpers import BF16, FP16, FP32, HALF, blocks_of, close, rand, slots_of
@@ -205,3 +205,23 @@ def test_reshape_and_cache_on_duo_wants_nz(duo) -> None:
     plain = torch.zeros(3, 4, 16, 16, dtype=FP16)
     with pytest.raises(LimitError, match="must be in FRACTAL_NZ"):
         torch_npu._npu_reshape_and_cache(k, k, plain, plain.clone(), slots)
+
+
+@pytest.mark.parametrize("soc", ["a2", "duo"])
+def test_reshape_and_cache_takes_an_int8_key_beside_a_half_value(request, soc) -> None:
+    """Each cache has its own rows' type; a cache of the other type is refused."""
+    request.getfixturevalue(soc)
+    k, v = torch.randint(-128, 128, (3, 2, 32), dtype=torch.int8), rand(3, 2, 32, dtype=FP16)
+    slots = torch.tensor([0, 33, 5], dtype=torch.int32)
+    plain = {rows.dtype: torch.zeros(2, 32, 2, 32, dtype=rows.dtype) for rows in (k, v)}
+    if soc == "duo":
+        plain = {kind: set_format(to_nz(cache.flatten(2)), NZ) for kind, cache in plain.items()}
+    key_cache, value_cache = plain[torch.int8], plain[FP16]
+    torch_npu._npu_reshape_and_cache(k, v, key_cache, value_cache, slots)
+    for rows, cache in ((k, key_cache), (v, value_cache)):
+        cache = cache_rows(cache, 2) if soc == "duo" else cache
+        assert torch.equal(cache.flatten(0, 1)[slots.long()], rows)
+    with pytest.raises(LimitError, match="value_cache must have the dtype of value, float16; got int8"):
+        torch_npu._npu_reshape_and_cache(k, v, key_cache, key_cache, slots)
+    with pytest.raises(LimitError, match="key_cache must have the dtype of key, int8; got float16"):
+        torch_npu._npu_reshape_and_cache(k, v, value_cache, value_cache, slots)

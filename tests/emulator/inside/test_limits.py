@@ -7,6 +7,7 @@ import torch_npu
 from emulator import chips
 from emulator.activate import activate
 from emulator.limits import LimitError
+from emulator.record import Recorder
 from tests.emulator.emulating import A2, A3, ALL, DUO
 from tests.emulator.helpers import BF16, FP16, FP32, rand
 
@@ -107,12 +108,50 @@ def test_a_cumulative_list_where_each_requests_own_is_wanted(a2) -> None:
         ),
         ({"query": rand(4, 2, 64).transpose(0, 1)}, "query must be contiguous"),
         ({"input_layout": "TDN"}, "input_layout must be one of"),
+        ({"inner_precise": 1}, "with TND and bfloat16 inner_precise must be 0; got 1"),
+        ({"inner_precise": 4}, "inner_precise must be 0 to 3"),
+        ({"sparse_mode": 4, "pre_tokens": 2, "next_tokens": -3}, r"pre_tokens \+ next_tokens must not be negative"),
+        (
+            {"sparse_mode": 4, "pre_tokens": -2, "next_tokens": 9},
+            "pre_tokens must be at least minus a request's queries",
+        ),
+        ({"sparse_mode": 4, "pre_tokens": 9, "next_tokens": -6}, "next_tokens minus its keys"),
         ({"actual_seq_qlen": [2, 2], "actual_seq_kvlen": [1, 5]}, "more queries than keys"),
     ],
 )
 def test_decode_arguments(a2, wrong, message) -> None:
     with pytest.raises(LimitError, match=f"npu_fused_infer_attention_score_v2 on Atlas 800I A2.*{message}"):
         decode(**wrong)
+
+
+def test_precision_of_half_and_of_one_token(a2) -> None:
+    half = {"query": rand(2, 4, 64, dtype=FP16), "cache": rand(4, 16, 256, dtype=FP16)}
+    decode(**half, inner_precise=3)
+    q = rand(2, 1, 4, 64, dtype=FP16)
+    call = {"num_query_heads": 4, "input_layout": "BSND"}
+    torch_npu.npu_fused_infer_attention_score_v2(q, q, q, inner_precise=1, **call)
+    with pytest.raises(LimitError, match="inner_precise must be 0 to 1 with one query token; got 2"):
+        torch_npu.npu_fused_infer_attention_score_v2(q, q, q, inner_precise=2, **call)
+
+
+def test_a_paged_cache_is_counted_in_int32(a2) -> None:
+    """2^31 elements are one too many, in whichever layout; seen without the memory."""
+    table = torch.zeros(2, 1, dtype=torch.int32, device="meta")
+    for layout, shape in (("TND", (16, 128, 64)), ("TND", (16, 4, 128, 16)), ("BNSD", (16, 128, 64))):
+        q = torch.empty((2, 16, 64) if layout == "TND" else (2, 16, 1, 64), dtype=BF16, device="meta")
+        per_block = torch.Size(shape).numel()
+        call = {"num_query_heads": 16, "num_key_value_heads": 16, "input_layout": layout, "block_size": 128}
+        call |= {"block_table": table, "actual_seq_qlen": [1, 2], "actual_seq_kvlen": [9, 5]}
+        for blocks, fits in ((2**31 // per_block - 1, True), (2**31 // per_block, False)):
+            cache = torch.empty(blocks, *shape, dtype=BF16, device="meta")
+            with Recorder(check="collect") as seen:
+                torch_npu.npu_fused_infer_attention_score_v2(q, cache, cache, **call)
+            assert [("counted in int32" in text) for text in seen.violations] == [True] * (not fits), seen.violations
+    with Recorder(check=True), pytest.raises(LimitError, match="npu_incre_flash_attention.*counted in int32"):
+        torch_npu.npu_incre_flash_attention(
+            q, cache, cache, actual_seq_lengths=[9, 5], block_table=table, num_heads=16, input_layout="BNSD",
+            block_size=128,
+        )  # fmt: skip
 
 
 def test_block_sizes_of_chunks_in_padded_layouts(a2) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch_npu
 
+from emulator.formats import NZ
 from emulator.limits import LimitError
 from executor.device.cpu import CpuOps
 from tests.emulator.helpers import BF16, FP16, FP32, close, like_meta, rand
@@ -77,6 +78,61 @@ def test_init_routing(a2, kind, active) -> None:
         assert index.tolist() == [order.index(i) if i in order else -1 for i in range(5 * K)]
     else:
         assert index[: len(order)].tolist() == order
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("active", [0, 7])
+def test_init_routing_of_duo(duo, kind, active) -> None:
+    """Its kernel gives running totals in int32, whatever is asked, and fills nothing into the fourth output."""
+    x, ids = rand(5, N, dtype=FP16), torch.stack([torch.randperm(E - 1)[:K] for _ in range(5)]).to(torch.int32)
+    expanded, index, totals, fourth = torch_npu.npu_moe_init_routing_v2(
+        x, ids, active_num=active, expert_num=E, expert_tokens_num_type=kind, expert_tokens_num_flag=True
+    )
+    flat = ids.flatten().tolist()
+    order = sorted(range(5 * K), key=lambda i: flat[i])
+    kept = order[: active or 5 * K]
+    assert torch.equal(expanded, x[[i // K for i in kept]])
+    assert index.dtype == torch.int32 and index.tolist() == [order.index(i) for i in range(5 * K)]
+    assert totals.dtype == torch.int32 and totals.tolist() == [sum(f <= e for f in flat) for e in range(E)]
+    assert fourth.dtype == torch.int32 and fourth.shape == (E,)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"active_expert_range": [0, E - 1]}, "active_expert_range is not handed on"),
+    ({"active_expert_range": [2, E]}, "active_expert_range is not handed on"),
+    ({"row_idx_type": 1}, "row_idx_type is not handed on"),
+    ({"quant_mode": 1}, "quant_mode is not handed on"),
+    ({"drop_pad_mode": 1, "expert_capacity": 4}, "drop_pad_mode is not handed on"),
+    ({"scale": torch.ones(4)}, "scale must be None"),
+    ({"expert_tokens_num_type": 2}, "expert_tokens_num_type must be 0"),
+    ({"active_num": -1}, "active_num must be 0"),
+    ({"x": torch.ones(4, N, dtype=BF16)}, "x must be float16 or float32"),
+    ({"x": torch.ones(4, N, dtype=torch.int8)}, "x must be float16 or float32"),
+    ({"expert_num": 3}, r"expert ids must lie in \[0, 3\)"),
+])  # fmt: skip
+def test_what_duo_does_not_hand_on_is_refused(duo, wrong, message) -> None:
+    x, ids = torch.ones(4, N, dtype=FP16), torch.tensor([[0, 1], [1, 2], [2, 0], [3, 1]], dtype=torch.int32)
+    call = {"active_num": 0, "expert_num": E, "expert_tokens_num_type": 0, "expert_tokens_num_flag": True} | wrong
+    with pytest.raises(LimitError, match=f"npu_moe_init_routing_v2 on Atlas 300I DUO.*{message}"):
+        torch_npu.npu_moe_init_routing_v2(call.pop("x", x), ids, **call)
+
+
+def test_the_form_of_a2_does_not_run_on_duo(duo) -> None:
+    """Counts of all experts, given on as counts: the totals that come instead are int32, which no product takes."""
+    x, ids, w = rand(4, N, dtype=FP16), torch.zeros(4, 1, dtype=torch.int32), rand(E, N, 16, dtype=FP16)
+    rows, _, counts, _ = torch_npu.npu_moe_init_routing_v2(
+        x, ids, active_num=4, expert_num=E, expert_tokens_num_type=1, expert_tokens_num_flag=True,
+        active_expert_range=[0, E], row_idx_type=0,
+    )  # fmt: skip
+    call = {"split_item": 2, "group_type": 0, "group_list_type": 1}
+    with pytest.raises(LimitError, match="group_list must be int64; got int32"):
+        torch_npu.npu_grouped_matmul([rows], [w], group_list=counts, **call)
+    with pytest.raises(LimitError, match="must add up to x's 4 rows"):
+        torch_npu.npu_grouped_matmul([rows], [w], group_list=counts.long(), **call)
+    call["group_list_type"] = 0
+    close(
+        torch_npu.npu_grouped_matmul([rows], [w], group_list=counts.long(), **call)[0], rows.float() @ w[0].float(), 4
+    )
 
 
 def test_init_routing_keeps_the_first_rows(a2) -> None:
@@ -195,6 +251,65 @@ def test_grouped_matmul_of_lists(a2, form, split) -> None:
         assert all(torch.equal(a, b) for a, b in zip(plain, got, strict=True))
 
 
+def test_lists_hold_each_weight_against_its_own_scales(a2) -> None:
+    """Weights of a list may differ in width: so do their scales, biases and offsets."""
+    x = [torch.randint(-128, 128, (n, N), dtype=torch.int8) for n in (2, 3)]
+    w = [torch.randint(-128, 128, (N, n), dtype=torch.int8) for n in (16, 32)]
+    scale = [torch.rand(n) * 1e-3 for n in (16, 32)]
+    packed = [torch_npu.npu_trans_quant_param(s) for s in scale]
+    bias = [torch.randint(-50, 50, (n,), dtype=torch.int32) for n in (16, 32)]
+    tokens = [torch.rand(n) + 0.5 for n in (2, 3)]
+    call = {"group_type": -1, "split_item": 0}
+    got = torch_npu.npu_grouped_matmul(x, w, scale=packed, bias=bias, **call)
+    for y, a, b, p, extra in zip(got, x, w, packed, bias, strict=True):
+        wanted = (a.double() @ b.double() + extra) * (p & 0xFFFFFFFF).to(torch.int32).view(FP32)
+        assert torch.equal(y, wanted.float().round().clamp(-128, 127).to(torch.int8))
+    got = torch_npu.npu_grouped_matmul(x, w, scale=scale, per_token_scale=tokens, output_dtype=FP16, **call)
+    for y, a, b, s, t in zip(got, x, w, scale, tokens, strict=True):
+        close(y, a.double() @ b.double() * s * t[:, None], 2)
+    for wrong, message in (
+        ({"scale": scale[::-1]}, r"scale must have shape \[16\] for its weight; got \[32\]"),
+        ({"scale": scale[:1]}, "scale must have one tensor for each weight, 2"),
+        ({"scale": scale, "per_token_scale": tokens[::-1]}, r"per_token_scale must have shape \[2\]"),
+        ({"scale": scale, "bias": bias[::-1]}, r"bias must have shape \[16\] for its weight"),
+        ({"scale": [scale[0], scale[1].to(BF16)]}, "scale must be torch.float32"),
+    ):
+        with pytest.raises(LimitError, match=message):
+            torch_npu.npu_grouped_matmul(x, w, output_dtype=FP16, **call | wrong)
+
+
+def test_lists_of_half_inputs_with_int8_weights(a2) -> None:
+    x, w = [rand(n, N) for n in (2, 3)], [torch.randint(-128, 128, (N, n), dtype=torch.int8) for n in (16, 32)]
+    scale, offset = ([(torch.rand(n) * 0.01).to(BF16) for n in (16, 32)] for _ in range(2))
+    got = torch_npu.npu_grouped_matmul(x, w, antiquant_scale=scale, antiquant_offset=offset, group_type=-1)
+    for y, a, b, s, o in zip(got, x, w, scale, offset, strict=True):
+        close(y, a.float() @ ((b.float() + o.float()) * s.float()).to(BF16).float(), 4)
+    with pytest.raises(LimitError, match=r"antiquant_scale must have shape \[16\] for its weight"):
+        torch_npu.npu_grouped_matmul(x, w, antiquant_scale=scale[::-1], group_type=-1)
+
+
+def test_nothing_given_is_the_default(a2) -> None:
+    x, w, totals = rand(5, N), rand(2, N, 16, seed=1), torch.tensor([2, 5])
+    call = {"group_list": totals, "split_item": 2, "group_type": 0}
+    (wanted,) = torch_npu.npu_grouped_matmul([x], [w], group_list_type=0, act_type=0, **call)
+    (got,) = torch_npu.npu_grouped_matmul([x], [w], group_list_type=None, act_type=None, **call)
+    assert torch.equal(got, wanted)
+    parts, weights = [x[:2], x[2:]], list(w)
+    plain = torch_npu.npu_grouped_matmul(parts, weights, group_type=-1, split_item=None)
+    assert torch.equal(torch.cat(plain), wanted)
+    with pytest.raises((LimitError, RuntimeError), match="group_type is needed where there is no group_list"):
+        torch_npu.npu_grouped_matmul(parts, weights, split_item=0)
+
+
+def test_a_single_count_is_no_list_of_counts(a2) -> None:
+    x, w, rows = rand(5, N), rand(1, N, 16, seed=1), torch.tensor([3])
+    call = {"group_list": rows, "split_item": 2, "group_type": 0}
+    (got,) = torch_npu.npu_grouped_matmul([x], [w], group_list_type=0, **call)
+    close(got[:3], x[:3].float() @ w[0].float(), 4)
+    with pytest.raises(LimitError, match="with group_list_type 1 group_list must have more than one entry"):
+        torch_npu.npu_grouped_matmul([x], [w], group_list_type=1, **call)
+
+
 def test_grouped_matmul_with_int8_weights(a2) -> None:
     x, w = rand(5, N), torch.randint(-128, 128, (2, N, 16), dtype=torch.int8)
     scale, offset = rand(2, 16, seed=1) * 0.01, rand(2, 16, seed=2)
@@ -209,6 +324,7 @@ def test_grouped_matmul_with_int8_weights(a2) -> None:
 def test_grouped_matmul_swiglu_quant(a2) -> None:
     counts = torch.tensor([2, 3])
     x, w = (torch.randint(-128, 128, s, dtype=torch.int8) for s in ((5, N), (2, N, 32)))
+    plain, w = w, torch_npu.npu_format_cast(w, NZ)
     scale, tokens = torch.rand(2, 32) * 1e-3, torch.rand(5) + 0.5
     y, out_scale = like_meta(
         torch_npu.npu_grouped_matmul_swiglu_quant_v2, x, [w], [scale], tokens, counts.cumsum(0), group_list_type=0
@@ -216,6 +332,8 @@ def test_grouped_matmul_swiglu_quant(a2) -> None:
     product = torch.cat([rows.double() @ w[i].double() for i, rows in enumerate(x.split(counts.tolist()))])
     wanted = CPU.swiglu((product * scale.repeat_interleave(counts, 0) * tokens[:, None]).float())
     assert (y * out_scale[:, None] - wanted).abs().max() <= out_scale.max() * 0.51
+    with pytest.raises(LimitError, match="weight must be in FRACTAL_NZ.*got ND"):
+        torch_npu.npu_grouped_matmul_swiglu_quant_v2(x, [plain], [scale], tokens, counts.cumsum(0))
 
 
 @pytest.mark.parametrize("soc", ["a2", "a3"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch_npu
 
+from emulator.limits import LimitError
 from executor.device.cpu import CpuOps
 from tests.emulator.helpers import BF16, FP16, FP32, close, like_meta, rand
 
@@ -37,7 +38,30 @@ def test_add_rms_norm(a2, dtype, rows) -> None:
 
 def test_add_rms_norm_of_no_rows(a2) -> None:
     x = torch.empty(0, 32, dtype=BF16)
-    assert torch_npu.npu_add_rms_norm(x, x, torch.ones(32, dtype=BF16))[0].shape == (0, 32)
+    with pytest.raises(LimitError, match="npu_add_rms_norm.*empty tensors are not supported"):
+        torch_npu.npu_add_rms_norm(x, x, torch.ones(32, dtype=BF16))
+
+
+@pytest.mark.parametrize("soc, void", [("a2", False), ("a3", False), ("duo", True)])
+def test_rstd_of_add_rms_norm_is_void_on_duo(request, soc, void) -> None:
+    request.getfixturevalue(soc)
+    x = rand(3, 32, dtype=FP16)
+    y, rstd, total = torch_npu.npu_add_rms_norm(x, x, torch.ones(32, dtype=FP16))
+    assert bool(rstd.isnan().all()) == void and rstd.shape == (3, 1)
+    assert y.isfinite().all() and torch.equal(total, x + x)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_rms_norm_quant_takes_gamma_as_a_row(a2, rank) -> None:
+    x, gamma, beta = rand(4, 64, dtype=FP16), rand(64, dtype=FP16, seed=1), rand(64, dtype=FP16, seed=2)
+    scale, offset = torch.tensor([0.05], dtype=FP16), torch.tensor([3], dtype=torch.int8)
+    shaped = [x.view(1, -1) if rank == 2 else x for x in (gamma, beta)]
+    got = torch_npu.npu_rms_norm_quant(x, *shaped, scale, offset, 1e-6)
+    wide = CPU.rms_norm(x.float(), gamma.float(), 1e-6) + beta.float()
+    assert torch.equal(got, (wide / scale.float() + 3).round().clamp(-128, 127).to(torch.int8))
+    for wrong in (gamma.view(64, 1), gamma[:32], gamma.expand(4, 64)):
+        with pytest.raises(LimitError, match=r"gamma must have shape \[64\] or \[1, 64\]"):
+            torch_npu.npu_rms_norm_quant(x, wrong, beta, scale, offset)
 
 
 @pytest.mark.parametrize("divide", [True, False])

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch_npu
 
 from emulator.formats import NZ
+from emulator.graph import fake_world
 from emulator.kernels.quant import scale_of_param
 from emulator.limits import LimitError
 from tests.emulator.helpers import BF16, FP16, FP32, HALF, close, like_meta, rand
@@ -79,6 +81,8 @@ def test_quant_matmul(a2, rows, out, tokens) -> None:
     x, w, scale = int8(rows, 96), int8(96, 32, seed=1), torch.rand(32) * 1e-3
     per_token, bias = (torch.rand(rows) + 0.5 if tokens else None), torch.randint(-500, 500, (32,), dtype=torch.int32)
     got = like_meta(torch_npu.npu_quant_matmul, x, w, scale, pertoken_scale=per_token, bias=bias, output_dtype=out)
+    if not tokens and out == FP16:  # the op puts a float32 scale through npu_trans_quant_param first
+        scale = scale_of_param(torch_npu.npu_trans_quant_param(scale))[0]
     wanted = (x.double() @ w.double() + bias) * scale * (per_token[:, None] if tokens else 1)
     close(got, wanted.to(out))
 
@@ -94,6 +98,25 @@ def test_quant_matmul_to_integers(a2) -> None:
     assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("soc", ["a2", "duo"])
+@pytest.mark.parametrize("out", [FP16, torch.int8])
+def test_a_float32_scale_keeps_19_bits(request, soc, out) -> None:
+    """As if it had been packed before, and only where the product is rounded to half or int8 without pertoken_scale."""
+    request.getfixturevalue(soc)
+    x, w = torch.tensor([[64]], dtype=torch.int8).expand(1, 16).contiguous(), torch.ones(16, 16, dtype=torch.int8)
+    scale = torch.full((16,), 0.05 * (1 + 2**-11 * 1.5))
+    packed = torch_npu.npu_trans_quant_param(scale)
+    got = torch_npu.npu_quant_matmul(x, w, scale, output_dtype=out)
+    assert torch.equal(got, torch_npu.npu_quant_matmul(x, w, packed, output_dtype=out))
+    if out == FP16:
+        assert not torch.equal(got, (1024 * scale).half().expand(1, 16)), "the bits that are cut show in half"
+    if soc == "a2":
+        tokens = torch_npu.npu_quant_matmul(x, w, scale, pertoken_scale=torch.ones(1), output_dtype=FP16)
+        assert torch.equal(tokens, (1024 * scale).half().expand(1, 16)), "with pertoken_scale it stays whole"
+        wide = torch_npu.npu_quant_matmul(x, w, torch.full((16,), 1 + 2**-11 * 1.5), output_dtype=BF16)
+        assert torch.equal(wide, torch.full((1, 16), 1024 * (1 + 2**-11 * 1.5)).to(BF16))
+
+
 def test_quant_matmul_of_a_transposed_weight(a2) -> None:
     x, w = int8(3, 64), int8(16, 64, seed=1)
     got = torch_npu.npu_quant_matmul(x, w.t(), torch.ones(1), output_dtype=torch.int32)
@@ -104,7 +127,8 @@ def test_quant_matmul_on_duo_wants_the_transposed_weight_cast(duo) -> None:
     x, w, scale = int8(3, 64), int8(16, 64, seed=1), torch.rand(16) * 1e-3
     packed = torch_npu.npu_format_cast(w, NZ)
     got = torch_npu.npu_quant_matmul(x, packed.t(), scale, output_dtype=FP16)
-    close(got, ((x.double() @ w.t().double()) * scale).to(FP16))
+    kept = scale_of_param(torch_npu.npu_trans_quant_param(scale))[0]
+    close(got, ((x.double() @ w.t().double()) * kept).to(FP16))
     with pytest.raises(LimitError, match="must have been transposed before the cast"):
         torch_npu.npu_quant_matmul(x, torch_npu.npu_format_cast(w.t(), NZ), scale, output_dtype=FP16)
 
@@ -127,6 +151,19 @@ def test_mm_all_reduce_of_one_rank(a2, bias) -> None:
     extra = rand(16, seed=2) if bias else None
     got = like_meta(torch_npu.npu_mm_all_reduce_base, x, w, "group", bias=extra)
     close(got, x.float() @ w.float() + (extra.float() if bias else 0), 4)
+
+
+def test_fused_sums_of_a_model_share_one_domain(a2) -> None:
+    x, w = rand(3, 32), rand(32, 16, seed=1)
+    for _ in range(2):  # another world is another job
+        with fake_world(2):
+            whole, other = dist.group.WORLD.group_name, dist.new_group([0, 1]).group_name
+            torch_npu.npu_mm_all_reduce_base(x, w, other)
+            torch_npu.npu_mm_all_reduce_base(x, w, other)
+            with pytest.raises(LimitError, match=f"must share one communication domain, here {other}"):
+                torch_npu.npu_mm_all_reduce_base(x, w, whole)
+    with fake_world(16), pytest.raises(LimitError, match="the group must have 1, 2, 4 or 8 ranks; got 16"):
+        torch_npu.npu_mm_all_reduce_base(x, w, dist.group.WORLD.group_name)
 
 
 def test_mm_all_reduce_does_not_exist_on_a3(a3) -> None:

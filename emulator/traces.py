@@ -1,4 +1,4 @@
-"""The steps of a model at its true size on meta tensors: what they call, what their graphs hold. Costs no memory.
+"""A model at its true size on meta tensors: what its steps call, what their graphs hold. Costs no memory.
 
 Works on a model that was built on the meta device and finalised on the bound NPU backend, whose device is meta too.
 Knows no recipe and no family beyond the attributes that every family's model has.
@@ -26,8 +26,8 @@ def _meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """`batch` rows of a decode step, `blocks` of the longest request, `block_size` tokens each."""
+class Traces:
+    """Traces a model: `batch` rows of a decode step, `blocks` of the longest request, `block_size` tokens each."""
 
     model: nn.Module
     device: NpuOps
