@@ -1,11 +1,9 @@
 """From a recipe to an engine: the one place where backend, model, processor, scheduler and runner are joined."""
 
 import hashlib
-import importlib
 import json
 import logging
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,14 +26,9 @@ from executor.recipe.memory import estimate
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import Prepared, prepare
 from executor.schedule.scheduler import Scheduler
-from models import RUNNERS
+from models.registry import family_runner
 
 logger = logging.getLogger(__name__)
-
-
-def family_of(architecture: str) -> ModuleType:
-    """The runner module of an architecture that `read_shapes` has accepted."""
-    return importlib.import_module(RUNNERS[architecture])
 
 
 def build_engine(recipe: Recipe) -> Engine:
@@ -62,7 +55,7 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel) -> Engine
     logger.info("%s", memory)
     # One scheduler plans for all of them.
     (num_blocks,) = parallel.control.least(memory.num_blocks)
-    family = family_of(prepared.config["architectures"][0])
+    family = family_runner(prepared.config)
     processor = family.build_processor(prepared.folder, media_options(recipe))
     dtype = getattr(torch, recipe.model.dtype)
     checkpoint = Checkpoint(prepared.folder)

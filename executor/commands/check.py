@@ -18,7 +18,7 @@ import torch
 from executor.checkpoint.folder import local_checkpoint, read_json
 from executor.checkpoint.load import build_on_meta
 from executor.checkpoint.pull import finalize
-from executor.commands.build import family_of, graph_sizes
+from executor.commands.build import graph_sizes
 from executor.device import ops
 from executor.engine.graphs import batch_sizes
 from executor.errors import UserError, nearest
@@ -26,8 +26,9 @@ from executor.parallel.groups import SINGLE, Parallel, groups
 from executor.recipe.memory import weights_bytes
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import check_chip, check_recipe, find_quantization, resolve
-from executor.recipe.sizes import ModelShapes, read_shapes
+from executor.recipe.sizes import ModelShapes
 from models.published import published_config, published_shapes
+from models.registry import family_runner, read_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def _examined(recipe: Recipe, config: dict[str, Any], save: Path | None) -> dict
     batch = max(graph_sizes(recipe) or batch_sizes(limits.max_num_seqs))
     blocks = -(-limits.max_model_len // limits.block_size)
     with fake_ranks(recipe) as parallel:
-        family = family_of(config["architectures"][0])
+        family = family_runner(config)
         model = build_on_meta(lambda: family.build_model(config, parallel), dtype)
         finalize(model)
         steps = Steps(model, device, dtype, batch, blocks, limits.block_size)

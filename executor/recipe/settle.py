@@ -16,7 +16,8 @@ from executor.errors import UserError
 from executor.host.env import host_memory_bytes
 from executor.recipe.memory import MemoryEstimate, estimate
 from executor.recipe.schema import Recipe
-from executor.recipe.sizes import ModelShapes, read_shapes
+from executor.recipe.sizes import ModelShapes
+from models.registry import read_shapes
 
 logger = logging.getLogger(__name__)
 

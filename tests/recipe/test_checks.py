@@ -10,8 +10,8 @@ from executor.recipe import settle as checks
 from executor.recipe.memory import GIB, estimate, kv_block_bytes
 from executor.recipe.schema import Recipe, build_recipe
 from executor.recipe.settle import check_chip, check_recipe, check_supported, find_quantization, prepare, resolve
-from executor.recipe.sizes import read_shapes
 from models.published import published_config
+from models.registry import read_shapes
 from tests.models.test_shapes import SHAPES
 from tests.reference import REPO
 
