@@ -21,12 +21,13 @@ REQUIRED = _Required()
 class Fields:
     """The object `values` of `file`; `section` is its dotted path there, empty for the whole file.
 
+    `texts`: numbers may be written as texts, "3136".
     Every method raises UserError, with file, section and key, for a value that is not what it reads. `default` is
     returned for an absent key, and for a null where `null` allows it.
     """
 
-    def __init__(self, values: Mapping[str, Any], file: str, section: str = "") -> None:
-        self.values, self.file, self.path = values, file, section
+    def __init__(self, values: Mapping[str, Any], file: str, section: str = "", *, texts: bool = False) -> None:
+        self.values, self.file, self.path, self.texts = values, file, section, texts
 
     def __contains__(self, key: str) -> bool:
         """Whether the key is there and not null."""
@@ -103,7 +104,7 @@ class Fields:
             return None
         if not isinstance(value, Mapping):
             raise self.fault(key, "an object in braces")
-        return Fields(value, self.file, f"{self.path}.{key}" if self.path else key)
+        return Fields(value, self.file, f"{self.path}.{key}" if self.path else key, texts=self.texts)
 
     def only(self, key: str, allowed: Iterable[Any], why: str) -> None:
         """Refuse a value that is said and not among `allowed`; `why` says what this code computes instead."""
@@ -115,12 +116,28 @@ class Fields:
             if default is REQUIRED:
                 raise self.fault(key, wanted)
             return default
-        return self.values[key]
+        value = self.values[key]
+        if self.texts and isinstance(value, str):
+            number = as_number(value)
+            return value if number is None else number
+        return value
 
 
 def is_number(value: Any) -> bool:
-    """A finite number that is no boolean."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite number of at most 64 bits that is no boolean."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**63
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def as_number(value: Any) -> float | None:
+    """The number that `value` is or that is written in it, None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return float(value) if is_number(value) else None
 
 
 def as_whole(value: Any) -> int | None:

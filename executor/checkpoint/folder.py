@@ -55,12 +55,14 @@ def read_json(folder: Path, name: str, *, required: bool = True) -> dict[str, An
     """A JSON object of the checkpoint; {} for an absent one that is not `required`. UserError if it is broken."""
     path = Path(folder) / name
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         if not required:
             return {}
         raise UserError(f"{folder} has no {name}: it is no checkpoint, or was not copied whole") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # damaged, of another encoding, numbers or nesting without end
         raise UserError(f"{path} is not valid JSON ({error}): copy it again from where it came") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")

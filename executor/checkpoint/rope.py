@@ -106,11 +106,8 @@ def _kind(rope: Fields) -> str:
 
 
 def _yarn(rope: Fields, original: int, length: int) -> YarnScaling:
-    if "factor" in rope.values:
-        factor = rope.number("factor", length / original, null=True)  # a null as transformers reads it
-    else:
-        factor = rope.number("factor")  # refuses its absence
-    factor = _factor(rope, factor)
+    is_null = "factor" in rope.values and "factor" not in rope
+    factor = _factor(rope, length / original if is_null else rope.number("factor"))  # a null as transformers reads it
     attention = rope.number("attention_factor", None, null=True)
     mscale, mscale_all = (rope.number(key, None, null=True, zero=True) for key in ("mscale", "mscale_all_dim"))
     if attention is None:

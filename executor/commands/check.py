@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from executor.checkpoint.folder import local_checkpoint, read_json
+from executor.checkpoint.foreign import find_quantization, refuse_adapter
 from executor.checkpoint.load import build_on_meta
 from executor.checkpoint.pull import finalize
 from executor.commands.build import graph_sizes
@@ -25,7 +26,7 @@ from executor.errors import UserError, nearest
 from executor.parallel.groups import SINGLE, Parallel, groups
 from executor.recipe.memory import weights_bytes
 from executor.recipe.schema import Recipe
-from executor.recipe.settle import check_chip, check_recipe, find_quantization, resolve
+from executor.recipe.settle import check_chip, check_recipe, resolve
 from executor.recipe.sizes import ModelShapes
 from models.published import published_config, published_shapes
 from models.registry import family_runner, read_shapes
@@ -94,6 +95,7 @@ def find_config(recipe: Recipe) -> tuple[dict[str, Any], str]:
     path = recipe.model.model_path
     folder = local_checkpoint(path, recipe.model.hub)
     if folder is not None:
+        refuse_adapter(folder)
         config = read_json(folder, "config.json")
         return config, find_quantization(folder, config)
     name = path.rstrip("/").rpartition("/")[2]

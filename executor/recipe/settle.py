@@ -6,12 +6,15 @@
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from executor.checkpoint.folder import find_checkpoint, read_json
+from executor.checkpoint.foreign import find_quantization, refuse_adapter
+from executor.checkpoint.head import settle_head
+from executor.checkpoint.settings import read_generation_config
 from executor.errors import UserError
 from executor.host.env import host_memory_bytes
 from executor.recipe.memory import MemoryEstimate, estimate
@@ -38,7 +41,7 @@ class Prepared:
     folder: Path
     shapes: ModelShapes
     memory: MemoryEstimate
-    config: dict[str, Any] = field(repr=False)  # config.json
+    config: Mapping[str, Any] = field(repr=False)  # config.json, with a tie_word_embeddings that the weights bear out
     generation_config: dict[str, Any] = field(repr=False)  # generation_config.json, {} without one
 
 
@@ -51,13 +54,17 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     recipe = resolve_device(recipe)
     check_supported(recipe)
     folder = find_checkpoint(recipe.model.model_path, recipe.model.hub)
+    refuse_adapter(folder)
     config = read_json(folder, "config.json")
+    quantization = find_quantization(folder, config)
+    tied = read_shapes(config, recipe.model.model_path).tied_embeddings
+    config = settle_head(folder, config, tied)
     shapes = read_shapes(config, recipe.model.model_path)
-    recipe = resolve(recipe, shapes, quantization=find_quantization(folder, config))
+    recipe = resolve(recipe, shapes, quantization)
     check_supported(recipe)  # once more: the checkpoint may have brought a scheme
     check_recipe(recipe, shapes)
     memory = estimate(recipe, shapes, host_memory_bytes() // local_ranks)
-    generation_config = read_json(folder, "generation_config.json", required=False)
+    generation_config = read_generation_config(folder)
     return Prepared(recipe, folder, shapes, memory, config, generation_config)
 
 
@@ -151,15 +158,6 @@ def resolve_device(recipe: Recipe) -> Recipe:
     device = "npu" if recipe.model.soc else SUPPORTED_DEVICES[0]
     logger.info("device: auto is %s", device)
     return recipe.replace(model={"device": device})
-
-
-def find_quantization(folder: Path, config: dict[str, Any]) -> str:
-    """The scheme the checkpoint's own files name, `none` for float weights."""
-    for path in sorted(folder.glob("quant_model_description*.json")):
-        named = str(read_json(folder, path.name).get("model_quant_type", "FLOAT")).lower()
-        return "none" if named == "float" else named
-    quantized = config.get("quantization_config")
-    return str(quantized.get("quant_method", "unknown")).lower() if isinstance(quantized, dict) else "none"
 
 
 def resolve(recipe: Recipe, shapes: ModelShapes, quantization: str = "none") -> Recipe:

@@ -57,6 +57,7 @@ class Config:
     image_token_id: int
     video_token_id: int
     vision_start_token_id: int
+    vision_end_token_id: int
     dtype: str  # of the checkpoint
 
     def shapes(self, name: str) -> ModelShapes:
@@ -112,6 +113,7 @@ def parse(raw: Mapping[str, Any], file: str = "config.json") -> Config:
         image_token_id=whole.whole("image_token_id", 151655, least=0),
         video_token_id=whole.whole("video_token_id", 151656, least=0),
         vision_start_token_id=whole.whole("vision_start_token_id", 151652, least=0),
+        vision_end_token_id=whole.whole("vision_end_token_id", 151653, least=0),
         dtype=read_dtype(whole, nested),
     )
 
