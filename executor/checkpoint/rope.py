@@ -49,14 +49,21 @@ class Rope:
 
 
 def read_rope(
-    text: Fields, head_dim: int, *, theta: float, sections: tuple[int, int, int], interleaved: bool, nested: bool
+    text: Fields,
+    head_dim: int,
+    *,
+    theta: float,
+    sections: tuple[int, int, int],
+    length: int,
+    interleaved: bool,
+    nested: bool,
 ) -> tuple[Rope, int]:
     """The rope of a text model, and the longest context that its config.json vouches for, in tokens.
 
-    `theta` and `sections` are the class's defaults, `nested` says that the file has a text_config.
+    `theta`, `sections` and `length` are the class's defaults, `nested` says that the file has a text_config.
     The context is max_position_embeddings; a stretched rope vouches for factor times the original length as well.
     """
-    length = text.whole("max_position_embeddings")
+    length = text.whole("max_position_embeddings", length)
     rope = text.section("rope_scaling") or text.section("rope_parameters") or Fields({}, text.file, "rope_scaling")
     rope = rope.section("full_attention") or rope  # transformers 5 may nest it by kind of layer
     base = rope.number("rope_theta", text.number("rope_theta", theta, null=True), null=True)

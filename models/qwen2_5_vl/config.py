@@ -127,7 +127,9 @@ def _text(text: Fields, *, nested: bool) -> TextConfig:
         raise text.fault("num_attention_heads", f"a divisor of hidden_size {hidden_size} that leaves an even head dim")
     head_dim = hidden_size // num_heads
     text.only("head_dim", (head_dim,), f"hidden_size / num_attention_heads = {head_dim}, as Qwen2.5-VL computes it")
-    rope, length = read_rope(text, head_dim, theta=1e6, sections=SECTIONS, interleaved=False, nested=nested)
+    rope, length = read_rope(
+        text, head_dim, theta=1e6, sections=SECTIONS, length=32768, interleaved=False, nested=nested
+    )
     return TextConfig(
         hidden_size=hidden_size,
         num_layers=text.whole("num_hidden_layers", 80),

@@ -141,7 +141,7 @@ def _text(text: Fields, *, has_experts: bool) -> TextConfig:
     hidden_size = text.whole("hidden_size") if has_experts else text.whole("hidden_size", 4096)
     num_heads, num_kv_heads = read_heads(text, heads=16 if has_experts else 32, kv_heads=16 if has_experts else 32)
     head_dim = _head_dim(text, hidden_size, num_heads, has_experts)
-    rope, length = read_rope(text, head_dim, theta=5e5, sections=SECTIONS, interleaved=True, nested=True)
+    rope, length = read_rope(text, head_dim, theta=5e5, sections=SECTIONS, length=128000, interleaved=True, nested=True)
     num_layers = text.whole("num_hidden_layers") if has_experts else text.whole("num_hidden_layers", 32)
     return TextConfig(
         hidden_size=hidden_size,
