@@ -27,7 +27,7 @@ def refuse_adapter(folder: Path) -> None:
         return
     adapter = read_json(folder, ADAPTER_CONFIG, required=False)
     kind = adapter.get("peft_type")
-    kind = f"a {kind} adapter" if isinstance(kind, str) else "an adapter"
+    kind = f"a {'LoRA' if kind == 'LORA' else kind} adapter" if isinstance(kind, str) else "an adapter"
     base = adapter.get("base_model_name_or_path")
     base = base if isinstance(base, str) and base else None
     files = " and ".join([*([ADAPTER_CONFIG] if (folder / ADAPTER_CONFIG).is_file() else []), *weights[:2]])

@@ -23,28 +23,17 @@ def settle_head(folder: Path, config: Mapping[str, Any], tied: bool) -> Mapping[
 
     Reads headers of a folder that says tied, and weights only where such a folder holds a head as well.
     """
-    text = config.get("text_config")
-    inner = isinstance(text, Mapping) and text.get("tie_word_embeddings") is True
-    if not tied and not inner:
+    if not tied or not _names_head(folder) or _is_copy(folder):
         return config
-    has_head = _names_head(folder)
-    if tied and has_head and not _is_copy(folder):
-        logger.warning(
-            "%s: config.json says tie_word_embeddings, but %s of the weights differs from the embedding and is taken",
-            folder, HEAD,
-        )  # fmt: skip
-        return {**config, "tie_word_embeddings": False}
-    if not tied and has_head is False:
-        logger.warning(
-            "%s: config.json says tie_word_embeddings both false and true, and the weights have no %s: taken as true",
-            folder, HEAD,
-        )  # fmt: skip
-        return {**config, "tie_word_embeddings": True}
-    return config
+    logger.warning(
+        "%s: config.json says tie_word_embeddings, but %s of the weights differs from the embedding and is taken",
+        folder, HEAD,
+    )  # fmt: skip
+    return {**config, "tie_word_embeddings": False}
 
 
-def _names_head(folder: Path) -> bool | None:
-    """Whether a file of the folder names a head; None where there are no weights, or none that can be read."""
+def _names_head(folder: Path) -> bool:
+    """Whether a file of the folder names a head."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
     try:
         if indices:
@@ -52,8 +41,8 @@ def _names_head(folder: Path) -> bool | None:
         else:
             names = set().union(*(_header_names(file) for file in folder.glob("*.safetensors")))
     except (OSError, ValueError, KeyError, TypeError, struct.error):
-        return None  # reading the checkpoint says what is wrong with it
-    return any(name.endswith(HEAD) for name in names) if names else None
+        return False  # reading the checkpoint says what is wrong with it
+    return any(name.endswith(HEAD) for name in names)
 
 
 def _header_names(file: Path) -> set[str]:

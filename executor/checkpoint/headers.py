@@ -81,10 +81,12 @@ class Checkpoint:
         ending = names[0].rsplit(".", 1)[-1]
         alike = [name for name in self.catalog if name.endswith(ending)][:4000]
         more = f" and {len(names) - 1} more, such as '{names[-1]}'" if len(names) > 1 else ""
+        tied = "lm_head.weight" in names
+        hint = ". Where the head is the embedding, write tie_word_embeddings: true in config.json" if tied else ""
         return (
             f"{self.folder}: tensor '{names[0]}' is missing{more}{nearest(names[0], alike)}; the checkpoint holds "
             f"{len(self.catalog)} tensors in {len(self.files)} file(s). Check that config.json belongs to these "
-            "weights and that the download is complete"
+            f"weights and that the download is complete{hint}"
         )
 
 
