@@ -118,7 +118,8 @@ def _is_whole(folder: Path) -> bool:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return any(folder.glob("*.safetensors"))
-    shards = set(read_json(folder, index.name).get("weight_map", {}).values())
+    weight_map = read_json(folder, index.name).get("weight_map")
+    shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else {index.stem}
     return all((folder / shard).is_file() for shard in shards)
 
 

@@ -40,7 +40,7 @@ def _names_head(folder: Path) -> bool:
             names = set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"])
         else:
             names = set().union(*(_header_names(file) for file in folder.glob("*.safetensors")))
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error):
         return False  # reading the checkpoint says what is wrong with it
     return any(name.endswith(HEAD) for name in names)
 

@@ -128,7 +128,7 @@ def _read_index(index_file: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
         entries = {str(name): str(file) for name, file in weight_map.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index_file}: not an index with a 'weight_map' ({error!r}); download it again") from error
     outside = sorted({file for file in entries.values() if Path(file).name != file})
     if outside:
@@ -223,7 +223,7 @@ def read_header(file: Path) -> list[TensorInfo]:
     try:
         header = json.loads(raw)
         infos = [_tensor_info(file, name, entry) for name, entry in header.items() if name != "__metadata__"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: its header is damaged ({error!r}); download it again") from error
     infos.sort(key=lambda info: (info.offset, info.num_bytes))
     _check_extents(file, infos, size - 8 - header_bytes)

@@ -121,6 +121,9 @@ def parse(raw: Mapping[str, Any], file: str = "config.json") -> Config:
 def _text(text: Fields, *, nested: bool) -> TextConfig:
     text.only("hidden_act", ("silu",), "silu, as Qwen2.5-VL is published")
     text.only("use_sliding_window", (False,), "false, as Qwen2.5-VL is published: text attention is full here")
+    kinds = text.values.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise text.fault("layer_types", "full_attention everywhere, as Qwen2.5-VL is published")
     hidden_size = text.whole("hidden_size", 8192)
     num_heads, num_kv_heads = read_heads(text, heads=64, kv_heads=8)
     if hidden_size % num_heads or hidden_size // num_heads % 2:
