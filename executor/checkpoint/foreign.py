@@ -11,6 +11,14 @@ from executor.checkpoint.folder import read_json
 from executor.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
+_UNNAMED = "a quantizer without a name"
+# Keys of config.json that quantizers write, and whose they are where no name stands in them.
+_KEYS = {
+    "quantization_config": _UNNAMED,
+    "compression_config": "compressed-tensors",
+    "quantization": "mlx",
+    "quantize": "msmodelslim, whose quant_model_description*.json is not in the folder",
+}
 # Files in which quantizers describe their weights where config.json does not, and the key under which a name stands.
 _DESCRIPTIONS = {
     "hf_quant_config.json": ("producer", "name"),  # NVIDIA's modelopt
@@ -61,10 +69,10 @@ def find_quantization(folder: Path, config: Mapping[str, Any]) -> str:
     text = config.get("text_config")
     holders = {"config.json": config, "config.json: text_config": text if isinstance(text, Mapping) else {}}
     for where, holder in holders.items():
-        for key in ("quantization_config", "compression_config"):
+        for key, anonymous in _KEYS.items():
             value = holder.get(key)
             if value is not None and value != {}:
-                raise _refused(folder, _method(value), f"{where}: {key}")
+                raise _refused(folder, _method(value, anonymous), f"{where}: {key}")
     for name, path in _DESCRIPTIONS.items():
         if (folder / name).is_file():
             value: Any = read_json(folder, name)
@@ -74,10 +82,10 @@ def find_quantization(folder: Path, config: Mapping[str, Any]) -> str:
     return "none"
 
 
-def _method(described: Any) -> str:
-    """The quantizer's name in a quantization_config. Old files of bitsandbytes leave it out."""
+def _method(described: Any, anonymous: str) -> str:
+    """The quantizer's name in what config.json says of it. Old files of bitsandbytes leave it out."""
     if not isinstance(described, Mapping):
-        return str(described)
+        return str(described) if anonymous == _UNNAMED else anonymous
     named = described.get("quant_method")
     if isinstance(named, str) and named:
         return named
@@ -85,7 +93,7 @@ def _method(described: Any) -> str:
         return "bitsandbytes"
     if "config_groups" in described:
         return "compressed-tensors"
-    return "a quantizer without a name"
+    return anonymous
 
 
 def _refused(folder: Path, quantizer: str, where: str) -> UserError:

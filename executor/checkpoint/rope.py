@@ -96,6 +96,8 @@ def read_rope(
 def _kind(rope: Fields) -> str:
     """The kind, `default` where none is named. UserError for one that is not computed, and for two that differ."""
     named = {key: rope.text(key, "default") for key in ("rope_type", "type") if key in rope}
+    if named.get("type") == "mrope" and "rope_type" in named:
+        del named["type"]  # says that there are sections, which is no contradiction
     kinds = {"default" if name in _PLAIN else name for name in named.values()}
     if len(kinds) > 1:
         raise UserError(

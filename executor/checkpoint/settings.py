@@ -143,13 +143,15 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
         "do_sample": said.flag("do_sample", None),
         "max_new_tokens": said.whole("max_new_tokens", None, null=True),
         "min_new_tokens": said.whole("min_new_tokens", None, least=0, null=True),
-        "top_k": said.whole("top_k", None, least=0, null=True),
+        "top_k": said.whole("top_k", None, least=-1, null=True),
     }
     for key in ("temperature", "top_p", "min_p", "repetition_penalty"):
         values[key] = said.number(key, None, null=True, zero=key in ("temperature", "min_p"))
     for key in ("top_p", "min_p"):
         if values[key] is not None and values[key] > 1:
             raise said.fault(key, "a share, at most 1")
+    if values["top_k"] == -1:  # how some tools write that all are kept
+        values["top_k"] = 0
     return content | {key: value for key, value in values.items() if key in said}
 
 

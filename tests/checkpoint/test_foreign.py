@@ -86,6 +86,8 @@ def test_a_model_without_an_adapter_is_none(tmp_path):
     + [
         ({"quantization_config": {"load_in_4bit": True}}, "quantized by bitsandbytes"),
         ({"quantization_config": {"config_groups": {}}}, "quantized by compressed-tensors"),
+        ({"quantization": {"bits": 4, "group_size": 64}}, "quantized by mlx .config.json: quantization"),
+        ({"quantize": "w8a8"}, "quantized by msmodelslim, whose quant_model_description.*.json is not in the folder"),
         ({"quantization_config": {"bits": 4}}, "quantized by a quantizer without a name"),
         ({"quantization_config": "fp8"}, "quantized by fp8"),
         (

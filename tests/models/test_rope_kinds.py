@@ -62,6 +62,7 @@ SAID = {
     "factor null": YARN | {"factor": None},
     "a ramp of no width": YARN | {"beta_fast": 1, "beta_slow": 1, "truncate": False},
     "linear": {"type": "linear", "factor": 3},
+    "type mrope kept": {"rope_type": "yarn", "type": "mrope", "factor": 2.0},
     "default": {"rope_type": "default"},
 }
 
