@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from executor.checkpoint.folder import local_checkpoint, read_json
 from executor.checkpoint.foreign import find_quantization, refuse_adapter
+from executor.checkpoint.head import settle_head
 from executor.checkpoint.load import build_on_meta
 from executor.checkpoint.pull import finalize
 from executor.commands.build import graph_sizes
@@ -68,7 +69,7 @@ def run(recipe: Recipe, save: Path | None = None) -> tuple[dict[str, Any], int]:
     return document, 0 if document["ok"] else 1
 
 
-def settle(recipe: Recipe) -> tuple[Recipe, ModelShapes, dict[str, Any]]:
+def settle(recipe: Recipe) -> tuple[Recipe, ModelShapes, Mapping[str, Any]]:
     """The recipe for its chip with every `auto` filled in, the model's sizes, and its config.json."""
     if recipe.model.soc is None:
         raise UserError(
@@ -90,14 +91,15 @@ def settle(recipe: Recipe) -> tuple[Recipe, ModelShapes, dict[str, Any]]:
     return recipe, shapes, config
 
 
-def find_config(recipe: Recipe) -> tuple[dict[str, Any], str]:
+def find_config(recipe: Recipe) -> tuple[Mapping[str, Any], str]:
     """config.json and the quantization of the checkpoint, if it is here, else of the published model of that name."""
     path = recipe.model.model_path
     folder = local_checkpoint(path, recipe.model.hub)
     if folder is not None:
         refuse_adapter(folder)
         config = read_json(folder, "config.json")
-        return config, find_quantization(folder, config)
+        quantization = find_quantization(folder, config)
+        return settle_head(folder, config, read_shapes(config, path).tied_embeddings), quantization
     name = path.rstrip("/").rpartition("/")[2]
     if name not in published_shapes():
         raise UserError(
@@ -121,7 +123,7 @@ def fake_ranks(recipe: Recipe) -> Iterator[Parallel]:
         yield groups(degrees.world_size, recipe.attn_tp_size, degrees.moe_ep_size, degrees.vision_parallel, rank=0)
 
 
-def _examined(recipe: Recipe, config: dict[str, Any], save: Path | None) -> dict[str, Any]:
+def _examined(recipe: Recipe, config: Mapping[str, Any], save: Path | None) -> dict[str, Any]:
     """The report's part that comes out of conversion and tracing."""
     from emulator import chips
     from emulator.steps import Steps
