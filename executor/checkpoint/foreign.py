@@ -47,8 +47,8 @@ def refuse_adapter(folder: Path) -> None:
     )
     if (folder / "config.json").is_file() and any(_model_weights(folder)):
         raise UserError(
-            f"{folder} holds {kind} ({files}) beside a model, and answers without it would not be its. {merge}. To run "
-            f"the model without the adapter, move {files} out of the folder"
+            f"{folder} holds {kind} ({files}) beside a model, and answers without it are not the fine-tuned model's. "
+            f"{merge}. To run the model without the adapter, move {files} out of the folder"
         )
     of = f" of {base}" if base else ""
     raise UserError(f"{folder} is {kind}{of} ({files}), not a whole model. {merge}")

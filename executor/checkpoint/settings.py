@@ -268,10 +268,13 @@ def _is_bicubic(resample: Any) -> bool:
 def _bounds(said: Fields, default: Mapping[str, int]) -> tuple[int, int]:
     """Least and most pixels. They stand in `size` as shortest_edge and longest_edge, which here mean areas; the older
     keys beside `size` win, as in transformers. One that is not said is the class's."""
+    wanted = "an object with shortest_edge and longest_edge, the least and most pixels of a picture's area"
+    if "size" in said and not isinstance(said.values["size"], Mapping):
+        raise said.fault("size", wanted)
     edges = said.section("size") or Fields({}, said.file, "size")
     for key in edges.values:
         if key in edges and key not in ("shortest_edge", "longest_edge", "min_pixels", "max_pixels"):
-            raise edges.fault(key, "shortest_edge and longest_edge, the least and most pixels of a picture's area")
+            raise edges.fault(key, wanted)
     bounds = []
     for older, newer in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         in_size = edges.whole(newer, edges.whole(older, default[newer], null=True), null=True)

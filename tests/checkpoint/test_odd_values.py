@@ -115,8 +115,11 @@ def test_pixel_settings(tmp_path, family, file):
         ({"size": {"shortest_edge": "5000", "longest_edge": 99999.0}}, (5000, 99999)),
         ({"size": None, "min_pixels": "4000", "max_pixels": 90000}, (4000, 90000)),
         ({"size": {"min_pixels": 4000, "max_pixels": 90000}}, (4000, 90000)),
-        ({"size": {"height": 448, "width": 448}}, "size.height is 448, wanted shortest_edge and longest_edge"),
-        ({"size": 448}, "size is 448, wanted an object"),
+        (
+            {"size": {"height": 448, "width": 448}},
+            "size.height is 448, wanted an object with shortest_edge",
+        ),
+        ({"size": 448}, "size is 448, wanted an object with shortest_edge"),
         ({"size": {"shortest_edge": 99999, "longest_edge": 5000}}, "min_pixels 99999 is above max_pixels 5000"),
         ({"do_resize": "yes"}, "do_resize is 'yes', wanted true or false"),
         ({"do_center_crop": True}, "do_center_crop=True; only do_center_crop=False"),
