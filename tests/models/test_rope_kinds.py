@@ -189,7 +189,7 @@ def test_logits_equal_transformers(tmp_path, family, said, kind):
     engine = engine_over(folder, num_blocks=128)
     assert isinstance(engine.runner.model.config.text.rope.scaling, kind)
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    long = "What color is the circle? Count the objects, please. " * 3
+    long = "What color is the circle? Count the objects, please. " * 5
     for messages, longer in (
         (ask("What?"), False),
         (ask(long), True),
