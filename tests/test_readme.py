@@ -13,8 +13,8 @@ from executor.errors import UserError
 from executor.recipe.memory import GIB, estimate, weights_bytes
 from executor.recipe.schema import build_recipe
 from executor.recipe.settle import tp_faults
-from executor.recipe.sizes import read_shapes
 from models.published import published_config
+from models.registry import read_shapes
 from tests.models.test_shapes import SHAPES
 from tests.reference import REPO
 

@@ -60,12 +60,14 @@ def read_json(folder: Path, name: str, *, required: bool = True) -> dict[str, An
     """A JSON object of the checkpoint; {} for an absent one that is not `required`. UserError if it is broken."""
     path = Path(folder) / name
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         if not required:
             return {}
         raise UserError(f"{folder} has no {name}: it is no checkpoint, or was not copied whole") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # damaged, of another encoding, numbers or nesting without end
         raise UserError(f"{path} is not valid JSON ({error}): copy it again from where it came") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
@@ -121,7 +123,8 @@ def _is_whole(folder: Path) -> bool:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return any(folder.glob("*.safetensors"))
-    shards = set(read_json(folder, index.name).get("weight_map", {}).values())
+    weight_map = read_json(folder, index.name).get("weight_map")
+    shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else {index.stem}
     return all((folder / shard).is_file() for shard in shards)
 
 

@@ -81,10 +81,12 @@ class Checkpoint:
         ending = names[0].rsplit(".", 1)[-1]
         alike = [name for name in self.catalog if name.endswith(ending)][:4000]
         more = f" and {len(names) - 1} more, such as '{names[-1]}'" if len(names) > 1 else ""
+        tied = "lm_head.weight" in names
+        hint = ". Where the head is the embedding, write tie_word_embeddings: true in config.json" if tied else ""
         return (
             f"{self.folder}: tensor '{names[0]}' is missing{more}{nearest(names[0], alike)}; the checkpoint holds "
             f"{len(self.catalog)} tensors in {len(self.files)} file(s). Check that config.json belongs to these "
-            "weights and that the download is complete"
+            f"weights and that the download is complete{hint}"
         )
 
 
@@ -126,7 +128,7 @@ def _read_index(index_file: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
         entries = {str(name): str(file) for name, file in weight_map.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index_file}: not an index with a 'weight_map' ({error!r}); download it again") from error
     outside = sorted({file for file in entries.values() if Path(file).name != file})
     if outside:
@@ -221,7 +223,7 @@ def read_header(file: Path) -> list[TensorInfo]:
     try:
         header = json.loads(raw)
         infos = [_tensor_info(file, name, entry) for name, entry in header.items() if name != "__metadata__"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: its header is damaged ({error!r}); download it again") from error
     infos.sort(key=lambda info: (info.offset, info.num_bytes))
     _check_extents(file, infos, size - 8 - header_bytes)

@@ -5,14 +5,18 @@ transformers (those want torchvision). Knows no model family: a family hands in 
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from executor.checkpoint.fields import Fields, as_number
 from executor.checkpoint.folder import read_json
 from executor.errors import UserError
 
 BICUBIC = 3  # PIL's number, as checkpoints write it
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json",
+                   "special_tokens_map.json")  # fmt: skip
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -26,34 +30,61 @@ def load_tokenizer(folder: Path) -> Any:
             f"model_path '{folder}' has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt; "
             "copy them from the original checkpoint"
         )
-    from transformers import AutoTokenizer  # two seconds; whoever only checks a recipe does not pay them
-
+    files = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    for name in files:
+        if name.endswith(".json"):
+            read_json(folder, name)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"the tokenizer in '{folder}' cannot be read: {error}") from error
+        return _open_tokenizer(folder)
+    # The tokenizers library raises a bare Exception for a file that it cannot read, and transformers whatever an odd
+    # value runs into: there is no narrower class.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the tokenizer in '{folder}' cannot be read ({reason}); copy the original's {', '.join(files)}"
+        ) from error
+
+
+def _open_tokenizer(folder: Path) -> Any:
+    from transformers import AutoConfig, AutoTokenizer, PretrainedConfig  # two seconds: not at import
+
+    # transformers would read all of config.json only to learn the tokenizer's class, and refuse values that no
+    # tokenizer depends on; so it gets a config of that model type without them.
+    named = read_json(folder, "config.json", required=False).get("model_type")
+    try:
+        config = AutoConfig.for_model(named)
+    except (ValueError, TypeError):
+        config = PretrainedConfig()
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), config=config, local_files_only=True)
+    # Some odd values show up only in use.
+    ids = tokenizer.encode("a b", add_special_tokens=False)
+    if not ids or not isinstance(tokenizer.decode(ids), str) or not tokenizer.added_tokens_decoder:
+        raise ValueError("it turns text into nothing, or has no special tokens")
+    if not isinstance(tokenizer.eos_token_id, int | None):
+        raise ValueError(f"eos_token is {tokenizer.eos_token!r}")
+    return tokenizer
 
 
 def load_chat_template(folder: Path, tokenizer: Any) -> str:
     """The Jinja chat template, where transformers' processors look: chat_template.jinja, chat_template.json,
     processor_config.json, then the tokenizer's own. The first wins: some tokenizers carry a text-only template."""
-    path = Path(folder) / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json"):
-        template = read_json(folder, name, required=False).get("chat_template")
-        if isinstance(template, dict):  # several templates by name
-            template = template.get("default")
-        if isinstance(template, str):
-            return template
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not template:
+    template, file = _find_chat_template(Path(folder), tokenizer)
+    if not isinstance(template, str) or not template.strip():
         raise UserError(
             f"model_path '{folder}' has no chat template: neither chat_template.jinja, chat_template.json nor one in "
             "tokenizer_config.json; copy the file from the original checkpoint"
         )
+    from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], chat_template=template, tokenize=False)
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"{folder}/{file}: the chat template is no valid Jinja, line {error.lineno}: {error.message}; copy it from "
+            "the original checkpoint"
+        ) from error
+    except (TemplateError, TypeError, ValueError):
+        pass  # what it does not render is a request's matter
     return template
 
 
@@ -75,21 +106,72 @@ def load_tools_template(folder: Path, tokenizer: Any) -> str | None:
     return None
 
 
+def _find_chat_template(folder: Path, tokenizer: Any) -> tuple[Any, str]:
+    """The template and the file that it stands in."""
+    name = "chat_template.jinja"
+    if (folder / name).is_file():
+        try:
+            return (folder / name).read_text(encoding="utf-8-sig"), name
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{folder}/{name} cannot be read ({error}): copy it from the original checkpoint"
+            ) from error
+    for name in ("chat_template.json", "processor_config.json"):
+        template = _default_template(read_json(folder, name, required=False).get("chat_template"), f"{folder}/{name}")
+        if template:
+            return template, name
+    name = "tokenizer_config.json"
+    return _default_template(tokenizer.chat_template, f"{folder}/{name}"), name
+
+
+def _default_template(value: Any, file: str) -> str | None:
+    """A template, or the one of several that is called default."""
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):  # the older form of several
+        value = {str(entry.get("name")): entry.get("template") for entry in value}
+    if isinstance(value, dict):
+        value = value.get("default")
+    if value is not None and not isinstance(value, str):
+        raise Fields({"chat_template": value}, file).fault("chat_template", "a Jinja template as text")
+    return value
+
+
 def read_eos_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     """Ids that end an answer: generation_config.json's, else config.json's, else the tokenizer's."""
-    config = read_json(folder, "config.json", required=False)
-    for holder in (read_json(folder, "generation_config.json", required=False), config, config.get("text_config", {})):
-        ids = holder.get("eos_token_id")
-        if isinstance(ids, int):
-            return (ids,)
-        if ids:
-            return tuple(ids)
+    config = Fields(read_json(folder, "config.json", required=False), f"{folder}/config.json")
+    generation = read_json(folder, "generation_config.json", required=False)
+    for holder in (Fields(generation, f"{folder}/generation_config.json"), config, config.section("text_config")):
+        if holder is None or "eos_token_id" not in holder or holder.values["eos_token_id"] == []:
+            continue
+        if isinstance(holder.values["eos_token_id"], list):
+            return holder.wholes("eos_token_id")
+        return (holder.whole("eos_token_id", least=0),)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model_path '{folder}' names no eos_token_id, neither in generation_config.json, config.json nor in the "
             "tokenizer: an answer could never end"
         )
     return (tokenizer.eos_token_id,)
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json, {} without one; what it says of sampling is checked, and numbers are numbers."""
+    name = "generation_config.json"
+    content = read_json(folder, name, required=False)
+    said = Fields(content, f"{folder}/{name}", texts=True)
+    values = {
+        "do_sample": said.flag("do_sample", None),
+        "max_new_tokens": said.whole("max_new_tokens", None, null=True),
+        "min_new_tokens": said.whole("min_new_tokens", None, least=0, null=True),
+        "top_k": said.whole("top_k", None, least=-1, null=True),
+    }
+    for key in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        values[key] = said.number(key, None, null=True, zero=key in ("temperature", "min_p"))
+    for key in ("top_p", "min_p"):
+        if values[key] is not None and values[key] > 1:
+            raise said.fault(key, "a share, at most 1")
+    if values["top_k"] == -1:  # how some tools write that all are kept
+        values["top_k"] = 0
+    return content | {key: value for key, value in values.items() if key in said}
 
 
 @dataclass(frozen=True)
@@ -113,16 +195,16 @@ class PixelSettings:
         """Height and width after the resize are multiples of this."""
         return self.patch_size * self.merge_size
 
-    def check_against(self, vision_config: dict[str, Any], folder: Path) -> None:
-        """Raise UserError when the vision encoder of config.json cuts patches otherwise."""
+    def check_against(self, vision: Any, folder: Path) -> None:
+        """Raise UserError when the vision encoder (a family's VisionConfig) cuts patches otherwise."""
         for name, key in (
             ("patch_size", "patch_size"),
             ("temporal_patch_size", "temporal_patch_size"),
             ("merge_size", "spatial_merge_size"),
         ):
-            if vision_config.get(key, getattr(self, name)) != getattr(self, name):
+            if getattr(vision, name) != getattr(self, name):
                 raise UserError(
-                    f"'{folder}': config.json has vision {key}={vision_config[key]}, its preprocessor config "
+                    f"'{folder}': config.json has vision {key}={getattr(vision, name)}, its preprocessor config "
                     f"{name}={getattr(self, name)}; both must come from the same checkpoint"
                 )
 
@@ -139,59 +221,95 @@ class VideoSettings(PixelSettings):
     max_video_tokens: int
 
 
-def read_pixel_settings(folder: Path, defaults: dict[str, Any]) -> PixelSettings:
+def read_pixel_settings(folder: Path, defaults: Mapping[str, Any]) -> PixelSettings:
     """Picture settings of preprocessor_config.json (or processor_config.json) over the family's `defaults`."""
-    return PixelSettings(**_common_settings(_preprocessor_section(folder, "image_processor"), defaults, folder))
+    return PixelSettings(**_common_settings(_preprocessor_section(folder, "image_processor"), defaults))
 
 
-def read_video_settings(folder: Path, defaults: dict[str, Any]) -> VideoSettings:
+def read_video_settings(folder: Path, defaults: Mapping[str, Any]) -> VideoSettings:
     """Video settings of video_preprocessor_config.json over `defaults`; a checkpoint without that file means its
     picture settings to be the videos' too, as transformers reads it."""
-    section = _preprocessor_section(folder, "video_processor")
-    common = _common_settings(section, defaults, folder)
-    merged = {**defaults, **{key: value for key, value in section.items() if value is not None}}
+    said = _preprocessor_section(folder, "video_processor")
+    min_frames, max_frames = (said.whole(key, defaults[key], null=True) for key in ("min_frames", "max_frames"))
+    if min_frames > max_frames:
+        raise said.fault("min_frames" if "min_frames" in said else "max_frames", "min_frames not above max_frames")
     return VideoSettings(
-        **common,
-        fps=merged["fps"],
-        min_frames=merged["min_frames"],
-        max_frames=merged["max_frames"],
-        num_frames=merged.get("num_frames"),
-        cap_pixels_per_frame=bool(merged.get("cap_pixels_per_frame")),
-        max_video_tokens=merged["max_video_tokens"],
+        **_common_settings(said, defaults),
+        fps=said.number("fps", defaults["fps"], null=True),
+        min_frames=min_frames,
+        max_frames=max_frames,
+        num_frames=said.whole("num_frames", None, null=True),
+        cap_pixels_per_frame=said.flag("cap_pixels_per_frame", False),
+        max_video_tokens=said.whole("max_video_tokens", defaults["max_video_tokens"], null=True),
     )
 
 
-def _preprocessor_section(folder: Path, key: Any) -> dict[str, Any]:
-    section = read_json(folder, "processor_config.json", required=False).get(key)
-    if isinstance(section, dict):
-        return section
-    if key == "video_processor":
-        section = read_json(folder, "video_preprocessor_config.json", required=False)
-        if section:
-            return section
-    return read_json(folder, "preprocessor_config.json")
+def _preprocessor_section(folder: Path, key: str) -> Fields:
+    """The settings of one kind of media, with the file they stand in. Numbers may be written as texts."""
+    both = Fields(read_json(folder, "processor_config.json", required=False), f"{folder}/processor_config.json")
+    section = both.section(key)
+    if section is not None:
+        return Fields(section.values, both.file, key, texts=True)
+    names = ["preprocessor_config.json"]
+    if key == "video_processor" and read_json(folder, "video_preprocessor_config.json", required=False):
+        names = ["video_preprocessor_config.json"]
+    return Fields(read_json(folder, names[0]), f"{folder}/{names[0]}", texts=True)
 
 
-def _common_settings(section: dict[str, Any], defaults: dict[str, Any], folder: Path) -> dict[str, Any]:
-    merged = {**defaults, **{key: value for key, value in section.items() if value is not None}}
-    for key, wanted in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("resample", BICUBIC)):
-        if merged.get(key, wanted) != wanted:
-            raise UserError(
-                f"the preprocessor config in '{folder}' has {key}={merged[key]}; only {key}={wanted} is supported"
-            )
-    if abs(merged.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-9:
-        raise UserError(
-            f"the preprocessor config in '{folder}' has rescale_factor={merged['rescale_factor']}; "
-            "only 1/255 is supported"
-        )
-    size = merged["size"]
+def _common_settings(said: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False, "do_pad": False}
+    for key, flag in wanted.items():
+        if said.flag(key, flag) != flag:
+            raise UserError(f"{said.file} has {key}={not flag}; only {key}={flag} is supported")
+    if not _is_bicubic(said.values.get("resample")):
+        raise UserError(f"{said.file} has resample={said.values['resample']!r}; only {BICUBIC} (bicubic) is supported")
+    factor = said.number("rescale_factor", 1 / 255, null=True)
+    if abs(factor * 255 - 1) > 1e-9:
+        raise UserError(f"{said.file} has rescale_factor={factor}; only 1/255 is supported")
+    least, most = _bounds(said, defaults["size"])
+    sizes = ("patch_size", "temporal_patch_size", "merge_size")
     return {
-        "patch_size": merged["patch_size"],
-        "temporal_patch_size": merged["temporal_patch_size"],
-        "merge_size": merged["merge_size"],
-        "mean": tuple(merged["image_mean"]),
-        "std": tuple(merged["image_std"]),
-        # The older keys beside `size` win, as in transformers.
-        "min_pixels": section.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
-        "max_pixels": section.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"),
+        **{key: said.whole(key, defaults[key], null=True) for key in sizes},
+        "mean": _channels(said, "image_mean", defaults["image_mean"], zero=True),
+        "std": _channels(said, "image_std", defaults["image_std"], zero=False),
+        "min_pixels": least,
+        "max_pixels": most,
     }
+
+
+def _is_bicubic(resample: Any) -> bool:
+    """null: not said. PIL's number and both libraries' names, `PIL.Image.BICUBIC` and `bicubic`."""
+    if isinstance(resample, str):
+        return resample.rpartition(".")[2].lower() in ("bicubic", str(BICUBIC))
+    return resample is None or (resample == BICUBIC and not isinstance(resample, bool))
+
+
+def _bounds(said: Fields, default: Mapping[str, int]) -> tuple[int, int]:
+    """Least and most pixels. They stand in `size` as shortest_edge and longest_edge, which here mean areas; the older
+    keys beside `size` win, as in transformers. One that is not said is the class's."""
+    wanted = "an object with shortest_edge and longest_edge, the least and most pixels of a picture's area"
+    if "size" in said and not isinstance(said.values["size"], Mapping):
+        raise said.fault("size", wanted)
+    edges = said.section("size") or Fields({}, said.file, "size")
+    for key in edges.values:
+        if key in edges and key not in ("shortest_edge", "longest_edge", "min_pixels", "max_pixels"):
+            raise edges.fault(key, wanted)
+    bounds = []
+    for older, newer in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        in_size = edges.whole(newer, edges.whole(older, default[newer], null=True), null=True)
+        bounds.append(said.whole(older, in_size, null=True))
+    if bounds[0] > bounds[1]:
+        raise UserError(f"{said.file}: min_pixels {bounds[0]} is above max_pixels {bounds[1]}; swap or mend them")
+    return bounds[0], bounds[1]
+
+
+def _channels(said: Fields, key: str, default: Sequence[float], *, zero: bool) -> tuple[float, ...]:
+    """One number for each of red, green and blue; a single one is all three's."""
+    value = said.values.get(key)
+    if value is None:
+        return tuple(default)
+    entries = value if isinstance(value, list) else [value] * 3
+    numbers = [as_number(entry) for entry in entries]
+    if len(numbers) != 3 or any(number is None or number < 0 or (number == 0 and not zero) for number in numbers):
+        raise said.fault(key, f"three numbers, {'at least' if zero else 'above'} 0, or one for all three")
+    return tuple(numbers)

@@ -67,6 +67,12 @@ def load_weights(
     missing = sorted({pull.name for pull in pulls} - checkpoint.catalog.keys())
     if missing:
         raise UserError(checkpoint.describe_missing(missing))
+    unmerged = [name for name in checkpoint.catalog if ".lora_" in name]
+    if unmerged:
+        raise UserError(
+            f"{checkpoint.folder}: the weights hold an adapter that was not merged ({len(unmerged)} tensors, such as "
+            f"'{unmerged[0]}'); merge it with peft (merge_and_unload) and save the model again"
+        )
     by_file: dict[Path, list[tuple[Pull, TensorInfo]]] = defaultdict(list)
     for pull in pulls:
         info = checkpoint.catalog[pull.name]
@@ -147,7 +153,8 @@ def _check_pull(pull: Pull, info: TensorInfo) -> None:
         wanted = str(pull.into.dtype).removeprefix("torch.")
         raise UserError(
             f"{where} has type {info.dtype_name}, which does not convert to {wanted}; "
-            "for quantized weights set model_config.quantization to the scheme they were made with"
+            "these are quantized weights, and nothing in the folder names their scheme (model_config.quantization): "
+            "take the float checkpoint of the same model"
         )
     assert len(pull.index) <= len(pull.shape), f"{pull.name}: {len(pull.index)} slices of {pull.shape}"
     assert all(part.step in (None, 1) for part in pull.index), f"{pull.name}: a slice with a step"

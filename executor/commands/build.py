@@ -1,11 +1,10 @@
 """From a recipe to an engine: the one place where backend, model, processor, scheduler and runner are joined."""
 
 import hashlib
-import importlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,40 +22,38 @@ from executor.engine.sampler import Sampler
 from executor.engine.step import ModelStep
 from executor.errors import UserError
 from executor.host.env import code_digest, rank_place
-from executor.parallel.groups import Parallel, connect
+from executor.parallel.groups import Parallel
 from executor.prompt.options import MediaOptions
 from executor.recipe.memory import estimate
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import Prepared, prepare
 from executor.schedule.scheduler import Scheduler
-from models import RUNNERS
+from models.registry import family_runner
 
 logger = logging.getLogger(__name__)
 
 
-def family_of(architecture: str) -> ModuleType:
-    """The runner module of an architecture that `read_shapes` has accepted."""
-    return importlib.import_module(RUNNERS[architecture])
-
-
-def build_engine(recipe: Recipe) -> Engine:
+def build_engine(recipe: Recipe, runner: Any = None) -> Engine:
     """Check the recipe, load the model, and return an engine that is ready for requests.
 
+    `runner` stands in for the family's own (models/FAMILY/runner.py), with the same names in it.
     Raises UserError for a recipe, checkpoint or machine that cannot work.
     """
     prepared = prepare(recipe, rank_place().local_world_size)
-    return engine_of(prepared, *open_rank(prepared.recipe))
+    return engine_of(prepared, *open_rank(prepared, runner), runner)
 
 
-def open_rank(recipe: Recipe) -> tuple[ops.Ops, Parallel]:
-    """This process's device, and its place among the ranks of the job. `recipe` is settled."""
-    device = open_device(recipe)
-    return device, connect(recipe, device)
+def open_rank(prepared: Prepared, runner: Any = None) -> tuple[ops.Ops, Parallel]:
+    """This process's device, and its place among the ranks of the job."""
+    runner = runner or family_runner(prepared.config)
+    device = open_device(prepared.recipe)
+    return device, runner.connect(prepared.recipe, device)
 
 
-def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel) -> Engine:
+def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel, runner: Any = None) -> Engine:
     """The engine of a recipe that has been settled and checked, on what `open_rank` gives."""
     recipe = prepared.recipe
+    runner = runner or family_runner(prepared.config)
     ops.bind(device)
     free_bytes = device.free_bytes()
     memory = prepared.memory
@@ -65,13 +62,12 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel) -> Engine
     logger.info("%s", memory)
     # One scheduler plans for all of them.
     (num_blocks,) = parallel.control.least(memory.num_blocks)
-    family = family_of(prepared.config["architectures"][0])
-    processor = family.build_processor(prepared.folder, media_options(recipe))
+    processor = runner.build_processor(prepared.folder, media_options(recipe))
     dtype = getattr(torch, recipe.model.dtype)
     checkpoint = Checkpoint(prepared.folder)
-    model, _ = load_model(lambda: family.build_model(prepared.config, parallel), checkpoint, device, dtype)
-    replica = Replica(parallel, model.visual.cost, shares_experts=prepared.shapes.num_experts > 0)
-    return join(recipe, num_blocks, model, processor, device, dtype, replica)
+    model, _ = load_model(lambda: runner.build_model(prepared.config, parallel), checkpoint, device, dtype)
+    replica = runner.build_replica(model, parallel)
+    return join(recipe, num_blocks, model, processor, device, dtype, replica, runner.decode_graphs)
 
 
 def open_device(recipe: Recipe) -> ops.Ops:
@@ -106,6 +102,7 @@ def join(
     device: ops.Ops,
     dtype: torch.dtype,
     replica: Replica,
+    decode_graphs: Callable[..., DecodeGraphs] = DecodeGraphs,
 ) -> Engine:
     """The engine over a loaded model."""
     limits, text = recipe.scheduler, model.config.text
@@ -134,7 +131,7 @@ def join(
     sampler = Sampler(text.vocab_size, device.device, eos_token_ids=processor.eos_token_ids)
     runner = Runner(model, device, kv, limits.block_size, sampler, processor.picture, dtype, replica)
     if sizes:
-        runner.graphs = _captured(recipe, runner.step, device, sizes, num_blocks, replica.parallel)
+        runner.graphs = _captured(recipe, runner.step, device, sizes, num_blocks, replica.parallel, decode_graphs)
     return Engine(processor, scheduler, runner, text.vocab_size)
 
 
@@ -151,7 +148,13 @@ def graph_sizes(recipe: Recipe) -> tuple[int, ...]:
 
 
 def _captured(
-    recipe: Recipe, step: ModelStep, device: ops.Ops, sizes: tuple[int, ...], num_blocks: int, parallel: Parallel
+    recipe: Recipe,
+    step: ModelStep,
+    device: ops.Ops,
+    sizes: tuple[int, ...],
+    num_blocks: int,
+    parallel: Parallel,
+    decode_graphs: Callable[..., DecodeGraphs],
 ) -> DecodeGraphs | None:
     """The decode graphs, or None and a warning where the device cannot make them and the recipe allows eager steps.
 
@@ -160,7 +163,7 @@ def _captured(
     mode = recipe.model.exe_mode
     root = Path(recipe.model.output_path) / "graphs"
     folder = GraphFolder(root, graph_key(recipe, step, device), parallel.rank)
-    graphs = DecodeGraphs(step, device, mode, sizes, num_blocks, recipe.scheduler.max_model_len, folder)
+    graphs = decode_graphs(step, device, mode, sizes, num_blocks, recipe.scheduler.max_model_len, folder)
     fault: RuntimeError | None = None
     try:
         graphs.capture()

@@ -9,25 +9,26 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from executor.checkpoint.folder import local_checkpoint, read_json
+from executor.checkpoint.folder import local_checkpoint
 from executor.checkpoint.load import build_on_meta
 from executor.checkpoint.pull import finalize
-from executor.commands.build import decode_rows, family_of, graph_sizes
+from executor.commands.build import decode_rows, graph_sizes
 from executor.device import ops
 from executor.engine.graphs import batch_sizes
 from executor.errors import UserError, nearest
 from executor.parallel.groups import SINGLE, Parallel, groups
 from executor.recipe.memory import weights_bytes
 from executor.recipe.schema import Recipe
-from executor.recipe.settle import check_chip, check_recipe, find_quantization, resolve
-from executor.recipe.sizes import ModelShapes, read_shapes
+from executor.recipe.settle import check_chip, check_recipe, read_folder, resolve
+from executor.recipe.sizes import ModelShapes
 from models.published import published_config, published_shapes
+from models.registry import family_runner, read_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def run(recipe: Recipe, save: Path | None = None) -> tuple[dict[str, Any], int]:
     return document, 0 if document["ok"] else 1
 
 
-def settle(recipe: Recipe) -> tuple[Recipe, ModelShapes, dict[str, Any]]:
+def settle(recipe: Recipe) -> tuple[Recipe, ModelShapes, Mapping[str, Any]]:
     """The recipe for its chip with every `auto` filled in, the model's sizes, and its config.json."""
     if recipe.model.soc is None:
         raise UserError(
@@ -77,8 +78,7 @@ def settle(recipe: Recipe) -> tuple[Recipe, ModelShapes, dict[str, Any]]:
     # Whatever device the recipe is for, the question is the chip's.
     recipe = recipe.replace(model={"device": "npu_emulated"})
     check_chip(recipe)
-    config, quantization = find_config(recipe)
-    shapes = read_shapes(config, recipe.model.model_path)
+    config, quantization, shapes = find_config(recipe)
     recipe = resolve(recipe, shapes, quantization)
     if recipe.model.quantization != "none":
         raise UserError(
@@ -89,13 +89,12 @@ def settle(recipe: Recipe) -> tuple[Recipe, ModelShapes, dict[str, Any]]:
     return recipe, shapes, config
 
 
-def find_config(recipe: Recipe) -> tuple[dict[str, Any], str]:
-    """config.json and the quantization of the checkpoint, if it is here, else of the published model of that name."""
+def find_config(recipe: Recipe) -> tuple[Mapping[str, Any], str, ModelShapes]:
+    """config.json, quantization and sizes of the checkpoint, if it is here, else of the published model of that name."""
     path = recipe.model.model_path
     folder = local_checkpoint(path, recipe.model.hub)
     if folder is not None:
-        config = read_json(folder, "config.json")
-        return config, find_quantization(folder, config)
+        return read_folder(folder, path)
     name = path.rstrip("/").rpartition("/")[2]
     if name not in published_shapes():
         raise UserError(
@@ -103,7 +102,8 @@ def find_config(recipe: Recipe) -> tuple[dict[str, Any], str]:
             f"of {', '.join(published_shapes())}{nearest(name, published_shapes())}"
         )
     logger.info("%s is not on this machine: its published sizes are taken", path)
-    return published_config(name), "none"
+    config = published_config(name)
+    return config, "none", read_shapes(config, name)
 
 
 @contextlib.contextmanager
@@ -119,7 +119,7 @@ def fake_ranks(recipe: Recipe) -> Iterator[Parallel]:
         yield groups(degrees.world_size, recipe.attn_tp_size, degrees.moe_ep_size, degrees.vision_parallel, rank=0)
 
 
-def _examined(recipe: Recipe, config: dict[str, Any], save: Path | None) -> dict[str, Any]:
+def _examined(recipe: Recipe, config: Mapping[str, Any], save: Path | None) -> dict[str, Any]:
     """The report's part that comes out of conversion and tracing."""
     from emulator import chips
     from emulator.traces import Traces
@@ -135,7 +135,7 @@ def _examined(recipe: Recipe, config: dict[str, Any], save: Path | None) -> dict
     batch = max(graph_sizes(recipe) or batch_sizes(limits.max_num_seqs))
     blocks = -(-limits.max_model_len // limits.block_size)
     with fake_ranks(recipe) as parallel:
-        family = family_of(config["architectures"][0])
+        family = family_runner(config)
         _say(f"building {recipe.model.model_path} at its size, without weights")
         model = build_on_meta(lambda: family.build_model(config, parallel), dtype)
         finalize(model)

@@ -19,6 +19,7 @@ from executor.checkpoint.settings import (
     PixelSettings,
     VideoSettings,
     read_eos_token_ids,
+    read_generation_config,
     read_pixel_settings,
     read_video_settings,
 )
@@ -52,12 +53,12 @@ class PromptBuilder(ABC):
         self.options = options or MediaOptions()
         self.chat = Chat.load(self.folder)
         self.tokenizer = self.chat.tokenizer
-        self.raw_config = read_json(self.folder, "config.json")
-        self.tokens = VisionTokens.read(self.raw_config, self.tokenizer)
+        self.config = self.parse_config(read_json(self.folder, "config.json"), f"{self.folder}/config.json")
+        self.tokens = VisionTokens.read(vars(self.config), self.tokenizer)
         self.picture: PixelSettings = read_pixel_settings(self.folder, self.picture_defaults)
         self.video: VideoSettings = read_video_settings(self.folder, self.video_defaults)
         for settings in (self.picture, self.video):
-            settings.check_against(self.raw_config.get("vision_config", {}), self.folder)
+            settings.check_against(self.config.vision, self.folder)
         if (self.picture.mean, self.picture.std) != (self.video.mean, self.video.std):
             raise UserError(
                 f"'{self.folder}': pictures and videos are normalised differently (mean {self.picture.mean} and "
@@ -65,7 +66,7 @@ class PromptBuilder(ABC):
             )
         self._check_options()
         self.eos_token_ids = read_eos_token_ids(self.folder, self.tokenizer)
-        self.generation_config = read_json(self.folder, "generation_config.json", required=False)
+        self.generation_config = read_generation_config(self.folder)
 
     @property
     def image_token_id(self) -> int:
@@ -232,6 +233,11 @@ class PromptBuilder(ABC):
         token_px = self.picture.factor**2
         least, most = (tokens * token_px for tokens in RESIZED_TOKENS)
         return smart_resize(*wanted, self.picture.factor, least, most)
+
+    @staticmethod
+    @abstractmethod
+    def parse_config(raw: Mapping[str, Any], file: str) -> Any:
+        """The family's `parse` of its config.py."""
 
     @property
     @abstractmethod

@@ -41,7 +41,7 @@ class VisionTokens:
         ids = []
         for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
             ids.append(config.get(name))
-            if ids[-1] not in special:
+            if not isinstance(ids[-1], int) or ids[-1] not in special:
                 raise UserError(
                     f"config.json says {name}={ids[-1]}, which is no special token of this checkpoint's tokenizer; "
                     "config and tokenizer must come from the same checkpoint"

@@ -7,17 +7,21 @@ and read no weights.
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from executor.checkpoint.folder import find_checkpoint, is_hub_id, local_checkpoint, read_json
+from executor.checkpoint.foreign import find_quantization, refuse_adapter
+from executor.checkpoint.head import settle_head
+from executor.checkpoint.settings import read_generation_config
 from executor.errors import UserError
 from executor.host.limits import host_memory_bytes, process_memory_bytes
 from executor.recipe.memory import MemoryEstimate, estimate
 from executor.recipe.schema import Recipe
-from executor.recipe.sizes import ModelShapes, read_shapes
+from executor.recipe.sizes import ModelShapes
+from models.registry import read_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +43,7 @@ class Prepared:
     shapes: ModelShapes
     memory: MemoryEstimate
     picture_tokens: int | None  # of the largest picture that the settings let through, None: they name no bound
-    config: dict[str, Any] = field(repr=False)  # config.json
+    config: Mapping[str, Any] = field(repr=False)  # config.json, with a tie_word_embeddings that the weights bear out
     generation_config: dict[str, Any] = field(repr=False)  # generation_config.json, {} without one
 
 
@@ -52,11 +56,11 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     recipe = resolve_device(recipe)
     findings = [*chip_findings(recipe), *release_findings(recipe)]
     missing = device_finding(recipe)
-    found = _sizes(recipe, findings, may_download=not missing)
+    found = _checkpoint(recipe, findings, may_download=not missing)
     if found:
-        folder, config, shapes = found
+        folder, config, quantization, shapes = found
         try:
-            recipe = resolve(recipe, shapes, quantization=find_quantization(folder, config))
+            recipe = resolve(recipe, shapes, quantization)
             findings += release_findings(recipe)  # once more: the checkpoint may have brought a scheme
             findings += chip_findings(recipe)
         except UserError as error:
@@ -74,7 +78,7 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
         picture_tokens=picture_tokens,
         process_bytes=process_bytes,
     )
-    generation_config = read_json(folder, "generation_config.json", required=False)
+    generation_config = read_generation_config(folder)
     return Prepared(recipe, folder, shapes, memory, picture_tokens, config, generation_config)
 
 
@@ -97,8 +101,10 @@ def refuse(findings: Sequence[str]) -> None:
         raise UserError("\n".join(dict.fromkeys(findings)))
 
 
-def _sizes(recipe: Recipe, findings: list[str], may_download: bool) -> tuple[Path, dict[str, Any], ModelShapes] | None:
-    """The checkpoint's folder, its config.json and its sizes; None, and a finding, where it has none.
+def _checkpoint(
+    recipe: Recipe, findings: list[str], may_download: bool
+) -> tuple[Path, Mapping[str, Any], str, ModelShapes] | None:
+    """The checkpoint's folder, its config.json, its scheme and its sizes; None, and a finding, where it has none.
 
     Nothing is downloaded for a recipe that cannot start.
     """
@@ -108,11 +114,22 @@ def _sizes(recipe: Recipe, findings: list[str], may_download: bool) -> tuple[Pat
         folder = find_checkpoint(path, hub) if may_download or not is_hub_id(path) else local_checkpoint(path, hub)
         if folder is None:
             return None
-        config = read_json(folder, "config.json")
-        return folder, config, read_shapes(config, path)
+        return folder, *read_folder(folder, path)
     except UserError as error:
         findings.append(str(error))
         return None
+
+
+def read_folder(folder: Path, name: str) -> tuple[Mapping[str, Any], str, ModelShapes]:
+    """A checkpoint folder's config.json with its head settled, its quantization, and its sizes, known as `name`.
+
+    Raises UserError for what is no model of this release: adapters, other quantizers' folders, odd values.
+    """
+    refuse_adapter(folder)
+    config = read_json(folder, "config.json")
+    quantization = find_quantization(folder, config)
+    config = settle_head(folder, config, read_shapes(config, name).tied_embeddings)
+    return config, quantization, read_shapes(config, name)
 
 
 def check_supported(recipe: Recipe) -> None:
@@ -238,15 +255,6 @@ def resolve_device(recipe: Recipe) -> Recipe:
     device = "npu" if recipe.model.soc else SUPPORTED_DEVICES[0]
     logger.info("device: auto is %s", device)
     return recipe.replace(model={"device": device})
-
-
-def find_quantization(folder: Path, config: dict[str, Any]) -> str:
-    """The scheme the checkpoint's own files name, `none` for float weights."""
-    for path in sorted(folder.glob("quant_model_description*.json")):
-        named = str(read_json(folder, path.name).get("model_quant_type", "FLOAT")).lower()
-        return "none" if named == "float" else named
-    quantized = config.get("quantization_config")
-    return str(quantized.get("quant_method", "unknown")).lower() if isinstance(quantized, dict) else "none"
 
 
 def resolve(recipe: Recipe, shapes: ModelShapes, quantization: str = "none") -> Recipe:

@@ -1,22 +1,13 @@
 """The sizes of a checkpoint that can be reasoned about before a weight is read: degrees, bytes, parameter counts.
 
-Read from config.json as published, nested (`text_config`) or flat as older Qwen2.5-VL folders have it. Knows no
-module of the models; the counts equal theirs, which a test holds.
+A family's config.py makes them from its config.json (`models.registry.read_shapes`). Knows no module of the models; the
+counts equal theirs, which a test holds.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from executor.errors import UserError
+from typing import Literal
 
 Family = Literal["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
-
-ARCHITECTURES: dict[str, Family] = {
-    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
-    "Qwen3VLForConditionalGeneration": "qwen3_vl",
-    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
-}
 
 
 @dataclass(frozen=True)
@@ -130,83 +121,3 @@ class ModelShapes:
         return (
             text + self.router_parameters + self.norm_parameters + self.vocabulary_parameters + self.vision_parameters
         )
-
-
-def read_shapes(config: Mapping[str, Any], name: str) -> ModelShapes:
-    """The sizes in a config.json. UserError, naming `name`, for another architecture or a missing size."""
-    architectures = config.get("architectures") or [None]
-    family = ARCHITECTURES.get(architectures[0])
-    if family is None:
-        raise UserError(
-            f"{name}: config.json names architecture {architectures[0]}; this release runs {', '.join(ARCHITECTURES)}"
-        )
-    text = config.get("text_config") or config
-    get, vision = _Reader(text, name, "text_config"), _Reader(config.get("vision_config") or {}, name, "vision_config")
-    hidden_size, num_heads = get("hidden_size"), get("num_attention_heads")
-    # transformers 5 writes num_local_experts
-    experts_key = "num_local_experts" if text.get("num_local_experts") else "num_experts"
-    num_experts = get(experts_key) if family == "qwen3_vl_moe" else 0
-    num_layers = get("num_hidden_layers")
-    return ModelShapes(
-        name=name,
-        family=family,
-        vision=_vision_shapes(vision, family, hidden_size),
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=get("num_key_value_heads"),
-        head_dim=text.get("head_dim") or hidden_size // num_heads,
-        intermediate_size=get("intermediate_size"),
-        vocab_size=get("vocab_size"),
-        tied_embeddings=_tied(config, text, family),
-        max_position_embeddings=get("max_position_embeddings"),
-        num_experts=num_experts,
-        expert_intermediate_size=get("moe_intermediate_size") if num_experts else 0,
-        experts_per_token=get("num_experts_per_tok") if num_experts else 0,
-        num_dense_layers=_num_dense_layers(text, num_layers) if num_experts else 0,
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "bfloat16"),
-    )
-
-
-def _tied(config: Mapping[str, Any], text: Mapping[str, Any], family: Family) -> bool:
-    """Whether head and embedding are one tensor. The outer flag is the published place; newer files have both."""
-    outer, inner = config.get("tie_word_embeddings"), bool(text.get("tie_word_embeddings", False))
-    if family == "qwen2_5_vl":
-        return bool(outer or inner)
-    return inner if outer is None else bool(outer)
-
-
-class _Reader:
-    """Looks sizes up and says which one is missing."""
-
-    def __init__(self, values: Mapping[str, Any], name: str, section: str):
-        self.values, self.name, self.section = values, name, section
-
-    def __call__(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(
-                f"{self.name}: config.json: {self.section}.{key} is {value!r}, wanted a whole number, at least 1"
-            )
-        return value
-
-
-def _vision_shapes(get: _Reader, family: Family, hidden_size: int) -> VisionShapes:
-    is_qwen3 = family != "qwen2_5_vl"
-    return VisionShapes(
-        depth=get("depth"),
-        hidden_size=get("hidden_size"),
-        intermediate_size=get("intermediate_size"),
-        num_heads=get("num_heads"),
-        patch_size=get("patch_size"),
-        temporal_patch_size=get("temporal_patch_size", 2),
-        merge_size=get("spatial_merge_size", 2),
-        out_size=get.values.get("out_hidden_size", hidden_size),
-        num_positions=get("num_position_embeddings") if is_qwen3 else 0,
-        num_taps=len(get.values.get("deepstack_visual_indexes", ())) if is_qwen3 else 0,
-    )
-
-
-def _num_dense_layers(text: Mapping[str, Any], num_layers: int) -> int:
-    step, plain = text.get("decoder_sparse_step") or 1, set(text.get("mlp_only_layers") or ())
-    return sum(layer in plain or (layer + 1) % step != 0 for layer in range(num_layers))

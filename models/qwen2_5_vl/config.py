@@ -1,9 +1,19 @@
-"""Qwen2.5-VL's true dimensions, read from a published config.json (flat, or with a text_config)."""
+"""Qwen2.5-VL's true dimensions, from a config.json: flat as published, or with a text_config. Its only parser.
 
+A key that is absent has the default of transformers' own config class, which re-saved files rely on: some hold a
+vision_config of hardly more than what differs from the class.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from executor.errors import UserError
+from executor.checkpoint.fields import Fields
+from executor.checkpoint.model_config import check_vision, read_dtype, read_heads, read_tied
+from executor.checkpoint.rope import Rope, read_rope
+from executor.recipe.sizes import ModelShapes, VisionShapes
+
+SECTIONS = (16, 24, 24)
 
 
 @dataclass(frozen=True)
@@ -15,8 +25,7 @@ class TextConfig:
     intermediate_size: int
     vocab_size: int
     rms_norm_eps: float
-    rope_theta: float
-    mrope_sections: tuple[int, int, int]
+    rope: Rope
     max_position_embeddings: int
 
     @property
@@ -48,58 +57,119 @@ class Config:
     image_token_id: int
     video_token_id: int
     vision_start_token_id: int
+    vision_end_token_id: int
+    dtype: str  # of the checkpoint
 
-
-def parse(raw: dict[str, Any]) -> Config:
-    """From the JSON of config.json. Raises UserError naming a key that is missing or not what this code computes."""
-    text = raw.get("text_config") or raw  # published files keep the text model's keys at the top
-    try:
-        return Config(
-            text=_text(text),
-            vision=_vision(raw["vision_config"]),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)),
-            image_token_id=raw["image_token_id"],
-            video_token_id=raw["video_token_id"],
-            vision_start_token_id=raw["vision_start_token_id"],
+    def shapes(self, name: str) -> ModelShapes:
+        """What can be reasoned about before a weight is read."""
+        text, vision = self.text, self.vision
+        return ModelShapes(
+            name=name,
+            family="qwen2_5_vl",
+            vision=VisionShapes(
+                depth=vision.depth,
+                hidden_size=vision.hidden_size,
+                intermediate_size=vision.intermediate_size,
+                num_heads=vision.num_heads,
+                patch_size=vision.patch_size,
+                temporal_patch_size=vision.temporal_patch_size,
+                merge_size=vision.merge_size,
+                out_size=vision.out_hidden_size,
+                num_positions=0,
+                num_taps=0,
+            ),
+            hidden_size=text.hidden_size,
+            num_layers=text.num_layers,
+            num_heads=text.num_heads,
+            num_kv_heads=text.num_kv_heads,
+            head_dim=text.head_dim,
+            intermediate_size=text.intermediate_size,
+            vocab_size=text.vocab_size,
+            tied_embeddings=self.tie_word_embeddings,
+            max_position_embeddings=text.max_position_embeddings,
+            num_experts=0,
+            expert_intermediate_size=0,
+            experts_per_token=0,
+            num_dense_layers=0,
+            dtype=self.dtype,
         )
-    except KeyError as missing:
-        raise UserError(f"config.json has no {missing}; it is needed to build Qwen2.5-VL") from missing
 
 
-def _text(raw: dict[str, Any]) -> TextConfig:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if raw.get("hidden_act", "silu") != "silu" or raw.get("use_sliding_window", False):
-        raise UserError(
-            "config.json: text hidden_act other than silu, or use_sliding_window, is not Qwen2.5-VL as published"
-        )
+def parse(raw: Mapping[str, Any], file: str = "config.json") -> Config:
+    """From the JSON of a config.json, which messages call `file`.
+
+    Raises UserError naming a key that is missing, of a wrong kind, or not what this code computes.
+    """
+    whole = Fields(raw, file)
+    nested = whole.section("text_config")
+    vision = whole.section("vision_config")
+    if vision is None:
+        raise whole.fault("vision_config", "the sizes of the vision encoder")
+    text = _text(nested or whole, nested=nested is not None)
+    return Config(
+        text=text,
+        vision=_vision(vision, text),
+        tie_word_embeddings=read_tied(whole, nested),
+        image_token_id=whole.whole("image_token_id", 151655, least=0),
+        video_token_id=whole.whole("video_token_id", 151656, least=0),
+        vision_start_token_id=whole.whole("vision_start_token_id", 151652, least=0),
+        vision_end_token_id=whole.whole("vision_end_token_id", 151653, least=0),
+        dtype=read_dtype(whole, nested),
+    )
+
+
+def _text(text: Fields, *, nested: bool) -> TextConfig:
+    text.only("hidden_act", ("silu",), "silu, as Qwen2.5-VL is published")
+    text.only("use_sliding_window", (False,), "false, as Qwen2.5-VL is published: text attention is full here")
+    kinds = text.values.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise text.fault("layer_types", "full_attention everywhere, as Qwen2.5-VL is published")
+    hidden_size = text.whole("hidden_size", 8192)
+    num_heads, num_kv_heads = read_heads(text, heads=64, kv_heads=8)
+    if hidden_size % num_heads or hidden_size // num_heads % 2:
+        raise text.fault("num_attention_heads", f"a divisor of hidden_size {hidden_size} that leaves an even head dim")
+    head_dim = hidden_size // num_heads
+    text.only("head_dim", (head_dim,), f"hidden_size / num_attention_heads = {head_dim}, as Qwen2.5-VL computes it")
+    rope, length = read_rope(
+        text, head_dim, theta=1e6, sections=SECTIONS, length=32768, interleaved=False, nested=nested
+    )
     return TextConfig(
-        hidden_size=raw["hidden_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw["num_key_value_heads"],
-        intermediate_size=raw["intermediate_size"],
-        vocab_size=raw["vocab_size"],
-        rms_norm_eps=raw["rms_norm_eps"],
-        rope_theta=rope.get("rope_theta") or raw["rope_theta"],
-        mrope_sections=tuple(rope.get("mrope_section") or raw.get("mrope_section") or (16, 24, 24)),
-        max_position_embeddings=raw["max_position_embeddings"],
+        hidden_size=hidden_size,
+        num_layers=text.whole("num_hidden_layers", 80),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        intermediate_size=text.whole("intermediate_size", 29568),
+        vocab_size=text.whole("vocab_size", 152064),
+        rms_norm_eps=text.number("rms_norm_eps", 1e-5),
+        rope=rope,
+        max_position_embeddings=length,
     )
 
 
-def _vision(raw: dict[str, Any]) -> VisionConfig:
-    if raw.get("hidden_act", "silu") != "silu":
-        raise UserError(f"config.json: vision hidden_act is {raw['hidden_act']!r}, expected 'silu'")
-    return VisionConfig(
-        depth=raw["depth"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_heads=raw["num_heads"],
-        in_channels=raw.get("in_channels") or raw.get("in_chans", 3),
-        patch_size=raw["patch_size"],
-        temporal_patch_size=raw.get("temporal_patch_size", 2),
-        merge_size=raw.get("spatial_merge_size", 2),
-        out_hidden_size=raw["out_hidden_size"],
-        window_size=raw["window_size"],
-        full_attention_layers=tuple(raw["fullatt_block_indexes"]),
-        tokens_per_second=raw.get("tokens_per_second", 2),
+def _vision(vision: Fields, text: TextConfig) -> VisionConfig:
+    vision.only("hidden_act", ("silu",), "silu, as Qwen2.5-VL is published")
+    sizes = VisionConfig(
+        depth=vision.whole("depth", 32),
+        hidden_size=vision.whole("hidden_size"),  # the class's default, 3584, is no published encoder's
+        intermediate_size=vision.whole("intermediate_size", 3420),
+        num_heads=vision.whole("num_heads", 16),
+        in_channels=3,
+        patch_size=vision.whole("patch_size", vision.whole("spatial_patch_size", 14)),
+        temporal_patch_size=vision.whole("temporal_patch_size", 2),
+        merge_size=vision.whole("spatial_merge_size", 2),
+        out_hidden_size=vision.whole("out_hidden_size", 3584),
+        window_size=vision.whole("window_size", 112),
+        full_attention_layers=vision.wholes("fullatt_block_indexes", (7, 15, 23, 31)),
+        tokens_per_second=vision.number("tokens_per_second", 4.0),
     )
+    check_vision(
+        vision,
+        hidden_size=sizes.hidden_size,
+        num_heads=sizes.num_heads,
+        out_hidden_size=sizes.out_hidden_size,
+        text_size=text.hidden_size,
+    )
+    unit = sizes.patch_size * sizes.merge_size
+    if sizes.window_size < unit:
+        raise vision.fault("window_size", f"pixels of at least one merged patch, {unit}")
+    return sizes

@@ -16,6 +16,7 @@ from executor.prompt.expand import Fill
 from executor.prompt.options import MediaOptions
 from executor.prompt.positions import place_spans
 from executor.schedule.request import MediaItem, Span
+from models.qwen2_5_vl.config import parse
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -61,6 +62,7 @@ def mrope_positions(
 
 
 class Processor(PromptBuilder):
+    parse_config = staticmethod(parse)
     picture_defaults = PICTURE_DEFAULTS
     video_defaults = VIDEO_DEFAULTS
     box_convention = "absolute"  # pixels of the resized picture
@@ -111,5 +113,5 @@ class Processor(PromptBuilder):
             spans,
             media,
             merge_size=self.picture.merge_size,
-            tokens_per_second=self.raw_config["vision_config"].get("tokens_per_second", 2),
+            tokens_per_second=self.config.vision.tokens_per_second,
         )

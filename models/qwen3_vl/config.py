@@ -1,10 +1,20 @@
-"""Qwen3-VL's true dimensions, read from a published config.json (dense and MoE)."""
+"""Qwen3-VL's true dimensions, dense and MoE, from a config.json. Its only parser.
+
+A key that is absent has the default of transformers' own config class, as far as that is some published model's.
+"""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from executor.errors import UserError
+from executor.checkpoint.fields import Fields
+from executor.checkpoint.model_config import check_vision, read_dtype, read_heads, read_tied
+from executor.checkpoint.rope import Rope, read_rope
+from executor.recipe.sizes import ModelShapes, VisionShapes
+
+SECTIONS = (24, 20, 20)
+MOE_ARCHITECTURE = "Qwen3VLMoeForConditionalGeneration"
 
 
 @dataclass(frozen=True)
@@ -30,8 +40,7 @@ class TextConfig:
     intermediate_size: int
     vocab_size: int
     rms_norm_eps: float
-    rope_theta: float
-    mrope_sections: tuple[int, int, int]
+    rope: Rope
     max_position_embeddings: int
     moe: MoEConfig | None
 
@@ -63,68 +72,147 @@ class Config:
     image_token_id: int
     video_token_id: int
     vision_start_token_id: int
+    vision_end_token_id: int
+    dtype: str  # of the checkpoint
 
-
-def parse(raw: dict[str, Any]) -> Config:
-    """From the JSON of config.json. Raises UserError naming a key that is missing or not what this code computes."""
-    try:
-        text, vision = raw["text_config"], raw["vision_config"]
-        return Config(
-            text=_text(text),
-            vision=_vision(vision),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-            image_token_id=raw["image_token_id"],
-            video_token_id=raw["video_token_id"],
-            vision_start_token_id=raw["vision_start_token_id"],
+    def shapes(self, name: str) -> ModelShapes:
+        """What can be reasoned about before a weight is read."""
+        text, vision, moe = self.text, self.vision, self.text.moe
+        return ModelShapes(
+            name=name,
+            family="qwen3_vl_moe" if moe else "qwen3_vl",
+            vision=VisionShapes(
+                depth=vision.depth,
+                hidden_size=vision.hidden_size,
+                intermediate_size=vision.intermediate_size,
+                num_heads=vision.num_heads,
+                patch_size=vision.patch_size,
+                temporal_patch_size=vision.temporal_patch_size,
+                merge_size=vision.merge_size,
+                out_size=vision.out_hidden_size,
+                num_positions=vision.num_positions,
+                num_taps=len(vision.deepstack_layers),
+            ),
+            hidden_size=text.hidden_size,
+            num_layers=text.num_layers,
+            num_heads=text.num_heads,
+            num_kv_heads=text.num_kv_heads,
+            head_dim=text.head_dim,
+            intermediate_size=text.intermediate_size,
+            vocab_size=text.vocab_size,
+            tied_embeddings=self.tie_word_embeddings,
+            max_position_embeddings=text.max_position_embeddings,
+            num_experts=moe.num_experts if moe else 0,
+            expert_intermediate_size=moe.intermediate_size if moe else 0,
+            experts_per_token=moe.top_k if moe else 0,
+            num_dense_layers=sum(not moe.is_sparse(layer) for layer in range(text.num_layers)) if moe else 0,
+            dtype=self.dtype,
         )
-    except KeyError as missing:
-        raise UserError(f"config.json has no {missing}; it is needed to build Qwen3-VL") from missing
 
 
-def _text(raw: dict[str, Any]) -> TextConfig:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if raw.get("hidden_act", "silu") != "silu" or raw.get("attention_bias", False):
-        raise UserError("config.json: text hidden_act other than silu, or attention_bias, is not Qwen3-VL as published")
-    moe = None
-    num_experts = raw.get("num_experts") or raw.get("num_local_experts")  # transformers 5 writes the latter
-    if num_experts:
-        moe = MoEConfig(
-            num_experts=num_experts,
-            top_k=raw["num_experts_per_tok"],
-            intermediate_size=raw["moe_intermediate_size"],
-            renormalize=raw.get("norm_topk_prob", True),
-            sparse_step=raw.get("decoder_sparse_step", 1),
-            dense_layers=tuple(raw.get("mlp_only_layers") or ()),
-        )
+def parse(raw: Mapping[str, Any], file: str = "config.json") -> Config:
+    """From the JSON of a config.json, which messages call `file`.
+
+    Raises UserError naming a key that is missing, of a wrong kind, or not what this code computes.
+    """
+    whole = Fields(raw, file)
+    nested, vision = whole.section("text_config"), whole.section("vision_config")
+    if nested is None:
+        raise whole.fault("text_config", "the sizes of the text model")
+    if vision is None:
+        raise whole.fault("vision_config", "the sizes of the vision encoder")
+    text = _text(nested, has_experts=MOE_ARCHITECTURE in (raw.get("architectures") or ()))
+    return Config(
+        text=text,
+        vision=_vision(vision, text),
+        tie_word_embeddings=read_tied(whole, nested),
+        image_token_id=whole.whole("image_token_id", 151655, least=0),
+        video_token_id=whole.whole("video_token_id", 151656, least=0),
+        vision_start_token_id=whole.whole("vision_start_token_id", 151652, least=0),
+        vision_end_token_id=whole.whole("vision_end_token_id", 151653, least=0),
+        dtype=read_dtype(whole, nested),
+    )
+
+
+def _text(text: Fields, *, has_experts: bool) -> TextConfig:
+    text.only("hidden_act", ("silu",), "silu, as Qwen3-VL is published")
+    text.only("attention_bias", (False,), "false, as Qwen3-VL is published")
+    # The two classes differ in their defaults; the mixture's own are no published model's, so its sizes must be there.
+    hidden_size = text.whole("hidden_size") if has_experts else text.whole("hidden_size", 4096)
+    num_heads, num_kv_heads = read_heads(text, heads=16 if has_experts else 32, kv_heads=16 if has_experts else 32)
+    head_dim = _head_dim(text, hidden_size, num_heads, has_experts)
+    rope, length = read_rope(text, head_dim, theta=5e5, sections=SECTIONS, length=128000, interleaved=True, nested=True)
+    num_layers = text.whole("num_hidden_layers") if has_experts else text.whole("num_hidden_layers", 32)
     return TextConfig(
-        hidden_size=raw["hidden_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw["num_key_value_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-        intermediate_size=raw["intermediate_size"],
-        vocab_size=raw["vocab_size"],
-        rms_norm_eps=raw["rms_norm_eps"],
-        rope_theta=rope.get("rope_theta") or raw["rope_theta"],
-        mrope_sections=tuple(rope.get("mrope_section") or raw.get("mrope_section") or (24, 20, 20)),
-        max_position_embeddings=raw["max_position_embeddings"],
-        moe=moe,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=text.whole("intermediate_size", 5632 if has_experts else 22016),
+        vocab_size=text.whole("vocab_size", 151936),
+        rms_norm_eps=text.number("rms_norm_eps", 1e-6),
+        rope=rope,
+        max_position_embeddings=length,
+        moe=_experts(text, num_layers) if has_experts else None,
     )
 
 
-def _vision(raw: dict[str, Any]) -> VisionConfig:
-    if raw.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
-        raise UserError(f"config.json: vision hidden_act is {raw['hidden_act']!r}, expected 'gelu_pytorch_tanh'")
-    return VisionConfig(
-        depth=raw["depth"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_heads=raw["num_heads"],
-        in_channels=raw.get("in_channels", 3),
-        patch_size=raw["patch_size"],
-        temporal_patch_size=raw.get("temporal_patch_size", 2),
-        merge_size=raw.get("spatial_merge_size", 2),
-        out_hidden_size=raw["out_hidden_size"],
-        num_positions=raw["num_position_embeddings"],
-        deepstack_layers=tuple(raw["deepstack_visual_indexes"]),
+def _head_dim(text: Fields, hidden_size: int, num_heads: int, has_experts: bool) -> int:
+    """The dense class has 128 where the file says nothing; a null, and the mixture's class, mean an equal share."""
+    is_null = "head_dim" in text.values and "head_dim" not in text
+    if (has_experts or is_null) and "head_dim" not in text:
+        head_dim = hidden_size // num_heads
+        if hidden_size % num_heads:
+            raise text.fault("head_dim", f"a size: hidden_size {hidden_size} does not divide by {num_heads} heads")
+    else:
+        head_dim = text.whole("head_dim", 128)
+    if head_dim % 2:
+        raise text.fault("head_dim", "an even number: heads turn in pairs")
+    return head_dim
+
+
+def _experts(text: Fields, num_layers: int) -> MoEConfig:
+    key = "num_experts" if "num_experts" in text else "num_local_experts"  # transformers 5 writes the latter
+    num_experts = text.whole(key if key in text else "num_experts")
+    top_k = text.whole("num_experts_per_tok")
+    if top_k > num_experts:
+        raise text.fault("num_experts_per_tok", f"at most the number of experts, {num_experts}")
+    return MoEConfig(
+        num_experts=num_experts,
+        top_k=top_k,
+        intermediate_size=text.whole("moe_intermediate_size"),
+        renormalize=text.flag("norm_topk_prob", True),
+        sparse_step=text.whole("decoder_sparse_step", 1, null=True),
+        dense_layers=text.wholes("mlp_only_layers", (), below=num_layers, null=True),
     )
+
+
+def _vision(vision: Fields, text: TextConfig) -> VisionConfig:
+    vision.only("hidden_act", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh, as Qwen3-VL is published")
+    depth = vision.whole("depth", 27)
+    sizes = VisionConfig(
+        depth=depth,
+        hidden_size=vision.whole("hidden_size", 1152),
+        intermediate_size=vision.whole("intermediate_size", 4304),
+        num_heads=vision.whole("num_heads", 16),
+        in_channels=3,
+        patch_size=vision.whole("patch_size", 16),
+        temporal_patch_size=vision.whole("temporal_patch_size", 2),
+        merge_size=vision.whole("spatial_merge_size", 2),
+        out_hidden_size=vision.whole("out_hidden_size", 3584),
+        num_positions=vision.whole("num_position_embeddings", 2304),
+        deepstack_layers=vision.wholes("deepstack_visual_indexes", (8, 16, 24), below=depth),
+    )
+    check_vision(
+        vision,
+        hidden_size=sizes.hidden_size,
+        num_heads=sizes.num_heads,
+        out_hidden_size=sizes.out_hidden_size,
+        text_size=text.hidden_size,
+    )
+    if sizes.positions_side**2 != sizes.num_positions:
+        raise vision.fault("num_position_embeddings", "the number of places in a square")
+    if list(sizes.deepstack_layers) != sorted(set(sizes.deepstack_layers)) or sizes.deepstack_layers[-1:] >= (depth,):
+        raise vision.fault("deepstack_visual_indexes", f"rising numbers of layers, all below depth {depth}")
+    return sizes

@@ -23,7 +23,7 @@ class Model(nn.Module):
         super().__init__()
         text = config.text
         self.config = config
-        self.rope = MRope(text.head_dim, text.rope_theta, text.mrope_sections, interleaved=True)
+        self.rope = MRope(text.head_dim, text.rope, interleaved=True)
         self.visual = Vision(config.vision, parallel.vision)
         self.language_model = Text(text, parallel)
         tied = self.language_model.embed_tokens if config.tie_word_embeddings else None

@@ -15,6 +15,7 @@ from executor.prompt.expand import Fill
 from executor.prompt.options import MediaOptions
 from executor.prompt.positions import place_spans
 from executor.schedule.request import MediaItem, Span
+from models.qwen3_vl.config import parse
 
 PATCHES = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
 HALF = (0.5, 0.5, 0.5)
@@ -54,6 +55,7 @@ def mrope_positions(
 
 
 class Processor(PromptBuilder):
+    parse_config = staticmethod(parse)
     picture_defaults = PICTURE_DEFAULTS
     video_defaults = VIDEO_DEFAULTS
     box_convention = "relative_1000"  # thousandths of its height and width

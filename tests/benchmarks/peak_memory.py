@@ -20,12 +20,13 @@ import torch
 from safetensors.torch import save_file
 
 from executor.checkpoint.load import build_on_meta
-from executor.commands.build import build_engine, family_of
+from executor.commands.build import build_engine
 from executor.engine.engine import Engine
 from executor.recipe.schema import Recipe, build_recipe
 from executor.recipe.settle import prepare
 from executor.schedule.request import MediaItem, Prompt, SamplingParams, Span
 from models.published import published_config
+from models.registry import family_runner
 from tests.reference import REPO
 
 SIZES = {
@@ -135,7 +136,7 @@ def write_random(folder: Path, args: argparse.Namespace) -> None:
     for file in tiny.iterdir():
         if file.suffix in (".json", ".jinja", ".txt") and file.name != "config.json":
             (folder / file.name).write_bytes(file.read_bytes())
-    model = build_on_meta(lambda: family_of(raw["architectures"][0]).build_model(raw), torch.bfloat16)
+    model = build_on_meta(lambda: family_runner(raw).build_model(raw), torch.bfloat16)
     index: dict[str, str] = {}
     for number, pull in enumerate({pull.name: pull for pull in model.pulls({})}.values()):
         name = f"model-{number:05d}.safetensors"

@@ -229,6 +229,16 @@ def test_types_that_do_not_convert(tmp_path):
         load_weights([Pull("int8", (4,), (), torch.zeros(4, dtype=torch.uint8))], checkpoint)
 
 
+def test_an_adapter_among_the_weights_is_not_left_out(tmp_path):
+    layer = "model.layers.0.self_attn.q_proj"
+    tensors = {f"{layer}.weight": torch.ones(2, 2), f"{layer}.lora_A.weight": torch.ones(1, 2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    pull = Pull("model.language_model.layers.0.self_attn.q_proj.weight", (2, 2), (), torch.zeros(2, 2))
+    with pytest.raises(UserError, match="an adapter that was not merged .1 tensors, such as .*lora_A.weight.*peft"):
+        load_weights([pull], Checkpoint(tmp_path))
+    assert not pull.into.any()
+
+
 def test_values_beyond_float16_are_refused(tmp_path):
     save_file({"big": torch.tensor([[1.0, 1e6]]).bfloat16()}, tmp_path / "model.safetensors")
     for shape, transpose in (((1, 2), False), ((2, 1), True)):

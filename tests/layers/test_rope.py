@@ -2,18 +2,19 @@
 
 import torch
 
+from executor.checkpoint.rope import Rope
 from executor.device import ops
 from executor.device.cpu import CpuOps
 from executor.layers.rope import MRope
 
 
 def test_contiguous_sections():
-    axes = MRope(128, 1e6, (16, 24, 24), interleaved=False).axis_of_frequency().tolist()
+    axes = MRope(128, Rope(1e6, (16, 24, 24)), interleaved=False).axis_of_frequency().tolist()
     assert axes == [0] * 16 + [1] * 24 + [2] * 24
 
 
 def test_interleaved_sections():
-    axes = MRope(128, 5e6, (24, 20, 20), interleaved=True).axis_of_frequency().tolist()
+    axes = MRope(128, Rope(5e6, (24, 20, 20)), interleaved=True).axis_of_frequency().tolist()
     assert axes == [0, 1, 2] * 20 + [0] * 4
     assert [axes.count(axis) for axis in range(3)] == [24, 20, 20]
 
@@ -24,7 +25,7 @@ def test_equal_axes_are_plain_rope():
     plain = torch.outer(torch.arange(50.0), 1e4 ** (-torch.arange(0, 128, 2) / 128))
     ops.bind(CpuOps())
     for interleaved, sections in ((False, (16, 24, 24)), (True, (24, 20, 20))):
-        rope = MRope(128, 1e4, sections, interleaved=interleaved)
+        rope = MRope(128, Rope(1e4, sections), interleaved=interleaved)
         rope.prepare()
         cos, sin = rope(positions, torch.float32)
         torch.testing.assert_close(cos, torch.cat((plain, plain), -1).cos(), atol=1e-5, rtol=0)

@@ -8,16 +8,16 @@ import torch
 from executor.checkpoint.load import build_on_meta
 from executor.checkpoint.pull import local_bytes
 from executor.checkpoint.weights import check_complete
-from executor.commands.build import family_of
 from executor.parallel.groups import SINGLE, groups
 from models.published import published_config, published_shapes
+from models.registry import family_runner
 
 SHAPES = published_shapes()
 
 
 def build(name: str, parallel: Any) -> torch.nn.Module:
     config = published_config(name)
-    family = family_of(config["architectures"][0])
+    family = family_runner(config)
     return build_on_meta(lambda: family.build_model(config, parallel), torch.bfloat16)
 
 

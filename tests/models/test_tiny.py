@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from executor.schedule.request import SamplingParams
 from models.tiny.training import world as shapes
+from models.tiny.training.configs import store_experts_as_published
 from models.tiny.training.evaluate import said_box
 from tests.engines import engine_over
 from tests.reference import FAMILIES, REPO, greedy
@@ -65,6 +67,20 @@ def test_transformers_gives_the_same_answers(engine, tmp_path):
         tokens = list(ours.token_ids[0])
         wanted, _ = greedy(model, prompt, engine.runner.pixel_format, len(tokens))
         assert tokens == wanted
+
+
+def test_experts_are_stored_as_published(tmp_path):
+    """[E, H, 2I] and [E, I, H]; what transformers saves, [E, 2I, H] and [E, H, I], the export turns."""
+    file = REPO / "models" / "tiny" / "qwen3_vl_moe" / "model.safetensors"
+    layers = [f"model.language_model.layers.{layer}.mlp.experts." for layer in range(3)]
+    stored = load_file(file)
+    assert {tuple(stored[f"{layer}gate_up_proj"].shape) for layer in layers} == {(4, 256, 288)}
+    assert {tuple(stored[f"{layer}down_proj"].shape) for layer in layers} == {(4, 144, 256)}
+    saved = {name: tensor.transpose(-1, -2).contiguous() for name, tensor in stored.items() if ".experts." in name}
+    rest = {name: tensor for name, tensor in stored.items() if name not in saved}
+    save_file(saved | rest, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    store_experts_as_published(tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").read_bytes() == file.read_bytes()
 
 
 def test_checkpoints_are_small(engine):

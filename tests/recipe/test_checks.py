@@ -5,14 +5,15 @@ import json
 import pytest
 
 from executor.checkpoint.folder import find_checkpoint, read_json
+from executor.checkpoint.foreign import find_quantization
 from executor.errors import UserError
 from executor.recipe import settle as checks
 from executor.recipe.file import parse_override
 from executor.recipe.memory import GIB, estimate, kv_block_bytes
 from executor.recipe.schema import Recipe, build_recipe
-from executor.recipe.settle import check_chip, check_recipe, check_supported, find_quantization, prepare, resolve
-from executor.recipe.sizes import read_shapes
+from executor.recipe.settle import check_chip, check_recipe, check_supported, prepare, resolve
 from models.published import published_config
+from models.registry import read_shapes
 from tests.models.test_shapes import SHAPES
 from tests.reference import REPO
 
@@ -293,8 +294,8 @@ def test_config_json_in_all_its_published_forms():
     [
         ({"architectures": ["LlamaForCausalLM"]}, "names architecture LlamaForCausalLM; this release runs Qwen2_5"),
         ({"architectures": None}, "names architecture None"),
-        ({"hidden_size": None}, "text_config.hidden_size is None, wanted a whole number"),
-        ({"vision_config": {}}, "vision_config.depth is None"),
+        ({"hidden_size": None}, "config.json: hidden_size is None, wanted a whole number, at least 1"),
+        ({"vision_config": {}}, "vision_config is {}, wanted the sizes"),
     ],
 )
 def test_config_json_of_something_else(change, words):

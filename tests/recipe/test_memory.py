@@ -11,8 +11,8 @@ from executor.recipe.memory import LIBRARY_BYTES, TORCH_BYTES, estimate
 from executor.recipe.peak import ENCODE_TOKENS, peak_bytes, pixel_bytes, vision_token_bytes
 from executor.recipe.schema import build_recipe
 from executor.recipe.settle import prepare, resolve
-from executor.recipe.sizes import read_shapes
 from models.published import published_config
+from models.registry import read_shapes
 from tests.reference import FAMILIES, REPO
 
 SIZES = {"max_num_seqs": 2, "turns": 1}

@@ -7,15 +7,14 @@ import torch
 import yaml
 
 from executor.checkpoint.load import build_on_meta
-from executor.commands.build import family_of
 from executor.errors import UserError
 from executor.parallel.groups import groups
 from executor.recipe import settle as checks
 from executor.recipe.memory import GIB, estimate, weights_bytes
 from executor.recipe.schema import Recipe, build_recipe, load_recipe
 from executor.recipe.settle import check_chip, check_recipe, check_supported, resolve
-from executor.recipe.sizes import read_shapes
 from models.published import published_config
+from models.registry import family_runner, read_shapes
 from tests.models.test_shapes import SHAPES
 from tests.reference import REPO
 
@@ -51,7 +50,7 @@ def settled(recipe: Recipe, model: str) -> Recipe:
 def meta_bytes(model: str, tp: int, vision_tp: int) -> int:
     config = published_config(model)
     parallel = groups(tp, tp, 1, "tp" if vision_tp == tp else "data", rank=0, new_group=lambda ranks, buffer_mb: None)
-    module = build_on_meta(lambda: family_of(config["architectures"][0]).build_model(config, parallel), torch.bfloat16)
+    module = build_on_meta(lambda: family_runner(config).build_model(config, parallel), torch.bfloat16)
     return 2 * sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -102,7 +102,7 @@ def _answer_missing(
     from executor.commands.build import open_rank  # loads torch: only when there is work for it
     from executor.commands.generate.spread import Spread
 
-    device, parallel = open_rank(prepared.recipe)
+    device, parallel = open_rank(prepared)
     spread = Spread(parallel, dataset)
     if not spread.start([index for index in range(len(dataset)) if index not in rows]):
         parallel.disconnect()
@@ -150,7 +150,7 @@ def _assist(prepared: Prepared, build: Callable[..., Any] | None) -> None:
     from executor.commands.generate.spread import Spread
 
     recipe = prepared.recipe
-    device, parallel = open_rank(recipe)
+    device, parallel = open_rank(prepared)
     spread = Spread(parallel, load_dataset(recipe.data) if parallel.leads else None)
     if spread.start():
         engine = _build(prepared, device, parallel, build)

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import transformers
+from safetensors.torch import load_file, save_file
 
 from models.tiny.training import tokenizer as tiny_tokenizer
 
@@ -141,6 +142,17 @@ def processor_configs(family):
             "video_processor_type": "Qwen3VLVideoProcessor",
         }
     return picture, clip
+
+
+def store_experts_as_published(file):
+    """Rewrite stacked experts as the published files hold them, [E, H, 2I] and [E, I, H]: transformers 5 writes each
+    matrix the other way round, which neither vLLM nor msmodelslim reads."""
+    tensors = load_file(file)
+    for key, value in tensors.items():
+        if key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            tensors[key] = value.transpose(-1, -2).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)
 
 
 def save_side_files(name, folder, tokenizer):

@@ -148,7 +148,7 @@ def export(model, name, tok, folder):
     copy.tie_weights()
     copy.config.dtype = torch.bfloat16
     copy.save_pretrained(folder)
-    (Path(folder) / "model.safetensors").chmod(0o644)
+    configs.store_experts_as_published(Path(folder) / "model.safetensors")
     written = Path(folder) / "config.json"  # the published files say num_experts
     written.write_text(written.read_text().replace("num_local_experts", "num_experts"))
     configs.save_side_files(name, folder, tok)

@@ -17,7 +17,7 @@ from emulator.traces import Traces
 from executor.checkpoint.load import build_on_meta, load_model
 from executor.checkpoint.pull import finalize
 from executor.checkpoint.weights import Checkpoint
-from executor.commands.build import family_of, join, media_options
+from executor.commands.build import join, media_options
 from executor.device import ops
 from executor.device.cpu import CpuOps
 from executor.device.npu.ops import NpuOps
@@ -29,6 +29,7 @@ from executor.parallel.groups import SINGLE, groups
 from executor.recipe.schema import build_recipe
 from executor.recipe.settle import prepare
 from models.published import published_config
+from models.registry import family_runner
 
 A2, A3, DUO = SOCS
 CPU = CpuOps()
@@ -66,7 +67,7 @@ def engine_on(
     prepared = prepare(build_recipe({"model_config": start, "scheduler_config": settings}))
     recipe = prepared.recipe.replace(model=model or {})
     ops.bind(device)
-    family = family_of(prepared.config["architectures"][0])
+    family = family_runner(prepared.config)
     processor = family.build_processor(prepared.folder, media_options(recipe))
     loaded, _ = load_model(lambda: family.build_model(prepared.config), Checkpoint(prepared.folder), device, dtype)
     replica = Replica(SINGLE, loaded.visual.cost, shares_experts=False)
@@ -115,7 +116,7 @@ def true_size(
     world_size = tp * replicas
     with fake_world(world_size) if world_size > 1 else contextlib.nullcontext():
         parallel = groups(world_size, tp, ep, "tp", rank=0) if world_size > 1 else SINGLE
-        model = build_on_meta(lambda: family_of(config["architectures"][0]).build_model(config, parallel), dtype)
+        model = build_on_meta(lambda: family_runner(config).build_model(config, parallel), dtype)
         model.language_model.layers = model.language_model.layers[:layers]
         finalize(model)
         yield Traces(model, device, dtype, batch=8, blocks=32, block_size=128)

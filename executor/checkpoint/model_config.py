@@ -1,0 +1,53 @@
+"""What the config.json files of all families have in common, for the families' parsers."""
+
+from executor.checkpoint.fields import Fields
+
+DTYPES = ("float32", "bfloat16", "float16")
+VISION_THETA = 10000.0  # the base of the encoders' rotary angles, see executor.layers.vision
+
+
+def read_tied(whole: Fields, nested: Fields | None) -> bool:
+    """Whether config.json says that head and embedding are one tensor. The outer flag counts where it says anything.
+
+    What stands in the weights may differ: see executor.checkpoint.head.
+    """
+    outer = whole.flag("tie_word_embeddings", None)
+    inner = nested.flag("tie_word_embeddings", None) if nested else None
+    return bool(inner if outer is None else outer)
+
+
+def read_dtype(whole: Fields, nested: Fields | None) -> str:
+    """The type of the weights, bfloat16 where none is named."""
+    for holder in (whole, nested):
+        for key in ("dtype", "torch_dtype"):
+            if holder is not None and key in holder:
+                named = holder.text(key).removeprefix("torch.")
+                if named not in (*DTYPES, "auto"):
+                    raise holder.fault(key, f"one of {', '.join(DTYPES)}")
+                return "bfloat16" if named == "auto" else named
+    return "bfloat16"
+
+
+def read_heads(text: Fields, *, heads: int, kv_heads: int) -> tuple[int, int]:
+    """Query heads and key/value heads, of which a null means as many; `heads`, `kv_heads` are the class's defaults."""
+    num_heads = text.whole("num_attention_heads", heads)
+    is_null = "num_key_value_heads" in text.values and "num_key_value_heads" not in text
+    num_kv_heads = num_heads if is_null else text.whole("num_key_value_heads", kv_heads)
+    if num_heads % num_kv_heads:
+        raise text.fault("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
+    return num_heads, num_kv_heads
+
+
+def check_vision(vision: Fields, *, hidden_size: int, num_heads: int, out_hidden_size: int, text_size: int) -> None:
+    """Refuse an encoder whose heads do not divide, whose tokens do not fit the text, or that turns otherwise."""
+    if hidden_size % num_heads or hidden_size // num_heads % 4:
+        raise vision.fault("num_heads", f"a divisor of hidden_size {hidden_size} that leaves a head dim divisible by 4")
+    if out_hidden_size != text_size:
+        raise vision.fault("out_hidden_size", f"the text model's hidden_size, {text_size}")
+    for key in ("in_channels", "in_chans"):
+        vision.only(key, (3, 3.0), "3: pictures come as red, green and blue")
+    rope = vision.section("rope_parameters")
+    if rope is not None:
+        rope.only("rope_theta", (VISION_THETA, int(VISION_THETA)), f"{VISION_THETA:g}, as the models are published")
+        for key in ("rope_type", "type"):
+            rope.only(key, ("axial", "default"), "axial, as the models are published")
