@@ -13,20 +13,19 @@ import torch
 from executor.checkpoint.load import load_model
 from executor.checkpoint.weights import Checkpoint
 from executor.device import ops
-from executor.device.cpu import CpuOps
+from executor.device.table import BACKENDS
 from executor.engine.engine import Engine
 from executor.engine.graphs import DecodeGraphs, batch_sizes, spare_blocks
 from executor.engine.replica import Replica
 from executor.engine.runner import Runner
 from executor.engine.sampler import Sampler
 from executor.engine.step import ModelStep
-from executor.errors import UserError
 from executor.host.env import code_digest, rank_place
 from executor.parallel.groups import Parallel, connect
 from executor.prompt.options import MediaOptions
 from executor.recipe.memory import estimate
 from executor.recipe.schema import Recipe
-from executor.recipe.settle import Prepared, prepare
+from executor.recipe.settle import Prepared, compute_bytes, device_settings, prepare
 from executor.schedule.scheduler import Scheduler
 from models import RUNNERS
 
@@ -58,7 +57,9 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel) -> Engine
     recipe = prepared.recipe
     ops.bind(device)
     free_bytes = device.free_bytes()
-    memory = prepared.memory if free_bytes is None else estimate(recipe, prepared.shapes, free_bytes)
+    memory = prepared.memory
+    if free_bytes is not None:
+        memory = estimate(recipe, prepared.shapes, free_bytes, compute_bytes(recipe))
     logger.info("%s", memory)
     # One scheduler plans for all of them.
     (num_blocks,) = parallel.control.least(memory.num_blocks)
@@ -67,30 +68,19 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel) -> Engine
     dtype = getattr(torch, recipe.model.dtype)
     checkpoint = Checkpoint(prepared.folder)
     model, _ = load_model(lambda: family.build_model(prepared.config, parallel), checkpoint, device, dtype)
+    dtype = device.compute_dtype(dtype)
     replica = Replica(parallel, model.visual.cost, shares_experts=prepared.shapes.num_experts > 0)
     return join(recipe, num_blocks, model, processor, device, dtype, replica)
 
 
 def open_device(recipe: Recipe) -> ops.Ops:
     """The backend of a settled recipe. Raises UserError where this machine has not what it needs."""
-    model = recipe.model
-    if model.device == "cpu":
-        return CpuOps()
-    emulated = model.device == "npu_emulated"
-    if emulated:
+    model, backend = recipe.model, BACKENDS[recipe.model.device]
+    if backend.is_emulated:
         from emulator.activate import activate
 
         activate(model.soc)
-    try:
-        from executor.device.npu.ops import open_npu  # late: it imports torch_npu
-    except ImportError as error:
-        raise UserError(
-            f"model_config.device: npu needs torch_npu beside torch, and it does not import here: {error}; "
-            "python -m executor.commands.doctor says what is missing"
-        ) from error
-    dtype = getattr(torch, model.dtype)
-    index = rank_place().local_rank
-    return open_npu(model.soc, dtype, emulated=emulated, weight_nz=model.enable_weight_nz, index=index)
+    return backend.open(device_settings(model, rank_place().local_rank))
 
 
 def join(

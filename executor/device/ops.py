@@ -81,13 +81,28 @@ class Ops(ABC):
     @abstractmethod
     def gelu(self, x: Tensor, tanh: bool) -> Tensor: ...
 
-    @abstractmethod
-    def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """`weight [out, in]` in the layout this device multiplies fastest, as a function of `x [T, in]`."""
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The type of activations and of the KV cache of a model whose weights have `dtype`."""
+        return dtype
 
-    def prepare_summed_linear(self, weight: Tensor, bias: Tensor | None, group: Any) -> Callable[[Tensor], Tensor]:
-        """The same where every rank of `group` (a parallel.groups.Group) has some of the inputs: results are summed."""
-        multiply = self.prepare_linear(weight, bias)
+    @abstractmethod
+    def prepare_linear(
+        self, weight: Tensor, bias: Tensor | None, many_rows: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        """`weight [out, in]` in the layout this device multiplies fastest, as a function of `x [T, in]`.
+
+        `many_rows`: T is hundreds and more whenever it is called, as in a vision encoder.
+        """
+
+    def prepare_tied_head(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """The same for the weight of an embedding, which stays where it is and is looked up as well."""
+        return self.prepare_linear(weight, None)
+
+    def prepare_summed_linear(
+        self, weight: Tensor, bias: Tensor | None, group: Any, many_rows: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        """prepare_linear where each rank of `group` (a parallel.groups.Group) has some inputs: results are summed."""
+        multiply = self.prepare_linear(weight, bias, many_rows)
         return lambda x: group.all_reduce(multiply(x))
 
     @abstractmethod

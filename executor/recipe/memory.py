@@ -7,12 +7,10 @@ its peak after loading corrects it. Knows sizes and degrees, no tensor.
 from dataclasses import dataclass
 
 from executor.errors import UserError
+from executor.quant.sizes import FLOAT_BYTES, weight_bytes
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Bytes of a linear weight; scales and biases are below a percent of it.
-WEIGHT_BYTES = {"w8a8": 1, "w8a8_dynamic": 1, "w8a16": 1, "w8a8s": 1, "w8a8sc": 1, "w4a16": 0.5, "w4a8_dynamic": 0.5}
 GIB = 2**30
 
 
@@ -44,8 +42,8 @@ class MemoryEstimate:
 
 def weights_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
     """Weights of one rank in the recipe's dtype (resolved, not auto) and degrees."""
-    size = DTYPE_BYTES[recipe.model.dtype]
-    linear_size = WEIGHT_BYTES.get(recipe.model.quantization, size)
+    size = FLOAT_BYTES[recipe.model.dtype]
+    linear_size = weight_bytes(recipe.model.quantization, recipe.model.dtype)
     tp, kv_tp = recipe.attn_tp_size, min(recipe.attn_tp_size, shapes.num_kv_heads)
     whole = shapes.replicated_attention_parameters
     attention = (shapes.attention_parameters - shapes.kv_parameters - whole) / tp + shapes.kv_parameters / kv_tp + whole
@@ -59,16 +57,16 @@ def weights_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
     return round(linears * linear_size + plain * size)
 
 
-def kv_block_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
-    """Keys and values of one block on one rank, all layers."""
+def kv_block_bytes(recipe: Recipe, shapes: ModelShapes, compute_bytes: int | None = None) -> int:
+    """Keys and values of one block on one rank, all layers. `compute_bytes`: see estimate."""
     heads = max(1, shapes.num_kv_heads // recipe.attn_tp_size)
-    per_token = 2 * shapes.num_layers * heads * shapes.head_dim * DTYPE_BYTES[recipe.model.dtype]
+    per_token = 2 * shapes.num_layers * heads * shapes.head_dim * (compute_bytes or FLOAT_BYTES[recipe.model.dtype])
     return recipe.scheduler.block_size * per_token
 
 
-def peak_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
+def peak_bytes(recipe: Recipe, shapes: ModelShapes, compute_bytes: int | None = None) -> int:
     """Activations of one rank at the worst step: a full vision batch, or a full prefill; and what stays beside it."""
-    size, v, tp = DTYPE_BYTES[recipe.model.dtype], shapes.vision, recipe.attn_tp_size
+    size, v, tp = compute_bytes or FLOAT_BYTES[recipe.model.dtype], shapes.vision, recipe.attn_tp_size
     vision_tp = tp if recipe.parallel.vision_parallel == "tp" else 1
     tokens = min(recipe.scheduler.encoder_cache_tokens, recipe.scheduler.max_model_len)
     patches = tokens * v.merge_size**2
@@ -89,15 +87,18 @@ def peak_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
     return round(max(vision, prefill) + cache + logits)
 
 
-def estimate(recipe: Recipe, shapes: ModelShapes, free_bytes: int) -> MemoryEstimate:
+def estimate(recipe: Recipe, shapes: ModelShapes, free_bytes: int, compute_bytes: int | None = None) -> MemoryEstimate:
     """The memory of one rank that may take `memory_fraction` of `free_bytes`. `recipe` is resolved: no auto, no null.
 
+    compute_bytes: of a number of activations and KV cache where the device computes in another type than that of the
+    weights.
     KV blocks: what the recipe names, else what max_num_seqs requests of max_model_len use, as far as the memory goes.
     Raises UserError when weights, peak and one request of full length do not fit.
     """
     scheduler = recipe.scheduler
     budget = int(free_bytes * scheduler.memory_fraction)
-    weights, peak, block = weights_bytes(recipe, shapes), peak_bytes(recipe, shapes), kv_block_bytes(recipe, shapes)
+    weights, peak = weights_bytes(recipe, shapes), peak_bytes(recipe, shapes, compute_bytes)
+    block = kv_block_bytes(recipe, shapes, compute_bytes)
     blocks_of_one = -(-scheduler.max_model_len // scheduler.block_size)
     affordable = (budget - weights - peak) // block
     num_blocks = scheduler.num_blocks or min(scheduler.max_num_seqs * blocks_of_one, max(affordable, blocks_of_one))

@@ -4,7 +4,6 @@
 `prepare` does it all in order; the pieces are pure functions of recipe and sizes, and read no weights.
 """
 
-import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from executor.checkpoint.folder import find_checkpoint, read_json
+from executor.device.table import BACKENDS, DeviceSettings, named
 from executor.errors import UserError
 from executor.host.env import host_memory_bytes
+from executor.quant.sizes import FLOAT_BYTES
 from executor.recipe.memory import MemoryEstimate, estimate
-from executor.recipe.schema import Recipe
+from executor.recipe.schema import ModelSection, Recipe
 from executor.recipe.sizes import ModelShapes, read_shapes
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_MODEL_LEN = 32768
-SUPPORTED_DEVICES = ("cpu", "npu", "npu_emulated")  # the backends of this release; `auto` without a chip is the first
-NPU_DEVICES = ("npu", "npu_emulated")
+NPU_DEVICES = named(npu=True)
 GRAPH_DEVICES = {"ge_graph": NPU_DEVICES, "npugraph_ex": NPU_DEVICES, "compile": ("cpu", "cuda")}
 
 
@@ -55,15 +55,32 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     recipe = resolve(recipe, shapes, quantization=find_quantization(folder, config))
     check_supported(recipe)  # once more: the checkpoint may have brought a scheme
     check_recipe(recipe, shapes)
-    memory = estimate(recipe, shapes, host_memory_bytes() // local_ranks)
+    memory = estimate(recipe, shapes, host_memory_bytes() // local_ranks, compute_bytes(recipe))
     generation_config = read_json(folder, "generation_config.json", required=False)
     return Prepared(recipe, folder, shapes, memory, config, generation_config)
+
+
+def device_settings(model: ModelSection, index: int = 0) -> DeviceSettings:
+    """What a settled recipe says about its device; `index`: which of this machine's chips."""
+    return DeviceSettings(
+        model.dtype,
+        soc=model.soc,
+        emulated=BACKENDS[model.device].is_emulated,
+        weight_nz=model.enable_weight_nz,
+        cpu_isa=model.cpu_isa,
+        index=index,
+    )
+
+
+def compute_bytes(recipe: Recipe) -> int:
+    """Of a number of the activations and of the KV cache. Raises UserError for a CPU that the recipe forces in vain."""
+    return FLOAT_BYTES[BACKENDS[recipe.model.device].computes_in(device_settings(recipe.model))]
 
 
 def check_supported(recipe: Recipe) -> None:
     """Refuse what the schema knows and this release cannot start yet. The one place that decides it."""
     model = recipe.model
-    if model.device not in (*SUPPORTED_DEVICES, "auto"):
+    if model.device not in (*BACKENDS, "auto"):
         raise UserError(
             f"model_config.device: the {model.device} backend is not part of this release yet; device: cpu runs "
             f"everywhere. Try:  {_that_runs(recipe)}"
@@ -94,7 +111,7 @@ def _has_graphs(recipe: Recipe) -> bool:
 
 def has_torch_npu() -> bool:
     """Whether torch_npu is installed; it is not imported."""
-    return importlib.util.find_spec("torch_npu") is not None
+    return BACKENDS["npu"].is_installed
 
 
 def _that_runs(recipe: Recipe) -> str:
@@ -147,7 +164,7 @@ def resolve_device(recipe: Recipe) -> Recipe:
     """Settle `device: auto`: the chip that is named, else the best backend of this release."""
     if recipe.model.device != "auto":
         return recipe
-    device = "npu" if recipe.model.soc else SUPPORTED_DEVICES[0]
+    device = "npu" if recipe.model.soc else next(iter(BACKENDS))
     logger.info("device: auto is %s", device)
     return recipe.replace(model={"device": device})
 

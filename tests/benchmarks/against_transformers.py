@@ -21,7 +21,7 @@ from executor.checkpoint.load import default_dtype
 from executor.checkpoint.pull import finalize
 from executor.checkpoint.settings import PixelSettings
 from executor.device import ops
-from executor.device.cpu import CpuOps
+from executor.device.cpu.ops import CpuOps
 from executor.engine.engine import Engine
 from executor.engine.replica import Replica
 from executor.engine.runner import Runner

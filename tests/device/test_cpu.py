@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from executor.device.cpu import CpuOps
+from executor.device.cpu.ops import CpuOps
 
 OPS = CpuOps()
 

@@ -3,7 +3,7 @@
 import torch
 
 from executor.device import ops
-from executor.device.cpu import CpuOps
+from executor.device.cpu.ops import CpuOps
 from executor.layers.rope import MRope
 
 
