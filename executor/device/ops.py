@@ -98,6 +98,10 @@ class Ops(ABC):
         """The same for the weight of an embedding, which stays where it is and is looked up as well."""
         return self.prepare_linear(weight, None)
 
+    def copies_tied_head(self, dtype: torch.dtype) -> bool:
+        """Whether prepare_tied_head makes a copy of a weight of `dtype` in host memory, which could stand alone."""
+        return False
+
     def prepare_summed_linear(
         self, weight: Tensor, bias: Tensor | None, group: Any, many_rows: bool = False
     ) -> Callable[[Tensor], Tensor]:

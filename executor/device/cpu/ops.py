@@ -92,9 +92,12 @@ class CpuOps(Ops):
 
     def prepare_tied_head(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """Read where the embedding has it; FBGEMM's panels are worth a copy, as plain weights are far slower there."""
-        if self.capability.form(weight.dtype) == PACKED_FP16:
+        if self.copies_tied_head(weight.dtype):
             return self.prepare_linear(weight, None)
         return Shared(weight.detach())
+
+    def copies_tied_head(self, dtype: torch.dtype) -> bool:
+        return self.capability.form(dtype) == PACKED_FP16
 
     def prepare_experts(
         self, gate_up: Tensor, down: Tensor, first: int = 0, num_experts: int | None = None
