@@ -1,6 +1,6 @@
 """The op surface: what a model may ask of a device, and the one process global, the bound backend.
 
-A backend implements `Ops`. `executor/device/cpu.py` is the reference: it defines every op, others are tested
+A backend implements `Ops`. `executor/device/cpu/ops.py` is the reference: it defines every op, others are tested
 against it. Layers call `ops.bound()`; none asks which device it runs on.
 Legend: T tokens, H query heads, K key/value heads, D head dim, S cache slots, E experts, I intermediate.
 """

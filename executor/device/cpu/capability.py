@@ -34,12 +34,7 @@ class Capability:
 
     def form(self, dtype: torch.dtype) -> str:
         """How weights of `dtype` are kept: one of REORDERED, PACKED_FP16, PLAIN."""
-        reordered = dtype in self.reorders
-        if dtype is torch.bfloat16:
-            reordered = reordered and self.isa != "avx2"
-        elif dtype is torch.float16:
-            reordered = reordered and not self.packs_fp16  # fp32 activations cannot overflow
-        if reordered:
+        if dtype in self.reorders and (dtype.itemsize > 2 or self.isa != "avx2"):
             return REORDERED
         return PACKED_FP16 if dtype.itemsize == 2 and self.packs_fp16 else PLAIN
 

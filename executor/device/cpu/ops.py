@@ -47,16 +47,14 @@ class CpuOps(Ops):
         self.scratch = Scratch()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if x.dtype == torch.float32:
-            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
         scale = torch.rsqrt(squares.div_(x.shape[-1]).add_(eps))
         if x.numel() <= _TILE_ELEMENTS:
-            return x.float().mul_(scale).to(x.dtype).mul_(weight)
+            return _scaled(x, scale).mul_(weight)
         # In tiles that stay in the cache: five times as fast as whole fp32 copies of a picture's patches.
         out, rows = torch.empty_like(x), max(1, _TILE_ELEMENTS // x.shape[-1])
         for tile, part, into in zip(x.split(rows), scale.split(rows), out.split(rows), strict=True):
-            torch.mul(tile.float().mul_(part).to(x.dtype), weight, out=into)
+            torch.mul(_scaled(tile, part), weight, out=into)
         return out
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -194,6 +192,11 @@ class CpuOps(Ops):
 
     def synchronize(self) -> None:
         """Every CPU op has ended when its call returns."""
+
+
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """`x * scale`, fp32 `scale`, as a new tensor in the type of `x`."""
+    return x * scale if x.dtype is torch.float32 else x.float().mul_(scale).to(x.dtype)
 
 
 def open_cpu(settings: DeviceSettings) -> CpuOps:
