@@ -88,12 +88,17 @@ BACKENDS: dict[str, Backend] = {
             opener="executor.device.cpu.ops:open_cpu",
             compute_dtype="executor.device.cpu.ops:computes_in",
         ),
-        # float32 is a chip's own only where it has no bfloat16; executor/device/npu/soc.py has each chip's types.
+        # Which of them a chip has stands in executor/device/npu/soc.py.
         Backend("npu", ("bfloat16", "float16"), **_NPU),
         Backend("npu_emulated", ("bfloat16", "float16"), **_NPU, is_emulated=True),
     )
 }
 """The first is what `auto` is on a machine without a chip."""
+
+
+def having(what: str, value: str) -> tuple[str, ...]:
+    """Names of the backends that have `value` among their `what`: dtypes, exe_modes or quantization."""
+    return tuple(backend.name for backend in BACKENDS.values() if value in getattr(backend, what))
 
 
 def named(*, npu: bool) -> tuple[str, ...]:

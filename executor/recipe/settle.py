@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from executor.checkpoint.folder import find_checkpoint, read_json
-from executor.device.table import BACKENDS, DeviceSettings, named
+from executor.device.table import BACKENDS, DeviceSettings, having, named
 from executor.errors import UserError
 from executor.host.env import host_memory_bytes
 from executor.quant.sizes import FLOAT_BYTES
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_MODEL_LEN = 32768
 NPU_DEVICES = named(npu=True)
-GRAPH_DEVICES = {"ge_graph": NPU_DEVICES, "npugraph_ex": NPU_DEVICES, "compile": ("cpu", "cuda")}
+GRAPH_DEVICES = {mode: having("exe_modes", mode) for mode in ("ge_graph", "npugraph_ex")} | {"compile": ("cpu", "cuda")}
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,12 @@ def check_supported(recipe: Recipe) -> None:
             "(python -m executor.commands.doctor says which). device: npu_emulated runs the same code on this CPU; "
             f"device: cpu is fast. Try:  {_that_runs(recipe)}"
         )
-    if model.exe_mode == "compile":
+    if not having("exe_modes", model.exe_mode):
         raise UserError(
             f"model_config.exe_mode: {model.exe_mode} is not part of this release yet; eager is. "
             f"Try:  {_that_runs(recipe)}"
         )
-    if model.quantization not in ("auto", "none"):
+    if model.quantization != "auto" and not having("quantization", model.quantization):
         raise UserError(
             f"model_config.quantization: {model.quantization} weights are not part of this release yet; "
             "use the float checkpoint of the same model"
@@ -144,7 +144,8 @@ def check_chip(recipe: Recipe) -> None:
             f"model_config.exe_mode: {model.exe_mode} is for device {' or '.join(devices)}, "
             f"but device is {model.device}; set exe_mode: eager"
         )
-    if model.device in NPU_DEVICES and model.dtype == "float32" and model.soc != "atlas_300i_duo":
+    types = BACKENDS[model.device].dtypes if model.device in NPU_DEVICES else ()
+    if types and model.dtype not in ("auto", *types) and model.soc != "atlas_300i_duo":
         raise UserError(
             "model_config.dtype: attention on NPUs computes in bfloat16 or float16, got float32; set dtype: bfloat16"
         )
