@@ -57,12 +57,13 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     check_supported(recipe)  # once more: the checkpoint may have brought a scheme
     check_recipe(recipe, shapes)
     picture_tokens = largest_picture_tokens(recipe, shapes, folder)
+    size = compute_bytes(recipe)  # first: asking a CPU loads what the process holds from then on
     process_bytes = process_memory_bytes() if recipe.model.device != "npu" else 0
     memory = estimate(
         recipe,
         shapes,
         host_memory_bytes() // local_ranks,
-        compute_bytes(recipe),
+        size,
         picture_tokens=picture_tokens,
         process_bytes=process_bytes,
     )
