@@ -6,6 +6,7 @@ from executor.errors import UserError
 from executor.schedule.request import SamplingParams
 
 MAX_LOGPROBS = 20  # as the OpenAI protocol has it
+MAX_ANSWERS = 128  # likewise: `n` answers are as many requests
 
 
 def check_params(params: SamplingParams, vocab_size: int) -> None:
@@ -22,7 +23,7 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
         ("presence_penalty", number, -2, 2, "from -2 to 2; 0 is none"),
         ("frequency_penalty", number, -2, 2, "from -2 to 2; 0 is none"),
         ("seed", whole, -math.inf, math.inf, "a whole number"),
-        ("n", whole, 1, math.inf, "a whole number of 1 or more"),
+        ("n", whole, 1, MAX_ANSWERS, f"a whole number from 1 to {MAX_ANSWERS}"),
     ]
     if params.logprobs is not None:
         rules.append(("logprobs", whole, 0, MAX_LOGPROBS, f"none, or a whole number from 0 to {MAX_LOGPROBS}"))

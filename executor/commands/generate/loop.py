@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from dataset.sample import Sample
-from executor.commands.generate.rows import Asked, Row, answered_row, failed_row
+from executor.commands.generate.ask import ask
+from executor.commands.generate.rows import Row, answered_row, failed_row
 from executor.errors import UserError
 from executor.recipe.schema import Recipe
 from executor.schedule.request import SamplingParams
@@ -54,7 +54,7 @@ def answer(
                 exhausted = True
                 break
             try:
-                asked = _ask(engine, recipe, params, index, sample)
+                asked = ask(engine, recipe, params, index, sample)
                 request_id = engine.add(asked.prompt, asked.params)
             except UserError as error:
                 yield failed_row(index, sample, str(error))
@@ -69,19 +69,3 @@ def answer(
             asked = pending.pop(completion.request_id)
             yield answered_row(asked, completion, engine, recipe)
         yield None
-
-
-def _ask(engine: Any, recipe: Recipe, params: SamplingParams, index: int, sample: Sample) -> Asked:
-    """Read a sample's media and make its prompt. UserError for what cannot be asked."""
-    from executor.engine.engine import random_seed
-
-    if sample.error:
-        raise UserError(sample.error)
-    started = time.monotonic()
-    messages = list(sample.messages)
-    if recipe.data.system_prompt and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": recipe.data.system_prompt})
-    prompt = engine.processor.build(messages, chat_template_kwargs=recipe.data.chat_template_kwargs or None)
-    if params.temperature and recipe.generation.seed is None:
-        params = replace(params, seed=random_seed())
-    return Asked(index, sample, params, prompt, time.monotonic() - started)
