@@ -22,6 +22,7 @@ RANKS = {
     "executor.recipe.settle": 4,
     "executor.parallel": 4,
     "executor.quant": 5,
+    "executor.quant.sizes": 2,
     "executor.layers": 6,
     "executor.engine": 7,
     "models.registry": 3,  # and every models.FAMILY.config: sizes, no module of a model

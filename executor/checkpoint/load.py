@@ -7,11 +7,15 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from executor.checkpoint.mapped import mapped_rows
 from executor.checkpoint.pull import finalize
 from executor.checkpoint.weights import Checkpoint, LoadReport, check_complete, load_weights
 from executor.device.ops import Ops
 
 logger = logging.getLogger(__name__)
+
+EMBEDDING = "model.language_model.embed_tokens"
+"""Canonical name of the token embedding in every family."""
 
 
 @contextmanager
@@ -44,5 +48,21 @@ def load_model(
     check_complete(model, pulls)
     report = load_weights(pulls, checkpoint, ignore=("lm_head.weight",) if model.config.tie_word_embeddings else ())
     del pulls  # they hold the plain weights, which every layer is about to give up
+    if model.lm_head.tied and device.copies_tied_head(dtype):
+        _leave_in_file(model.language_model.embed_tokens, checkpoint)
     finalize(model)
     return model.eval(), report
+
+
+def _leave_in_file(embedding: nn.Module, checkpoint: Checkpoint) -> None:
+    """Look tokens up in the checkpoint's own file: the head is about to have the device's copy, the only one in memory.
+
+    Not where the file has another type: rows would be rounded at every lookup.
+    """
+    (pull,) = embedding.pulls(checkpoint.catalog, EMBEDDING)
+    info = checkpoint.catalog[pull.name]
+    if info.dtype is not embedding.weight.dtype:
+        logger.info("tied weights stand twice: the file has %s, the recipe %s", info.dtype, embedding.weight.dtype)
+        return
+    embedding.weight = nn.Parameter(mapped_rows(info, pull.index[0]), requires_grad=False)
+    logger.info("token embeddings are looked up in %s; the output head has their copy in memory", info.file.name)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from executor.checkpoint.load import load_model
 from executor.checkpoint.weights import Checkpoint
 from executor.device import ops
-from executor.device.cpu import CpuOps
+from executor.device.table import BACKENDS
 from executor.engine.engine import Engine
 from executor.engine.graph_folder import GraphFolder
 from executor.engine.graphs import DecodeGraphs, batch_sizes, spare_blocks
@@ -20,13 +21,12 @@ from executor.engine.replica import Replica
 from executor.engine.runner import Runner
 from executor.engine.sampler import Sampler
 from executor.engine.step import ModelStep
-from executor.errors import UserError
 from executor.host.env import code_digest, rank_place
 from executor.parallel.groups import Parallel
 from executor.prompt.options import MediaOptions
 from executor.recipe.memory import estimate
 from executor.recipe.schema import Recipe
-from executor.recipe.settle import Prepared, prepare
+from executor.recipe.settle import Prepared, compute_bytes, device_settings, prepare
 from executor.schedule.scheduler import Scheduler
 from models.registry import family_runner
 
@@ -58,7 +58,8 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel, runner: A
     free_bytes = device.free_bytes()
     memory = prepared.memory
     if free_bytes is not None:
-        memory = estimate(recipe, prepared.shapes, free_bytes, picture_tokens=prepared.picture_tokens)
+        size = compute_bytes(recipe)
+        memory = estimate(recipe, prepared.shapes, free_bytes, size, picture_tokens=prepared.picture_tokens)
     logger.info("%s", memory)
     # One scheduler plans for all of them.
     (num_blocks,) = parallel.control.least(memory.num_blocks)
@@ -67,31 +68,19 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel, runner: A
     checkpoint = Checkpoint(prepared.folder)
     model, _ = load_model(lambda: runner.build_model(prepared.config, parallel), checkpoint, device, dtype)
     replica = runner.build_replica(model, parallel)
+    dtype = device.compute_dtype(dtype)
     return join(recipe, num_blocks, model, processor, device, dtype, replica, runner.decode_graphs)
 
 
 def open_device(recipe: Recipe) -> ops.Ops:
     """The backend of a settled recipe. Raises UserError where this machine has not what it needs."""
-    model = recipe.model
-    if model.device == "cpu":
-        return CpuOps()
-    emulated = model.device == "npu_emulated"
-    if emulated:
+    model, backend = recipe.model, BACKENDS[recipe.model.device]
+    if backend.is_emulated:
         from emulator.activate import activate
 
         activate(model.soc)
-    try:
-        from executor.device.npu.ops import open_npu  # late: it imports torch_npu
-    except ImportError as error:
-        raise UserError(
-            f"model_config.device: npu needs torch_npu beside torch, and it does not import here: {error}; "
-            "python -m executor.commands.doctor says what is missing"
-        ) from error
-    dtype = getattr(torch, model.dtype)
-    return open_npu(
-        model.soc, dtype, emulated=emulated, weight_nz=model.enable_weight_nz, decode_rows=decode_rows(recipe),
-        index=rank_place().local_rank,
-    )  # fmt: skip
+    settings = device_settings(model, rank_place().local_rank)
+    return backend.open(replace(settings, decode_rows=decode_rows(recipe)))
 
 
 def join(

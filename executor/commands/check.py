@@ -90,7 +90,7 @@ def settle(recipe: Recipe) -> tuple[Recipe, ModelShapes, Mapping[str, Any]]:
 
 
 def find_config(recipe: Recipe) -> tuple[Mapping[str, Any], str, ModelShapes]:
-    """config.json, quantization and sizes of the checkpoint, if it is here, else of the published model of that name."""
+    """config.json, quantization and sizes of the checkpoint if it is here, else of the published model of that name."""
     path = recipe.model.model_path
     folder = local_checkpoint(path, recipe.model.hub)
     if folder is not None:

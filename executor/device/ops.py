@@ -1,6 +1,6 @@
 """The op surface: what a model may ask of a device, and the one process global, the bound backend.
 
-A backend implements `Ops`. `executor/device/cpu.py` is the reference: it defines every op, others are tested
+A backend implements `Ops`. `executor/device/cpu/ops.py` is the reference: it defines every op, others are tested
 against it. Layers call `ops.bound()`; none asks which device it runs on.
 Legend: T tokens, H query heads, K key/value heads, D head dim, S cache slots, E experts, I intermediate.
 """
@@ -81,13 +81,32 @@ class Ops(ABC):
     @abstractmethod
     def gelu(self, x: Tensor, tanh: bool) -> Tensor: ...
 
-    @abstractmethod
-    def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """`weight [out, in]` in the layout this device multiplies fastest, as a function of `x [T, in]`."""
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The type of activations and of the KV cache of a model whose weights have `dtype`."""
+        return dtype
 
-    def prepare_summed_linear(self, weight: Tensor, bias: Tensor | None, group: Any) -> Callable[[Tensor], Tensor]:
-        """The same where every rank of `group` (a parallel.groups.Group) has some of the inputs: results are summed."""
-        multiply = self.prepare_linear(weight, bias)
+    @abstractmethod
+    def prepare_linear(
+        self, weight: Tensor, bias: Tensor | None, many_rows: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        """`weight [out, in]` in the layout this device multiplies fastest, as a function of `x [T, in]`.
+
+        `many_rows`: T is hundreds and more whenever it is called, as in a vision encoder.
+        """
+
+    def prepare_tied_head(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """The same for the weight of an embedding, which stays where it is and is looked up as well."""
+        return self.prepare_linear(weight, None)
+
+    def copies_tied_head(self, dtype: torch.dtype) -> bool:
+        """Whether prepare_tied_head makes a copy of a weight of `dtype` in host memory, which could stand alone."""
+        return False
+
+    def prepare_summed_linear(
+        self, weight: Tensor, bias: Tensor | None, group: Any, many_rows: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        """prepare_linear where each rank of `group` (a parallel.groups.Group) has some inputs: results are summed."""
+        multiply = self.prepare_linear(weight, bias, many_rows)
         return lambda x: group.all_reduce(multiply(x))
 
     @abstractmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from executor.doctor.facts import Facts
 from executor.doctor.findings import ERROR, NOTE, OK, UNKNOWN, WARNING, Finding
+from executor.host.cpu import parse_cpuinfo
 from executor.host.nodes import PORTS, is_placeholder, parse_hccn_conf
 from executor.host.npu_smi import A2, A3
 
@@ -13,7 +14,7 @@ _SET_ENV = "executor/scripts/set_env.sh"
 
 def check(facts: Facts) -> list[Finding]:
     """All findings about the host and its network."""
-    findings = [_system(facts), _memory(facts), _ports(facts), _nodes(facts), _interface(facts)]
+    findings = [_system(facts), _cpu(facts), _memory(facts), _ports(facts), _nodes(facts), _interface(facts)]
     if facts.num_nodes > 1 and facts.family in (A2, A3):
         findings.append(_npu_network(facts))
     return findings
@@ -26,6 +27,26 @@ def _system(facts: Facts) -> Finding:
             "os", ERROR, f"{system}, {arch}", "Linux on aarch64 or x86_64", "Ascend has drivers for these only"
         )
     return Finding("os", OK, f"{system}, {arch}")
+
+
+def _cpu(facts: Facts) -> Finding:
+    """What the cpu device will make of this CPU; nothing here keeps a recipe from running."""
+    cpu = parse_cpuinfo(facts.machine.read("/proc/cpuinfo") or "")
+    if cpu is None:
+        return Finding("cpu", UNKNOWN, "/proc/cpuinfo lists no instructions; the cpu device asks torch when it starts")
+    found = f"{cpu.name}: {cpu.vectors or 'no vector instructions that torch has kernels for'}"
+    if cpu.multiplies_bfloat16 and cpu.is_x86:
+        return Finding("cpu", OK, f"{found}; the cpu device multiplies bfloat16 itself (cpu_isa avx512)")
+    if {"avx2", "f16c"} <= cpu.flags:
+        return Finding(
+            "cpu", OK, f"{found}; the cpu device keeps 16-bit weights packed and computes in float32 (cpu_isa avx2)"
+        )
+    if cpu.is_x86:
+        advice = "in a virtual machine, let it see the host's CPU (kvm: -cpu host)"
+        return Finding(
+            "cpu", WARNING, f"{found}; the cpu device has plain products only, which are slow", "AVX2", advice
+        )
+    return Finding("cpu", NOTE, f"{found}; the cpu device tries which packed products torch has here")
 
 
 def _memory(facts: Facts) -> Finding:

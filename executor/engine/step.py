@@ -50,7 +50,7 @@ class ModelStep(nn.Module):
         embeddings = self.model.embed(token_ids)
         deepstack = None
         if visual is not None:
-            embeddings = embeddings.index_copy(0, visual.index, visual.features[:, 0])
+            embeddings.index_copy_(0, visual.index, visual.features[:, 0])  # the lookup's own tensor
             if self.model.num_taps:
                 deepstack = DeepStack(visual.index, visual.features[:, 1:])
         cos, sin = self.model.rope(positions, self.dtype)

@@ -54,9 +54,20 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
         self.k_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVLayer, slots: Tensor, prepared: object) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVLayer,
+        slots: Tensor,
+        prepared: object,
+        select: Tensor | None = None,
+    ) -> Tensor:
+        """`select` int64 [R]: the tokens whose result is wanted, `[R, n]`; keys and values are those of all."""
         device = ops.bound()
         norms = None if self.q_norm is None else HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         heads = Heads(self.num_heads, self.num_kv_heads, self.head_dim)
         q = device.qkv_norm_rope_write(self.qkv_proj(x), heads, norms, cos, sin, cache, slots)
-        return self.o_proj(device.paged_attention(q, cache, prepared, self.scale))
+        y = device.paged_attention(q, cache, prepared, self.scale)
+        return self.o_proj(y if select is None else y[select])

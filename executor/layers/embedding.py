@@ -29,12 +29,13 @@ class Embedding(nn.Module):
         yield Pull(f"{prefix}.weight", self.shape, (self.rows, slice(None)), self.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
+        compute_dtype = ops.bound().compute_dtype(self.weight.dtype)
         if self.group.size == 1:
-            return F.embedding(ids, self.weight)
+            return F.embedding(ids, self.weight).to(compute_dtype)
         wanted = ids - self.rows.start
         local = wanted.clamp(0, len(self.weight) - 1)
         others = (wanted != local).unsqueeze(-1)  # ids that another rank holds
-        return self.group.all_reduce(F.embedding(local, self.weight).masked_fill_(others, 0))
+        return self.group.all_reduce(F.embedding(local, self.weight).masked_fill_(others, 0).to(compute_dtype))
 
 
 class Head(nn.Module):
@@ -54,8 +55,8 @@ class Head(nn.Module):
             yield Pull(f"{prefix}.weight", self.shape, (self.rows, slice(None)), self.weight)
 
     def prepare(self) -> None:
-        """Tied weights stand twice afterwards where the device multiplies from a layout of its own."""
-        self._multiply = ops.bound().prepare_linear(self.weight.data, None)
+        device, weight = ops.bound(), self.weight.data
+        self._multiply = device.prepare_tied_head(weight) if self.tied else device.prepare_linear(weight, None)
         del self.weight
         self.weight = None
 

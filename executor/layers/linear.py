@@ -1,34 +1,23 @@
 """Linear layers: replicated, split by outputs, split by inputs, and several in one multiplication.
 
-One class: the split is a label on a dim ("out", "in" or None), collectives are the identity at degree 1.
+One class: the split is a label on a dim ("out", "in" or None), collectives are the identity at degree 1, and how
+weights are stored and multiplied is the scheme's (executor/quant).
 Legend: T tokens, n inputs, m outputs of this rank.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal
 
 from torch import Tensor, nn
 
-from executor.checkpoint.pull import Catalog, Pull, elsewhere, empty
+from executor.checkpoint.pull import Catalog, Pull
 from executor.device import ops
 from executor.parallel.groups import Group
-from executor.parallel.partition import part
+from executor.parallel.partition import Part, part
+from executor.quant.float import FLOAT
+from executor.quant.scheme import LinearShare, Scheme
 
 _ALONE = Group()
-
-
-@dataclass(frozen=True)
-class Part:
-    """`rows` of tensor `name` (beside the fused layer; None: the layer's own name), `num_rows` of the whole tensor."""
-
-    name: str | None
-    num_rows: int
-    rows: slice
-
-    @property
-    def num_local(self) -> int:
-        return self.rows.stop - self.rows.start
 
 
 class Linear(nn.Module):
@@ -48,52 +37,55 @@ class Linear(nn.Module):
         group: Group = _ALONE,
         parts: tuple[Part, ...] = (),
         file_shape: tuple[int, ...] | None = None,
+        scheme: Scheme = FLOAT,
     ) -> None:
         """`file_shape`: the checkpoint's shape of the same weight where it is not [num_out, num_in] (a convolution)."""
         super().__init__()
-        self.group = group if shard else _ALONE
-        self.shard = shard
-        self.num_in = num_in
-        self.columns = part(num_in, group, "linear inputs") if shard == "in" else slice(0, num_in)
+        columns = part(num_in, group, "linear inputs") if shard == "in" else slice(0, num_in)
         out = part(num_out, group, "linear outputs") if shard == "out" and not parts else slice(0, num_out)
-        self.parts = parts or (Part(None, num_out, out),)
-        self.file_shape = file_shape
-        num_rows = sum(p.num_local for p in self.parts)
-        self.weight = empty(num_rows, self.columns.stop - self.columns.start)
-        self.has_bias = bias
-        adds_bias = bias and not (shard == "in" and group.rank)
-        self.bias = empty(num_rows) if adds_bias else None
+        parts = parts or (Part(None, num_out, out),)
+        self.share = LinearShare(num_in, columns, parts, shard, group if shard else _ALONE, bias, file_shape)
+        self.scheme = scheme
+        self.many_rows = False  # whether every call has hundreds of rows: set by who knows, before `prepare`
+        self._names = keep(self, scheme.linear_tensors(self.share))
         self._multiply: Callable[[Tensor], Tensor] | None = None
 
     def pulls(self, catalog: Catalog, prefix: str) -> Iterator[Pull]:
-        start = 0
-        for p in self.parts:
-            name = f"{prefix.rsplit('.', 1)[0]}.{p.name}" if p.name else prefix
-            end = start + p.num_local
-            if self.file_shape:
-                weight, index = self.weight.view(self.file_shape), (slice(None),) * len(self.file_shape)
-                yield Pull(f"{name}.weight", self.file_shape, index, weight)
-            else:
-                shape = (p.num_rows, self.num_in)
-                yield Pull(f"{name}.weight", shape, (p.rows, self.columns), self.weight[start:end])
-            if self.bias is not None:
-                yield Pull(f"{name}.bias", (p.num_rows,), (p.rows,), self.bias[start:end])
-            elif self.has_bias:
-                yield elsewhere(f"{name}.bias", (p.num_rows,))
-            start = end
+        return self.scheme.pull_linear(self.share, kept(self, self._names), catalog, prefix)
 
     def prepare(self) -> None:
-        """Hand the weight to the backend in its own layout and drop the plain copy."""
-        bias = None if self.bias is None else self.bias.data
-        if self.shard == "in" and self.group.size > 1:
-            self._multiply = ops.bound().prepare_summed_linear(self.weight.data, bias, self.group)
-        else:
-            self._multiply = ops.bound().prepare_linear(self.weight.data, bias)
-        del self.weight
-        self.weight = None
+        """Hand the tensors to the backend in its own layout and drop the plain copies."""
+        tensors = kept(self, self._names)
+        self._multiply = self.scheme.prepare_linear(ops.bound(), self.share, tensors, self.many_rows)
+        drop(self, self._names)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._multiply(x)
+
+
+def keep(layer: nn.Module, tensors: Mapping[str, nn.Parameter | None]) -> tuple[str, ...]:
+    """Register a scheme's tensors as the layer's parameters; their names."""
+    for name, tensor in tensors.items():
+        layer.register_parameter(name, tensor)
+    return tuple(tensors)
+
+
+def kept(layer: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter | None]:
+    """The tensors that `keep` has registered, as they are now."""
+    return {name: getattr(layer, name) for name in names}
+
+
+def drop(layer: nn.Module, names: Iterable[str]) -> None:
+    """Let go of them: what is computed with is the scheme's function."""
+    for name in names:
+        setattr(layer, name, None)
+
+
+def expect_many_rows(module: nn.Module) -> None:
+    """Tell every linear below `module` that all its calls have hundreds of rows, as a vision encoder's have."""
+    for child in module.modules():
+        if isinstance(child, Linear):
+            child.many_rows = True
 
 
 def fused(names: tuple[str, ...], num_out: int, group: Group) -> tuple[Part, ...]:

@@ -8,6 +8,11 @@ from executor.checkpoint.pull import Catalog, Pull, empty, whole
 from executor.device import ops
 
 
+def computed(x: nn.Parameter) -> nn.Parameter:
+    """A small weight in the type that the device computes in."""
+    return nn.Parameter(x.to(ops.bound().compute_dtype(x.dtype)), requires_grad=False)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm (Zhang and Sennrich 2019) over the last dim."""
 
@@ -18,6 +23,9 @@ class RMSNorm(nn.Module):
 
     def pulls(self, catalog: Catalog, prefix: str) -> Iterator[Pull]:
         yield whole(f"{prefix}.weight", self.weight)
+
+    def prepare(self) -> None:
+        self.weight = computed(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.bound().rms_norm(x, self.weight, self.eps)
@@ -38,6 +46,9 @@ class LayerNorm(nn.Module):
     def pulls(self, catalog: Catalog, prefix: str) -> Iterator[Pull]:
         yield whole(f"{prefix}.weight", self.weight)
         yield whole(f"{prefix}.bias", self.bias)
+
+    def prepare(self) -> None:
+        self.weight, self.bias = computed(self.weight), computed(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.bound().layer_norm(x, self.weight, self.bias, self.eps)

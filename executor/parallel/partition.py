@@ -1,7 +1,22 @@
 """Which part of a dimension a rank of a group holds. At size 1 the whole of it."""
 
+from dataclasses import dataclass
+
 from executor.errors import UserError
 from executor.parallel.groups import Group
+
+
+@dataclass(frozen=True)
+class Part:
+    """`rows` of tensor `name` (beside the fused layer; None: the layer's own name), `num_rows` of the whole tensor."""
+
+    name: str | None
+    num_rows: int
+    rows: slice
+
+    @property
+    def num_local(self) -> int:
+        return self.rows.stop - self.rows.start
 
 
 def share(size: int, group: Group, what: str) -> int:

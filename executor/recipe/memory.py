@@ -9,12 +9,11 @@ its peak after loading corrects it. Knows sizes and degrees, no tensor. A test h
 from dataclasses import dataclass
 
 from executor.errors import UserError
-from executor.recipe.peak import DTYPE_BYTES, peak_bytes, pixel_bytes
+from executor.quant.sizes import FLOAT_BYTES, weight_bytes
+from executor.recipe.peak import peak_bytes, pixel_bytes
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
 
-# Bytes of a linear weight; scales and biases are below a percent of it.
-WEIGHT_BYTES = {"w8a8": 1, "w8a8_dynamic": 1, "w8a16": 1, "w8a8s": 1, "w8a8sc": 1, "w4a16": 0.5, "w4a8_dynamic": 0.5}
 GIB = 2**30
 TORCH_BYTES = 240 << 20
 LIBRARY_BYTES = 64 << 20
@@ -53,8 +52,8 @@ class MemoryEstimate:
 
 def weights_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
     """Weights of one rank in the recipe's dtype (resolved, not auto) and degrees."""
-    size = DTYPE_BYTES[recipe.model.dtype]
-    linear_size = WEIGHT_BYTES.get(recipe.model.quantization, size)
+    size = FLOAT_BYTES[recipe.model.dtype]
+    linear_size = weight_bytes(recipe.model.quantization, recipe.model.dtype)
     tp, kv_tp = recipe.attn_tp_size, min(recipe.attn_tp_size, shapes.num_kv_heads)
     whole = shapes.replicated_attention_parameters
     attention = (shapes.attention_parameters - shapes.kv_parameters - whole) / tp + shapes.kv_parameters / kv_tp + whole
@@ -71,7 +70,7 @@ def weights_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
 def kv_block_bytes(recipe: Recipe, shapes: ModelShapes, compute_bytes: int | None = None) -> int:
     """Keys and values of one block on one rank, all layers. `compute_bytes`: see estimate."""
     heads = max(1, shapes.num_kv_heads // recipe.attn_tp_size)
-    per_token = 2 * shapes.num_layers * heads * shapes.head_dim * (compute_bytes or DTYPE_BYTES[recipe.model.dtype])
+    per_token = 2 * shapes.num_layers * heads * shapes.head_dim * (compute_bytes or FLOAT_BYTES[recipe.model.dtype])
     return recipe.scheduler.block_size * per_token
 
 
@@ -79,7 +78,7 @@ def loading_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
     """The largest weight once more: it stands in both layouts for a moment."""
     tp = recipe.attn_tp_size
     mlp = 2 * shapes.hidden_size * shapes.intermediate_size
-    return round(max(shapes.vocab_size * shapes.hidden_size, mlp) / tp * DTYPE_BYTES[recipe.model.dtype])
+    return round(max(shapes.vocab_size * shapes.hidden_size, mlp) / tp * FLOAT_BYTES[recipe.model.dtype])
 
 
 def estimate(

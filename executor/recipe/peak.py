@@ -7,10 +7,10 @@ Knows sizes and degrees, no tensor.
 Legend, in elements per token or patch: n hidden size, H and K query and key heads, D head dim, I intermediate size.
 """
 
+from executor.quant.sizes import FLOAT_BYTES
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ENCODE_TOKENS = 4096
 """Visual tokens that the encoder takes at a time; a single frame of more is encoded alone. The runner holds to it."""
 LOOK_AHEAD = 2  # prompts that are ready beyond those being answered
@@ -28,7 +28,7 @@ def peak_bytes(
     Pictures of prompts that wait are part of it, those of running requests are not: see `pixel_bytes`.
     """
     limits = recipe.scheduler
-    size, on_host = compute_bytes or DTYPE_BYTES[recipe.model.dtype], recipe.model.device != "npu"
+    size, on_host = compute_bytes or FLOAT_BYTES[recipe.model.dtype], recipe.model.device != "npu"
     most_tokens = limits.max_num_seqs * limits.max_model_len
     picture_tokens = min(picture_tokens or limits.max_model_len, limits.max_model_len)
     pass_tokens = min(max(ENCODE_TOKENS, picture_tokens), most_tokens)

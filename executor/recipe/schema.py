@@ -19,6 +19,7 @@ Device = Literal["auto", "cpu", "npu", "npu_emulated", "cuda"]
 Soc = Literal["atlas_800i_a2", "atlas_800i_a3", "atlas_300i_duo"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ExeMode = Literal["eager", "ge_graph", "npugraph_ex", "compile"]
+CpuIsa = Literal["auto", "avx2", "avx512"]
 Quantization = Literal["auto", "none", "w8a8", "w8a8_dynamic", "w8a16", "w4a16", "w4a8_dynamic", "w8a8s", "w8a8sc"]
 
 
@@ -68,6 +69,9 @@ class ModelSection(Section):
     """Scheme of the weights. auto: what the checkpoint's own description says."""
     enable_weight_nz: bool = True
     """Keep linear weights in the NPU's tiled layout."""
+    cpu_isa: CpuIsa = "auto"
+    """Instructions that the cpu device may use. avx512: those with bfloat16 products, refused where they are not.
+    avx2: none of them, for trying here what a smaller machine does. auto: what the CPU has."""
     output_path: str = "output"
     """Folder for logs and drawn pictures."""
 

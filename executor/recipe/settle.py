@@ -5,7 +5,6 @@
 and read no weights.
 """
 
-import importlib.util
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,19 +15,20 @@ from executor.checkpoint.folder import find_checkpoint, is_hub_id, local_checkpo
 from executor.checkpoint.foreign import find_quantization, refuse_adapter
 from executor.checkpoint.head import settle_head
 from executor.checkpoint.settings import read_generation_config
+from executor.device.table import BACKENDS, DeviceSettings, having, named
 from executor.errors import UserError
 from executor.host.limits import host_memory_bytes, process_memory_bytes
+from executor.quant.sizes import FLOAT_BYTES
 from executor.recipe.memory import MemoryEstimate, estimate
-from executor.recipe.schema import Recipe
+from executor.recipe.schema import ModelSection, Recipe
 from executor.recipe.sizes import ModelShapes
 from models.registry import read_shapes
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_MODEL_LEN = 32768
-SUPPORTED_DEVICES = ("cpu", "npu", "npu_emulated")  # the backends of this release; `auto` without a chip is the first
-NPU_DEVICES = ("npu", "npu_emulated")
-GRAPH_DEVICES = {"ge_graph": NPU_DEVICES, "npugraph_ex": NPU_DEVICES, "compile": ("cpu", "cuda")}
+NPU_DEVICES = named(npu=True)
+GRAPH_DEVICES = {mode: having("exe_modes", mode) for mode in ("ge_graph", "npugraph_ex")} | {"compile": ("cpu", "cuda")}
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,13 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     refuse([*findings, *missing])
     assert found, "without a checkpoint there is a finding"
     picture_tokens = largest_picture_tokens(recipe, shapes, folder)
+    size = compute_bytes(recipe)  # first: asking a CPU loads what the process holds from then on
     process_bytes = process_memory_bytes() if recipe.model.device != "npu" else 0
     memory = estimate(
         recipe,
         shapes,
         host_memory_bytes() // local_ranks,
+        size,
         picture_tokens=picture_tokens,
         process_bytes=process_bytes,
     )
@@ -93,6 +95,23 @@ def largest_picture_tokens(recipe: Recipe, shapes: ModelShapes, folder: Path) ->
     token_pixels = (shapes.vision.patch_size * shapes.vision.merge_size) ** 2
     # What is no number is refused where pictures are prepared.
     return max(1, found // token_pixels) if isinstance(found, int) and found > 0 else None
+
+
+def device_settings(model: ModelSection, index: int = 0) -> DeviceSettings:
+    """What a settled recipe says about its device; `index`: which of this machine's chips."""
+    return DeviceSettings(
+        model.dtype,
+        soc=model.soc,
+        emulated=BACKENDS[model.device].is_emulated,
+        weight_nz=model.enable_weight_nz,
+        cpu_isa=model.cpu_isa,
+        index=index,
+    )
+
+
+def compute_bytes(recipe: Recipe) -> int:
+    """Of a number of the activations and of the KV cache. Raises UserError for a CPU that the recipe forces in vain."""
+    return FLOAT_BYTES[BACKENDS[recipe.model.device].computes_in(device_settings(recipe.model))]
 
 
 def refuse(findings: Sequence[str]) -> None:
@@ -140,17 +159,17 @@ def check_supported(recipe: Recipe) -> None:
 def release_findings(recipe: Recipe) -> list[str]:
     """What the schema knows and this release cannot start yet. The one place that decides it."""
     model, findings = recipe.model, []
-    if model.device not in (*SUPPORTED_DEVICES, "auto"):
+    if model.device not in (*BACKENDS, "auto"):
         findings.append(
             f"model_config.device: the {model.device} backend is not part of this release yet; device: cpu runs "
             f"everywhere. Try:  {_that_runs(recipe)}"
         )
-    elif model.exe_mode == "compile":
+    elif not having("exe_modes", model.exe_mode):
         findings.append(
             f"model_config.exe_mode: {model.exe_mode} is not part of this release yet; eager is. "
             f"Try:  {_that_runs(recipe)}"
         )
-    if model.quantization not in ("auto", "none"):
+    if model.quantization != "auto" and not having("quantization", model.quantization):
         findings.append(
             f"model_config.quantization: {model.quantization} weights are not part of this release yet; "
             "use the float checkpoint of the same model, and  --set model_config.quantization=auto"
@@ -188,7 +207,7 @@ def _has_graphs(recipe: Recipe) -> bool:
 
 def has_torch_npu() -> bool:
     """Whether torch_npu is installed; it is not imported."""
-    return importlib.util.find_spec("torch_npu") is not None
+    return BACKENDS["npu"].is_installed
 
 
 def _that_runs(recipe: Recipe) -> str:
@@ -227,7 +246,8 @@ def chip_findings(recipe: Recipe) -> list[str]:
             f"model_config.exe_mode: {model.exe_mode} is for device {' or '.join(devices)}, "
             f"but device is {model.device}; set exe_mode: eager"
         )
-    if on_npu and model.dtype == "float32" and model.soc != "atlas_300i_duo":
+    types = BACKENDS[model.device].dtypes if on_npu else ()
+    if types and model.dtype not in ("auto", *types) and model.soc != "atlas_300i_duo":
         findings.append(
             "model_config.dtype: attention on NPUs computes in bfloat16 or float16, got float32; set dtype: bfloat16"
         )
@@ -252,7 +272,7 @@ def resolve_device(recipe: Recipe) -> Recipe:
     """Settle `device: auto`: the chip that is named, else the best backend of this release."""
     if recipe.model.device != "auto":
         return recipe
-    device = "npu" if recipe.model.soc else SUPPORTED_DEVICES[0]
+    device = "npu" if recipe.model.soc else next(iter(BACKENDS))
     logger.info("device: auto is %s", device)
     return recipe.replace(model={"device": device})
 

@@ -25,10 +25,10 @@ class Text(nn.Module):
     def forward(self, x: Tensor, meta: ForwardMeta) -> Tensor:
         """Embeddings `[T, n]` -> the normalised hidden states of the selected tokens `[R, n]`."""
         residual = None
-        for layer, kv in zip(self.layers, meta.kv, strict=True):
-            x, residual = layer(x, residual, meta, kv)
-        if meta.select is not None:
-            x, residual = x[meta.select], residual[meta.select]
+        last = len(self.layers) - 1
+        for index, (layer, kv) in enumerate(zip(self.layers, meta.kv, strict=True)):
+            # Behind its attention the last layer computes what is asked for, and no other token.
+            x, residual = layer(x, residual, meta, kv, meta.select if index == last else None)
         return self.norm.add(x, residual)[0]
 
 
@@ -42,8 +42,12 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, group)
 
-    def forward(self, x: Tensor, residual: Tensor | None, meta: ForwardMeta, kv: KVLayer) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None, meta: ForwardMeta, kv: KVLayer, select: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         x, residual = self.input_layernorm.add(x, residual)
-        x = self.self_attn(x, meta.cos, meta.sin, kv, meta.slots, meta.attention)
+        x = self.self_attn(x, meta.cos, meta.sin, kv, meta.slots, meta.attention, select)
+        if select is not None:
+            residual = residual[select]
         x, residual = self.post_attention_layernorm.add(x, residual)
         return self.mlp(x), residual

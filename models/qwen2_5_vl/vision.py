@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from executor.device import ops
-from executor.layers.linear import Linear
+from executor.layers.linear import Linear, expect_many_rows
 from executor.layers.mlp import GatedMLP
 from executor.layers.norm import RMSNorm
 from executor.layers.vision import (
@@ -38,6 +38,7 @@ class Vision(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config, group) for _ in range(config.depth))
         self.merger = Merger(config, group)
+        expect_many_rows(self)
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """`patches [P, C*tp*p*p]` of all pictures, packed -> `[M, 1, m]`."""

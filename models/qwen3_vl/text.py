@@ -25,12 +25,15 @@ class Text(nn.Module):
 
     def forward(self, x: Tensor, meta: ForwardMeta) -> Tensor:
         """Embeddings `[T, n]` -> the normalised hidden states of the selected tokens `[R, n]`."""
-        residual = None
+        residual, last = None, len(self.layers) - 1
+        taps = 0 if meta.deepstack is None else meta.deepstack.features.shape[1]
         for index, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, meta, meta.kv[index])
-            if meta.deepstack is not None and index < meta.deepstack.features.shape[1]:
-                x = x.index_add(0, meta.deepstack.index, meta.deepstack.features[:, index])
-        if meta.select is not None:
+            # Behind its attention the last layer computes what is asked for, and no other token.
+            select = meta.select if index == last and index >= taps else None
+            x, residual = layer(x, residual, meta, meta.kv[index], select)
+            if index < taps:
+                x.index_add_(0, meta.deepstack.index, meta.deepstack.features[:, index])
+        if meta.select is not None and last < taps:
             x, residual = x[meta.select], residual[meta.select]
         return self.norm.add(x, residual)[0]
 
@@ -65,8 +68,12 @@ class Layer(nn.Module):
         else:
             self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, parallel.text)
 
-    def forward(self, x: Tensor, residual: Tensor | None, meta: ForwardMeta, kv: KVLayer) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None, meta: ForwardMeta, kv: KVLayer, select: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         x, residual = self.input_layernorm.add(x, residual)
-        x = self.self_attn(x, meta.cos, meta.sin, kv, meta.slots, meta.attention)
+        x = self.self_attn(x, meta.cos, meta.sin, kv, meta.slots, meta.attention, select)
+        if select is not None:
+            residual = residual[select]
         x, residual = self.post_attention_layernorm.add(x, residual)
         return self.mlp(x, meta.padded_tokens) if self.is_sparse else self.mlp(x), residual

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from executor.checkpoint.pull import empty, pull_all, whole
+from executor.layers.linear import expect_many_rows
 from executor.layers.mlp import PlainMLP
 from executor.layers.norm import LayerNorm
 from executor.layers.vision import (
@@ -39,6 +40,7 @@ class Vision(nn.Module):
         self.deepstack_merger_list = nn.ModuleList(
             Merger(config, group, norm_after_shuffle=True) for _ in config.deepstack_layers
         )
+        expect_many_rows(self)
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """`patches [P, C*tp*p*p]` of all pictures, packed -> `[M, 1 + taps, m]`: embedding, then DeepStack features."""

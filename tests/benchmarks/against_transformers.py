@@ -1,27 +1,38 @@
 """Our engine beside transformers' `generate`: one process, the same random weights, paired runs, ratios.
 
-    python -m tests.benchmarks.against_transformers [--layers 8] [--new-tokens 24] [--repeats 3]
+    python -m tests.benchmarks.against_transformers [--cpu-isa avx2] [--layers 8] [--new-tokens 24] [--repeats 3]
+                                                    [--parts decode_1,decode_8,prefill_text,prefill_picture]
 
-The model has Qwen2.5-VL-3B's layer shapes (text and vision) in bf16. Decode runs at batch 1 and 8 behind a short text
-prompt; prefill is one picture of about 1000 tokens. Reported beside the ratios: the share of the memory floor, the
-share of the GEMM rate, and the engine's time outside the model. Not a test: timings on shared machines vary.
+The model has Qwen2.5-VL-3B's layer shapes (text and vision), its checkpoint is in bfloat16 and is loaded as any other.
+Decode runs at batch 1 and 8 behind a short text prompt; prefill is 1000 tokens of text, and a picture of about as
+many. transformers gets the type that is fastest for it: bfloat16 where the CPU multiplies it, float32 elsewhere.
+Reported beside the ratios: bytes a parameter, the share of the GEMM rate, and the engine's time outside the model.
+`--cpu-isa avx2` starts anew with torch, oneDNN and MKL kept from AVX-512 (FBGEMM is not: it asks the CPU itself).
+Not a test: timings on shared machines vary.
 """
 
 import argparse
+import gc
 import json
+import os
 import statistics
+import sys
+import tempfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import save_file
 
-from executor.checkpoint.load import default_dtype
-from executor.checkpoint.pull import finalize
+from executor.checkpoint.load import default_dtype, load_model
 from executor.checkpoint.settings import PixelSettings
+from executor.checkpoint.weights import Checkpoint
 from executor.device import ops
-from executor.device.cpu import CpuOps
+from executor.device.cpu.ops import open_cpu
+from executor.device.table import DeviceSettings
 from executor.engine.engine import Engine
 from executor.engine.replica import Replica
 from executor.engine.runner import Runner
@@ -37,28 +48,68 @@ from tests.reference import tokenizer_of
 PICTURE_GRID = (1, 56, 72)  # patches: 1008 visual tokens
 IMAGE_TOKEN = 151655
 PROMPT_TOKENS = 64
+TEXT_TOKENS = 1000
+WITHOUT_AVX512 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+PARTS = ("decode_1", "decode_8", "prefill_text", "prefill_picture")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu-isa", choices=("auto", "avx2", "avx512"), default="auto")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
     args = parser.parse_args()
-    reference = reference_model(args.layers)
-    engine = our_engine(reference, args.layers)
-    report = {"layers": args.layers, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    for batch in (1, 8):
-        report[f"decode_batch_{batch}"] = compare_decode(reference, engine, batch, args)
-    report["prefill"] = compare_prefill(reference, engine, args)
+    if args.cpu_isa == "avx2" and not WITHOUT_AVX512.keys() <= os.environ.keys():
+        module = "tests.benchmarks.against_transformers"
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | WITHOUT_AVX512)
+    device = open_cpu(DeviceSettings("bfloat16", cpu_isa=args.cpu_isa))
+    ops.bind(device)
+    with tempfile.TemporaryDirectory() as folder:
+        reference = reference_model(args.layers)
+        save_file(canonical_tensors(reference), Path(folder) / "model.safetensors")
+        num_parameters = sum(parameter.numel() for parameter in reference.parameters())
+        before = anonymous_bytes()
+        engine = our_engine(Path(folder), args.layers)
+        bytes_each = (anonymous_bytes() - before) / num_parameters
+    theirs = device.compute_dtype(torch.bfloat16)
+    reference = reference.to(theirs)
+    report = {
+        "layers": args.layers,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "isa": device.capability.isa,
+        "vectors": device.capability.vectors,
+        "transformers_dtype": str(theirs).removeprefix("torch."),
+        "bytes_per_parameter": round(bytes_each, 3),
+    }
+    runs = {
+        "decode_1": lambda: compare_decode(reference, engine, 1, args),
+        "decode_8": lambda: compare_decode(reference, engine, 8, args),
+        "prefill_text": lambda: compare_text_prefill(reference, engine, args),
+        "prefill_picture": lambda: compare_prefill(reference, engine, args),
+    }
+    for part in args.parts:
+        report[part] = runs[part]()
+        print(part, report[part], file=sys.stderr, flush=True)
     print(json.dumps(report))
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is not a file's."""
+    gc.collect()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 def reference_model(layers: int):
     """transformers' model with random bf16 weights."""
-    raw = published_config("Qwen2.5-VL-3B-Instruct")
-    raw["num_hidden_layers"] = layers
-    config = transformers.Qwen2_5_VLConfig(**raw)
+    config = transformers.Qwen2_5_VLConfig(**raw_config(layers))
     with default_dtype(torch.bfloat16):
         model = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
     with torch.no_grad():
@@ -70,26 +121,27 @@ def reference_model(layers: int):
     return model
 
 
-def our_engine(reference, layers: int) -> Engine:
-    """Our engine over copies of the same weights."""
-    device = CpuOps()
-    ops.bind(device)
-    raw = published_config("Qwen2.5-VL-3B-Instruct")
-    raw["num_hidden_layers"] = layers
-    with default_dtype(torch.bfloat16):
-        model = family.build_model(raw)
-    tensors = reference.state_dict()
-    with torch.no_grad():
-        for pull in model.pulls(tensors):
-            pull.into.copy_(tensors[pull.name][pull.file_index])
-    finalize(model)
+def raw_config(layers: int) -> dict:
+    return published_config("Qwen2.5-VL-3B-Instruct") | {"num_hidden_layers": layers}
+
+
+def canonical_tensors(reference) -> dict[str, torch.Tensor]:
+    """What a published folder holds: no output head beside tied embeddings."""
+    return {name: tensor for name, tensor in reference.state_dict().items() if name != "lm_head.weight"}
+
+
+def our_engine(folder: Path, layers: int) -> Engine:
+    """Our engine over the same weights."""
+    device = ops.bound()
+    model, _ = load_model(lambda: family.build_model(raw_config(layers)), Checkpoint(folder), device, torch.bfloat16)
+    dtype = device.compute_dtype(torch.bfloat16)
     text = model.config.text
     num_blocks, block_size = 8 * 12, 128
-    kv = device.kv_cache(layers, num_blocks, block_size, text.num_kv_heads, text.head_dim, torch.bfloat16)
+    kv = device.kv_cache(layers, num_blocks, block_size, text.num_kv_heads, text.head_dim, dtype)
     pixel_format = PixelSettings(14, 2, 2, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), 4 * 28**2, 16384 * 28**2)
     sampler = Sampler(text.vocab_size, device.device)
     replica = Replica(SINGLE, model.visual.cost, shares_experts=False)
-    runner = Runner(model.eval(), device, kv, block_size, sampler, pixel_format, torch.bfloat16, replica)
+    runner = Runner(model, device, kv, block_size, sampler, pixel_format, dtype, replica)
     scheduler = Scheduler(
         num_blocks=num_blocks, block_size=block_size, max_num_seqs=8, max_num_batched_tokens=8192, max_model_len=1536,
         enable_prefix_caching=False,
@@ -97,9 +149,9 @@ def our_engine(reference, layers: int) -> Engine:
     return Engine(SimpleNamespace(tokenizer=tokenizer_of("qwen2_5_vl")), scheduler, runner, text.vocab_size)
 
 
-def text_prompt(seed: int) -> Prompt:
-    ids = np.random.default_rng(seed).integers(0, 400, PROMPT_TOKENS).tolist()
-    return Prompt(ids, np.broadcast_to(np.arange(PROMPT_TOKENS), (3, PROMPT_TOKENS)).copy(), 0)
+def text_prompt(seed: int, num_tokens: int = PROMPT_TOKENS) -> Prompt:
+    ids = np.random.default_rng(seed).integers(0, 400, num_tokens).tolist()
+    return Prompt(ids, np.broadcast_to(np.arange(num_tokens), (3, num_tokens)).copy(), 0)
 
 
 def picture_prompt(seed: int) -> Prompt:
@@ -149,6 +201,25 @@ def compare_decode(reference, engine: Engine, batch: int, args) -> dict:
     }
 
 
+def compare_text_prefill(reference, engine: Engine, args) -> dict:
+    """1000 tokens of text to the first token of the answer."""
+    rounds = []
+    for seed in range(args.repeats + 1):
+        prompt = text_prompt(seed, TEXT_TOKENS)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            reference(input_ids=torch.tensor([prompt.token_ids]), logits_to_keep=1)
+        middle = time.perf_counter()
+        engine.generate([prompt], SamplingParams(max_new_tokens=1, ignore_eos=True))
+        rounds.append((middle - start, time.perf_counter() - middle))
+    theirs_s, ours_s = (statistics.median(column) for column in zip(*rounds[1:], strict=True))
+    return {
+        "transformers_s": round(theirs_s, 3),
+        "ours_s": round(ours_s, 3),
+        "ratio": round(statistics.median(a / b for a, b in rounds[1:]), 2),
+    }
+
+
 def compare_prefill(reference, engine: Engine, args) -> dict:
     """A picture of about 1000 tokens to its first token, vision included."""
     rounds = []
@@ -156,7 +227,7 @@ def compare_prefill(reference, engine: Engine, args) -> dict:
     for seed in range(args.repeats + 1):
         prompt = picture_prompt(seed)
         item = prompt.media[0]
-        patches = torch.randn(PICTURE_GRID[1] * PICTURE_GRID[2], 1176, dtype=torch.bfloat16)
+        patches = torch.randn(PICTURE_GRID[1] * PICTURE_GRID[2], 1176, dtype=reference.dtype)
         ids = torch.tensor([prompt.token_ids])
         start = time.perf_counter()
         with torch.inference_mode():
@@ -220,8 +291,10 @@ def gemm_rate(engine: Engine) -> float:
     shapes = linear_shapes(engine)
     for shape in set(shapes):
         rows, n_in, n_out = shape
-        multiply = ops.bound().prepare_linear(torch.randn(n_out, n_in, dtype=torch.bfloat16), None)
-        x = torch.randn(rows, n_in, dtype=torch.bfloat16)
+        is_text = rows == PICTURE_GRID[1] * PICTURE_GRID[2] // 4 + 16
+        weight = torch.randn(n_out, n_in, dtype=torch.bfloat16)
+        multiply = ops.bound().prepare_linear(weight, None, many_rows=not is_text)
+        x = torch.randn(rows, n_in, dtype=engine.runner.dtype)
         times = []
         for _ in range(3):
             start = time.perf_counter()

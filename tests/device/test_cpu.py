@@ -1,10 +1,10 @@
-"""The CPU reference against plain definitions of each op."""
+"""The CPU reference against plain definitions of each op; its linears are in test_cpu_linear.py."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from executor.device.cpu import CpuOps
+from executor.device.cpu.ops import CpuOps
 
 OPS = CpuOps()
 
@@ -48,26 +48,6 @@ def test_varlen_attention_stays_inside_segments(lengths):
         scores = torch.einsum("nhd,lhd->hnl", qs, ks) * 0.3
         wanted.append(torch.einsum("hnl,lhd->nhd", scores.softmax(-1), vs).flatten(1))
     torch.testing.assert_close(OPS.varlen_attention(q, k, v, lengths, 0.3), torch.cat(wanted), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
-def test_linear_is_a_matrix_product(dtype, tolerance):
-    torch.manual_seed(0)
-    weight, bias = torch.randn(33, 48).to(dtype), torch.randn(33).to(dtype)
-    for rows in (1, 3, 64):
-        x = torch.randn(rows, 48).to(dtype)
-        wanted = x.double() @ weight.double().t() + bias.double()
-        got = OPS.prepare_linear(weight, bias)(x)
-        assert got.dtype == dtype
-        assert (got.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
-
-
-def test_linear_keeps_no_view_of_the_plain_weight():
-    weight = torch.randn(8, 16)
-    multiply, x = OPS.prepare_linear(weight, None), torch.randn(2, 16)
-    before = multiply(x)
-    weight.zero_()
-    assert torch.equal(multiply(x), before)
 
 
 def test_rope_turns_pairs_of_the_two_halves():

@@ -4,7 +4,7 @@ import torch
 
 from executor.checkpoint.rope import Rope
 from executor.device import ops
-from executor.device.cpu import CpuOps
+from executor.device.cpu.ops import CpuOps
 from executor.layers.rope import MRope
 
 

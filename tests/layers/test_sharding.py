@@ -5,7 +5,7 @@ import torch
 
 from executor.checkpoint.pull import finalize, pull_all
 from executor.device import ops
-from executor.device.cpu import CpuOps
+from executor.device.cpu.ops import CpuOps
 from executor.errors import UserError
 from executor.layers.attention import Attention
 from executor.layers.linear import Linear

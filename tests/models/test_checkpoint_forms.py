@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from executor.checkpoint.weights import Checkpoint, load_weights
 from executor.device import ops
-from executor.device.cpu import CpuOps
+from executor.device.cpu.ops import CpuOps
 from executor.errors import UserError
 from executor.parallel.groups import groups
 from executor.schedule.request import SamplingParams

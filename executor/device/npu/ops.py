@@ -17,6 +17,7 @@ from torch import Tensor
 from executor.device.npu import attention, experts, forms, graph, layout, linear
 from executor.device.npu.soc import COMPOSED, SOCS, Soc, chip_named, choose, soc_of
 from executor.device.ops import HeadNorms, Heads, KVLayer, Ops
+from executor.device.table import DeviceSettings
 from executor.errors import UserError
 from executor.host.env import environment
 
@@ -90,10 +91,14 @@ class NpuOps(Ops):
     def gelu(self, x: Tensor, tanh: bool) -> Tensor:
         return F.gelu(x, approximate="tanh" if tanh else "none")
 
-    def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def prepare_linear(
+        self, weight: Tensor, bias: Tensor | None, many_rows: bool = False
+    ) -> Callable[[Tensor], Tensor]:
         return linear.Linear(layout.weight(weight.detach(), self.weight_nz), bias)
 
-    def prepare_summed_linear(self, weight: Tensor, bias: Tensor | None, group: Any) -> Callable[[Tensor], Tensor]:
+    def prepare_summed_linear(
+        self, weight: Tensor, bias: Tensor | None, group: Any, many_rows: bool = False
+    ) -> Callable[[Tensor], Tensor]:
         if not self._sums_fused(group):
             return linear.SummedLinear(self.prepare_linear(weight, bias), group)
         rows = self.decode_rows if self.calls["summed_linear_in_decode"] == COMPOSED else 0
@@ -189,6 +194,18 @@ class NpuOps(Ops):
 def _installed(call: str) -> bool:
     """Whether the installed torch_npu has this op: ATB's have an underscore before their name."""
     return hasattr(torch.ops.atb if call.startswith("_npu") else torch.ops.npu, call)
+
+
+def open_chip(settings: DeviceSettings) -> NpuOps:
+    """The chip of a recipe. Raises UserError, see open_npu."""
+    return open_npu(
+        settings.soc,
+        getattr(torch, settings.dtype),
+        emulated=settings.emulated,
+        weight_nz=settings.weight_nz,
+        decode_rows=settings.decode_rows,
+        index=settings.index,
+    )
 
 
 def _cann_version() -> str:

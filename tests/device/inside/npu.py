@@ -19,7 +19,7 @@ from executor.checkpoint.pull import finalize
 from executor.checkpoint.weights import Checkpoint
 from executor.commands.build import join, media_options
 from executor.device import ops
-from executor.device.cpu import CpuOps
+from executor.device.cpu.ops import CpuOps
 from executor.device.npu.ops import NpuOps
 from executor.device.npu.soc import SOCS
 from executor.device.ops import Ops

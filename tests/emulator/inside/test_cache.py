@@ -6,7 +6,7 @@ import torch_npu
 
 from emulator.formats import NZ, cache_rows, format_of, from_nz, set_format, to_nz
 from emulator.limits import LimitError
-from executor.device.cpu import CpuOps
+from executor.device.cpu.ops import CpuOps
 from tests.emulator.helpers import BF16, FP16, FP32, HALF, blocks_of, close, rand, slots_of
 
 CPU = CpuOps()

@@ -6,7 +6,7 @@ import torch_npu
 
 from emulator.formats import NZ
 from emulator.limits import LimitError
-from executor.device.cpu import CpuOps
+from executor.device.cpu.ops import CpuOps
 from tests.emulator.helpers import BF16, FP16, FP32, close, like_meta, rand
 
 CPU = CpuOps()

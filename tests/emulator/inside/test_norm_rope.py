@@ -5,7 +5,7 @@ import torch
 import torch_npu
 
 from emulator.limits import LimitError
-from executor.device.cpu import CpuOps
+from executor.device.cpu.ops import CpuOps
 from tests.emulator.helpers import BF16, FP16, FP32, close, like_meta, rand
 
 CPU = CpuOps()

@@ -1,10 +1,11 @@
 """The CPU backend: the reference that defines every op, and a full backend in its own right.
 
-Linear weights are reordered once into oneDNN's blocked layout, which reads memory about 1.5 times as fast as
-plain `F.linear` on batch-1 steps; the plain copy is dropped by the caller.
+How linear weights are kept depends on what the CPU can do (capability.py, linear.py); the plain copy is dropped by the
+caller.
 Cache layout: [blocks, block_size, K, D]; a row whose blocks are consecutive is attended through a view.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from executor.device.cpu.capability import PACKED_FP16, REORDERED, Capability, capability
+from executor.device.cpu.linear import Expanded, PackedFp16, Plain, Reordered, Scratch, Shared, exact_scale
+from executor.device.cpu.threads import let_idle_threads_sleep
 from executor.device.ops import KVLayer, Ops
+from executor.device.table import DeviceSettings
+
+logger = logging.getLogger(__name__)
 
 _TILE_ELEMENTS = 1 << 17
 
@@ -30,20 +37,24 @@ class _Row:
 
 
 class CpuOps(Ops):
+    """`found`: what the CPU can do; None asks it."""
+
     name = "cpu"
     device = torch.device("cpu")
 
+    def __init__(self, found: Capability | None = None) -> None:
+        self.capability = found or capability()
+        self.scratch = Scratch()
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if x.dtype == torch.float32:
-            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
         scale = torch.rsqrt(squares.div_(x.shape[-1]).add_(eps))
         if x.numel() <= _TILE_ELEMENTS:
-            return x.float().mul_(scale).to(x.dtype).mul_(weight)
+            return _scaled(x, scale).mul_(weight)
         # In tiles that stay in the cache: five times as fast as whole fp32 copies of a picture's patches.
         out, rows = torch.empty_like(x), max(1, _TILE_ELEMENTS // x.shape[-1])
         for tile, part, into in zip(x.split(rows), scale.split(rows), out.split(rows), strict=True):
-            torch.mul(tile.float().mul_(part).to(x.dtype), weight, out=into)
+            torch.mul(_scaled(tile, part), weight, out=into)
         return out
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -61,12 +72,30 @@ class CpuOps(Ops):
     def gelu(self, x: Tensor, tanh: bool) -> Tensor:
         return F.gelu(x, approximate="tanh" if tanh else "none")
 
-    def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        if weight.dtype == torch.float16 or weight.is_meta:
-            return lambda x: F.linear(x, weight, bias)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        run = torch.ops.mkldnn._linear_pointwise.default
-        return lambda x: run(x, packed, bias, "none", [], "")
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return self.capability.compute_dtype(dtype)
+
+    def prepare_linear(
+        self, weight: Tensor, bias: Tensor | None, many_rows: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        weight, form = weight.detach(), self.capability.form(weight.dtype)
+        if weight.is_meta:
+            return Plain(weight, bias)
+        if form == REORDERED:
+            return Reordered(weight, bias)
+        if form != PACKED_FP16:
+            return Plain(weight, bias)
+        scale = None if many_rows else exact_scale(weight)
+        return Expanded(weight, bias, self.scratch) if scale is None else PackedFp16(weight, bias, scale)
+
+    def prepare_tied_head(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """Read where the embedding has it; FBGEMM's panels are worth a copy, as plain weights are far slower there."""
+        if self.copies_tied_head(weight.dtype):
+            return self.prepare_linear(weight, None)
+        return Shared(weight.detach())
+
+    def copies_tied_head(self, dtype: torch.dtype) -> bool:
+        return self.capability.form(dtype) == PACKED_FP16
 
     def prepare_experts(
         self, gate_up: Tensor, down: Tensor, first: int = 0, num_experts: int | None = None
@@ -163,6 +192,25 @@ class CpuOps(Ops):
 
     def synchronize(self) -> None:
         """Every CPU op has ended when its call returns."""
+
+
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """`x * scale`, fp32 `scale`, as a new tensor in the type of `x`."""
+    return x * scale if x.dtype is torch.float32 else x.float().mul_(scale).to(x.dtype)
+
+
+def open_cpu(settings: DeviceSettings) -> CpuOps:
+    """The CPU, or the part of it that the settings force. Raises UserError where it has not what is forced."""
+    found = capability(settings.cpu_isa)
+    let_idle_threads_sleep(torch.get_num_threads())
+    logger.info("device: cpu, %s", found.describe(getattr(torch, settings.dtype)))
+    return CpuOps(found)
+
+
+def computes_in(settings: DeviceSettings) -> str:
+    """The type of activations beside weights of `settings.dtype`. Raises UserError as open_cpu."""
+    dtype = getattr(torch, settings.dtype)
+    return str(capability(settings.cpu_isa).compute_dtype(dtype)).removeprefix("torch.")
 
 
 def _rows_of(cache: Tensor, row: _Row) -> Tensor:

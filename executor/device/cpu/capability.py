@@ -1,0 +1,116 @@
+"""What this CPU computes fast, asked once by tried calls: a name of a chip or a flag promises nothing about a library.
+
+Invariants: what stands in a `Capability` has been computed here and was right. Knows no recipe but its key cpu_isa.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from executor.errors import UserError
+
+REORDERED, PACKED_FP16, PLAIN = "reordered", "packed fp16", "plain"
+"""How a linear's weight is kept: oneDNN's own layout in its own type; FBGEMM's fp16 panels, multiplied with fp32
+activations; as the checkpoint has it."""
+
+_TRIED = (33, 48)  # outputs and inputs of the tried products
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What was found, or was forced by the recipe.
+
+    isa: "avx512" has products of bfloat16 (AVX-512 bf16 or AMX), "avx2" an x86-64 CPU without them, "other" any other.
+    """
+
+    isa: str
+    vectors: str  # what torch says of itself, such as AVX2
+    reorders: frozenset[torch.dtype]  # types that oneDNN reorders and multiplies here
+    packs_fp16: bool
+
+    def form(self, dtype: torch.dtype) -> str:
+        """How weights of `dtype` are kept: one of REORDERED, PACKED_FP16, PLAIN."""
+        if dtype in self.reorders and (dtype.itemsize > 2 or self.isa != "avx2"):
+            return REORDERED
+        return PACKED_FP16 if dtype.itemsize == 2 and self.packs_fp16 else PLAIN
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The type of activations and of the KV cache beside weights of `dtype`."""
+        return torch.float32 if self.form(dtype) == PACKED_FP16 else dtype
+
+    def describe(self, dtype: torch.dtype) -> str:
+        """For the log: what is used, and what that means for `dtype`."""
+        kept, computed = (str(x).removeprefix("torch.") for x in (dtype, self.compute_dtype(dtype)))
+        line = f"{self.isa} path (torch: {self.vectors}), {torch.get_num_threads()} threads, {kept} weights "
+        line += {REORDERED: "in oneDNN's layout", PACKED_FP16: "in 16 bits (packed)", PLAIN: "as they are"}[
+            self.form(dtype)
+        ]
+        return f"{line}, activations and KV cache in {computed}"
+
+
+def capability(cpu_isa: str = "auto") -> Capability:
+    """What this machine has, or the part of it that `cpu_isa` (auto, avx2, avx512) names.
+
+    Raises UserError where it has not what is forced.
+    """
+    found = _found()
+    if cpu_isa in ("auto", found.isa):
+        return found
+    if cpu_isa == "avx2" and found.isa == "avx512":
+        return replace(found, isa="avx2")
+    raise UserError(
+        f"model_config.cpu_isa: {cpu_isa} is forced, and this machine has not what it takes: torch reports "
+        f"{found.vectors}, and oneDNN multiplies {_names(found.reorders)} here (python -m executor.commands.doctor "
+        "says what the CPU has). Set cpu_isa: auto"
+    )
+
+
+@cache
+def _found() -> Capability:
+    reorders = frozenset(d for d in (torch.float32, torch.bfloat16, torch.float16) if _works(_reordered_product, d))
+    packs_fp16 = _works(_packed_product, torch.float16)
+    isa = "avx2" if packs_fp16 else "other"  # FBGEMM is for x86-64 with AVX2 only
+    if packs_fp16 and torch.bfloat16 in reorders and _multiplies_bfloat16():
+        isa = "avx512"
+    return Capability(isa, torch.backends.cpu.get_cpu_capability(), reorders, packs_fp16)
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether bfloat16 products are the CPU's own: without them oneDNN takes the type as well, by slow emulation.
+
+    The functions are private to torch: one that is gone is no reason to stop, its answer is then no.
+    """
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name)() for name in asked if hasattr(torch.cpu, name))
+
+
+def _works(product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> bool:
+    """Whether the product can be had in `dtype` here, and is right: each library refuses in its own words."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(_TRIED, generator=generator).to(dtype)
+    x = torch.randn(3, _TRIED[1], generator=generator).to(dtype)
+    wanted = F.linear(x.double(), weight.double())
+    try:
+        with torch.inference_mode():
+            got = product(x, weight)
+    except (RuntimeError, AttributeError):  # refused; or this build of torch has no such op
+        return False
+    return bool((got.double() - wanted).abs().max() <= 0.02 * wanted.abs().max())
+
+
+def _reordered_product(x: Tensor, weight: Tensor) -> Tensor:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def _packed_product(x: Tensor, weight: Tensor) -> Tensor:
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+    return torch.ops.quantized.linear_dynamic_fp16(x.float(), packed)
+
+
+def _names(dtypes: frozenset[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "no type"

@@ -1,0 +1,12 @@
+"""Bytes of a weight of a linear or an expert under each scheme, by arithmetic alone: for estimates before a start.
+
+A scheme's own file says what tensors it keeps; scales and biases are below a percent of the weights.
+"""
+
+FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+QUANTIZED_BYTES = {"w8a8": 1, "w8a8_dynamic": 1, "w8a16": 1, "w8a8s": 1, "w8a8sc": 1, "w4a16": 0.5, "w4a8_dynamic": 0.5}
+
+
+def weight_bytes(quantization: str, dtype: str) -> float:
+    """Of one weight under a settled `quantization` ("none": float weights of `dtype`)."""
+    return QUANTIZED_BYTES.get(quantization, FLOAT_BYTES[dtype])
