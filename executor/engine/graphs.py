@@ -15,7 +15,7 @@ from torch import Tensor
 
 from executor.device.ops import Ops
 from executor.engine.step import ModelStep
-from executor.schedule.scheduler import Row
+from executor.schedule.plan import Row
 
 logger = logging.getLogger(__name__)
 

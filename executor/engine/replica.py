@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from executor.parallel.groups import Parallel
 from executor.schedule.request import MediaItem, Prompt, Request, SamplingParams
-from executor.schedule.scheduler import Plan, Row
+from executor.schedule.plan import Plan, Row
 
 SMALL_BYTES = 1 << 14
 """A message up to this size goes in one broadcast; a longer one takes a second."""

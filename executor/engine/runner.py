@@ -20,7 +20,7 @@ from executor.engine.sampler import Sampled, Sampler
 from executor.engine.step import ModelStep, Visual
 from executor.media.image import normalize_patchify
 from executor.schedule.request import MediaItem, Request
-from executor.schedule.scheduler import Plan, Row
+from executor.schedule.plan import Plan, Row
 
 
 @dataclass
