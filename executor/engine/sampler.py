@@ -12,7 +12,7 @@ Legend: R rows, N rows that draw, V vocabulary, K candidates of a row, M tokens 
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -41,10 +41,11 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One entry per row, in the order of the rows."""
+    """One entry per row, in the order of the rows. A row that failed has token id -1."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
+    failures: dict[int, str] = field(default_factory=dict)  # row -> why it has no token
 
 
 class Sampler:
@@ -69,13 +70,13 @@ class Sampler:
         values, ids = self._choose(scores, requests)
         # One transfer also tells of rows that went wrong.
         token_ids = torch.where(torch.isfinite(values), ids, -1).tolist()
-        for request, token_id in zip(requests, token_ids, strict=True):
-            if token_id < 0:
-                raise RuntimeError(
-                    f"request '{request.id}': the model's logits for token {request.num_tokens} are not finite; "
-                    "check the weights, and float16 for overflow"
-                )
-        return Sampled(token_ids, _logprobs(logits, token_ids, requests))
+        failures = {
+            row: f"the model's logits for token {request.num_tokens} are not finite; check the weights, and float16 "
+            "for overflow"
+            for row, (request, token_id) in enumerate(zip(requests, token_ids, strict=True))
+            if token_id < 0
+        }
+        return Sampled(token_ids, _logprobs(logits, [max(0, each) for each in token_ids], requests), failures)
 
     def forget(self, request_id: str) -> None:
         """Frees what is kept for a request that is finished; nothing happens when nothing is kept."""

@@ -24,8 +24,8 @@ def sampling_params(
     """One request's parameters: `overrides` of the request, then the recipe, then generation_config.json, then greedy.
 
     `overrides` may hold any field of SamplingParams, and do_sample (false = greedy). None anywhere means "not said".
-    A checkpoint with do_sample false is greedy unless recipe or request set a temperature. `seed` stays 0 when
-    nobody names one: who wants different answers each time draws one.
+    A checkpoint with do_sample false is greedy unless recipe or request set a temperature. Without a `seed` the engine
+    draws another one for each request.
     Raises UserError for an unknown name in `overrides`.
     """
     asked = {name: value for name, value in (overrides or {}).items() if value is not None}

@@ -6,7 +6,7 @@ Legend: T prompt tokens, F frames, C channels (3), H/W pixels after the resize.
 
 import enum
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,9 +16,9 @@ import numpy as np
 class SamplingParams:
     """How one request's tokens are chosen. Defaults are greedy and without penalties.
 
-    `seed` None: another one for each request, drawn when the engine takes it in. It is a number by the time a request
-    reaches the scheduler: the noise of a token is a hash of (seed, position, candidate), so the answer is the same
-    alone or in any batch. `stop` and `stop_token_ids` may be given as one string, one id, or any list of them.
+    `seed` None: another one for each request, drawn when the engine takes it in. A `Request`'s is a number: the noise
+    of a token is a hash of (seed, position, candidate), so the answer is the same alone or in any batch.
+    `stop` and `stop_token_ids` may be given as one string, one id, or any list of them.
     """
 
     max_new_tokens: int = 128
@@ -129,6 +129,10 @@ class Request:
 
     first_token_s: float | None = None
     finish_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.params.seed is None:  # the engine has drawn one for whoever wants another each time
+            self.params = replace(self.params, seed=0)
 
     @property
     def num_tokens(self) -> int:

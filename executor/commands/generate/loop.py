@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from dataset.sample import Sample
@@ -31,7 +30,8 @@ def all_rows(engine: Any, recipe: Recipe, params: SamplingParams, spread: Any, c
 def own_rows(engine: Any, recipe: Recipe, params: SamplingParams, spread: Any) -> Iterator[Row | None]:
     """This replica's rows, and None after each step."""
     yield from answer(engine, recipe, params, spread.mine(), spread.most)
-    yield from engine.close()
+    yield from engine.assist()
+    engine.close()
 
 
 def answer(
@@ -41,7 +41,7 @@ def answer(
 
     Bad samples yield a row with `error` set. At most `most` samples are taken at a time.
     """
-    from executor.engine.engine import Collector
+    from executor.engine.outputs import Collector
 
     collector, waiting, pending = Collector(), iter(samples), {}
     most = min(recipe.scheduler.max_num_seqs + LOOK_AHEAD, most)
@@ -73,7 +73,7 @@ def answer(
 
 def _ask(engine: Any, recipe: Recipe, params: SamplingParams, index: int, sample: Sample) -> Asked:
     """Read a sample's media and make its prompt. UserError for what cannot be asked."""
-    from executor.engine.engine import random_seed
+    from executor.engine.params import with_seed
 
     if sample.error:
         raise UserError(sample.error)
@@ -82,6 +82,4 @@ def _ask(engine: Any, recipe: Recipe, params: SamplingParams, index: int, sample
     if recipe.data.system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": recipe.data.system_prompt})
     prompt = engine.processor.build(messages, chat_template_kwargs=recipe.data.chat_template_kwargs or None)
-    if params.temperature and recipe.generation.seed is None:
-        params = replace(params, seed=random_seed())
-    return Asked(index, sample, params, prompt, time.monotonic() - started)
+    return Asked(index, sample, with_seed(params), prompt, time.monotonic() - started)
