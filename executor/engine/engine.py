@@ -67,13 +67,26 @@ class Engine:
         """The ranks around this one. Only a rank that `leads` takes requests; the others `follow`."""
         return self.runner.replica
 
+    def prompt(self, question: Question) -> Prompt:
+        """The prompt of a question; UserError for what cannot be asked. From any thread."""
+        if isinstance(question, Prompt):
+            return question
+        if isinstance(question, str):
+            question = [{"role": "user", "content": question}]
+        if isinstance(question, list | tuple) and question and all(isinstance(each, Mapping) for each in question):
+            return self.processor.build(question)
+        raise UserError(
+            f"a prompt is {_kind_of(question)}; allowed: a Prompt (engine.processor.build makes it), a text, or a list "
+            "of messages"
+        )
+
     def add(self, question: Question, params: SamplingParams, request_id: str | None = None) -> str:
         """Queue a request; returns its id. Its outputs come out of `step`.
 
         Raises UserError for parameters or a prompt that cannot be served; nothing is queued then.
         """
         with self._exclusive():
-            return self._queue([(self._prompt(question), params, request_id)], self._outputs)[0]
+            return self._queue([(self.prompt(question), params, request_id)], self._outputs)[0]
 
     def step(self) -> list[Output]:
         """Run one step; what it added to each answer of the requests that were `add`ed, and what steps that `stream`
@@ -92,7 +105,7 @@ class Engine:
         """Outputs of one request as they come. A caller that stops iterating aborts it."""
         outputs: deque[Output] = deque()
         with self._exclusive():
-            (request_id,) = self._queue([(self._prompt(question), params, None)], outputs)
+            (request_id,) = self._queue([(self.prompt(question), params, None)], outputs)
         running = params.n
         try:
             while running:
@@ -123,7 +136,7 @@ class Engine:
             )
         collector, outputs, done = Collector(), deque(), {}
         with self._exclusive():
-            prompts = [self._prompt(question) for question in questions]
+            prompts = [self.prompt(question) for question in questions]
             ids = self._queue([(*pair, None) for pair in zip(prompts, each, strict=True)], outputs)
         for request_id, one in zip(ids, each, strict=True):
             collector.expect(request_id, one.n)
@@ -201,18 +214,6 @@ class Engine:
         while self._aborted:
             self._drop(self._aborted.popleft())
         self._lock.release()
-
-    def _prompt(self, question: Question) -> Prompt:
-        if isinstance(question, Prompt):
-            return question
-        if isinstance(question, str):
-            question = [{"role": "user", "content": question}]
-        if isinstance(question, list | tuple) and question and all(isinstance(each, Mapping) for each in question):
-            return self.processor.build(question)
-        raise UserError(
-            f"a prompt is {_kind_of(question)}; allowed: a Prompt (engine.processor.build makes it), a text, or a list "
-            "of messages"
-        )
 
     def _queue(self, asked: Sequence[tuple[Prompt, SamplingParams, str | None]], outputs: deque[Output]) -> list[str]:
         """Take in all of these, or none: they are checked before the first is queued. Returns their ids."""

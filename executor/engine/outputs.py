@@ -74,6 +74,11 @@ class Collector:
         self._texts[request_id] = [[] for _ in range(n)]
         self._finished[request_id] = {}
 
+    def forget(self, request_id: str) -> None:
+        """Expect nothing more of a request; nothing happens when nothing is expected."""
+        self._texts.pop(request_id, None)
+        self._finished.pop(request_id, None)
+
     def feed(self, outputs: Iterable[Output]) -> Iterator[Completion]:
         """The requests that these outputs complete. Outputs of requests not expected are left alone."""
         for output in outputs:

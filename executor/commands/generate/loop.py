@@ -1,85 +1,68 @@
-"""The loop around the engine: takes samples, keeps the engine fed, yields rows as they are finished."""
+"""The loop around the engine: keeps it fed with samples, and hands rows on as they are finished."""
 
-import time
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from dataset.sample import Sample
 from executor.commands.generate.rows import Asked, Row, answered_row, failed_row
 from executor.errors import UserError
 from executor.recipe.schema import Recipe
-from executor.schedule.request import SamplingParams
+from executor.schedule.request import Prompt, SamplingParams
 
-LOOK_AHEAD = 2  # prompts kept ready beyond those being answered
-BUILD_SLICE_S = 0.05  # preparing prompts may hold running answers up for so long between two steps
+logger = logging.getLogger(__name__)
 
-
-def all_rows(engine: Any, recipe: Recipe, params: SamplingParams, spread: Any, count: int) -> Iterator[Row]:
-    """The rows of all replicas, `count` in all, as they are finished."""
-    for row in own_rows(engine, recipe, params, spread):
-        arrived = [*([] if row is None else [row]), *spread.received()]
-        count -= len(arrived)
-        yield from arrived
-    while count:
-        for row in spread.received():
-            count -= 1
-            yield row
-        spread.wait()
+WAIT_S = 0.05  # for a prompt to be prepared, before looking for rows of other replicas
 
 
-def own_rows(engine: Any, recipe: Recipe, params: SamplingParams, spread: Any) -> Iterator[Row | None]:
-    """This replica's rows, and None after each step."""
-    yield from answer(engine, recipe, params, spread.mine(), spread.most)
-    yield from engine.assist()
+def answer_all(engine: Any, recipe: Recipe, params: SamplingParams, spread: Any, take: Callable[[Row], None]) -> None:
+    """Answer all samples that this replica takes, and close the engine. `take` gets rows as they are finished, not in
+    order, those that other replicas have sent among them.
+
+    Samples that cannot be answered yield a row with `error` set.
+    """
+    from executor.engine.loop import MAX_AHEAD, EngineLoop
+    from executor.engine.params import with_seed
+
+    max_held = min(recipe.scheduler.max_num_seqs + MAX_AHEAD, spread.max_held)
+    samples, asked, exhausted = spread.samples(), {}, False
+    with EngineLoop(engine) as loop:
+        while asked or not exhausted:
+            while not exhausted and len(asked) < max_held:
+                index, sample = next(samples, (None, None))
+                if sample is None:
+                    exhausted = True
+                elif sample.error:
+                    take(failed_row(index, sample, sample.error))
+                else:
+                    make = partial(_prompt, engine, recipe, sample)
+                    asked[loop.submit(make, with_seed(params))] = index, sample
+            for handle in loop.turn(WAIT_S) if asked else ():
+                take(_row(handle, *asked.pop(handle), engine, recipe))
+            spread.receive(take)
+    for _ in engine.assist():
+        spread.receive(take)
     engine.close()
 
 
-def answer(
-    engine: Any, recipe: Recipe, params: SamplingParams, samples: Iterable[tuple[int, Sample]], most: int
-) -> Iterator[Row | None]:
-    """Rows of all samples as they are finished, not in order, and None after each step.
-
-    Bad samples yield a row with `error` set. At most `most` samples are taken at a time.
-    """
-    from executor.engine.outputs import Collector
-
-    collector, waiting, pending = Collector(), iter(samples), {}
-    most = min(recipe.scheduler.max_num_seqs + LOOK_AHEAD, most)
-    exhausted = False
-    while pending or not exhausted:
-        slice_end = time.monotonic() + BUILD_SLICE_S
-        while not exhausted and len(pending) < most and (not pending or time.monotonic() < slice_end):
-            index, sample = next(waiting, (None, None))
-            if sample is None:
-                exhausted = True
-                break
-            try:
-                asked = _ask(engine, recipe, params, index, sample)
-                request_id = engine.add(asked.prompt, asked.params)
-            except UserError as error:
-                yield failed_row(index, sample, str(error))
-                continue
-            collector.expect(request_id, asked.params.n)
-            pending[request_id] = asked
-        if not pending:
-            continue
-        outputs = engine.step()
-        assert outputs or engine.has_work, f"the engine lost {len(pending)} requests"
-        for completion in collector.feed(outputs):
-            asked = pending.pop(completion.request_id)
-            yield answered_row(asked, completion, engine, recipe)
-        yield None
-
-
-def _ask(engine: Any, recipe: Recipe, params: SamplingParams, index: int, sample: Sample) -> Asked:
+def _prompt(engine: Any, recipe: Recipe, sample: Sample) -> Prompt:
     """Read a sample's media and make its prompt. UserError for what cannot be asked."""
-    from executor.engine.params import with_seed
-
-    if sample.error:
-        raise UserError(sample.error)
-    started = time.monotonic()
     messages = list(sample.messages)
     if recipe.data.system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": recipe.data.system_prompt})
-    prompt = engine.processor.build(messages, chat_template_kwargs=recipe.data.chat_template_kwargs or None)
-    return Asked(index, sample, with_seed(params), prompt, time.monotonic() - started)
+    return engine.processor.build(messages, chat_template_kwargs=recipe.data.chat_template_kwargs or None)
+
+
+def _row(handle: Any, index: int, sample: Sample, engine: Any, recipe: Recipe) -> Row:
+    """What became of a sample. Its own fault is its own row's, whatever that is."""
+    failure, completion = handle.failure, handle.completion
+    if failure is None and completion.error is not None:
+        return failed_row(index, sample, completion.error)
+    if failure is None:
+        asked = Asked(index, sample, handle.params, handle.prompt, handle.prepare_s)
+        return answered_row(asked, completion, engine, recipe)
+    if isinstance(failure, UserError):
+        return failed_row(index, sample, str(failure))
+    logger.error("%s cannot be asked", sample.id, exc_info=failure)
+    return failed_row(index, sample, f"{type(failure).__name__}: {failure}")
