@@ -136,6 +136,7 @@ class EngineLoop:
         self._awake = threading.Event()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
+        self._num_faults = 0  # steps that failed since one did not
         self.fault: Exception | None = None  # what has ended the thread
 
     @property
@@ -185,6 +186,7 @@ class EngineLoop:
         self._start_preparing()
         if self.engine.has_work:
             ended += self._deliver(self.engine.step())
+            self._num_faults = 0
         elif not ended and self.engine.replica.in_step:
             self._awake.wait(min(wait_s, SHARED_WAIT_S))
             self.engine.step()
@@ -226,18 +228,16 @@ class EngineLoop:
         self.stop()
 
     def _drive(self) -> None:
-        num_faults = 0
         while not (self._is_stopping and not self._unfinished):
             try:
                 self.turn(0.2)
-                num_faults = 0
             except Exception as error:  # the thread's end would leave everybody waiting
-                num_faults += 1
+                self._num_faults += 1
                 logger.exception("a step of the engine failed")
                 for request_id, handle in list(self._running.items()):
                     self.engine.abort(request_id)
                     self._end_handle(handle, RuntimeError(f"the step failed: {type(error).__name__}: {error}"))
-                if num_faults == MAX_FAULTS:
+                if self._num_faults == MAX_FAULTS:
                     self.fault = error
                     break
         self._end()

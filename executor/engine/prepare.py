@@ -37,6 +37,7 @@ class Preparers:
             self._tasks.put(None)
 
     def _work(self, ready: threading.Barrier) -> None:
+        torch.get_num_threads()  # a thread's first parallel operation takes what was last set anywhere: be done with it
         torch.set_num_threads(1)
         ready.wait()
         while (task := self._tasks.get()) is not None:
