@@ -4,11 +4,16 @@ Decoders and resizing release Python's lock, and each thread computes with a sin
 engine's own go on at their pace. Knows nothing of prompts.
 """
 
+import sys
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
 import torch
+
+SWITCH_S = 0.0005
+"""How long a thread may keep Python's lock while another waits for it; ten times as long otherwise. A model step takes
+the lock back after each of its operations."""
 
 
 class Preparers:
@@ -26,6 +31,8 @@ class Preparers:
         for thread in self._threads:
             thread.start()
         ready.wait()
+        self._switch_s = sys.getswitchinterval()
+        sys.setswitchinterval(min(SWITCH_S, self._switch_s))
         torch.set_num_threads(all_cores)  # what a thread sets for itself is also what later threads begin with
 
     def submit(self, task: Callable[[], None]) -> None:
@@ -35,6 +42,7 @@ class Preparers:
         """Ends the threads after the tasks they have been given; does not wait."""
         for _ in self._threads:
             self._tasks.put(None)
+        sys.setswitchinterval(self._switch_s)
 
     def _work(self, ready: threading.Barrier) -> None:
         torch.get_num_threads()  # a thread's first parallel operation takes what was last set anywhere: be done with it

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
 
 from executor.errors import UserError
 from executor.media.media import MediaLimits
@@ -86,6 +87,8 @@ class ContainerFrames:
             self.close()
             raise UserError(f"{self._source}: its video codec is not known to this FFmpeg")
         self._stream.thread_type = "AUTO"
+        # As many as this thread computes with: one where others have the other cores (executor.engine.prepare).
+        self._stream.codec_context.thread_count = torch.get_num_threads()
         self._packets = self._container.demux(self._stream)
         self._position = 0  # decode order of the next packet of `_packets`
 
