@@ -4,11 +4,12 @@
 
 Eight answers run; the time between their tokens is taken alone, and from the moment a ninth request is handed in until
 its first token: once a picture of 12 megapixels, once a minute of 1080p video. `--old` prepares it on the engine's own
-thread, for comparison. Two cores: the engine computes with one of them. Not a test: timings on shared machines vary.
+thread, for comparison. Two cores: the engine computes with one of them, and the other must be free of others. Not a test: timings on shared machines vary.
 """
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -95,6 +96,7 @@ def measure(engine, part: dict, old: bool) -> dict:
         alone = between(stamps)
         stamps.clear()
         first: list[float] = []
+        machine = machine_seconds()
         started = time.perf_counter()
         prompt = engine.prompt(message) if old else message
         late = loop.submit(
@@ -102,6 +104,7 @@ def measure(engine, part: dict, old: bool) -> dict:
         )
         run_until(loop, lambda: first)
         during, seconds = between([started, *stamps]), first[0] - started
+        others = [after - before for before, after in zip(machine, machine_seconds(), strict=True)]
         assert late.failure is None and late.completion is not None, late.failure
         for handle in handles:
             handle.abort()
@@ -111,10 +114,19 @@ def measure(engine, part: dict, old: bool) -> dict:
         "alone_ms": summary(alone),
         "during_ms": summary(during),
         "steps": len(during),
+        "cores_taken_by_other_processes": round((others[0] - others[1]) / seconds, 2),
         "seconds_to_its_first_token": round(seconds, 2),
         "prepare_s": round(late.prepare_s, 2),
         "prompt_tokens": len(late.prompt.token_ids),
     }
+
+
+def machine_seconds() -> tuple[float, float]:
+    """CPU time that the whole machine has spent, and this process: a core must be free, or the figures mean nothing."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    busy = sum(fields) - fields[3] - fields[4]  # idle, waiting for a disk
+    own = os.times()
+    return busy / os.sysconf("SC_CLK_TCK"), own.user + own.system
 
 
 def ignore(event: object) -> None: ...
