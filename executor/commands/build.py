@@ -183,9 +183,11 @@ def media_options(recipe: Recipe) -> MediaOptions:
         min_pixels=data.min_pixels,
         max_pixels=data.max_pixels,
         video_max_pixels=data.video_max_pixels,
+        frame_max_pixels=data.frame_max_pixels,
         fps=data.fps,
         min_frames=data.min_frames,
         max_frames=data.max_frames,
         cap_pixels_per_frame=data.cap_pixels_per_frame,
         video_timestamps=data.video_timestamps,
+        max_model_len=recipe.scheduler.max_model_len,
     )

@@ -11,17 +11,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from executor.errors import UserError, nearest
+from executor.media.formats import HEAD_BYTES, Kind, foreign, sniff
 
-Kind = Literal["image", "video"]
 Content = Path | bytes | Image.Image | np.ndarray | tuple["Media", ...]
-
-_HEAD_BYTES = 512  # enough for every signature below; an MPEG transport stream needs 189
 
 
 @dataclass(frozen=True)
@@ -46,47 +43,6 @@ class Media:
     kind: Kind
     content: Content  # a tuple: the frames of a video, each a Media of kind "image"
     source: str  # for messages: the path, or "base64 data", "an array", ...
-
-
-def sniff(head: bytes) -> tuple[Kind, str] | None:
-    """Kind and format name by the first bytes of a file (512 are enough), or None when they tell nothing."""
-    starts: dict[bytes, tuple[Kind, str]] = {
-        b"\x89PNG\r\n\x1a\n": ("image", "PNG"),
-        b"\xff\xd8\xff": ("image", "JPEG"),
-        b"GIF8": ("image", "GIF"),
-        b"BM": ("image", "BMP"),
-        b"II*\0": ("image", "TIFF"),
-        b"MM\0*": ("image", "TIFF"),
-        b"II+\0": ("image", "TIFF"),
-        b"MM\0+": ("image", "TIFF"),
-        b"\0\0\0\x0cjP  ": ("image", "JPEG 2000"),
-        b"P5\n": ("image", "PGM"),
-        b"P6\n": ("image", "PPM"),
-        b"\x1a\x45\xdf\xa3": ("video", "Matroska/WebM"),
-        b"FLV\x01": ("video", "FLV"),
-        b"\x30\x26\xb2\x75\x8e\x66\xcf\x11": ("video", "ASF/WMV"),
-        b"OggS": ("video", "Ogg"),
-        b"\0\0\x01\xba": ("video", "MPEG program stream"),
-        b"\0\0\x01\xb3": ("video", "MPEG video"),
-        b"\0\0\0\x01\x67": ("video", "H.264 stream"),
-        b"\0\0\0\x01\x40": ("video", "H.265 stream"),
-        b"DKIF": ("video", "IVF"),
-    }
-    for magic, found in starts.items():
-        if head.startswith(magic):
-            return found
-    if head[:4] == b"RIFF":
-        return {b"WEBP": ("image", "WebP"), b"AVI ": ("video", "AVI")}.get(head[8:12])
-    if head[4:8] == b"ftyp":
-        brand = head[8:12]
-        if brand in (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1"):
-            return "image", "AVIF" if brand.startswith(b"avi") else "HEIF"
-        return "video", "MP4/MOV"
-    if head[4:8] in (b"moov", b"mdat", b"wide", b"free"):
-        return "video", "MP4/MOV"
-    if len(head) > 188 and head[0] == head[188] == 0x47:
-        return "video", "MPEG transport stream"
-    return None
 
 
 def load_media(
@@ -169,7 +125,7 @@ def _from_path(path: Path, kind: Kind | None, limits: MediaLimits) -> Media:
 
 
 def _from_bytes(data: bytes, kind: Kind | None, source: str, limits: MediaLimits) -> Media:
-    return Media(_check(len(data), data[:_HEAD_BYTES], kind, source, limits), data, source)
+    return Media(_check(len(data), data[:HEAD_BYTES], kind, source, limits), data, source)
 
 
 def _from_array(array: np.ndarray, kind: Kind | None) -> Media:
@@ -194,6 +150,9 @@ def _check(num_bytes: int, head: bytes, kind: Kind | None, source: str, limits: 
     if num_bytes == 0:
         raise UserError(f"{source}: is empty (0 bytes)")
     sniffed = sniff(head)
+    strange = foreign(head) if sniffed is None or sniffed[1] == "HEIF" else None
+    if strange:
+        raise UserError(f"{source}: not a readable picture or video: {strange}")
     if sniffed is None and kind is None:
         raise UserError(f"{source}: neither a picture nor a video by its first bytes ({head[:8]!r})")
     if sniffed and sniffed[0] == "video" and kind == "image":
@@ -220,7 +179,7 @@ def _decode_data_url(url: str, limits: MediaLimits) -> bytes:
 
 def _head(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(_HEAD_BYTES)
+        return file.read(HEAD_BYTES)
 
 
 def _near(path: Path) -> str:

@@ -17,8 +17,10 @@ from PIL import Image
 
 from executor.errors import UserError
 from executor.media.container import ContainerFrames
+from executor.media.extent import missing_bytes
+from executor.media.formats import HEAD_BYTES, sniff
 from executor.media.image import DECODE_ERRORS, decode_image, open_picture, resize, to_rgb
-from executor.media.media import DEFAULT_LIMITS, Media, MediaLimits, sniff
+from executor.media.media import DEFAULT_LIMITS, Media, MediaLimits
 from executor.media.sampling import Sampling
 from executor.media.timeline import Timeline
 
@@ -43,6 +45,7 @@ class SampledVideo:
     decoded_frames: int
     decoded_groups: int
     seeks: int
+    warnings: tuple[str, ...]  # what is not there of a damaged video, each naming the source
 
     @property
     def sampled_fps(self) -> float:
@@ -57,6 +60,7 @@ class _Frames(Protocol):
     decoded_frames: int
     decoded_groups: int
     seeks: int
+    warnings: Sequence[str]
 
     def read(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]: ...
 
@@ -77,7 +81,9 @@ def read_video(
     size_of: (num_frames, height, width) -> (height, width); each frame is resized to it as soon as it is decoded, so
     that a long video never lies in memory at full size. None: frames keep their size.
     frame_rate: of an array or list, in frames per second. None: they are taken as sampled already, at `sampling.fps`.
-    Errors: UserError naming `source` for what is empty, damaged, above `limits`, or has fewer frames than asked for.
+    A damaged file gives its whole frames, and `warnings` says what is not there.
+    Errors: UserError naming `source` for what is empty, without whole frames, broken for the most part, above
+    `limits`, or has fewer frames than asked for.
     """
     if frame_rate is not None and not frame_rate > 0:
         raise UserError(f"{source}: frame_rate must be above 0, got {frame_rate}")
@@ -107,6 +113,7 @@ def read_video(
         decoded_frames=opened.decoded_frames,
         decoded_groups=opened.decoded_groups,
         seeks=opened.seeks,
+        warnings=tuple(opened.warnings),
     )
 
 
@@ -135,11 +142,11 @@ def _open(content: object, source: str, limits: MediaLimits, frame_rate: float) 
     if isinstance(content, Image.Image):
         return _PictureFrames(content, source, limits)
     if isinstance(content, bytes):
-        head, num_bytes = content[:512], len(content)
+        head, num_bytes = content[:HEAD_BYTES], len(content)
     else:
         try:
             with content.open("rb") as file:
-                head, num_bytes = file.read(512), content.stat().st_size
+                head, num_bytes = file.read(HEAD_BYTES), content.stat().st_size
         except OSError as error:
             raise UserError(f"{source}: cannot be read ({error.strerror})") from error
     if not head:
@@ -156,6 +163,7 @@ class _GivenFrames:
     """Frames that are there already: uint8 [F, H, W, 3], or pictures (anything `decode_image` takes, or Media)."""
 
     decoded_groups = seeks = 0
+    warnings: tuple[str, ...] = ()
 
     def __init__(self, frames: np.ndarray | Sequence, source: str, limits: MediaLimits, frame_rate: float):
         if isinstance(frames, np.ndarray) and (
@@ -190,20 +198,15 @@ class _PictureFrames:
     decoded_groups = seeks = 0
 
     def __init__(self, content: bytes | Path | Image.Image, source: str, limits: MediaLimits):
-        self._picture, self._source = open_picture(content, source, limits), source
+        whole, self._num_missing_bytes = _without_cut_frame(content)
+        self._picture = open_picture(whole, source, limits)
         self._owned = not isinstance(content, Image.Image)
-        self.decoded_frames = 0
+        self._source, self.decoded_frames, self.warnings = source, 0, []
         try:
-            num_frames = getattr(self._picture, "n_frames", 1)
-        except DECODE_ERRORS as error:  # counting walks through the file
-            raise UserError(f"{source}: the picture is damaged or incomplete ({error})") from error
-        if num_frames > limits.video_frames:
-            raise UserError(f"{source}: {num_frames} frames, at most {limits.video_frames} allowed")
-        delays_s = []
-        for index in range(num_frames):
-            self._show(index)  # the delay of a frame is known when it is decoded
-            delay_ms = self._picture.info.get("duration") or 0
-            delays_s.append((delay_ms if delay_ms > _SHORTEST_DELAY_MS else _DEFAULT_DELAY_MS) / 1000)
+            delays_s = self._find_frames(limits)
+        except BaseException:
+            self.close()
+            raise
         starts_s = np.concatenate([[0.0], np.cumsum(delays_s)[:-1]])
         rate = 1 / delays_s[0] if len(set(delays_s)) == 1 else None
         self.timeline = Timeline(starts_s, delays_s[-1], rate)
@@ -213,9 +216,45 @@ class _PictureFrames:
                 f"{source}: {self.timeline.duration_s:.0f} seconds, at most {limits.video_duration_s:.0f} allowed"
             )
 
+    def _find_frames(self, limits: MediaLimits) -> list[float]:
+        """Seconds that each frame stays: known when it is decoded. Frames behind a damaged one are built upon it."""
+        promised: int | None = None
+        fault: Exception | str | None = None
+        try:
+            promised = getattr(self._picture, "n_frames", 1)
+        except DECODE_ERRORS as error:  # counting walks through the file
+            fault = error
+        delays_s: list[float] = []
+        while promised is None or len(delays_s) < promised:
+            if len(delays_s) == limits.video_frames or (promised or 0) > limits.video_frames:
+                raise UserError(
+                    f"{self._source}: {promised or 'more'} frames, at most {limits.video_frames} allowed; cut it into "
+                    "parts"
+                )
+            try:
+                self._show(len(delays_s))
+            except DECODE_ERRORS as error:
+                fault = error
+                break
+            delay_ms = self._picture.info.get("duration") or 0
+            delays_s.append((delay_ms if delay_ms > _SHORTEST_DELAY_MS else _DEFAULT_DELAY_MS) / 1000)
+        if not delays_s:
+            raise UserError(f"{self._source}: the picture is damaged or incomplete, no whole frame is in it ({fault})")
+        fault = fault or (f"{self._num_missing_bytes} bytes are missing" if self._num_missing_bytes else None)
+        if fault:
+            of_all = f" of {promised}" if promised else ""
+            self.warnings.append(
+                f"{self._source}: the video is damaged or cut short ({fault}); the answer is from its first "
+                f"{len(delays_s)}{of_all} frames"
+            )
+        return delays_s
+
     def read(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         for index in indices:
-            self._show(index)
+            try:
+                self._show(index)
+            except DECODE_ERRORS as error:
+                raise UserError(f"{self._source}: frame {index} is damaged or incomplete ({error})") from error
             yield index, to_rgb(self._picture)
 
     def close(self) -> None:
@@ -223,12 +262,33 @@ class _PictureFrames:
             self._picture.close()
 
     def _show(self, index: int) -> None:
-        try:
-            self._picture.seek(index)
-            self._picture.load()
-            self.decoded_frames += 1
-        except DECODE_ERRORS as error:
-            raise UserError(f"{self._source}: frame {index} is damaged or incomplete ({error})") from error
+        self._picture.seek(index)
+        self._picture.load()
+        self.decoded_frames += 1
+
+
+def _without_cut_frame(content: bytes | Path | Image.Image) -> tuple[bytes | Path | Image.Image, int]:
+    """An animated WebP that is cut short, up to its last whole frame, and how many bytes are missing.
+
+    Other content as it stands, and 0: Pillow reads the beginnings of other animations, but libwebp only whole files.
+    """
+    if isinstance(content, Image.Image):
+        return content, 0
+    missing = missing_bytes(content)
+    data = content if isinstance(content, bytes) else content.read_bytes() if missing else b""
+    if not missing or data[8:12] != b"WEBP":
+        return content, 0
+    at, last_whole = 12, 12
+    while at + 8 <= len(data):
+        kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        at += 8 + size + size % 2
+        if at > len(data):
+            break
+        if kind == b"ANMF":
+            last_whole = at
+    if last_whole == 12:
+        return content, 0
+    return data[:4] + (last_whole - 8).to_bytes(4, "little") + data[8:last_whole], missing
 
 
 def _naming(source: str, message: str) -> str:

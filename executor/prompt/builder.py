@@ -6,6 +6,7 @@ imported only then.
 Does not know the engine: a prompt longer than the model's context is refused there.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from executor.prompt.digest import make_media_item
 from executor.prompt.expand import Fill, VisionTokens, check_media, encode_pieces, expand_media, pieces_text
 from executor.prompt.options import MediaOptions
 from executor.schedule.request import MediaItem, Prompt, Span
+
+logger = logging.getLogger(__name__)
 
 
 class PromptBuilder(ABC):
@@ -127,7 +130,8 @@ class PromptBuilder(ABC):
         opened = load_media(part.source, "image", limits)
         frame = decode_image(opened.content, source=opened.source, limits=limits)
         height, width = smart_resize(frame.shape[1], frame.shape[2], settings.factor, least, most)
-        return make_media_item("image", resize(frame[None], height, width), settings, source=opened.source)
+        resized = resize(frame[None], height, width)
+        return make_media_item("image", resized, settings, source=opened.source, original_hw=tuple(frame.shape[1:]))
 
     def open_video(self, part: MediaPart, options: MediaOptions) -> MediaItem:
         """Sample, decode and resize one video."""
@@ -154,6 +158,8 @@ class PromptBuilder(ABC):
             limits=limits,
             size_of=lambda num_frames, height, width: self.frame_size(num_frames, height, width, options),
         )
+        for warning in sampled.warnings:
+            logger.warning("%s", warning)
         return make_media_item(
             "video",
             sampled.frames,
@@ -161,6 +167,8 @@ class PromptBuilder(ABC):
             source=opened.source,
             seconds_per_grid=settings.temporal_patch_size / sampled.sampled_fps,
             timestamps_s=sampled.timestamps_s,
+            original_hw=(sampled.height, sampled.width),
+            warnings=sampled.warnings,
         )
 
     @property

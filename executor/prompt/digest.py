@@ -33,6 +33,8 @@ def make_media_item(
     source: str = "",
     seconds_per_grid: float = 0.0,
     timestamps_s: tuple[float, ...] = (),
+    original_hw: tuple[int, int] = (0, 0),
+    warnings: tuple[str, ...] = (),
 ) -> MediaItem:
     """pixels: uint8 tensor [F, C, H, W], resized; a video's last frame is repeated to fill its temporal patch."""
     from executor.media.image import repeat_last
@@ -51,4 +53,6 @@ def make_media_item(
         source=source,
         seconds_per_grid=seconds_per_grid,
         timestamps_s=timestamps_s,
+        original_hw=original_hw,
+        warnings=warnings,
     )

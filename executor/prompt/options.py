@@ -21,7 +21,12 @@ class MediaOptions:
     max_frames: int | None = None
     cap_pixels_per_frame: bool = False  # as the reference implementation does; transformers will make it the default
     video_timestamps: Literal["per_frame", "outer_pair"] = "per_frame"  # Qwen3-VL only
+    max_model_len: int | None = None  # tokens of a request: a video leaves room in them where nothing else is said
     limits: Any = None  # executor.media.media's limits; None: its defaults
+
+    def video_tokens(self, most: int) -> int:
+        """`most` tokens of one video, or fewer that leave a quarter of a request for its text and the answer."""
+        return most if self.max_model_len is None else max(1, min(most, self.max_model_len * 3 // 4))
 
     def with_overrides(self, part: MediaPart) -> "MediaOptions":
         """The options for one part of a message, which may carry its own."""

@@ -175,7 +175,11 @@ class DataSection(Section):
     max_frames: Positive | None = None
     """Frames sampled from a video at most. null: the checkpoint's."""
     video_max_pixels: Positive | None = None
-    """Largest video, in pixels of all its frames after the resize. null: the checkpoint's."""
+    """Largest video, in pixels of all its frames after the resize. null: of Qwen3-VL the checkpoint's, of Qwen2.5-VL
+    24,576 tokens, and of both at most three quarters of max_model_len."""
+    frame_max_pixels: Positive | None = None
+    """Largest frame of a video, in pixels after the resize. null: of Qwen3-VL no bound of its own, of Qwen2.5-VL the
+    checkpoint's, at most 768 tokens."""
     cap_pixels_per_frame: bool = False
     """Bound every frame of a video by its own share of the pixels, too."""
     video_timestamps: Literal["per_frame", "outer_pair"] = "per_frame"

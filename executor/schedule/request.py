@@ -64,6 +64,13 @@ class MediaItem:
     source: str = ""  # for messages: a path, a URL, "base64"
     seconds_per_grid: float = 0.0  # video: seconds from one temporal patch to the next
     timestamps_s: tuple[float, ...] = ()  # video: of every sampled frame, before the repeat to an even count
+    original_hw: tuple[int, int] = (0, 0)  # height and width before the resize, upright
+    warnings: tuple[str, ...] = ()  # what is not there of a damaged file
+
+    @property
+    def resized_hw(self) -> tuple[int, int]:
+        """Height and width that the model sees; of a video: of each frame."""
+        return tuple(self.pixels.shape[-2:])
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from executor.schedule.block_pool import BlockPool
 from executor.schedule.encoder_cache import EncoderCache, MediaReads
 from executor.schedule.plan import Plan, Row
 from executor.schedule.prefix_cache import BlockDigests
-from executor.schedule.request import FinishReason, Request, Status
+from executor.schedule.request import FinishReason, Prompt, Request, Status
 
 
 @dataclass(slots=True)
@@ -237,7 +237,7 @@ class Scheduler:
         if num_prompt >= self.max_model_len:
             raise UserError(
                 f"maximum context length is {self.max_model_len} tokens, the prompt has {num_prompt} tokens and leaves "
-                "no room for an answer; shorten it, lower max_pixels or fps, or raise scheduler_config.max_model_len"
+                f"no room for an answer; {_what_shortens(request.prompt)}, or raise scheduler_config.max_model_len"
             )
         num_needed = self.pool.num_blocks_for(num_prompt + 1)
         if num_needed > self.pool.num_blocks:
@@ -424,3 +424,20 @@ class Scheduler:
 
 def _is_decode(request: Request) -> bool:
     return bool(request.output_token_ids) and request.num_tokens - request.num_computed_tokens == 1
+
+
+def _what_shortens(prompt: Prompt) -> str:
+    """What to do about a prompt that is too long: the keys that bound what most of its tokens are."""
+    num_of = {"image": 0, "video": 0}
+    for item in prompt.media:
+        num_of[item.kind] += item.num_tokens
+    advice = []
+    if num_of["video"]:
+        advice.append(
+            f"{num_of['video']} tokens are of videos: lower data_config.video_max_pixels, or fps or max_frames"
+        )
+    if num_of["image"]:
+        advice.append(f"{num_of['image']} tokens are of pictures: lower data_config.max_pixels")
+    if len(prompt.token_ids) - sum(num_of.values()) > max(num_of.values()):
+        advice.append("shorten its text")
+    return "; ".join(advice)

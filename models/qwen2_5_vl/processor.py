@@ -29,6 +29,11 @@ VIDEO_DEFAULTS = {
     "max_video_tokens": 128000,
 }
 
+# Where neither the checkpoint nor the recipe bounds videos. Of one frame: qwen_vl_utils' VIDEO_MAX_PIXELS. Of all
+# frames: what the technical report (arXiv 2502.13923) evaluates videos with.
+FRAME_TOKENS = 768
+VIDEO_TOKENS = 24576
+
 
 def mrope_positions(
     num_tokens: int,
@@ -66,20 +71,28 @@ class Processor(PromptBuilder):
         return strided
 
     def frame_size(self, num_frames: int, height: int, width: int, options: MediaOptions) -> tuple[int, int]:
-        """The checkpoint's bounds are on one frame; a recipe's `video_max_pixels` is shared out among the frames."""
+        """The checkpoint's bounds are on one frame, and they are those of its pictures: a minute of 1080p would be
+        161,482 tokens. Unless the recipe or the message says otherwise, a frame has at most FRAME_TOKENS and all
+        frames together VIDEO_TOKENS, each counted for two frames as the encoder merges them; a bound of all frames is
+        shared out among them, and where a share is less than the least frame, the share holds.
+        """
         from executor.media.sampling import frame_size_per_frame
 
         video = self.video
-        most = options.frame_max_pixels or video.max_pixels
-        if options.video_max_pixels:
-            most = max(min(most, options.video_max_pixels // num_frames), video.min_pixels)
+        token_px = video.factor**2
+        of_all = options.video_max_pixels
+        if of_all is None:
+            of_all = options.video_tokens(VIDEO_TOKENS) * token_px * video.temporal_patch_size
+        of_each = options.frame_max_pixels or min(video.max_pixels, FRAME_TOKENS * token_px)
+        num_encoded = num_frames + -num_frames % video.temporal_patch_size  # the last one is repeated
+        most = min(of_each, of_all // num_encoded)
         capped = options.cap_pixels_per_frame or video.cap_pixels_per_frame
         return frame_size_per_frame(
             num_frames,
             height,
             width,
             factor=video.factor,
-            min_pixels=video.min_pixels,
+            min_pixels=min(video.min_pixels, most),
             max_pixels=most,
             temporal_patch_size=video.temporal_patch_size,
             max_video_tokens=video.max_video_tokens if capped else None,

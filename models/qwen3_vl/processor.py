@@ -68,11 +68,15 @@ class Processor(PromptBuilder):
         return spread
 
     def frame_size(self, num_frames: int, height: int, width: int, options: MediaOptions) -> tuple[int, int]:
-        """The bounds are on all frames together, the checkpoint's as well as a recipe's `video_max_pixels`."""
+        """The bounds are on all frames together, the checkpoint's as well as a recipe's `video_max_pixels`. The
+        checkpoint's yields where a request has not the room for it."""
         from executor.media.sampling import frame_size_of_all
 
         video = self.video
-        most = options.video_max_pixels or video.max_pixels
+        frames_of_patches = num_frames + -num_frames % video.temporal_patch_size  # the last one is repeated
+        frame_px = video.factor**2 * video.temporal_patch_size * num_frames // frames_of_patches
+        room = options.video_tokens(-(-video.max_pixels // frame_px)) * frame_px
+        most = options.video_max_pixels or min(video.max_pixels, room)
         if options.frame_max_pixels:
             most = min(most, options.frame_max_pixels * num_frames)
         capped = options.cap_pixels_per_frame or video.cap_pixels_per_frame
@@ -81,7 +85,7 @@ class Processor(PromptBuilder):
             height,
             width,
             factor=video.factor,
-            min_pixels=video.min_pixels,
+            min_pixels=min(video.min_pixels, most),
             max_pixels=most,
             temporal_patch_size=video.temporal_patch_size,
             max_video_tokens=video.max_video_tokens if capped else None,

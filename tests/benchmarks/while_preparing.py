@@ -4,7 +4,8 @@
 
 Eight answers run; the time between their tokens is taken alone, and from the moment a ninth request is handed in until
 its first token: once a picture of 12 megapixels, once a minute of 1080p video. `--old` prepares it on the engine's own
-thread, for comparison. Two cores: the engine computes with one of them, and the other must be free of others. Not a test: timings on shared machines vary.
+thread, for comparison. Two cores: the engine computes with one of them, and the other must be free of other processes.
+Not a test: timings on shared machines vary.
 """
 
 import argparse

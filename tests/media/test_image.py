@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from executor.errors import UserError
+from executor.media import image
 from executor.media.image import decode_image, normalize_patchify, repeat_last, resize, smart_resize
 from executor.media.media import MediaLimits
 
@@ -63,6 +64,15 @@ def test_transparency_lies_on_white(mode: str) -> None:
         picture.putpixel((1, 0), {"P": 1, "L": 40, "RGB": (40, 40, 40)}[mode])
         data, expected = encode(picture, "PNG", transparency={"P": 0, "L": 0, "RGB": (0, 0, 0)}[mode]), [255, 40]
     assert decode_image(data)[:, 0].tolist() == [expected] * 3
+
+
+def test_large_transparent_pictures_are_composed_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    rgba = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 50, 4), dtype=np.uint8))
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    whole = np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+    for strip_pixels in (1, 500, 2**19):
+        monkeypatch.setattr(image, "_STRIP_PIXELS", strip_pixels)
+        assert (decode_image(rgba).permute(1, 2, 0).numpy() == whole).all()
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:

@@ -96,7 +96,8 @@ def test_objects() -> None:
         ([], None, "at least one frame"),
         ([RED], "image", "several frames are a video"),
         (7, None, "got int"),
-        (b"no magic here", None, "neither a picture nor a video by its first bytes"),
+        (b"no magic here", None, "not a readable picture or video: it is a text"),
+        (b"\x80no magic here", None, "neither a picture nor a video by its first bytes"),
         (b"", None, "is empty"),
     ):
         with pytest.raises(UserError, match=reason):

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from executor.prompt.options import MediaOptions
 from models.qwen2_5_vl.processor import Processor as Processor2_5
 from models.qwen3_vl.processor import Processor as Processor3
 from models.qwen3_vl.processor import patch_timestamps
+from tests.media.media_files import make_frames, write_video
 
 REPO = Path(__file__).parents[2]
 MEDIA = REPO / "dataset" / "media"
@@ -203,7 +205,7 @@ def test_published_settings_are_read_as_transformers_reads_them(tmp_path, family
 
 @pytest.mark.parametrize("capped", [False, True])
 def test_frame_sizes_of_published_settings(tmp_path, family, capped, torchvision):
-    """Against transformers' own resize, on tensors without memory."""
+    """Against transformers' own resize, on tensors without memory; it knows no bounds but the checkpoint's."""
     import transformers as tf
 
     folder = folder_with(tmp_path, family, *PUBLISHED[family])
@@ -211,6 +213,8 @@ def test_frame_sizes_of_published_settings(tmp_path, family, capped, torchvision
     theirs = video_class.from_pretrained(folder)
     ours = OURS[family](folder)
     options = MediaOptions(cap_pixels_per_frame=capped)
+    if family == "qwen2_5_vl":  # without ours
+        options = replace(options, frame_max_pixels=ours.video.max_pixels, video_max_pixels=10**12)
     for num_frames in (2, 5, 16, 100, 768):
         for height, width in ((20, 40), (240, 320), (1080, 1920), (2160, 3840)):
             frames = torch.empty(1, num_frames, 3, height, width, dtype=torch.uint8, device="meta")
@@ -236,6 +240,70 @@ def test_recipe_bounds_on_video_pixels(tmp_path, family):
     for num_frames in (4, 100):
         assert num_frames * pixels(num_frames, video_max_pixels=4_000_000) <= 4_000_000
         assert 20 * num_frames * pixels(num_frames, video_max_pixels=4_000_000) > 10 * 4_000_000
+
+
+def tool_frame_size(num_frames, height, width, total_tokens):
+    """qwen_vl_utils.fetch_video's arithmetic of sizes, for a video of `total_tokens` at most."""
+    from executor.media.image import smart_resize
+
+    token_px, frame_factor, least = 28 * 28, 2, 4 * 28 * 28
+    most = max(min(768 * token_px, total_tokens * token_px / num_frames * frame_factor), int(least * 1.05))
+    return smart_resize(height, width, 28, least, int(most))
+
+
+def test_a_minute_of_full_hd_fits_by_default(tmp_path, family):
+    """120 frames at 2 a second. Without bounds of videos, Qwen2.5-VL made 161,482 tokens of them."""
+    processor = OURS[family](folder_with(tmp_path, family, *PUBLISHED[family]))
+    height, width = processor.frame_size(120, 1080, 1920, MediaOptions(max_model_len=32768))
+    num_tokens = 60 * height * width // processor.video.factor**2
+    assert num_tokens == {"qwen2_5_vl": 23_400, "qwen3_vl": 11_400}[family]
+    if family == "qwen2_5_vl":
+        assert (height, width) == tool_frame_size(120, 1080, 1920, 24_576)
+
+
+def test_a_video_of_any_length_and_shape_leaves_room_for_the_answer(tmp_path, family):
+    processor = OURS[family](folder_with(tmp_path, family, *PUBLISHED[family]))
+    token_px = processor.video.factor**2
+    for max_model_len in (4096, 32768, 262144):
+        options = MediaOptions(max_model_len=max_model_len)
+        for num_frames in (1, 2, 5, 16, 100, 333, 768):
+            for height, width in ((20, 40), (240, 320), (1080, 1920), (3840, 2160), (60, 6000)):
+                sized = processor.frame_size(num_frames, height, width, options)
+                num_tokens = -(-num_frames // 2) * sized[0] * sized[1] // token_px
+                # Sides are whole tokens: of very long frames there is no smaller size.
+                least = -(-num_frames // 2) * max(height, width) // min(height, width)
+                assert num_tokens <= max(24_576 if max_model_len > 32768 else max_model_len * 3 // 4, 2 * least)
+                if family == "qwen2_5_vl":
+                    assert sized[0] * sized[1] <= 768 * token_px
+
+
+def test_a_recipe_may_ask_for_larger_videos(tmp_path, family):
+    processor = OURS[family](folder_with(tmp_path, family, *PUBLISHED[family]))
+    options = MediaOptions(video_max_pixels=4 * 1080 * 1920, frame_max_pixels=1080 * 1920, max_model_len=4096)
+    height, width = processor.frame_size(4, 1080, 1920, options)
+    assert 0.9 * 1080 * 1920 < height * width <= 1080 * 1920
+
+
+def test_sizes_before_and_after_the_resize(processor):
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (120, 90)).save(turned, "JPEG", exif=exif)
+    frames = np.zeros((4, 70, 100, 3), dtype=np.uint8)
+    prompt = processor.build(ask({"image": turned.getvalue()}, {"video": frames}, {"text": "x"}))
+    assert [item.original_hw for item in prompt.media] == [(120, 90), (70, 100)]
+    assert [item.resized_hw for item in prompt.media] == [item.pixels.shape[-2:] for item in prompt.media]
+    assert all(side % processor.picture.factor == 0 for item in prompt.media for side in item.resized_hw)
+
+
+def test_a_damaged_video_is_told_of_with_its_prompt(processor, caplog, tmp_path):
+    frames = make_frames(40, 64, 96)
+    data = write_video(tmp_path / "a.mp4", frames, container_options={"movflags": "faststart"}).read_bytes()
+    whole, cut = (processor.build(ask({"video": content}, {"text": "x"})) for content in (data, data[: len(data) // 2]))
+    assert whole.media[0].warnings == ()
+    (warning,) = cut.media[0].warnings
+    assert warning.startswith("bytes: the video is cut short") and warning in caplog.text
+    assert 0 < cut.media[0].num_tokens < whole.media[0].num_tokens
 
 
 def test_settings_that_cannot_be_followed(tmp_path, family):

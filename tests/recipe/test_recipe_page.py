@@ -11,7 +11,8 @@ from tests.reference import REPO
 HEAD = """# Every key of a recipe
 
 A recipe is a YAML file of the sections below; `--set section.key=value` overrides a key for one run. Unknown keys are
-errors. This page is made from `executor/recipe/schema.py` and held equal to it by a test.
+errors. This page is made from `executor/recipe/schema.py` and held equal to it by a test. Which pictures and videos are
+read, what happens to damaged ones, and how sizes are chosen: [media.md](media.md).
 """
 
 

@@ -41,6 +41,7 @@ class Printer:
         lines.append(_field("tokens", tokens))
         tpot = "-" if row["tpot_ms"] is None else f"{row['tpot_ms']:.1f} ms"
         lines.append(_field("time", f"TTFT {row['ttft_ms']:.1f} ms, TPOT {tpot}, e2e {row['e2e_ms']:.1f} ms"))
+        lines += [_field("warning", warning) for warning in row.get("warnings", ())]
         if row.get("drawn"):
             lines.append(_field("drawn", row["drawn"]))
         return "\n".join([*lines, ""])

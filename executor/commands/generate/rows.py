@@ -1,14 +1,23 @@
 """One answer, or one refusal, as a row of the JSON document and of the results file."""
 
+import logging
+import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from dataset.sample import Sample, media_source
+from executor.errors import UserError
 from executor.recipe.schema import Recipe
 from executor.schedule.request import Prompt, SamplingParams
 
+logger = logging.getLogger(__name__)
+
 Row = dict[str, Any]
+
+# What reading a picture again, drawing on it and saving it may raise: an answer is worth more than its drawing.
+DRAW_ERRORS = (OSError, ValueError, TypeError, ArithmeticError, LookupError, MemoryError, RecursionError, SyntaxError)
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,10 @@ def answered_row(asked: Asked, completion: Any, engine: Any, recipe: Recipe) -> 
         "error": None,
         "cached_tokens": completion.cached_tokens,
         "prepare_ms": _ms(asked.build_s),
+        "media_sizes": [
+            {"original": list(item.original_hw), "resized": list(item.resized_hw)} for item in asked.prompt.media
+        ],
+        "warnings": [warning for item in asked.prompt.media for warning in item.warnings],
     }
     if asked.params.n > 1:
         row["texts"] = list(completion.texts)
@@ -47,18 +60,49 @@ def answered_row(asked: Asked, completion: Any, engine: Any, recipe: Recipe) -> 
     if asked.params.logprobs is not None:
         row["logprobs"] = [[_plain(value) for value in answer] for answer in completion.logprobs]
     if recipe.generation.draw:
-        row["drawn"] = _draw(asked, completion.texts[0], engine.processor.box_convention, recipe)
+        row["drawn"] = None
+        try:
+            row["drawn"] = _draw(asked, completion.texts[0], engine.processor.box_convention, recipe)
+        except DRAW_ERRORS as error:
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            row["warnings"].append(f"the answer could not be drawn: {reason}")
+            logger.warning("request %d: %s", asked.index, row["warnings"][-1])
     return row
 
 
 def failed_row(index: int, sample: Sample, error: str) -> Row:
     counts = ("text", "finish_reason", "prompt_tokens", "vision_tokens", "completion_tokens")
     times = ("ttft_ms", "tpot_ms", "e2e_ms")
-    return {**_row_head(index, sample), **dict.fromkeys((*counts, *times)), "error": error}
+    return {**_row_head(index, sample), **dict.fromkeys((*counts, *times)), "error": error, "warnings": []}
 
 
 def _row_head(index: int, sample: Sample) -> Row:
     return {"index": index, "id": sample.id, "media": sample.media, "prompt": sample.question}
+
+
+def check_drawing(recipe: Recipe) -> None:
+    """UserError where a recipe wants drawings and their folder cannot be written. Leaves no folder behind."""
+    if not recipe.generation.draw:
+        return
+    folder = _drawn_folder(recipe)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"model_config.output_path: drawn pictures go to {folder}, which cannot be written ({reason}); "
+            "give another folder, or set generation_config.draw: false"
+        ) from error
+    finally:
+        for path in made:
+            with suppress(OSError, ValueError):
+                path.rmdir()
+
+
+def _drawn_folder(recipe: Recipe) -> Path:
+    return Path(recipe.model.output_path) / "drawn"
 
 
 def _draw(asked: Asked, text: str, convention: str, recipe: Recipe) -> str | None:
@@ -78,8 +122,8 @@ def _draw(asked: Asked, text: str, convention: str, recipe: Recipe) -> str | Non
     # The picture as the model saw it: turned upright, without transparency.
     media = load_media(source, "image")
     pixels = decode_image(media.content, source=media.source).permute(1, 2, 0).numpy()
-    marks = to_pixels(marks, convention, tuple(item.pixels.shape[-2:]), pixels.shape[:2])
-    folder = Path(recipe.model.output_path) / "drawn"
+    marks = to_pixels(marks, convention, item.resized_hw, pixels.shape[:2])
+    folder = _drawn_folder(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     name = Path(asked.sample.media[position]).stem if isinstance(source, str) else "picture"
     path = folder / f"{asked.index:05d}_{''.join(c if c.isalnum() or c in '-_' else '_' for c in name)[:60]}.png"

@@ -18,7 +18,7 @@ from dataset.sample import Dataset
 from executor.commands.generate.loop import answer_all
 from executor.commands.generate.printer import Printer, print_summary
 from executor.commands.generate.results import ResultsFile, settings_of
-from executor.commands.generate.rows import Row
+from executor.commands.generate.rows import Row, check_drawing
 from executor.host.env import rank_place
 from executor.recipe.generation import sampling_params
 from executor.recipe.schema import Recipe
@@ -41,6 +41,7 @@ def run(recipe: Recipe, build: Callable[..., Any] | None = None, out: TextIO | N
         _assist(prepare(recipe, place.local_world_size), build)
         return {"command": "generate"}, 0
     dataset = load_dataset(recipe.data)
+    check_drawing(recipe)
     prepared = prepare(recipe, place.local_world_size)
     recipe = prepared.recipe
     params = sampling_params(recipe.generation, prepared.generation_config)

@@ -14,8 +14,10 @@ from PIL import Image
 
 from executor.commands.generate import run as generate
 from executor.errors import UserError
-from executor.media.draw import COLORS, find_marks
+from executor.media import draw
+from executor.media.draw import COLORS, Mark, find_marks
 from executor.recipe.schema import Recipe, build_recipe
+from tests.media.media_files import make_frames, write_video
 from tests.reference import REPO
 
 MEDIA = REPO / "dataset" / "media"
@@ -169,6 +171,62 @@ def test_boxes_are_drawn_on_a_copy_in_the_family_s_own_unit(tmp_path, family, si
     red, green, blue = drawn.getpixel(middle)
     assert (red, green, blue) == plain.getpixel(middle)
     assert blue > max(red, green)
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_weights(tmp_path):
+    (tmp_path / "file").write_text("")
+    drawing = {"generation": {"draw": True}, "data": own("What?", MEDIA / "objects.png")}
+
+    def no_engine(*opened):
+        raise AssertionError("an engine was made")
+
+    for place in (tmp_path / "file", tmp_path / "file" / "below", "/proc/none", "a\0b"):
+        recipe = recipe_of(model={"output_path": str(place)}, **drawing)
+        with pytest.raises(UserError, match=r"model_config.output_path: drawn pictures go to .* cannot be written"):
+            generate.run(recipe, build=no_engine, out=io.StringIO())
+
+
+def test_a_drawing_that_fails_is_a_warning_of_its_row(tmp_path, monkeypatch):
+    """The folder was there at the start, and is a file by the time of the first answer."""
+    monkeypatch.setattr(draw, "find_marks", lambda text: [Mark((1, 2, 3, 4), "x")])
+    out = tmp_path / "out"
+    out.write_text("")
+    monkeypatch.setattr(generate, "check_drawing", lambda recipe: None)
+    recipe = recipe_of(
+        model={"output_path": str(out)}, generation={"draw": True}, data=own("What?", MEDIA / "objects.png")
+    )
+    (row,), status, printed = answers(recipe)
+    assert (status, row["error"], row["drawn"]) == (0, None, None) and row["text"]
+    (warning,) = row["warnings"]
+    assert warning.startswith("the answer could not be drawn: ") and warning in printed
+
+
+def test_sizes_and_warnings_are_reported_with_the_answer(tmp_path):
+    whole = tmp_path / "whole.mp4"
+    content = write_video(whole, make_frames(40, 64, 96), container_options={"movflags": "faststart"}).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
+    Image.new("RGB", (300, 200)).save(tmp_path / "wide.png")
+    data = own("What?", tmp_path / "wide.png", tmp_path / "cut.mp4", whole)
+    (row,), status, printed = answers(recipe_of("qwen2_5_vl", data=data))
+    assert status == 0 and row["error"] is None
+    (picture, cut, whole) = row["media_sizes"]
+    assert picture == {"original": [200, 300], "resized": [196, 308]}
+    assert cut == whole and set(cut) == {"original", "resized"}
+    (warning,) = row["warnings"]
+    assert "cut.mp4: the video is cut short" in warning and warning in printed
+
+
+def test_a_prompt_that_is_too_long_names_the_keys_of_what_it_holds():
+    limits = {"max_model_len": 128, "max_num_seqs": 2, "block_size": 16}
+    for media, says, says_not in (
+        ("clip.mp4", "of videos: lower data_config.video_max_pixels, or fps or max_frames", "data_config.max_pixels"),
+        ("objects.png", "of pictures: lower data_config.max_pixels", "video_max_pixels"),
+    ):
+        data = own("What? " * 40, MEDIA / media)
+        (row,), status, _ = answers(recipe_of(scheduler=limits, data=data))
+        assert status == 2
+        assert row["error"].startswith("maximum context length is 128 tokens")
+        assert says in row["error"] and says_not not in row["error"] and "shorten its text" in row["error"]
 
 
 def test_nothing_is_drawn_for_an_answer_without_boxes(tmp_path):
