@@ -61,7 +61,7 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel) -> Engine
     memory = prepared.memory if free_bytes is None else estimate(recipe, prepared.shapes, free_bytes)
     logger.info("%s", memory)
     # One scheduler plans for all of them.
-    (num_blocks,) = parallel.control.least(memory.num_blocks)
+    (num_blocks,) = parallel.control.min(memory.num_blocks)
     family = family_of(prepared.config["architectures"][0])
     processor = family.build_processor(prepared.folder, media_options(recipe))
     dtype = getattr(torch, recipe.model.dtype)
@@ -151,7 +151,7 @@ def _captured(
         graphs.capture()
     except RuntimeError as error:
         fault = error
-    (failed,) = parallel.job.most(fault is not None)
+    (failed,) = parallel.job.max(fault is not None)
     if not failed:
         return graphs
     reason = fault or "another rank could not make them; its log says why"
@@ -166,14 +166,14 @@ def _captured(
 
 def graph_key(recipe: Recipe, step: ModelStep, rank: int) -> str:
     """A name for what a compiled graph depends on: sizes, degrees and the place in them, versions and our own code."""
-    told = {
+    parts = {
         "rank": rank,
         "model": repr(step.model.config),
         "recipe": recipe.model_dump(include={"model", "parallel", "scheduler"}),
         "torch": torch.__version__,
         "code": code_digest(),
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def media_options(recipe: Recipe) -> MediaOptions:

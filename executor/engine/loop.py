@@ -3,7 +3,7 @@
 A submitted question waits until the engine has room for it, is prepared (media read, decoded, resized), queued and
 answered. At most `max_ahead` requests more than can run are prepared or queued at a time: pixels take memory. Whoever
 drives the loop calls `turn` again and again, or lets a thread do so: `start`.
-Invariants: every handle ends, with a completion or a failure, and is told once; a request's failure is its own. Only
+Invariants: every handle ends, with a completion or a failure, and says so once; a request's failure is its own. Only
 the driving thread touches the engine.
 Knows no HTTP and no files: how a prompt is made is the submitter's.
 """
@@ -37,9 +37,9 @@ class QueueFull(RuntimeError):
 
 
 class Handle:
-    """A submitted request. `told` is called with every Event, in the driving thread: it must be quick.
+    """A submitted request. `on_event` is called with every Event, in the driving thread; it is quick and raises nothing.
 
-    Without `told` events are kept for `outputs` and `result`, which wait for them.
+    Without `on_event` events are kept for `outputs` and `result`, which wait for them.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Handle:
         loop: "EngineLoop",
         make: Callable[[], Question],
         params: SamplingParams,
-        told: Callable[[Event], None] | None,
+        on_event: Callable[[Event], None] | None,
         deadline_s: float | None,
     ) -> None:
         self.params = params
@@ -62,7 +62,7 @@ class Handle:
         self._loop = loop
         self._make = make
         self._events: SimpleQueue[Event] = SimpleQueue()
-        self._told = told or self._events.put
+        self._on_event = on_event or self._events.put
 
     @property
     def ended(self) -> bool:
@@ -108,7 +108,7 @@ class Handle:
         self.tell(end)
 
     def tell(self, event: Event) -> None:
-        self._told(event)
+        self._on_event(event)
 
 
 class EngineLoop:
@@ -148,7 +148,7 @@ class EngineLoop:
         question: Question | Callable[[], Question],
         params: SamplingParams,
         *,
-        told: Callable[[Event], None] | None = None,
+        on_event: Callable[[Event], None] | None = None,
         timeout_s: float | None = None,
     ) -> Handle:
         """Hand in a question, or what makes one (it runs in a preparing thread); from any thread.
@@ -157,7 +157,7 @@ class EngineLoop:
         when the loop has ended.
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        handle = Handle(self, question if callable(question) else lambda: question, params, told, deadline_s)
+        handle = Handle(self, question if callable(question) else lambda: question, params, on_event, deadline_s)
         with self._lock:
             if self._is_stopping or self.fault is not None:
                 raise RuntimeError(f"the engine takes no requests any more: {self.fault or 'it is being stopped'}")

@@ -53,7 +53,7 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
 
 
 def with_seed(params: SamplingParams) -> SamplingParams:
-    """Parameters with a seed: their own, or one drawn for this request; it tells how to get the same answer again."""
+    """Parameters with a seed: theirs, or one drawn for this request, with which its answer can be had again."""
     if params.seed is not None:
         return params
     return replace(params, seed=random.SystemRandom().getrandbits(62) if params.temperature else 0)

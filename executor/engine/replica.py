@@ -70,7 +70,7 @@ class Replica:
         return deal([self.cost(item.grid_thw) for item in media], self.parallel.pictures.size)
 
     def lead(self, plan: Plan, in_graph: bool, *, more: bool = True) -> Plan | None:
-        """The leader's own plan as every rank of the replica will run it, after telling them; None: nothing to run.
+        """The leader's plan as every rank of the replica will run it, sent to them; None: nothing to run.
 
         `in_graph`: whether this replica could replay a graph for it. `more`: this replica has not ended. None for a
         plan without rows means that no other replica has any; after `more=False`, that all have ended.
@@ -79,7 +79,7 @@ class Replica:
             num_tokens = sum(row.num_tokens for row in plan.rows)
             peers = self.parallel.peers
             while True:
-                tokens, eager, going = peers.most(num_tokens, not in_graph, more)
+                tokens, eager, going = peers.max(num_tokens, not in_graph, more)
                 if tokens or more or not going:
                     break
             plan = replace(plan, padded_tokens=tokens, in_graph=not eager)

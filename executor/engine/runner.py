@@ -189,8 +189,7 @@ class Runner:
         shares = [
             [item for item, owner in zip(media, owners, strict=True) if owner == rank] for rank in range(group.size)
         ]
-        mine = shares[group.rank]
-        encoded = self._encoded(mine) if mine else None
+        encoded = self._encoded(shares[group.rank]) if shares[group.rank] else None
         for rank, items in enumerate(shares):
             if not items:
                 continue

@@ -88,7 +88,9 @@ def measure(engine, part: dict, old: bool) -> dict:
     message = [{"role": "user", "content": [part, {"type": "text", "text": "What do you see?"}]}]
     with EngineLoop(engine) as loop:
         handles = [
-            loop.submit("Count.", ENDLESS, told=(lambda event: stamps.append(time.perf_counter())) if not n else ignore)
+            loop.submit(
+                "Count.", ENDLESS, on_event=(lambda event: stamps.append(time.perf_counter())) if not n else ignore
+            )
             for n in range(NUM_ANSWERS)
         ]
         run_until(loop, lambda: len(stamps) > 50)
@@ -101,7 +103,7 @@ def measure(engine, part: dict, old: bool) -> dict:
         started = time.perf_counter()
         prompt = engine.prompt(message) if old else message
         late = loop.submit(
-            prompt, SamplingParams(max_new_tokens=1), told=lambda event: first.append(time.perf_counter())
+            prompt, SamplingParams(max_new_tokens=1), on_event=lambda event: first.append(time.perf_counter())
         )
         run_until(loop, lambda: first)
         during, seconds = between([started, *stamps]), first[0] - started

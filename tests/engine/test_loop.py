@@ -149,7 +149,7 @@ def test_callbacks_are_told_everything_in_order(loop, answer):
         if event is handle.completion or event is handle.failure:
             done.set()
 
-    handle = loop.submit(QUESTION, SHORT, told=tell)
+    handle = loop.submit(QUESTION, SHORT, on_event=tell)
     loop.start()
     assert done.wait(60)
     assert "".join(output.text_delta for output in told[:-1]) == answer.text
