@@ -37,7 +37,7 @@ class QueueFull(RuntimeError):
 
 
 class Handle:
-    """A submitted request. `on_event` is called with every Event, in the driving thread; it is quick and raises nothing.
+    """A submitted request. `on_event` is called with every Event, in the driving thread; it must not raise.
 
     Without `on_event` events are kept for `outputs` and `result`, which wait for them.
     """
