@@ -239,7 +239,11 @@ class Engine:
         return ids
 
     def _run(self) -> None:
-        """One step, its outputs to whoever asked."""
+        """One step, its outputs to whoever asked.
+
+        The host reads a step's tokens before it plans the next one. To overlap the two, a plan would stay in flight
+        here: `schedule` asks how many tokens a request has, and the runner alone needs to know which.
+        """
         plan = self.scheduler.schedule()
         try:
             result = self.runner.execute(plan)

@@ -157,7 +157,8 @@ class Runner:
 
     def close(self) -> None:
         """After `assist`: let this replica's other ranks go, and all embeddings."""
-        self.replica.dismiss()
+        if self.replica.leads:
+            self.replica.dismiss()
         self.features.clear()
 
     def follow(self) -> None:
