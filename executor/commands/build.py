@@ -15,6 +15,7 @@ from executor.checkpoint.weights import Checkpoint
 from executor.device import ops
 from executor.device.cpu import CpuOps
 from executor.engine.engine import Engine
+from executor.engine.graph_folder import GraphFolder
 from executor.engine.graphs import DecodeGraphs, batch_sizes, spare_blocks
 from executor.engine.replica import Replica
 from executor.engine.runner import Runner
@@ -58,7 +59,9 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel) -> Engine
     recipe = prepared.recipe
     ops.bind(device)
     free_bytes = device.free_bytes()
-    memory = prepared.memory if free_bytes is None else estimate(recipe, prepared.shapes, free_bytes)
+    memory = prepared.memory
+    if free_bytes is not None:
+        memory = estimate(recipe, prepared.shapes, free_bytes, picture_tokens=prepared.picture_tokens)
     logger.info("%s", memory)
     # One scheduler plans for all of them.
     (num_blocks,) = parallel.control.min(memory.num_blocks)
@@ -144,7 +147,8 @@ def _captured(
     All ranks of the job have them, or none: a collective needs every rank in the same place.
     """
     mode = recipe.model.exe_mode
-    folder = Path(recipe.model.output_path) / "graphs" / graph_key(recipe, step, parallel.rank)
+    root = Path(recipe.model.output_path) / "graphs"
+    folder = GraphFolder(root, graph_key(recipe, step, device), parallel.rank)
     graphs = DecodeGraphs(step, device, mode, sizes, num_blocks, recipe.scheduler.max_model_len, folder)
     fault: RuntimeError | None = None
     try:
@@ -164,13 +168,19 @@ def _captured(
     return None
 
 
-def graph_key(recipe: Recipe, step: ModelStep, rank: int) -> str:
-    """A name for what a compiled graph depends on: sizes, degrees and the place in them, versions and our own code."""
+def graph_key(recipe: Recipe, step: ModelStep, device: ops.Ops) -> str:
+    """A name for what a compiled graph depends on: sizes, degrees, the cache, versions and our own code.
+
+    The rank counts as well: it has a folder of its own below this name.
+    """
     parts = {
-        "rank": rank,
         "model": repr(step.model.config),
         "recipe": recipe.model_dump(include={"model", "parallel", "scheduler"}),
-        "torch": torch.__version__,
+        "cache": [
+            (tuple(x.shape), str(x.dtype)) for layer in step.kv for x in (layer.k, layer.v)
+        ],  # num_blocks, block_size, heads and head dim, in the device's own layout
+        "block_size": step.block_size,
+        "versions": device.versions(),
         "code": code_digest(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -159,6 +159,10 @@ class Ops(ABC):
         """
         raise NotImplementedError(f"{self.name} has no graphs")
 
+    def versions(self) -> dict[str, str]:
+        """The versions of everything that compiles for this device, by name: a change makes compiled graphs stale."""
+        return {"torch": torch.__version__}
+
     def group_options(self, buffer_mb: int) -> Any:
         """Options of a communicator for messages of about `buffer_mb`, as torch.distributed.new_group takes them."""
         return None

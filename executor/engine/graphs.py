@@ -7,13 +7,13 @@ Legend: R rows of a captured size, W blocks of the longest request.
 import logging
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from executor.device.ops import Ops
+from executor.engine.graph_folder import GraphFolder
 from executor.engine.step import ModelStep
 from executor.schedule.plan import Row
 
@@ -43,10 +43,11 @@ class DecodeGraphs:
         sizes: Sequence[int],
         num_blocks: int,
         max_model_len: int,
-        folder: Path,
+        folder: GraphFolder,
     ) -> None:
         """`num_blocks`: the scheduler's; the cache has `spare_blocks` more. `folder` keeps what is compiled."""
         self.device = device
+        self.folder = folder  # claimed as long as the graphs live
         self.sizes = tuple(sorted(set(sizes)))
         self.block_size = step.block_size
         most, width = self.sizes[-1], -(-max_model_len // step.block_size)
@@ -62,7 +63,7 @@ class DecodeGraphs:
         self._block_table = torch.from_numpy(self._table).to(to, copy=True)
         shape = most, attention.num_heads * attention.head_dim
         self._q_outs = [torch.zeros(shape, dtype=step.dtype, device=to) for _ in step.kv]
-        self._graphs = {size: device.capture(step.decode, mode, folder / f"batch_{size}") for size in self.sizes}
+        self._graphs = {size: device.capture(step.decode, mode, folder.path / f"batch_{size}") for size in self.sizes}
 
     @torch.inference_mode()
     def capture(self) -> None:

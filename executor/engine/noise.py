@@ -10,6 +10,7 @@ MASK_64 = (1 << 64) - 1
 GOLDEN_64 = 0x9E3779B97F4A7C15
 MIX_A = 0xBF58476D1CE4E5B9
 MIX_B = 0x94D049BB133111EB
+HIGHEST_NOISE = 22.88  # of 32 bits: -log(-log(1 - 2**-33)) is 22.8739
 
 
 def child_seed(seed: int, index: int) -> int:
@@ -30,18 +31,50 @@ def _mix(state: int) -> int:
     return state ^ (state >> 31)
 
 
-def gumbel_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """keys int64 [N], ids int64 [N, K] or [1, K] -> float64 [N, K]: splitmix64 of (key, id), 32 bits as a uniform.
+def noise_bits(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """keys int64 [N], ids int64 [N, K] or [1, K] -> int64 [N, K] from 0 to 2**32 - 1: splitmix64 of (key, id).
 
-    Between -3.13 and 22.88. Multiplication of int64 wraps around; shifts are arithmetic, hence the masks.
+    Multiplication of int64 wraps around; shifts are arithmetic, hence the masks.
     """
     state = ids * as_int64(GOLDEN_64) + keys[:, None]
     for shift, factor in ((30, MIX_A), (27, MIX_B)):
         state ^= (state >> shift).bitwise_and_((1 << (64 - shift)) - 1)
         state *= as_int64(factor)
     state ^= (state >> 31).bitwise_and_((1 << 33) - 1)
-    uniform = (state >> 32).bitwise_and_(0xFFFFFFFF).double().add_(0.5).mul_(2.0**-32)
+    return state.bitwise_right_shift_(32).bitwise_and_(0xFFFFFFFF)
+
+
+def gumbel_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """float64 [N, K]: the noise of the bits as a uniform number, between -3.13 and 22.88."""
+    uniform = noise_bits(keys, ids).double().add_(0.5).mul_(2.0**-32)
     return uniform.log_().neg_().log_().neg_()
+
+
+def least_bits(noise: torch.Tensor) -> torch.Tensor:
+    """float64 -> int64: all bits whose noise is `noise` or more are this or more, 2**32 where there are none."""
+    # One less than the inverse gives, for its rounding.
+    bits = noise.neg().exp_().neg_().exp_().mul_(2.0**32).sub_(1.5).floor_().clamp_(min=0).long()
+    return bits.masked_fill_(noise > HIGHEST_NOISE, 1 << 32)
+
+
+def may_reach(keys: torch.Tensor, first: torch.Tensor, count: int, least: torch.Tensor) -> torch.Tensor:
+    """bool [N, count]: false where the bits of (key, first + 0, 1, ...) are less than `least`, keys, first, least [N].
+
+    True for one bit pattern in 2**31 too many: the last mixing of splitmix64 leaves the 31 highest bits as they are, so
+    that these alone tell, and the rest is not computed.
+    """
+    state = (first * as_int64(GOLDEN_64) + keys)[:, None] + torch.arange(count, device=keys.device) * as_int64(
+        GOLDEN_64
+    )
+    work = torch.empty_like(state)
+    for shift, factor in ((30, MIX_A), (27, MIX_B)):
+        torch.bitwise_right_shift(state, shift, out=work)
+        state ^= work.bitwise_and_((1 << (64 - shift)) - 1)
+        state *= as_int64(factor)
+    # Unsigned comparison: with the sign turned over, signed numbers are in the same order.
+    lowest = ((least >> 1) << 33) ^ as_int64(1 << 63)
+    state ^= as_int64(1 << 63)
+    return state >= lowest[:, None]
 
 
 def as_int64(value: int) -> int:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from executor.checkpoint.settings import PixelSettings
 from executor.device.ops import KVLayer, Ops
+from executor.engine.encode import encode_items
 from executor.engine.graphs import DecodeGraphs
 from executor.engine.replica import Replica
 from executor.engine.sampler import Sampler, TokenLogprobs
 from executor.engine.step import ModelStep, Visual
-from executor.media.image import normalize_patchify
+from executor.recipe.peak import ENCODE_TOKENS
 from executor.schedule.plan import Plan, Row
 from executor.schedule.request import MediaItem, Request
 
@@ -85,6 +86,7 @@ class Runner:
         self.pixel_format = pixel_format
         self.dtype = dtype
         self.replica = replica
+        self.encode_tokens = ENCODE_TOKENS  # visual tokens of one pass of the encoder
         self.features: dict[bytes, Tensor] = {}  # media digest -> [M, 1 + taps, n]
         self._has_assisted = False
 
@@ -185,43 +187,20 @@ class Runner:
 
     @torch.inference_mode()
     def encode(self, media: Sequence[MediaItem]) -> None:
-        """Encode all items, this rank's in one pass, and keep the embeddings of all."""
+        """Encode all items, those of this rank, and keep the embeddings of all, each item's in storage of its own."""
         group, owners = self.replica.parallel.pictures, self.replica.owners(media)
-        shares = [
-            [item for item, owner in zip(media, owners, strict=True) if owner == rank] for rank in range(group.size)
-        ]
-        encoded = self._encoded(shares[group.rank]) if shares[group.rank] else None
-        for rank, items in enumerate(shares):
-            if not items:
-                continue
-            counts = [item.num_tokens for item in items]
-            if rank == group.rank:
-                features = encoded
-            else:
-                width = self.model.config.text.hidden_size
-                shape = sum(counts), 1 + self.model.num_taps, width
-                features = torch.empty(shape, dtype=self.dtype, device=self.device.device)
-            for item, part in zip(items, group.broadcast(features, rank).split(counts), strict=True):
-                self.features[item.digest] = part
-
-    def _encoded(self, media: Sequence[MediaItem]) -> Tensor:
-        """`[M, 1 + taps, n]` of all items, one after another."""
-        form = self.pixel_format
-        patches = torch.cat(
-            [
-                normalize_patchify(
-                    item.pixels.to(self.device.device),
-                    form.mean,
-                    form.std,
-                    form.patch_size,
-                    form.temporal_patch_size,
-                    form.merge_size,
-                    self.dtype,
-                )
-                for item in media
-            ]
+        local = [item for item, owner in zip(media, owners, strict=True) if owner == group.rank]
+        encoded = iter(
+            encode_items(self.model, local, self.pixel_format, self.dtype, self.device.device, self.encode_tokens)
         )
-        return self.model.encode(patches, [item.grid_thw for item in media])
+        width = self.model.config.text.hidden_size
+        for item, owner in zip(media, owners, strict=True):
+            if owner == group.rank:
+                features = next(encoded)
+            else:
+                shape = item.num_tokens, 1 + self.model.num_taps, width
+                features = torch.empty(shape, dtype=self.dtype, device=self.device.device)
+            self.features[item.digest] = group.broadcast(features, owner)
 
     def forget(self, request: Request) -> None:
         """Drop what is kept for a request that has ended."""

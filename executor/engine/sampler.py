@@ -1,33 +1,38 @@
 """Chooses the next token of every sampling row of a step from its logits.
 
 Order and meaning follow transformers' `generate`: repetition penalty, (presence and frequency penalty), minimum of new
-tokens, temperature, top-k, top-p, min-p. All three penalties count the prompt's tokens as well as the output's;
-logprobs are those of the model itself, before any of it.
+tokens, temperature, top-k, top-p, min-p. Logprobs are those of the model itself, before any of it.
 Invariant: a request's token depends on its own logits, parameters and seed only, never on the other rows of the batch.
 Therefore randomness is a hash of (seed, position, candidate), and sums over candidates are taken in integers, where no
 order of addition can matter.
+The vocabulary is read once, for the maxima of its chunks; after that only the chunks are read that can hold the token.
+The host reads once a step; again where filters leave more tokens than was guessed, or where a row draws without any.
 Does not know models or the scheduler; end-of-sequence tokens are told to the constructor.
-Legend: R rows, N rows that draw, V vocabulary, K candidates of a row, M tokens of all penalty histories.
+Legend: R rows, N rows chosen in one way, V vocabulary padded to whole chunks, C chunks, K candidates of a row.
 """
 
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 
-from executor.engine.noise import as_int64, gumbel_noise, noise_key
+from executor.engine.filters import (
+    CHUNK,
+    MIN_TEMPERATURE,
+    Filters,
+    Kind,
+    chunk_maxima,
+    likely_survivors,
+    survivors,
+)
+from executor.engine.noise import as_int64, gumbel_noise, least_bits, may_reach, noise_key
+from executor.engine.penalties import Penalties
 from executor.schedule.request import Request, SamplingParams
 
-MIN_TEMPERATURE = 1e-6  # below it the distribution is a point in any case, and the division would overflow
-
-REACH = 26.01
-"""How far below the best score a token can lie and still win: noise of 32 bits is between -3.13 and 22.88."""
-CHUNK = 128
-BLOCK = 1 << 14
-NUCLEUS_GUESS = 1024  # candidates among which a top-p nucleus is looked for first
-WEIGHT_SCALE = float(1 << 40)  # fixed point: 2**18 tokens of weight 1 stay far below 2**63
+_FAILED, _OPEN = -1, -2  # in place of a token id on its way to the host
+_BLOCK = 256  # chunks whose noise is made at a time: it stays in the cache
 
 
 @dataclass(frozen=True)
@@ -41,310 +46,187 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One entry per row, in the order of the rows. A row that failed has token id -1."""
+    """One entry per row, in the order of the rows. A row that failed has token id -1 and no logprobs."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
-    failures: dict[int, str] = field(default_factory=dict)  # row -> why it has no token
+    failures: dict[int, str] = field(default_factory=dict)  # row -> why it has no token, and what to check
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a step that choose in the same way."""
+
+    scores: torch.Tensor  # float32 [R, V], of all rows
+    maxima: torch.Tensor  # [N, C], of these
+    numbers: list[int]  # which they are
+    params: list[SamplingParams]
+    num_tokens: list[int]  # that come before the one to choose
+
+    @property
+    def keys(self) -> list[int]:
+        return [as_int64(noise_key(p.seed, n)) for p, n in zip(self.params, self.num_tokens, strict=True)]
 
 
 class Sampler:
     """Samples rows; keeps the token counts of requests with penalties until `forget`."""
 
-    def __init__(self, vocab_size: int, device: torch.device | str, eos_token_ids: Sequence[int] = ()):
+    def __init__(self, vocab_size: int, device: torch.device | str, eos_token_ids: Sequence[int] = ()) -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
-        self.eos_token_ids = tuple(eos_token_ids)
-        self._histories: dict[str, _History] = {}
+        self.penalties = Penalties(vocab_size, self.device, eos_token_ids)
 
-    @torch.no_grad()
-    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> Sampled:
-        """logits [R, V], row i of `requests[i]`; the position of a noise is the number of tokens before it.
+    @torch.inference_mode()
+    def sample(
+        self, logits: torch.Tensor, requests: Sequence[Request], num_tokens: Sequence[int] | None = None
+    ) -> Sampled:
+        """logits [R, V], row i of `requests[i]`; a request may have several rows.
 
-        `logits` is left as it was. Raises RuntimeError when a row has no finite best logit.
+        `num_tokens`: how many tokens, prompt included, come before the one that a row chooses: the position of its
+        noise. None: all that its request has. While penalties and masks apply, float32 `logits` are changed in place;
+        afterwards they are as they were. A row fails whose best logit is not finite or that has a NaN or +inf
+        anywhere; the others are sampled. Single logits of -inf are tokens that the model rules out.
         """
         assert logits.shape == (len(requests), self.vocab_size), f"{tuple(logits.shape)}, {len(requests)} requests"
         if not requests:
             return Sampled([], [])
-        scores = self._processed(logits, requests)
-        values, ids = self._choose(scores, requests)
-        # One transfer also tells of rows that went wrong.
-        token_ids = torch.where(torch.isfinite(values), ids, -1).tolist()
-        failures = {
-            row: f"the model's logits for token {request.num_tokens} are not finite; check the weights, and float16 "
-            "for overflow"
-            for row, (request, token_id) in enumerate(zip(requests, token_ids, strict=True))
-            if token_id < 0
-        }
-        return Sampled(token_ids, _logprobs(logits, [max(0, each) for each in token_ids], requests), failures)
+        if num_tokens is None:
+            num_tokens = [request.num_tokens for request in requests]
+        scores = logits if logits.dtype == torch.float32 and logits.is_contiguous() else logits.float().contiguous()
+        if self.vocab_size % CHUNK:
+            scores = F.pad(scores, (0, -self.vocab_size % CHUNK), value=-math.inf)
+        with self.penalties.applied(scores, requests, num_tokens):
+            token_ids = self._choose(scores, [request.params for request in requests], num_tokens)
+        failed = [row for row, token_id in enumerate(token_ids) if token_id == _FAILED]
+        failures = {row: _reason(logits[row], num_tokens[row]) for row in failed}
+        return Sampled(token_ids, _logprobs(logits, token_ids, requests), failures)
 
     def forget(self, request_id: str) -> None:
         """Frees what is kept for a request that is finished; nothing happens when nothing is kept."""
-        self._histories.pop(request_id, None)
+        self.penalties.forget(request_id)
 
     def check(self, live_ids: Collection[str]) -> None:
         """Asserts that nothing is kept for requests other than `live_ids`."""
-        stale = sorted(self._histories.keys() - set(live_ids))
-        assert not stale, f"penalty histories of requests that are gone: {stale}"
+        self.penalties.check(live_ids)
 
-    def _choose(self, scores: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score and id [R] of each row's token: the best of a greedy row, a draw for the others."""
-        groups: dict[Callable, list[int]] = {}
-        for row, request in enumerate(requests):
-            groups.setdefault(_way(request.params), []).append(row)
-        if len(groups) == 1:
-            return next(iter(groups))(scores, requests)
-        order = torch.tensor([row for rows in groups.values() for row in rows], device=self.device)
-        parts = scores[order].split([len(rows) for rows in groups.values()])
-        chosen = [
-            choose(part, [requests[row] for row in rows])
-            for (choose, rows), part in zip(groups.items(), parts, strict=True)
-        ]
-        values, ids = (torch.cat(column) for column in zip(*chosen, strict=True))
-        return torch.empty_like(values).index_copy_(0, order, values), torch.empty_like(ids).index_copy_(0, order, ids)
+    def _choose(self, scores: torch.Tensor, params: Sequence[SamplingParams], num_tokens: Sequence[int]) -> list[int]:
+        """Each row's token id, or _FAILED."""
+        maxima = chunk_maxima(scores)
 
-    def _processed(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-        """Penalties and masked stop tokens applied to a copy; `logits` itself where there is nothing to apply."""
-        penalised = [row for row, request in enumerate(requests) if request.params.needs_history]
-        masked = [
-            row * self.vocab_size + token_id
-            for row, request in enumerate(requests)
-            if len(request.output_token_ids) < request.params.min_new_tokens
-            for token_id in self._stop_ids(request.params)
-        ]
-        if not penalised and not masked:
-            return logits
-        scores = logits.to(torch.float32, copy=True)
-        flat = scores.view(-1)
-        if penalised:
-            self._penalise(flat, requests, penalised)
-        if masked:
-            flat[torch.tensor(masked, device=self.device)] = -math.inf
-        return scores
+        def part(numbers: list[int]) -> _Rows:
+            own = maxima
+            if len(numbers) < len(params):
+                own = maxima[torch.tensor(numbers, device=self.device)]
+            return _Rows(scores, own, numbers, [params[row] for row in numbers], [num_tokens[row] for row in numbers])
 
-    def _stop_ids(self, params: SamplingParams) -> set[int]:
-        ids = {*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)}
-        return {token_id for token_id in ids if token_id < self.vocab_size}
-
-    def _penalise(self, flat: torch.Tensor, requests: Sequence[Request], rows: Sequence[int]) -> None:
-        """flat [R * V] is changed in place: only at tokens that the rows' requests have seen."""
-        histories = [self._history(requests[row]) for row in rows]
-        index = np.concatenate(
-            [history.seen_ids + row * self.vocab_size for row, history in zip(rows, histories, strict=True)]
-        )
-        factors = np.array(
-            [
-                (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
-                for p in (requests[row].params for row in rows)
-            ],
-            dtype=np.float32,
-        ).repeat([len(history.seen_ids) for history in histories], axis=0)
-        counts = np.concatenate([history.seen_counts for history in histories])
-        where = torch.from_numpy(index).to(self.device)
-        repetition, presence, frequency = torch.from_numpy(factors).to(self.device).unbind(-1)
-        picked = flat[where]
-        picked = torch.where(picked < 0, picked * repetition, picked / repetition)
-        flat[where] = picked - (presence + frequency * torch.from_numpy(counts).to(self.device))
-
-    def _history(self, request: Request) -> "_History":
-        history = self._histories.get(request.id)
-        if history is None:
-            history = self._histories[request.id] = _History(request, self.vocab_size)
-        assert history.request is request, f"request id '{request.id}' is used again before forget()"
-        history.catch_up()
-        return history
+        ways: dict[tuple[Callable, Kind | None], list[int]] = {}
+        for row, each in enumerate(params):
+            ways.setdefault(_way(each), []).append(row)
+        chosen = [choose(part(numbers), kind) for (choose, kind), numbers in ways.items()]
+        order = [row for numbers in ways.values() for row in numbers]
+        token_ids = [0] * len(params)
+        for row, token_id in zip(order, torch.cat(chosen).tolist(), strict=True):
+            token_ids[row] = token_id
+        still_open = [row for row, token_id in enumerate(token_ids) if token_id == _OPEN]
+        if still_open:
+            for row, token_id in zip(still_open, _draw_among_many(part(still_open)).tolist(), strict=True):
+                token_ids[row] = token_id
+        return token_ids
 
 
-class _History:
-    """Which tokens a request has seen and how often, brought up to date by the new ones only. Lives on the host."""
-
-    def __init__(self, request: Request, vocab_size: int):
-        self.request = request
-        self.vocab_size = vocab_size
-        self.num_seen = request.num_tokens
-        tokens = np.asarray(request.token_ids(0, self.num_seen), dtype=np.int64)
-        # A prompt may hold ids beyond the logits (padded embeddings); they cannot be chosen.
-        ids, counts = np.unique(tokens[tokens < vocab_size], return_counts=True)
-        self.size = len(ids)
-        self._ids = np.concatenate([ids, np.zeros(64, np.int64)])
-        self._counts = np.concatenate([counts, np.zeros(64)]).astype(np.float32)
-        self._slot_of = {int(token_id): slot for slot, token_id in enumerate(ids)}
-
-    @property
-    def seen_ids(self) -> np.ndarray:
-        return self._ids[: self.size]
-
-    @property
-    def seen_counts(self) -> np.ndarray:
-        return self._counts[: self.size]
-
-    def catch_up(self) -> None:
-        num_tokens = self.request.num_tokens
-        assert num_tokens >= self.num_seen, f"request '{self.request.id}' lost tokens"
-        for token_id in self.request.token_ids(self.num_seen, num_tokens):
-            if token_id >= self.vocab_size:
-                continue
-            slot = self._slot_of.setdefault(token_id, self.size)
-            if slot == self.size:
-                if self.size == len(self._ids):
-                    self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
-                    self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
-                self._ids[slot] = token_id
-                self.size += 1
-            self._counts[slot] += 1
-        self.num_seen = num_tokens
+# Ways to choose: each gives the token ids int64 [N] of some rows, _FAILED where the best score is not finite.
 
 
-# Three ways to choose: each takes scores [N, V] and returns (finite score [N] of the token, token id [N]).
-
-
-def _way(params: SamplingParams) -> Callable:
+def _way(params: SamplingParams) -> tuple[Callable[[_Rows, Kind | None], torch.Tensor], Kind | None]:
     if params.temperature == 0:
-        return _best
-    return _draw_among_survivors if params.top_k > 0 or params.top_p < 1 or params.min_p > 0 else _draw_among_all
+        return _best, None
+    if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
+        return _draw_among_few, Kind.of(params)
+    return _draw_among_all, None
 
 
-def _best(scores: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
-    values, ids = scores.max(dim=-1)
-    return values.float(), ids
+def _best(rows: _Rows, kind: None = None) -> torch.Tensor:
+    """The highest score, of equal ones the lowest id."""
+    best, chunks = rows.maxima.max(dim=-1)
+    num_chunks = rows.maxima.shape[-1]
+    places = chunks
+    if len(rows.numbers) > 1 or rows.numbers[0]:
+        places = chunks + torch.tensor(rows.numbers, device=chunks.device).mul_(num_chunks)
+    inside = rows.scores.view(-1, CHUNK).index_select(0, places).argmax(dim=-1)
+    return torch.where(best.abs() < math.inf, chunks * CHUNK + inside, _FAILED)
 
 
-def _draw_among_all(scores: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gumbel-max over the whole vocabulary, by blocks that stay in the cache."""
-    keys, temperature = _keys(requests, scores.device), _temperatures(requests, scores.device)
-    values, ids = [], []
-    for start in range(0, scores.shape[-1], BLOCK):
-        block = scores[:, start : start + BLOCK].float() / temperature[:, None]
-        block_ids = torch.arange(start, start + block.shape[-1], device=scores.device)[None]
-        value, index = gumbel_noise(keys, block_ids).add_(block).max(dim=-1)
-        values.append(value)
-        ids.append(index + start)
-    winner = torch.stack(values).argmax(dim=0, keepdim=True)
-    token_ids = torch.stack(ids).gather(0, winner).squeeze(0)
-    return scores.gather(-1, token_ids[:, None]).squeeze(-1).float(), token_ids
+def _draw_among_few(rows: _Rows, kind: Kind) -> torch.Tensor:
+    """Gumbel-max over what the filters leave; _OPEN where that is not all among the likeliest few."""
+    filters = Filters.of(rows.params, rows.keys, rows.scores.shape[-1], rows.scores.device)
+    ids, candidates, is_open = likely_survivors(rows.scores, rows.maxima, rows.numbers, filters, kind)
+    chosen = torch.where(is_open, _OPEN, _gumbel_max(ids, candidates, filters))
+    return torch.where(rows.maxima.amax(dim=-1).abs() < math.inf, chosen, _FAILED)
 
 
-def _draw_among_survivors(scores: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gumbel-max over what the filters leave."""
-    ids, candidates = _survivors(scores.float(), requests)
-    winner = gumbel_noise(_keys(requests, scores.device), ids).add_(candidates).argmax(dim=-1, keepdim=True)
-    return candidates.gather(-1, winner).squeeze(-1), ids.gather(-1, winner).squeeze(-1)
+def _draw_among_many(rows: _Rows) -> torch.Tensor:
+    """Gumbel-max over what the filters leave, however many these are."""
+    scores = rows.scores[torch.tensor(rows.numbers, device=rows.scores.device)]
+    filters = Filters.of(rows.params, rows.keys, scores.shape[-1], scores.device)
+    return _gumbel_max(*survivors(scores, filters), filters)
 
 
-def _keys(requests: Sequence[Request], device: torch.device) -> torch.Tensor:
-    keys = [as_int64(noise_key(request.params.seed, request.num_tokens)) for request in requests]
-    return torch.tensor(keys, device=device)
+def _gumbel_max(ids: torch.Tensor, candidates: torch.Tensor, filters: Filters) -> torch.Tensor:
+    winner = gumbel_noise(filters.keys, ids).add_(candidates).argmax(dim=-1, keepdim=True)
+    return ids.gather(-1, winner).squeeze(-1)
 
 
-def _temperatures(requests: Sequence[Request], device: torch.device) -> torch.Tensor:
-    return torch.tensor([max(request.params.temperature, MIN_TEMPERATURE) for request in requests], device=device)
+def _draw_among_all(rows: _Rows, kind: None = None) -> torch.Tensor:
+    """Gumbel-max over the whole vocabulary.
 
-
-def _survivors(scores: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
-    """scores float32 [N, V] -> (ids, scores after temperature) [N, K]; what the filters drop has score -inf.
-
-    Tokens out of reach of the best are dropped as well: no noise can make them win.
+    The best token and its noise are a bound that the winner reaches. In each chunk a token below the chunk's maximum
+    needs so much noise for it that few have it: their bits tell, and only theirs become numbers.
     """
-    device = scores.device
-    params = [request.params for request in requests]
-    top_p, min_p = torch.tensor([(p.top_p, p.min_p) for p in params], dtype=torch.float64, device=device).unbind(-1)
-    top_k = torch.tensor([min(p.top_k, scores.shape[-1]) for p in params], device=device)
-    temperature = _temperatures(requests, device)
-    total = torch.ones_like(top_p)
-    if any(p.top_p < 1 and p.top_k == 0 for p in params):
-        # The sum of all weights: log_softmax adds up each row by itself, whatever the number of rows.
-        scaled = scores / temperature[:, None]
-        total = scaled.log_softmax(dim=-1).amax(dim=-1).double().neg().exp() * WEIGHT_SCALE
-
-    best = scores.amax(dim=-1)
-    lowest = best - temperature * torch.tensor([_reach(p) for p in params], device=device)
-    floor = _floor(scores, lowest, params)
-    for bound in (floor, lowest):
-        ids, candidates = _at_least(scores, bound)
-        candidates /= temperature[:, None]
-        kept, ids, candidates, short = _filter(ids, candidates, best / temperature, total, top_k, top_p, min_p)
-        if not bool((short & (bound > lowest)).any()):
-            break
-    return ids, candidates.masked_fill(~kept, -math.inf)
-
-
-def _reach(params: SamplingParams) -> float:
-    """How far below the best score, after temperature, a token of a row can matter."""
-    # The nucleus of what top-k leaves is a share of all that top-k leaves, also of what min-p drops afterwards.
-    if params.min_p > 0 and (params.top_k == 0 or params.top_p == 1):
-        return min(REACH, 0.001 - math.log(params.min_p))
-    return REACH
+    scores, device = rows.scores, rows.scores.device
+    keys = torch.tensor(rows.keys, device=device)
+    temperature = torch.tensor([max(p.temperature, MIN_TEMPERATURE) for p in rows.params], device=device)
+    maxima = rows.maxima / temperature[:, None]
+    best = _best(rows)
+    sure = gumbel_noise(keys, best[:, None]).squeeze(-1) + maxima.amax(dim=-1)
+    least = least_bits(sure[:, None] - maxima)
+    owners, chunks = (least < 1 << 32).nonzero(as_tuple=True)
+    reached = [
+        may_reach(keys[owner], chunk * CHUNK, CHUNK, least[owner, chunk])
+        for owner, chunk in zip(owners.split(_BLOCK), chunks.split(_BLOCK), strict=True)
+    ]
+    pairs, places = torch.cat(reached).nonzero(as_tuple=True) if reached else (owners, chunks)
+    owners, ids = owners[pairs], chunks[pairs] * CHUNK + places
+    numbers = torch.tensor(rows.numbers, device=device)[owners]
+    values = scores[numbers, ids] / temperature[owners] + gumbel_noise(keys[owners], ids[:, None]).squeeze(-1)
+    highest = torch.full_like(sure, -math.inf).scatter_reduce_(0, owners, values, "amax")
+    # Of equal ones the lowest id.
+    ids = torch.where(values == highest[owners], ids, scores.shape[-1])
+    chosen = torch.full_like(best, scores.shape[-1]).scatter_reduce_(0, owners, ids, "amin")
+    return torch.where(best == _FAILED, best, chosen)
 
 
-def _floor(scores: torch.Tensor, lowest: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """A score per row [N], `lowest` or more, below which all tokens are filtered out (for top-p: most likely so).
-
-    The k-th best of the maxima of fixed chunks is not above the k-th best score, and costs a single pass.
-    """
-    num_chunks = scores.shape[-1] // CHUNK
-    wanted = [p.top_k or (min(NUCLEUS_GUESS, num_chunks) if p.top_p < 1 else 0) for p in params]
-    wanted = [k if k <= num_chunks else 0 for k in wanted]
-    if not any(wanted):
-        return lowest
-    maxima = scores[:, : num_chunks * CHUNK].unflatten(-1, (num_chunks, CHUNK)).amax(dim=-1)
-    k = torch.tensor(wanted, device=scores.device)
-    kth = maxima.sort(dim=-1, descending=True).values.gather(-1, (k - 1).clamp(min=0)[:, None]).squeeze(-1)
-    kth -= kth.abs() * 1e-6  # scores a little lower may be equal after temperature
-    return torch.where(k > 0, torch.maximum(kth, lowest), lowest)
+# What is said beside the token
 
 
-def _at_least(scores: torch.Tensor, floor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens of each row with a score of `floor` [N] or more: ids and scores [N, K], ids ascending, then -inf."""
-    reached = scores >= floor[:, None]
-    rows, ids = reached.nonzero(as_tuple=True)
-    counts = torch.bincount(rows, minlength=len(scores))
-    slots = torch.arange(len(ids), device=scores.device) - (counts.cumsum(dim=-1) - counts)[rows]
-    shape = (len(scores), max(1, int(counts.max())))
-    table = torch.zeros(shape, dtype=torch.int64, device=scores.device)
-    table[rows, slots] = ids
-    candidates = torch.full(shape, -math.inf, device=scores.device)
-    candidates[rows, slots] = scores[rows, ids]
-    return table, candidates
-
-
-def _filter(
-    ids: torch.Tensor,
-    candidates: torch.Tensor,
-    best: torch.Tensor,
-    total: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Applies top-k, top-p, min-p. Returns (kept [N, K], ids and candidates in descending order, short [N]).
-
-    short: the candidates do not hold the nucleus of a row without top-k, which needs more of them.
-    Among equals top-k keeps all, as transformers does; top-p drops the lower ids first (there: any of them).
-    """
-    candidates, order = candidates.sort(dim=-1, stable=True)
-    candidates, ids = candidates.flip(-1), ids.gather(-1, order).flip(-1)
-    last = (top_k - 1).clamp(min=0, max=candidates.shape[-1] - 1)
-    kth = candidates.gather(-1, last[:, None])
-    kept = (candidates > -math.inf) & ((candidates >= kth) | (top_k == 0)[:, None])
-
-    ratio = (candidates - best[:, None]).double().exp()  # to the best token's probability
-    weights = torch.where(kept, (ratio * WEIGHT_SCALE).round(), 0).long()
-    summed = weights.cumsum(dim=-1)
-    limit = top_p * torch.where(top_k > 0, summed[:, -1].double(), total)
-    inside = (summed - weights).double() < limit[:, None]
-    kept &= (inside | (top_p >= 1)[:, None]) & (ratio >= min_p[:, None])
-    short = (top_k == 0) & (top_p < 1) & (summed[:, -1].double() < limit)
-    return kept, ids, candidates, short
-
-
-# Logprobs and parameters
+def _reason(logits: torch.Tensor, num_tokens: int) -> str:
+    """Why no token can be chosen from `logits` [V], and what to check."""
+    where = f"no token can be chosen after {num_tokens} tokens"
+    num_nan, num_infinite = int(logits.isnan().sum()), int((logits == math.inf).sum())
+    if num_nan or num_infinite or not bool(logits.isfinite().any()):
+        found = f"of {len(logits)} logits {num_nan} are NaN, {num_infinite} infinite"
+        return (
+            f"{where}: the model's logits are not finite ({found if num_nan or num_infinite else 'all are -inf'}). "
+            "With model_config.dtype: float16 an activation has most likely overflowed: use bfloat16 or float32; "
+            "otherwise check the checkpoint's weights"
+        )
+    return f"{where}: min_new_tokens and the penalties leave no finite score; lower min_new_tokens or the penalties"
 
 
 def _logprobs(
     logits: torch.Tensor, token_ids: Sequence[int], requests: Sequence[Request]
 ) -> list[TokenLogprobs | None]:
     results: list[TokenLogprobs | None] = [None] * len(requests)
-    rows = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
+    rows = [row for row, request in enumerate(requests) if request.params.logprobs is not None and token_ids[row] >= 0]
     if not rows:
         return results
     logprobs = logits[torch.tensor(rows, device=logits.device)].float().log_softmax(dim=-1)

@@ -1,19 +1,25 @@
-"""How much memory one rank needs, by arithmetic alone, before anything is loaded: weights + KV cache + peak of a step.
+"""How much memory one rank needs, by arithmetic alone, before anything is loaded.
 
+Process + weights + KV cache + peak of a step, the worst that the recipe allows: every request full of pictures, the
+encoder cache full, a full pass of the encoder and a full prefill step. The peak stands in executor/recipe/peak.py.
 The estimate decides how many KV blocks there are on a CPU, and refuses what cannot fit. A device that can measure
-its peak after loading corrects it. Knows sizes and degrees, no tensor.
+its peak after loading corrects it. Knows sizes and degrees, no tensor. A test holds it against a measured peak.
 """
 
 from dataclasses import dataclass
 
 from executor.errors import UserError
+from executor.recipe.peak import DTYPE_BYTES, peak_bytes, pixel_bytes
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes of a linear weight; scales and biases are below a percent of it.
 WEIGHT_BYTES = {"w8a8": 1, "w8a8_dynamic": 1, "w8a16": 1, "w8a8s": 1, "w8a8sc": 1, "w4a16": 0.5, "w4a8_dynamic": 0.5}
 GIB = 2**30
+TORCH_BYTES = 240 << 20
+LIBRARY_BYTES = 64 << 20
+"""What a process has once it has imported torch and the engine, and what it takes after that for the tokenizer, threads
+and code that runs the first time: measured with torch 2.13 for CPUs."""
 
 
 @dataclass(frozen=True)
@@ -22,21 +28,24 @@ class MemoryEstimate:
 
     weights_bytes: int
     kv_bytes: int
-    peak_bytes: int  # activations of the larger of a full vision batch and a full prefill step, encoder cache, logits
-    budget_bytes: int  # memory_fraction of what is free
+    peak_bytes: int  # of a step: activations, encoder cache, pictures in waiting, logits
+    budget_bytes: int  # memory_fraction of what the process may have in all
     num_blocks: int
     block_bytes: int
+    process_bytes: int = 0  # Python, torch and libraries, where they lie in the same memory
+    loading_bytes: int = 0  # beside the weights while the last of them take the device's layout
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.peak_bytes
+        return self.process_bytes + self.weights_bytes + max(self.kv_bytes + self.peak_bytes, self.loading_bytes)
 
     def __str__(self) -> str:
         def gib(count: float) -> str:
             return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
 
+        process = f"process {gib(self.process_bytes)} + " if self.process_bytes else ""
         return (
-            f"memory per rank, estimated: weights {gib(self.weights_bytes)} + KV cache {gib(self.kv_bytes)} "
+            f"memory per rank, estimated: {process}weights {gib(self.weights_bytes)} + KV cache {gib(self.kv_bytes)} "
             f"({self.num_blocks} blocks) + peak of a step {gib(self.peak_bytes)} = {gib(self.total_bytes)} "
             f"of {gib(self.budget_bytes)} allowed"
         )
@@ -59,51 +68,52 @@ def weights_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
     return round(linears * linear_size + plain * size)
 
 
-def kv_block_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
-    """Keys and values of one block on one rank, all layers."""
+def kv_block_bytes(recipe: Recipe, shapes: ModelShapes, compute_bytes: int | None = None) -> int:
+    """Keys and values of one block on one rank, all layers. `compute_bytes`: see estimate."""
     heads = max(1, shapes.num_kv_heads // recipe.attn_tp_size)
-    per_token = 2 * shapes.num_layers * heads * shapes.head_dim * DTYPE_BYTES[recipe.model.dtype]
+    per_token = 2 * shapes.num_layers * heads * shapes.head_dim * (compute_bytes or DTYPE_BYTES[recipe.model.dtype])
     return recipe.scheduler.block_size * per_token
 
 
-def peak_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
-    """Activations of one rank at the worst step: a full vision batch, or a full prefill; and what stays beside it."""
-    size, v, tp = DTYPE_BYTES[recipe.model.dtype], shapes.vision, recipe.attn_tp_size
-    vision_tp = tp if recipe.parallel.vision_parallel == "tp" else 1
-    tokens = min(recipe.scheduler.encoder_cache_tokens, recipe.scheduler.max_model_len)
-    patches = tokens * v.merge_size**2
-    pixels = 3 * v.temporal_patch_size * v.patch_size**2
-    # residual, normed input, q/k/v and output, or gate and up, alive at the same time in a block
-    block = 2 * v.hidden_size + max(4 * v.hidden_size, 2 * v.intermediate_size) / vision_tp
-    vision = patches * (pixels + block) * size
-    width = max(4 * shapes.num_heads * shapes.head_dim, 2 * shapes.intermediate_size) / tp
-    if shapes.num_experts:
-        # Every replica's tokens, and for each of a token's experts its input, the gated product and its output.
-        replicas = recipe.parallel.world_size // tp
-        inner = shapes.expert_intermediate_size * recipe.parallel.moe_ep_size / recipe.parallel.world_size
-        routed = shapes.experts_per_token * (2 * shapes.hidden_size + inner)
-        width = max(width, replicas * (shapes.hidden_size + routed))
-    prefill = recipe.scheduler.max_num_batched_tokens * (3 * shapes.hidden_size + width) * size
-    cache = recipe.scheduler.encoder_cache_tokens * shapes.hidden_size * (1 + v.num_taps) * size
-    logits = 3 * recipe.scheduler.max_num_seqs * shapes.vocab_size * 4  # float32, with a sorted copy and its order
-    return round(max(vision, prefill) + cache + logits)
+def loading_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
+    """The largest weight once more: it stands in both layouts for a moment."""
+    tp = recipe.attn_tp_size
+    mlp = 2 * shapes.hidden_size * shapes.intermediate_size
+    return round(max(shapes.vocab_size * shapes.hidden_size, mlp) / tp * DTYPE_BYTES[recipe.model.dtype])
 
 
-def estimate(recipe: Recipe, shapes: ModelShapes, free_bytes: int) -> MemoryEstimate:
+def estimate(
+    recipe: Recipe,
+    shapes: ModelShapes,
+    free_bytes: int,
+    compute_bytes: int | None = None,
+    *,
+    picture_tokens: int | None = None,
+    process_bytes: int = 0,
+) -> MemoryEstimate:
     """The memory of one rank that may take `memory_fraction` of `free_bytes`. `recipe` is resolved: no auto, no null.
 
+    `compute_bytes`: of a number of the activations and of the KV cache, where the device computes in another type than
+    that of the weights. `picture_tokens`: of the largest picture; None: as large as a prompt can be.
+    `process_bytes`: what the process has of this memory now, not part of `free_bytes`; 0 where its own memory is
+    another than the device's.
     KV blocks: what the recipe names, else what max_num_seqs requests of max_model_len use, as far as the memory goes.
     Raises UserError when weights, peak and one request of full length do not fit.
     """
     scheduler = recipe.scheduler
-    budget = int(free_bytes * scheduler.memory_fraction)
-    weights, peak, block = weights_bytes(recipe, shapes), peak_bytes(recipe, shapes), kv_block_bytes(recipe, shapes)
+    budget = int(free_bytes * scheduler.memory_fraction) + process_bytes
+    weights, block = weights_bytes(recipe, shapes), kv_block_bytes(recipe, shapes, compute_bytes)
+    peak = peak_bytes(recipe, shapes, picture_tokens, compute_bytes)
+    process = max(process_bytes, TORCH_BYTES) + LIBRARY_BYTES if process_bytes else 0
     blocks_of_one = -(-scheduler.max_model_len // scheduler.block_size)
-    affordable = (budget - weights - peak) // block
+    pixels = pixel_bytes(recipe, shapes, scheduler.block_size)  # of the pictures whose tokens a block holds
+    affordable = (budget - process - weights - peak) // (block + pixels)
     num_blocks = scheduler.num_blocks or min(scheduler.max_num_seqs * blocks_of_one, max(affordable, blocks_of_one))
-    result = MemoryEstimate(weights, num_blocks * block, peak, budget, num_blocks, block)
+    peak += min(num_blocks, scheduler.max_num_seqs * blocks_of_one) * pixels
+    loading = loading_bytes(recipe, shapes)
+    result = MemoryEstimate(weights, num_blocks * block, peak, budget, num_blocks, block, process, loading)
     if result.total_bytes > budget:
-        raise UserError(f"{shapes.name} does not fit: {result}. {_advice(recipe, weights > budget)}")
+        raise UserError(f"{shapes.name} does not fit: {result}. {_advice(recipe, process + weights > budget)}")
     return result
 
 
@@ -114,4 +124,4 @@ def _advice(recipe: Recipe, weights_alone: bool) -> str:
     knobs = "scheduler_config.max_model_len, encoder_cache_tokens, max_num_batched_tokens or max_num_seqs"
     if recipe.scheduler.num_blocks:
         knobs = f"scheduler_config.num_blocks ({recipe.scheduler.num_blocks}), or {knobs}"
-    return f"Lower {knobs}, or free memory."
+    return f"Lower {knobs}, or data_config.max_pixels, or free memory."

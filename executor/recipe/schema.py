@@ -130,9 +130,9 @@ class GenerationSection(Section):
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     """Divides the scores of tokens already seen, the prompt's too. 1: off."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    """Taken off the score of every token already seen."""
+    """Taken off the score of every token that the answer holds already; the prompt does not count."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    """Taken off the score of a token for each time it was seen."""
+    """Taken off the score of a token for each time the answer holds it; the prompt does not count."""
     seed: Annotated[int, Field(ge=0)] | None = None
     """Fixes the sampling noise. null: another seed for each request, reported with its answer."""
     stop: Words | None = None

@@ -13,7 +13,7 @@ from typing import Any
 
 from executor.checkpoint.folder import find_checkpoint, read_json
 from executor.errors import UserError
-from executor.host.env import host_memory_bytes
+from executor.host.env import host_memory_bytes, process_memory_bytes
 from executor.recipe.memory import MemoryEstimate, estimate
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes, read_shapes
@@ -37,6 +37,7 @@ class Prepared:
     folder: Path
     shapes: ModelShapes
     memory: MemoryEstimate
+    picture_tokens: int | None  # of the largest picture that the settings let through, None: they name no bound
     config: dict[str, Any] = field(repr=False)  # config.json
     generation_config: dict[str, Any] = field(repr=False)  # generation_config.json, {} without one
 
@@ -55,9 +56,30 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     recipe = resolve(recipe, shapes, quantization=find_quantization(folder, config))
     check_supported(recipe)  # once more: the checkpoint may have brought a scheme
     check_recipe(recipe, shapes)
-    memory = estimate(recipe, shapes, host_memory_bytes() // local_ranks)
+    picture_tokens = largest_picture_tokens(recipe, shapes, folder)
+    process_bytes = process_memory_bytes() if recipe.model.device != "npu" else 0
+    memory = estimate(
+        recipe,
+        shapes,
+        host_memory_bytes() // local_ranks,
+        picture_tokens=picture_tokens,
+        process_bytes=process_bytes,
+    )
     generation_config = read_json(folder, "generation_config.json", required=False)
-    return Prepared(recipe, folder, shapes, memory, config, generation_config)
+    return Prepared(recipe, folder, shapes, memory, picture_tokens, config, generation_config)
+
+
+def largest_picture_tokens(recipe: Recipe, shapes: ModelShapes, folder: Path) -> int | None:
+    """Visual tokens of the largest picture: by the recipe's max_pixels, else the checkpoint's."""
+    found = recipe.data.max_pixels
+    if found is None:
+        section = read_json(folder, "preprocessor_config.json", required=False)
+        sizes = section.get("size")
+        sizes = sizes if isinstance(sizes, dict) else {}
+        found = section.get("max_pixels") or sizes.get("longest_edge") or sizes.get("max_pixels")
+    token_pixels = (shapes.vision.patch_size * shapes.vision.merge_size) ** 2
+    # What is no number is refused where pictures are prepared.
+    return max(1, found // token_pixels) if isinstance(found, int) and found > 0 else None
 
 
 def check_supported(recipe: Recipe) -> None:

@@ -5,6 +5,7 @@ import threading
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 from executor.errors import UserError
@@ -392,6 +393,30 @@ def test_pictures_of_several_requests_are_encoded_together_and_once(engine):
     fresh.generate(prompts, DESCRIBE)
     fresh.generate(prompts, DESCRIBE)
     assert encoded == [2]
+
+
+def test_a_video_in_several_passes_is_answered_as_in_one(engine):
+    """And what is kept of small pictures that came together keeps nothing beside them alive."""
+    clip = [{"type": "video", "video": str(MEDIA / "clip.mp4")}, {"type": "text", "text": "What do you see?"}]
+    prompts = [ask(engine, "What do you see?", file) for file in ("objects.png", "word.png", "number.jpg")]
+    prompts.append(engine.processor.build([{"role": "user", "content": clip}]))
+    media = [item for prompt in prompts for item in prompt.media]
+    runner = engine.runner
+    usual, kept = runner.encode_tokens, runner.features
+    try:
+        runner.encode_tokens, runner.features = 16, {}
+        assert any(item.num_tokens > 16 for item in media)
+        for item in media:
+            runner.encode([item])
+        cut = runner.features
+        runner.encode_tokens, runner.features = usual, {}
+        runner.encode(media)
+        for digest, features in runner.features.items():
+            torch.testing.assert_close(features, cut[digest], rtol=1e-4, atol=1e-4)
+            assert features.untyped_storage().nbytes() <= 1.1 * features.nbytes
+        assert len(runner.features) == len(cut) == len(media)
+    finally:
+        runner.encode_tokens, runner.features = usual, kept
 
 
 def test_a_text_only_step_makes_no_deepstack(engine):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers.generation import logits_process as reference
 
-from executor.engine.noise import as_int64, child_seed, gumbel_noise, noise_key
+from executor.engine import filters, penalties
+from executor.engine.filters import REACH, Filters, Kind
+from executor.engine.noise import as_int64, child_seed, gumbel_noise, least_bits, may_reach, noise_bits, noise_key
 from executor.engine.params import check_params
-from executor.engine.sampler import REACH, Sampler, _survivors
+from executor.engine.sampler import Sampler
 from executor.errors import UserError
 from executor.schedule.request import Prompt, Request, SamplingParams
 
@@ -32,14 +34,39 @@ def sample_one(logits: torch.Tensor, request: Request, **options) -> int:
     return Sampler(logits.shape[-1], "cpu", **options).sample(logits[None], [request]).token_ids[0]
 
 
+def padded(logits: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(logits, (0, -logits.shape[-1] % filters.CHUNK), value=-math.inf)
+
+
 def survivors(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
     """Scores [N, V] after temperature, -inf where filtered out."""
-    return in_full(*_survivors(logits, [make_request(p) for p in params]), logits.shape[-1])
+    vocab_size = logits.shape[-1]
+    made = Filters.of(params, [0] * len(params), vocab_size, torch.device("cpu"))
+    return in_full(*filters.survivors(padded(logits), made), vocab_size)
+
+
+def likely(logits: torch.Tensor, params: list[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of the first look, and which rows it leaves open."""
+    scores, vocab_size = padded(logits), logits.shape[-1]
+    maxima = filters.chunk_maxima(scores)
+    found, is_open = torch.empty(len(params), vocab_size), torch.empty(len(params), dtype=torch.bool)
+    for kind in {Kind.of(p) for p in params}:
+        rows = [row for row, p in enumerate(params) if Kind.of(p) == kind]
+        made = Filters.of([params[row] for row in rows], [0] * len(rows), vocab_size, torch.device("cpu"))
+        *kept, is_open[rows] = filters.likely_survivors(scores, maxima[rows], rows, made, kind)
+        found[rows] = in_full(*kept, vocab_size)
+    return found, is_open
+
+
+def penalised(sampler: Sampler, logits: torch.Tensor, requests: list[Request]) -> torch.Tensor:
+    """The logits as they are chosen from."""
+    with sampler.penalties.applied(logits, requests, [request.num_tokens for request in requests]):
+        return logits.clone()
 
 
 def in_full(ids: torch.Tensor, candidates: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    full = torch.full((len(ids), vocab_size), -math.inf)
-    return full.scatter_reduce(-1, ids, candidates, "amax")
+    full = torch.full((len(ids), vocab_size + filters.CHUNK), -math.inf)
+    return full.scatter_reduce(-1, ids, candidates, "amax")[:, :vocab_size]
 
 
 # Against transformers
@@ -73,17 +100,20 @@ def test_filters_equal_transformers(vocab_size, rounded):
         logits = random_logits(len(PARAMS), vocab_size, seed, spread)
         if rounded:
             logits = logits.bfloat16().float()
-        found = survivors(logits, PARAMS)
+        found, (first_look, is_open) = survivors(logits, PARAMS), likely(logits, PARAMS)
+        assert 0 < int(is_open.sum()) < len(PARAMS) or vocab_size < filters.FIRST_GUESS
         for row, params in enumerate(PARAMS):
             expected = logits[row : row + 1]
             for warper in warpers(params):
                 expected = warper(None, expected)
             # What no noise can bring to the top is dropped early.
             expected = expected[0].masked_fill(expected[0] < expected.max() - REACH, -math.inf)
-            reachable = found[row].masked_fill(found[row] < found[row].max() - REACH, -math.inf)
-            if rounded and params.top_p < 1:
-                reachable, expected = reachable.sort().values, expected.sort().values
-            assert torch.equal(reachable, expected), params
+            looks = [found[row]] if is_open[row] else [found[row], first_look[row]]
+            for look in looks:
+                reachable, wanted = look.masked_fill(look < look.max() - REACH, -math.inf), expected
+                if rounded and params.top_p < 1:
+                    reachable, wanted = reachable.sort().values, wanted.sort().values
+                assert torch.equal(reachable, wanted), params
 
 
 def test_a_wide_nucleus_is_found_too():
@@ -114,7 +144,7 @@ def test_penalties_and_minimum_equal_transformers(min_new_tokens):
     for step in range(6):
         logits = random_logits(len(requests), vocab_size, step)
         before = logits.clone()
-        found = sampler._processed(logits, requests)
+        found = penalised(sampler, logits, requests)
         for row, request in enumerate(requests):
             seen = torch.tensor([request.token_ids(0, request.num_tokens)])
             expected = reference.RepetitionPenaltyLogitsProcessor(request.params.repetition_penalty)(
@@ -140,14 +170,48 @@ def test_greedy_is_the_best_processed_token():
 # Penalties of our own definition
 
 
-def test_presence_and_frequency_count_prompt_and_output():
-    logits = torch.zeros(1, 10)
+def test_presence_and_frequency_count_the_answer_only():
+    """As OpenAI and vLLM do; the repetition penalty counts the prompt as well, as transformers does."""
+    logits = torch.ones(1, 10)
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
-    request = make_request(params, [1, 1, 2, 99], [2, 2, 4])
-    found = Sampler(10, "cpu")._processed(logits, [request])[0]
-    expected = torch.zeros(10)
-    expected[1], expected[2], expected[4] = -0.5 - 0.5, -0.5 - 0.75, -0.5 - 0.25
-    assert torch.equal(found, expected)
+    prompt, output = [1, 1, 2, 99], [2, 2, 4]
+    expected = torch.ones(10)
+    expected[2], expected[4] = 1 - 0.5 - 0.5, 1 - 0.5 - 0.25
+    assert torch.equal(penalised(Sampler(10, "cpu"), logits, [make_request(params, prompt, output)])[0], expected)
+    expected[1], expected[2], expected[4] = 0.5, 0.5 - 0.5 - 0.5, 0.5 - 0.5 - 0.25
+    both = make_request(replace(params, repetition_penalty=2.0), prompt, output)
+    assert torch.equal(penalised(Sampler(10, "cpu"), logits, [both])[0], expected)
+
+
+def test_seen_tokens_stay_on_the_device_and_are_appended(monkeypatch):
+    """A step of the same rows sends its new tokens only, and a batch that changes is right as well."""
+    rng = random.Random(2)
+    vocab_size = 300
+    sampler, built = Sampler(vocab_size, "cpu"), []
+    make = penalties._Batch.__init__
+    monkeypatch.setattr(
+        penalties._Batch, "__init__", lambda self, *args: built.append(len(args[0])) or make(self, *args)
+    )
+    params = [
+        SamplingParams(repetition_penalty=1.3),
+        SamplingParams(),
+        SamplingParams(presence_penalty=0.7, frequency_penalty=0.1),
+        SamplingParams(repetition_penalty=0.8, frequency_penalty=-0.3),
+    ]
+    requests = [
+        make_request(p, [rng.randrange(40) for _ in range(20)], request_id=str(row)) for row, p in enumerate(params)
+    ]
+    for step in range(200):
+        now = requests if step < 150 else rng.sample(requests, 3)
+        logits = random_logits(len(now), vocab_size, step)
+        found = penalised(sampler, logits, now)
+        assert torch.equal(found, torch.cat([penalised(Sampler(vocab_size, "cpu"), logits[row : row + 1].clone(), [r])
+                                             for row, r in enumerate(now)]))  # fmt: skip
+        for request in now:
+            request.output_token_ids.append(rng.randrange(vocab_size))
+        if step == 149:
+            # Once, and where the room for 64 tokens of each row was used up.
+            assert 1 <= len([rows for rows in built if rows == 3]) <= 4
 
 
 def test_history_grows_with_the_request_and_is_freed():
@@ -158,8 +222,8 @@ def test_history_grows_with_the_request_and_is_freed():
     request = make_request(params, [rng.randrange(30) for _ in range(10)])
     for step in range(300):
         logits = random_logits(1, vocab_size, step)
-        found = sampler._processed(logits, [request])
-        fresh = Sampler(vocab_size, "cpu")._processed(logits, [request])
+        found = penalised(sampler, logits, [request])
+        fresh = penalised(Sampler(vocab_size, "cpu"), logits, [request])
         # The order of the entries differs, their effect does not.
         assert torch.equal(found, fresh)
         # Some steps yield several tokens, and after a preemption none is lost.
@@ -204,7 +268,7 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     ],
 )
 def test_draws_follow_the_distribution(params, kept, vary):
-    num_draws = 6000
+    num_draws = 3000
     logits = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5])
     requests = [
         make_request(replace(params, seed=draw if vary == "seed" else 5), [0] * (7 if vary == "seed" else draw))
@@ -240,6 +304,23 @@ def test_noise_of_a_candidate_is_a_known_number():
 def test_the_32_bits_of_noise_bound_the_reach():
     highest, lowest = -math.log(-math.log(1 - 2.0**-33)), -math.log(-math.log(2.0**-33))
     assert REACH - 0.01 < highest - lowest < REACH
+
+
+def test_bits_below_the_least_have_less_noise():
+    """So a token whose bits do not reach it cannot win; and hardly any bits more are let through."""
+    bits = noise_bits(torch.tensor([5]), torch.arange(4000)[None])[0]
+    noise = gumbel_noise(torch.tensor([5]), torch.arange(4000)[None])[0]
+    asked = torch.cat([noise[:500], torch.linspace(-6, 24, 500, dtype=torch.float64)])
+    least = least_bits(asked)
+    reached = noise[None] >= asked[:, None]
+    passed = bits[None] >= least[:, None]
+    assert bool((passed | ~reached).all()) and int((passed & ~reached).sum()) <= 4
+    assert int(least.min()) == 0 and int(least.max()) == 1 << 32
+    # The quick look at the highest 31 bits lets all of these pass, and next to nothing else.
+    keys = torch.full((1000,), 5)
+    found = may_reach(keys, torch.zeros(1000, dtype=torch.int64), 4000, least)[least < 1 << 32]
+    passed = passed[least < 1 << 32]
+    assert bool((found | ~passed).all()) and int((found & ~passed).sum()) <= 4
 
 
 # Alone or in any batch
@@ -290,6 +371,16 @@ def test_a_filter_that_keeps_all_changes_nothing():
         assert sampler.sample(logits, requests) == sampler.sample(logits, filtered)
 
 
+def test_a_request_may_have_several_rows():
+    """Row i of a request draws the token that comes after i more tokens than it has: what speculation verifies."""
+    logits = random_logits(3, 500)
+    params = SamplingParams(temperature=1.0, seed=3, top_p=0.9)
+    request = make_request(params, [1, 2])
+    together = Sampler(500, "cpu").sample(logits, [request] * 3, num_tokens=[2, 3, 4]).token_ids
+    alone = [sample_one(logits[i], make_request(params, [1, 2], [0] * i)) for i in range(3)]
+    assert together == alone
+
+
 def test_seeds_and_positions_differ_and_repeat():
     logits = torch.zeros(1000)
     draws = {
@@ -336,16 +427,59 @@ def test_logprobs_are_the_models_own():
 # Trouble
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize(
-    "params", [SamplingParams(), SamplingParams(temperature=1.0, top_k=3), SamplingParams(temperature=1.0, top_p=0.9)]
-)
-def test_logits_that_are_not_finite_name_the_request(params, bad):
+WAYS = [
+    SamplingParams(),
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=1.0, top_k=3),
+    SamplingParams(temperature=1.0, top_p=0.9),
+    SamplingParams(temperature=1.0, min_p=0.1, min_new_tokens=2, stop_token_ids=(17,)),
+    SamplingParams(repetition_penalty=1.2),
+]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_whose_logits_are_not_finite_fails_alone(bad):
+    """A NaN or +inf anywhere, or nothing but -inf; the other rows get what they get without it."""
+    logits = random_logits(2 * len(WAYS), 300)
+    good = [make_request(params, request_id=f"good {row}") for row, params in enumerate(WAYS)]
+    broken = [make_request(params, request_id=f"bad {row}") for row, params in enumerate(WAYS)]
+    expected = Sampler(300, "cpu").sample(logits[::2], good)
+    if bad == -math.inf:
+        logits[1::2] = bad
+    else:
+        logits[1::2, 17] = bad
+    requests = [request for pair in zip(good, broken, strict=True) for request in pair]
+    before = logits.clone()
+    sampled = Sampler(300, "cpu").sample(logits, requests)
+    assert sampled.token_ids[::2] == expected.token_ids and not expected.failures
+    assert sampled.token_ids[1::2] == [-1] * len(WAYS)
+    assert list(sampled.failures) == list(range(1, 2 * len(WAYS), 2))
+    found = {math.nan: "1 are NaN, 0 infinite", math.inf: "0 are NaN, 1 infinite", -math.inf: "all are -inf"}[bad]
+    for reason in sampled.failures.values():
+        assert found in reason and "float16" in reason and "bfloat16" in reason
+    assert torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0)), "the model's logits are not ours to change"
+
+
+def test_a_broken_row_reports_no_logprobs_and_the_others_theirs():
     logits = random_logits(2, 300)
-    logits[1, 17] = bad
-    requests = [make_request(params, request_id="good"), make_request(params, request_id="bad")]
-    with pytest.raises(RuntimeError, match="'bad'.*token 1 are not finite"):
-        Sampler(300, "cpu").sample(logits, requests)
+    logits[0, 3] = math.nan
+    requests = [make_request(SamplingParams(logprobs=2), request_id=str(row)) for row in range(2)]
+    sampled = Sampler(300, "cpu").sample(logits, requests)
+    assert sampled.logprobs[0] is None and sampled.logprobs[1].token_id == int(logits[1].argmax())
+
+
+def test_a_model_may_rule_tokens_out():
+    logits = torch.full((len(WAYS), 300), -math.inf)
+    logits[:, 41] = -5.0
+    requests = [make_request(params, request_id=str(row)) for row, params in enumerate(WAYS)]
+    sampled = Sampler(300, "cpu").sample(logits, requests)
+    assert sampled.token_ids == [41] * len(WAYS) and not sampled.failures
+
+
+def test_a_minimum_that_bars_every_token_is_the_parameters_fault():
+    params = SamplingParams(min_new_tokens=3, stop_token_ids=(0, 1, 2))
+    sampled = Sampler(3, "cpu").sample(torch.zeros(1, 3), [make_request(params)])
+    assert sampled.token_ids == [-1] and "lower min_new_tokens" in sampled.failures[0]
 
 
 def test_no_rows():

@@ -136,10 +136,11 @@ def test_a_scheme_that_the_checkpoint_is_not(tmp_path):
 def test_estimate_buys_blocks_with_what_is_left():
     shapes = shapes_of("Qwen3-VL-8B-Instruct")
     recipe = resolve(recipe_of(), shapes)
-    roomy, tight = estimate(recipe, shapes, 200 * GIB), estimate(recipe, shapes, 30 * GIB)
+    roomy, tight = (estimate(recipe, shapes, gib * GIB, picture_tokens=16384) for gib in (200, 30))
     assert roomy.num_blocks == 16 * 32768 // 128
     assert 32768 // 128 <= tight.num_blocks < roomy.num_blocks
-    assert tight.total_bytes <= tight.budget_bytes < tight.total_bytes + tight.block_bytes
+    # With each block come the pictures whose tokens it holds: 32 x 32 pixels of three bytes for a token.
+    assert tight.total_bytes <= tight.budget_bytes < tight.total_bytes + tight.block_bytes + 128 * 3 * 32 * 32
     # 36 layers of 8 KV heads of 128, keys and values, two bytes
     assert kv_block_bytes(recipe, shapes) == 128 * 36 * 8 * 128 * 2 * 2
 

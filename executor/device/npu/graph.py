@@ -22,6 +22,11 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not any(message in record.getMessage() for message in _KNOWN_WARNINGS)
 
 
+def version() -> str:
+    """torchair's. It comes inside torch_npu, and most releases give it none of its own."""
+    return str(getattr(torchair, "__version__", "part of torch_npu"))
+
+
 def configure(config: Any) -> None:
     """The options of a GE decode graph, on torchair's CompilerConfig."""
     logging.captureWarnings(True)

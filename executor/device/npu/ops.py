@@ -142,6 +142,10 @@ class NpuOps(Ops):
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
         return self.attention.varlen(q, k, v, lengths, scale)
 
+    def versions(self) -> dict[str, str]:
+        chip = {} if self.device.type == "cpu" else {"cann": _cann_version()}
+        return super().versions() | chip | {"torch_npu": torch_npu.__version__, "torchair": graph.version()}
+
     def group_options(self, buffer_mb: int) -> Any:
         if self.device.type != "npu" or "HCCL_BUFFSIZE" in environment():  # the user's own size holds
             return None
@@ -160,6 +164,13 @@ class NpuOps(Ops):
 def _installed(call: str) -> bool:
     """Whether the installed torch_npu has this op: ATB's have an underscore before their name."""
     return hasattr(torch.ops.atb if call.startswith("_npu") else torch.ops.npu, call)
+
+
+def _cann_version() -> str:
+    """CANN's own word, where this torch_npu can ask for it, and the folder it was installed to, which names it too."""
+    home = environment().get("ASCEND_HOME_PATH", "")
+    ask = getattr(torch_npu.npu.utils, "get_cann_version", None)  # not in every release
+    return f"{ask('CANN') if ask else 'unknown'} {Path(home).resolve() if home else 'no ASCEND_HOME_PATH'}"
 
 
 def open_npu(name: str | None, dtype: torch.dtype, *, emulated: bool, weight_nz: bool, index: int = 0) -> NpuOps:

@@ -1,0 +1,121 @@
+"""The most that a step takes beside weights and KV cache, by what the layers and backends really allocate.
+
+Phases follow each other: a pass of the encoder, the text model over a full step, logits and sampling. What stays
+through all of them: the encoder cache, and on a CPU the pictures of the prompts.
+Knows sizes and degrees, no tensor.
+`size`: bytes of a number of the activations.
+Legend, in elements per token or patch: n hidden size, H and K query and key heads, D head dim, I intermediate size.
+"""
+
+from executor.recipe.schema import Recipe
+from executor.recipe.sizes import ModelShapes
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ENCODE_TOKENS = 4096
+"""Visual tokens that the encoder takes at a time; a single frame of more is encoded alone. The runner holds to it."""
+LOOK_AHEAD = 2  # prompts that are ready beyond those being answered
+HEAP_BYTES = 32 << 20
+"""glibc keeps freed blocks up to this size for itself: those of one phase then lie beside those of the next."""
+_NPU_HEADS = (64, 128)  # what vision heads are widened to there
+
+
+def peak_bytes(
+    recipe: Recipe, shapes: ModelShapes, picture_tokens: int | None = None, compute_bytes: int | None = None
+) -> int:
+    """Of one rank; `picture_tokens` of the largest picture or frame (None: as large as a prompt can be).
+
+    `compute_bytes`: of a number of the activations; None: of the recipe's dtype.
+    Pictures of prompts that wait are part of it, those of running requests are not: see `pixel_bytes`.
+    """
+    limits = recipe.scheduler
+    size, on_host = compute_bytes or DTYPE_BYTES[recipe.model.dtype], recipe.model.device != "npu"
+    most_tokens = limits.max_num_seqs * limits.max_model_len
+    picture_tokens = min(picture_tokens or limits.max_model_len, limits.max_model_len)
+    pass_tokens = min(max(ENCODE_TOKENS, picture_tokens), most_tokens)
+    step_tokens = min(limits.max_num_batched_tokens, most_tokens)
+    vision = pass_tokens * vision_token_bytes(recipe, shapes, size)
+    text = step_tokens * text_token_bytes(recipe, shapes, size) + attention_scratch_bytes(recipe, shapes, size)
+    # Logits as the head gives them and as float32, and the logprobs of all rows.
+    logits = limits.max_num_seqs * shapes.vocab_size * (8 + size % 4)
+    peak = max(vision, text, logits)
+    if on_host:
+        # What is freed in small blocks stays with the allocator, beside the other phase's.
+        text_heap = step_tokens * text_token_bytes(recipe, shapes, size, step_tokens)
+        vision_heap = pass_tokens * vision_token_bytes(recipe, shapes, size, pass_tokens)
+        peak = max(peak, vision + text_heap, text + vision_heap)
+    # One request alone may need more than the cache holds.
+    cache_tokens = max(limits.encoder_cache_tokens, min(limits.max_model_len, picture_tokens))
+    cache = cache_tokens * shapes.hidden_size * (1 + shapes.vision.num_taps) * size
+    return round(peak + cache + pixel_bytes(recipe, shapes, LOOK_AHEAD * limits.max_model_len))
+
+
+def pixel_bytes(recipe: Recipe, shapes: ModelShapes, num_tokens: int) -> int:
+    """RGB bytes of pictures of `num_tokens` visual tokens, on the host until their request has ended."""
+    v = shapes.vision
+    return num_tokens * 3 * (v.patch_size * v.merge_size) ** 2 if recipe.model.device != "npu" else 0
+
+
+def vision_token_bytes(recipe: Recipe, shapes: ModelShapes, size: int, heap_tokens: int | None = None) -> float:
+    """Of a pass of the encoder, for each visual token: its patches, the widest moment of a block, and what comes out.
+
+    A block of a CPU: x and its norm (2 n), q, k and v (3), rotated queries (1), and for rotated keys halves swapped,
+    two products and their sum (4); attention in two bytes repacks keys and values instead; or the MLP's 2 I or 3 I.
+    An NPU rotates in one kernel. `heap_tokens`: only tensors that are small in a pass of so many.
+    """
+    v = shapes.vision
+    tp = recipe.attn_tp_size if recipe.parallel.vision_parallel == "tp" else 1
+    pixels = 3 * v.temporal_patch_size * v.patch_size**2
+    heads = v.hidden_size
+    rotation = 5 if size == 4 else 6
+    if recipe.model.device in ("npu", "npu_emulated"):
+        dim = v.hidden_size // v.num_heads
+        heads = v.num_heads * min((wide for wide in _NPU_HEADS if wide >= dim), default=dim)
+        rotation = 3
+    inner = (3 if shapes.family == "qwen2_5_vl" else 2) * v.intermediate_size
+    attention = (2 * v.hidden_size + (3 + rotation) * heads / tp) * size
+    block = max(attention, (2 * v.hidden_size + inner / tp) * size)
+    if v.num_positions:
+        # Position embeddings of four neighbours, and the same weighted in float32.
+        block = max(block, 2 * v.hidden_size * size + 4 * v.hidden_size * (size + 4))
+    features = 2 * shapes.hidden_size * (1 + v.num_taps) * size
+    if heap_tokens is not None:
+        is_small = heap_tokens * v.merge_size**2 * v.hidden_size * size < HEAP_BYTES
+        return v.merge_size**2 * attention if is_small else 0
+    return v.merge_size**2 * (pixels * size + block) + features
+
+
+def text_token_bytes(recipe: Recipe, shapes: ModelShapes, size: int, heap_tokens: int | None = None) -> float:
+    """Of a prefill step, for each token: embedding, features, residual, x and its norm, and the widest moment of a
+    layer: q, k and v and their rotation, gate and up and their product, or the experts of all replicas' tokens.
+
+    `heap_tokens`: only tensors that are small in a step of so many.
+    """
+    tp = recipe.attn_tp_size
+    queries = shapes.num_heads * shapes.head_dim / tp
+    keys = max(1, shapes.num_kv_heads / tp) * shapes.head_dim
+    rotation = 2 if recipe.model.device == "npu" else 5
+    common = shapes.hidden_size * (5 + shapes.vision.num_taps)
+    attention = (1 + rotation) * queries + 3 * keys
+    if heap_tokens is not None:
+        is_small = heap_tokens * max(shapes.hidden_size, queries) * size < HEAP_BYTES
+        return (common + attention) * size if is_small else 0
+    width = max(attention, 3 * shapes.intermediate_size / tp)
+    if shapes.num_experts:
+        # For each of a token's experts its input, the gated product and its output.
+        replicas = recipe.parallel.world_size // tp
+        inner = shapes.expert_intermediate_size * recipe.parallel.moe_ep_size / recipe.parallel.world_size
+        routed = shapes.experts_per_token * (2 * shapes.hidden_size + inner)
+        width = max(width, replicas * (shapes.hidden_size + routed))
+    return (common + width) * size
+
+
+def attention_scratch_bytes(recipe: Recipe, shapes: ModelShapes, size: int) -> float:
+    """Of the CPU's attention over one row: keys and values repeated for every query head, and the mask of a chunk
+    behind cached tokens, as booleans and as numbers. NPU kernels mask by themselves."""
+    if recipe.model.device != "cpu":
+        return 0
+    limits = recipe.scheduler
+    repeated = 2 * limits.max_model_len * shapes.num_heads * shapes.head_dim / recipe.attn_tp_size * size
+    chunk = min(limits.max_num_batched_tokens, limits.max_model_len)
+    masked = limits.enable_prefix_caching or chunk < limits.max_model_len
+    return repeated + (chunk * limits.max_model_len * (1 + size) if masked else 0)

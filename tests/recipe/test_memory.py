@@ -1,0 +1,116 @@
+"""The estimate that is printed before loading, against the peak of a process that does all the recipe allows."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from executor.recipe.memory import LIBRARY_BYTES, TORCH_BYTES, estimate
+from executor.recipe.peak import ENCODE_TOKENS, peak_bytes, pixel_bytes, vision_token_bytes
+from executor.recipe.schema import build_recipe
+from executor.recipe.settle import prepare, resolve
+from executor.recipe.sizes import read_shapes
+from models.published import published_config
+from tests.reference import FAMILIES, REPO
+
+SIZES = {"max_num_seqs": 2, "turns": 1}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_estimate_is_the_measured_peak_within_a_tenth(family):
+    """High-water mark of the resident set of a process of its own, against everything that the line adds up."""
+    options = [text for name, value in SIZES.items() for text in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.peak_memory", f"models/tiny/{family}", *options],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0.9 <= found["estimated_bytes"] / found["measured_bytes"] <= 1.1, found
+    # What the two have in common for certain must not be what makes them equal.
+    both = found["process_bytes"] + found["weights_bytes"] + found["kv_bytes"]
+    assert 0.75 <= found["peak_bytes"] / (found["measured_bytes"] - both) <= 1.25, found
+    assert f"process {found['process_bytes'] / 2**30:.2f} GiB + weights" in done.stderr
+
+
+def resolved(name: str, device: str = "cpu", **scheduler):
+    shapes = read_shapes(published_config(name), name)
+    model = {"model_path": name, "dtype": "bfloat16", "device": device, "quantization": "none"}
+    return resolve(build_recipe({"model_config": model, "scheduler_config": scheduler}), shapes), shapes
+
+
+def test_a_pass_of_the_encoder_is_bounded_unless_a_picture_is_larger():
+    recipe, shapes = resolved("Qwen2.5-VL-3B-Instruct", encoder_cache_tokens=4096, max_num_batched_tokens=512)
+    bounded, larger = peak_bytes(recipe, shapes, picture_tokens=1000), peak_bytes(recipe, shapes, picture_tokens=16384)
+    per_token = vision_token_bytes(recipe, shapes, 2)
+    cache = (16384 - 4096) * shapes.hidden_size * 2
+    assert larger - bounded == pytest.approx((16384 - ENCODE_TOKENS) * per_token + cache, rel=1e-6)
+    assert peak_bytes(recipe, shapes) > larger, "without a bound a picture is as large as a prompt can be"
+
+
+@pytest.mark.parametrize("name, wide", [("Qwen2.5-VL-3B-Instruct", 128 / 80), ("Qwen3-VL-8B-Instruct", 128 / 72)])
+def test_widened_heads_count_on_the_chips_that_widen(name, wide):
+    """On an NPU 80 and 72 become 128. Here attention is the widest moment, without MLP and position embeddings."""
+    recipe, shapes = resolved(name, device="npu")
+    v = replace(shapes.vision, intermediate_size=1, num_positions=0)
+    shapes, plain = replace(shapes, vision=v), replace(shapes, vision=replace(v, num_heads=v.hidden_size // 64))
+    grown = vision_token_bytes(recipe, shapes, 2) - vision_token_bytes(recipe, plain, 2)
+    assert grown == pytest.approx(6 * v.hidden_size * (wide - 1) * 4 * 2, rel=1e-3)
+
+
+def test_pictures_in_flight_count_on_the_host_only():
+    """Of the running requests as far as their blocks reach, and of two prompts in waiting."""
+    recipe, shapes = resolved("Qwen2.5-VL-3B-Instruct", max_num_seqs=4, max_model_len=1024)
+    whole = estimate(recipe, shapes, 64 << 30)
+    token = 28 * 28 * 3
+    assert pixel_bytes(recipe, shapes, 1) == token
+    assert whole.num_blocks == 32
+    assert whole.peak_bytes - peak_bytes(recipe, shapes) == 4 * 1024 * token
+    fewer, _ = resolved("Qwen2.5-VL-3B-Instruct", max_num_seqs=4, max_model_len=1024, num_blocks=10)
+    assert whole.peak_bytes - estimate(fewer, shapes, 64 << 30).peak_bytes == 22 * 128 * token
+    on_chip, _ = resolved("Qwen2.5-VL-3B-Instruct", device="npu", max_num_seqs=4, max_model_len=1024)
+    assert pixel_bytes(on_chip, shapes, 1) == 0
+
+
+def test_what_the_process_holds_is_part_of_both_sides():
+    recipe, shapes = resolved("Qwen2.5-VL-3B-Instruct", max_model_len=1024)
+    alone = estimate(recipe, shapes, 64 << 30)
+    beside = estimate(recipe, shapes, 64 << 30, process_bytes=1 << 30)
+    assert beside.total_bytes - alone.total_bytes == (1 << 30) + LIBRARY_BYTES
+    assert beside.budget_bytes - alone.budget_bytes == 1 << 30
+    assert "process" in str(beside) and "process" not in str(alone)
+    # Asked before torch is imported: it will be.
+    early = estimate(recipe, shapes, 64 << 30, process_bytes=20 << 20)
+    assert early.process_bytes == TORCH_BYTES + LIBRARY_BYTES
+    assert early.budget_bytes - alone.budget_bytes == 20 << 20
+
+
+def test_a_device_may_compute_in_another_type_than_the_weights():
+    """A CPU without 16-bit products: weights in two bytes, activations and cache in four."""
+    recipe, shapes = resolved("Qwen2.5-VL-3B-Instruct", max_model_len=1024)
+    narrow, wide = (estimate(recipe, shapes, 64 << 30, size) for size in (None, 4))
+    assert wide.weights_bytes == narrow.weights_bytes and wide.kv_bytes == 2 * narrow.kv_bytes
+    in_four, _ = resolved("Qwen2.5-VL-3B-Instruct", max_model_len=1024)
+    in_four = in_four.replace(model={"dtype": "float32"})
+    assert wide.peak_bytes == estimate(in_four, shapes, 64 << 30).peak_bytes > 1.5 * narrow.peak_bytes
+
+
+def test_a_weight_in_two_layouts_counts_where_nothing_else_comes():
+    recipe, shapes = resolved("Qwen2.5-VL-3B-Instruct")
+    found = estimate(recipe, shapes, 64 << 30)
+    assert found.loading_bytes == shapes.vocab_size * shapes.hidden_size * 2
+    bare = replace(found, kv_bytes=0, peak_bytes=1)
+    assert bare.total_bytes == found.weights_bytes + found.loading_bytes
+
+
+def test_the_largest_picture_is_the_recipes_or_the_checkpoints(tmp_path):
+    folder = REPO / "models" / "tiny" / "qwen3_vl"
+    tree = {"model_config": {"model_path": str(folder), "device": "cpu"}}
+    edge = json.loads((folder / "preprocessor_config.json").read_text())["size"]["longest_edge"]
+    assert prepare(build_recipe(tree)).picture_tokens == edge // 1024
+    assert prepare(build_recipe(tree | {"data_config": {"max_pixels": 64 * 1024}})).picture_tokens == 64
