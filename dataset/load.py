@@ -3,7 +3,6 @@
 from dataset import default_prompt, jsonl, vision_arena
 from dataset.entries import ask
 from dataset.sample import Dataset
-from executor.errors import UserError
 from executor.host.env import REPO_ROOT
 from executor.recipe.schema import DataSection
 
@@ -19,9 +18,6 @@ def load_dataset(data: DataSection) -> Dataset:
 
     Raises UserError when the data set is not there or holds nothing. Single bad rows are samples with an error.
     """
-    if data.prompt is None:
-        if data.media:
-            raise UserError('data_config.media: files without a question; add --set data_config.prompt="..."')
+    if data.prompt is None and not data.media:
         return DATASETS[data.dataset](data.dataset_path).first(data.limit)
-    samples = ask(data.prompt, data.media)
-    return Dataset(REPO_ROOT, len(samples), lambda: iter(samples)).first(data.limit)
+    return Dataset(REPO_ROOT, ask(data.prompt, data.media)).first(data.limit)

@@ -5,16 +5,18 @@ A row that cannot be asked is a Sample too, with `error` set: one bad row in a f
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from executor.errors import printable
+
 MEDIA_TYPES = ("image", "video", "image_url", "video_url")
+DIGEST_CHUNK_BYTES = 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One request. `messages` are as the processors take them; media are absolute paths, URLs or bytes."""
 
@@ -22,6 +24,9 @@ class Sample:
     messages: tuple[dict[str, Any], ...] = ()
     reference: str | None = None  # the answer the data set gives, if it does
     error: str | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)  # the row's own keys of generation_config, checked
+    tools: tuple[dict[str, Any], ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # the row's own chat_template_kwargs
 
     @property
     def question(self) -> str:
@@ -47,49 +52,73 @@ class Sample:
 
     def fingerprint(self) -> str:
         """Digest of what is asked: equal for equal messages, whatever row they stand in."""
-        return hashlib.sha256(json.dumps(self.messages, default=_plain, sort_keys=True).encode()).hexdigest()
+        more = [dict(self.generation), self.tools, dict(self.template_kwargs)]
+        asked = [self.messages, *more] if any(more) else self.messages
+        return hashlib.sha256(json.dumps(asked, default=_plain, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples read one by one, as often as needed; `len` is known before."""
+    """Samples in their order. Each is there, or is read from its file when it is asked for and not kept.
+
+    A row of much text (an embedded picture) is of the second kind: a file of thousands never lies in memory.
+    """
 
     path: Path
-    count: int
-    read: Callable[[], Iterator[Sample]]
+    samples: Sequence[Sample | Callable[[], Sample]]
+    file: Path | None = None  # what the samples were read from
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.samples[index]
+        return sample if isinstance(sample, Sample) else sample()
 
     def __iter__(self) -> Iterator[Sample]:
-        return islice(self.read(), self.count)
+        return (self[index] for index in range(len(self)))
 
     def first(self, limit: int | None) -> "Dataset":
         """The data set's first `limit` samples; all of them for None."""
-        return self if limit is None else Dataset(self.path, min(limit, self.count), self.read)
+        return self if limit is None else Dataset(self.path, self.samples[:limit], self.file)
+
+    def digest(self) -> str:
+        """Of what is asked, wherever the files lie; a file is taken byte by byte, so that no row is read for it."""
+        digest = hashlib.sha256(str(len(self)).encode())
+        if self.file is None:
+            for sample in self:
+                digest.update(json.dumps([sample.question, sample.media]).encode())
+            return digest.hexdigest()
+        with open(self.file, "rb") as file:
+            while chunk := file.read(DIGEST_CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
 
 
-def media_key(part: dict[str, Any]) -> str | None:
+def media_key(part: Mapping[str, Any]) -> str | None:
     """Under which key a message part holds its picture or video; None for a text part."""
     kind = part.get("type") or next((name for name in MEDIA_TYPES if name in part), None)
     if kind not in MEDIA_TYPES:
         return None
-    return next((key for key in (kind, "url", "path") if key in part), None)
+    family = kind.removesuffix("_url")
+    return next((key for key in (kind, family, f"{family}_url", "url", "path") if part.get(key) is not None), None)
 
 
-def media_source(part: dict[str, Any]) -> Any:
-    """The path, URL or bytes of a media part."""
+def media_source(part: Mapping[str, Any]) -> Any:
+    """The path, URL or bytes of a media part; of a video also the list of its frames."""
     value = part[media_key(part)]
-    return value.get("url") if isinstance(value, dict) else value
+    return value.get("url") if isinstance(value, Mapping) else value
 
 
 def _short(source: Any) -> str:
+    if isinstance(source, list | tuple):
+        return f"{len(source)} frames ({_short(source[0])} ...)" if source else "no frames"
     if isinstance(source, bytes):
         return f"{len(source)} bytes"
     text = str(source)
-    if text.startswith("data:"):
-        return f"{text[5:].split(';')[0].split(',')[0] or 'data'}, base64"
-    return text.rsplit("/", 1)[-1] or text
+    if text[:5].lower() == "data:":
+        return f"{text[5:200].split(';')[0].split(',')[0] or 'data'}, base64"
+    return printable(text.rsplit("/", 1)[-1] or text)
 
 
 def _plain(value: Any) -> str:

@@ -5,6 +5,7 @@ RuntimeError: the environment failed (exit 1). AssertionError: a defect of this 
 """
 
 import difflib
+import struct
 from collections.abc import Iterable
 
 
@@ -16,3 +17,27 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the closest of `allowed`, or an empty string."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+# What data of an odd form can make readers of it raise: json, Pillow, FFmpeg, Jinja, tokenizers, torch, and arithmetic
+# on numbers nobody thought of. Caught around one row of a data set or one file, never around a step of the engine.
+# AssertionError is not among them: that is a defect of this project.
+ODD_DATA_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    BufferError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+
+
+def printable(text: str) -> str:
+    """`text` with halves of characters (lone surrogates: file names that are no UTF-8, cut JSON) written out."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -4,6 +4,7 @@ Reads local files only; never downloads, never runs code that comes with a check
 transformers (those want torchvision). Knows no model family: a family hands in the defaults of its own classes.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,24 @@ def load_chat_template(folder: Path, tokenizer: Any) -> str:
             "tokenizer_config.json; copy the file from the original checkpoint"
         )
     return template
+
+
+def load_tools_template(folder: Path, tokenizer: Any) -> str | None:
+    """The tokenizer's own template (tokenizer_config.json) where it renders tools, else None.
+
+    Read from the file: a chat_template.jinja beside it takes its place in `tokenizer`.
+    """
+    for template in (
+        read_json(folder, "tokenizer_config.json", required=False).get("chat_template"),
+        tokenizer.chat_template,
+    ):
+        if isinstance(template, list):  # the older form: [{"name", "template"}]
+            template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        if isinstance(template, dict):
+            template = template.get("tool_use") or template.get("default")
+        if isinstance(template, str) and re.search(r"\btools\b", template):
+            return template
+    return None
 
 
 def read_eos_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:

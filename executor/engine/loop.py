@@ -45,7 +45,7 @@ class Handle:
     def __init__(
         self,
         loop: "EngineLoop",
-        make: Callable[[], Question],
+        make: Callable[[], Question | tuple[Question, SamplingParams]],
         params: SamplingParams,
         on_event: Callable[[Event], None] | None,
         deadline_s: float | None,
@@ -97,7 +97,10 @@ class Handle:
         """Make its prompt; in a thread of the pool. What goes wrong is this request's."""
         started = time.monotonic()
         try:
-            self.prompt = build(self._make())
+            made = self._make()
+            if isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], SamplingParams):
+                made, self.params = made
+            self.prompt = build(made)
         except Exception as error:  # handed to whoever waits for it, as a future does
             self.refusal = error
         self.prepare_s = time.monotonic() - started
@@ -145,13 +148,13 @@ class EngineLoop:
 
     def submit(
         self,
-        question: Question | Callable[[], Question],
+        question: Question | Callable[[], Question | tuple[Question, SamplingParams]],
         params: SamplingParams,
         *,
         on_event: Callable[[Event], None] | None = None,
         timeout_s: float | None = None,
     ) -> Handle:
-        """Hand in a question, or what makes one (it runs in a preparing thread); from any thread.
+        """Hand in a question, or what makes one, or one and its parameters, in a preparing thread; from any thread.
 
         `timeout_s`: it fails with TimeoutError when it is not answered by then. Raises QueueFull, and RuntimeError
         when the loop has ended.

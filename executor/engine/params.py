@@ -8,6 +8,7 @@ from executor.errors import UserError
 from executor.schedule.request import SamplingParams
 
 MAX_LOGPROBS = 20  # as the OpenAI protocol has it
+MAX_ANSWERS = 128  # likewise: `n` answers are as many requests
 
 
 def check_params(params: SamplingParams, vocab_size: int) -> None:
@@ -27,7 +28,7 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
         ("repetition_penalty", number, math.ulp(0.0), math.inf, "more than 0; 1 is none"),
         ("presence_penalty", number, -2, 2, "from -2 to 2; 0 is none"),
         ("frequency_penalty", number, -2, 2, "from -2 to 2; 0 is none"),
-        ("n", whole, 1, math.inf, "a whole number of 1 or more"),
+        ("n", whole, 1, MAX_ANSWERS, f"a whole number from 1 to {MAX_ANSWERS}"),
     ]
     if params.logprobs is not None:
         rules.append(("logprobs", whole, 0, MAX_LOGPROBS, f"none, or a whole number from 0 to {MAX_LOGPROBS}"))

@@ -7,7 +7,9 @@ Does not know models, tensors or how pixels are decoded (image.py, video.py). Fe
 
 import base64
 import binascii
+import os
 import re
+import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +65,18 @@ def load_media(
         return source
     if isinstance(source, str):
         if source[:5].lower() == "data:":
+            frames = _frames_of_data_url(source)
+            if frames:
+                return _from_frames(frames, kind, limits, "base64 data")
             return _from_bytes(_decode_data_url(source, limits), kind, "base64 data", limits)
         scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", source)
+        if scheme and scheme[1].lower() == "file":
+            return _from_path(path_of_file_url(source), kind, limits)
         if scheme:
-            advice = "give the path itself" if scheme[1].lower() == "file" else "download the file and give its path"
-            raise UserError(f"{_short(source)}: {scheme[1]}:// addresses are not read; {advice}, or a base64 data: URL")
+            raise UserError(
+                f"{_short(source)}: {scheme[1]}:// addresses are not read; download the file and give its path, or a "
+                "base64 data: URL"
+            )
         return _from_path(Path(source), kind, limits)
     if isinstance(source, Path):
         return _from_path(source, kind, limits)
@@ -83,6 +92,34 @@ def load_media(
         f"media: got {type(source).__name__}, want a path, bytes, a data: URL, a PIL picture, an array or a list of "
         "frames"
     )
+
+
+_ENDINGS: dict[Kind, tuple[str, ...]] = {
+    "image": (".png", ".jpg", ".jpeg", ".jpe", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".jp2", ".avif", ".heic"),
+    "video": (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".3gp", ".ogv"),
+}
+
+
+def named_kind(name: str) -> Kind | None:
+    """What a file says of itself by its name's ending."""
+    ending = os.path.splitext(name)[1].lower()
+    return next((kind for kind, endings in _ENDINGS.items() if ending in endings), None)
+
+
+def path_of_file_url(url: str) -> Path:
+    """The path that a file: URL names: as it stands if there is such a file, else with %20 and the like read."""
+    path = url[len("file://") :]
+    if path.startswith("localhost/"):
+        path = path.removeprefix("localhost")
+    return Path(path if os.path.exists(path) else urllib.parse.unquote(path))
+
+
+def _frames_of_data_url(url: str) -> list[str]:
+    """The frames of `data:video/jpeg;base64,A,B,C` (vLLM's form of a video) as data URLs of pictures; else []."""
+    header, _, payload = url.partition(",")
+    if header.lower() != "data:video/jpeg;base64":
+        return []
+    return [f"data:image/jpeg;base64,{frame}" for frame in payload.split(",")]
 
 
 def expand_folder(folder: str | Path, kind: Kind | None = "image") -> list[Path]:
@@ -106,17 +143,32 @@ def expand_folder(folder: str | Path, kind: Kind | None = "image") -> list[Path]
     return found
 
 
+def _frames_in(folder: Path) -> list[Path]:
+    """The pictures of a folder that is a video. A broken one is refused: without it the others' times are wrong."""
+    frames = expand_folder(folder)
+    taken = {path.name for path in frames}
+    for path in sorted(folder.iterdir()):
+        hidden = path.name.startswith(".") or path.is_dir()
+        if not hidden and path.name not in taken and named_kind(path.name) == "image":
+            raise UserError(f"{path}: a frame of this video is empty, damaged or a link to nothing; mend or remove it")
+    return frames
+
+
 def _from_path(path: Path, kind: Kind | None, limits: MediaLimits) -> Media:
     if not limits.paths:
         raise UserError(f"{_short(path)}: paths are not allowed here; send the media as a base64 data: URL")
     try:
         if path.is_dir():
             if kind == "video":
-                return _from_frames(expand_folder(path), kind, limits, str(path))
+                return _from_frames(_frames_in(path), kind, limits, str(path))
             raise UserError(f"{path}: is a folder, not a picture or video; name a file in it, or ask for it as a video")
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{_short(path)}: is a link to {_short(os.readlink(path))}, which is not there")
         if not path.is_file():
             raise UserError(f"{_short(path)}: no such file{_near(path)}")
         num_bytes, head = path.stat().st_size, _head(path)
+    except UserError:
+        raise
     except OSError as error:  # no permission, a name too long for the file system, ...
         raise UserError(f"{_short(path)}: cannot be read ({error.strerror})") from error
     except ValueError as error:  # a zero byte in the name

@@ -26,6 +26,8 @@ class Sampling:
     min_frames: int = 4
     max_frames: int = 768
     temporal_patch_size: int = 2
+    start_s: float | None = None  # only the frames from here
+    end_s: float | None = None  # to here, both included (qwen_vl_utils: video_start, video_end)
 
     def __post_init__(self) -> None:
         if not self.fps > 0 or (self.num_frames is not None and self.num_frames < 1):
@@ -35,9 +37,29 @@ class Sampling:
                 f"min_frames {self.min_frames}, max_frames {self.max_frames}: want 1 <= min_frames <= max_frames"
             )
 
+    def window(self, total_frames: int, frame_rate: float) -> tuple[int, int]:
+        """First frame and number of frames of the stretch from `start_s` to `end_s`, cut to what the video has.
+
+        As qwen_vl_utils' calculate_video_frame_range; like there, a stretch of fewer than two frames is refused.
+        """
+        if self.start_s is None and self.end_s is None:
+            return 0, total_frames
+        duration_s = total_frames / frame_rate
+        first = math.ceil(min(self.start_s or 0.0, duration_s) * frame_rate)
+        last = total_frames - 1
+        if self.end_s is not None:
+            last = min(math.floor(min(self.end_s, duration_s) * frame_rate), last)
+        if first >= last:
+            raise UserError(
+                f"video_start {self.start_s or 0} to video_end {self.end_s or 'the end'}: fewer than two frames; the "
+                f"video has {total_frames} in {duration_s:.2f} seconds"
+            )
+        return first, last - first + 1
+
     def indices(self, total_frames: int, frame_rate: float) -> list[int]:
         """Ascending indices into the `total_frames` >= 1 of a video that shows `frame_rate` of them per second."""
-        return self.rule(total_frames, frame_rate, self)
+        first, num_frames = self.window(total_frames, frame_rate)
+        return [first + index for index in self.rule(num_frames, frame_rate, self)]
 
 
 def strided(total_frames: int, frame_rate: float, sampling: Sampling) -> list[int]:

@@ -46,11 +46,12 @@ class SampledVideo:
     decoded_groups: int
     seeks: int
     warnings: tuple[str, ...]  # what is not there of a damaged video, each naming the source
+    window_frames: int = 0  # of the stretch that was sampled; 0: of the whole video
 
     @property
     def sampled_fps(self) -> float:
         """Sampled frames per second of video (transformers: VideoMetadata.sampled_fps)."""
-        return len(self.indices) / self.total_frames * self.frame_rate
+        return len(self.indices) / (self.window_frames or self.total_frames) * self.frame_rate
 
 
 class _Frames(Protocol):
@@ -93,7 +94,8 @@ def read_video(
             raise UserError(f"{source}: {timeline.num_frames} frames, at most {limits.video_frames} allowed")
         sampled_already = isinstance(opened, _GivenFrames) and frame_rate is None
         try:
-            if sampled_already and timeline.num_frames <= sampling.max_frames:
+            cut = sampling.start_s is not None or sampling.end_s is not None
+            if sampled_already and timeline.num_frames <= sampling.max_frames and not cut:
                 chosen = list(range(timeline.num_frames))
             else:
                 chosen = sampling.indices(timeline.num_frames, timeline.frame_rate)
@@ -114,6 +116,7 @@ def read_video(
         decoded_groups=opened.decoded_groups,
         seeks=opened.seeks,
         warnings=tuple(opened.warnings),
+        window_frames=sampling.window(timeline.num_frames, timeline.frame_rate)[1],
     )
 
 

@@ -23,13 +23,16 @@ from executor.checkpoint.settings import (
     read_video_settings,
 )
 from executor.errors import UserError
-from executor.prompt.chat import Chat, MediaPart, Piece, normalise_messages
+from executor.prompt.chat import Chat, Piece
 from executor.prompt.digest import make_media_item
 from executor.prompt.expand import Fill, VisionTokens, check_media, encode_pieces, expand_media, pieces_text
-from executor.prompt.options import MediaOptions
+from executor.prompt.messages import MediaPart, normalise_messages
+from executor.prompt.options import MAX_PICTURE_PIXELS, MAX_VIDEO_PIXELS, MediaOptions
 from executor.schedule.request import MediaItem, Prompt, Span
 
 logger = logging.getLogger(__name__)
+
+RESIZED_TOKENS = (4, 16384)  # of a picture or frame whose size is named, at least and at most
 
 
 class PromptBuilder(ABC):
@@ -60,6 +63,7 @@ class PromptBuilder(ABC):
                 f"'{self.folder}': pictures and videos are normalised differently (mean {self.picture.mean} and "
                 f"{self.video.mean}, std {self.picture.std} and {self.video.std}); only one normalisation is supported"
             )
+        self._check_options()
         self.eos_token_ids = read_eos_token_ids(self.folder, self.tokenizer)
         self.generation_config = read_json(self.folder, "generation_config.json", required=False)
 
@@ -90,8 +94,43 @@ class PromptBuilder(ABC):
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             template_kwargs=chat_template_kwargs,
+            placeholders=self._placeholders(),
         )
         return self._build(pieces, parts)
+
+    def _placeholders(self) -> dict[str, str]:
+        """A picture and a video as both families' chat templates write them."""
+        start, end = self.tokenizer.convert_ids_to_tokens([self.tokens.start, self.tokens.end])
+        kinds = {"image": self.tokens.image, "video": self.tokens.video}
+        return {kind: start + self.tokenizer.convert_ids_to_tokens(pad) + end for kind, pad in kinds.items()}
+
+    def _check_options(self) -> None:
+        """Refuse a recipe's bounds that no picture or video could keep, by their key: once, not in every row."""
+        options, picture, video = self.options, self.picture, self.video
+        token_px = picture.factor**2
+        for name, least, words in (
+            ("max_pixels", token_px, "the smallest picture is one token"),
+            ("frame_max_pixels", token_px, "the smallest frame is one token"),
+            ("video_max_pixels", token_px * video.temporal_patch_size, "the smallest video is one token"),
+        ):
+            value = getattr(options, name)
+            if value is not None and value < least:
+                raise UserError(f"data_config.{name}: got {value}; {words} of this checkpoint, {least} pixels")
+        if (options.min_pixels or 0) > MAX_PICTURE_PIXELS:
+            raise UserError(f"data_config.min_pixels: got {options.min_pixels}, at most {MAX_PICTURE_PIXELS} allowed")
+        for least, most, of in (("min_pixels", "max_pixels", picture), ("min_frames", "max_frames", video)):
+            given = {name: getattr(options, name) for name in (least, most)}
+            if least == "min_frames" and given[least] is None:
+                continue  # the checkpoint's gives way to max_frames
+            values = {name: value or getattr(of, name) for name, value in given.items()}
+            if values[least] > values[most]:
+                named, other, relation = (least, most, "above") if given[least] else (most, least, "below")
+                whose, advice = "the checkpoint's ", f"set data_config.{other} too"
+                if given[other] is not None:
+                    whose, advice = "", "lower the one or raise the other"
+                raise UserError(
+                    f"data_config.{named}: got {values[named]}, {relation} {whose}{other} {values[other]}; {advice}"
+                )
 
     def build_text(self, text: str, media: Sequence[Mapping[str, Any]] = ()) -> Prompt:
         """The prompt of raw text, without a template: special tokens in it count, and each placeholder
@@ -125,11 +164,15 @@ class PromptBuilder(ABC):
         limits = options.limits or MediaLimits()
         settings = self.picture
         least, most = options.min_pixels or settings.min_pixels, options.max_pixels or settings.max_pixels
-        if least > most:
+        if least > most and not options.resized:
             raise UserError(f"{part.where}: min_pixels {least} is above max_pixels {most}; set both, or neither")
         opened = load_media(part.source, "image", limits)
         frame = decode_image(opened.content, source=opened.source, limits=limits)
-        height, width = smart_resize(frame.shape[1], frame.shape[2], settings.factor, least, most)
+        if options.resized:
+            height, width = self._resized(options.resized)
+        else:
+            height, width = smart_resize(frame.shape[1], frame.shape[2], settings.factor, least, most)
+        _check_resized(part.where, height, width)
         resized = resize(frame[None], height, width)
         return make_media_item("image", resized, settings, source=opened.source, original_hw=tuple(frame.shape[1:]))
 
@@ -149,14 +192,25 @@ class PromptBuilder(ABC):
             min_frames=options.min_frames or min(settings.min_frames, max_frames),
             max_frames=max_frames,
             temporal_patch_size=settings.temporal_patch_size,
+            start_s=options.start_s,
+            end_s=options.end_s,
         )
+
+        def size_of(num_frames: int, height: int, width: int) -> tuple[int, int]:
+            if options.resized:
+                size = self._resized(options.resized)
+            else:
+                size = self.frame_size(num_frames, height, width, options)
+            _check_resized(part.where, *size, num_frames)
+            return size
+
         opened = load_media(part.source, "video", limits)
         sampled = read_video(
             opened.content,
             sampling,
             source=opened.source,
             limits=limits,
-            size_of=lambda num_frames, height, width: self.frame_size(num_frames, height, width, options),
+            size_of=size_of,
         )
         for warning in sampled.warnings:
             logger.warning("%s", warning)
@@ -170,6 +224,14 @@ class PromptBuilder(ABC):
             original_hw=(sampled.height, sampled.width),
             warnings=sampled.warnings,
         )
+
+    def _resized(self, wanted: tuple[int, int]) -> tuple[int, int]:
+        """A size that a part names, rounded to whole tokens as the official tools do (qwen_vl_utils: 4 to 16384)."""
+        from executor.media.image import smart_resize
+
+        token_px = self.picture.factor**2
+        least, most = (tokens * token_px for tokens in RESIZED_TOKENS)
+        return smart_resize(*wanted, self.picture.factor, least, most)
 
     @property
     @abstractmethod
@@ -191,3 +253,13 @@ class PromptBuilder(ABC):
     @abstractmethod
     def positions(self, num_tokens: int, spans: Sequence[Span], media: Sequence[MediaItem]) -> tuple[np.ndarray, int]:
         """M-RoPE positions [3, T] int64, and the delta of the tokens to come."""
+
+
+def _check_resized(where: str, height: int, width: int, num_frames: int = 1) -> None:
+    """Refuse, before it is allocated, what no context could hold."""
+    if height * width > MAX_PICTURE_PIXELS or num_frames * height * width > MAX_VIDEO_PIXELS:
+        of_each = f"{num_frames} frames of " if num_frames > 1 else ""
+        raise UserError(
+            f"{where}: would be resized to {of_each}{width}x{height} pixels; at most {MAX_PICTURE_PIXELS} of a picture "
+            f"and {MAX_VIDEO_PIXELS} of a video are allowed: ask for less (min_pixels, max_pixels, fps)"
+        )

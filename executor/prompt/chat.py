@@ -5,26 +5,20 @@ Invariant: a special token in the rendered pieces was written by the template, n
 Knows no model family, opens no media, counts no tokens.
 """
 
+import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from executor.checkpoint.settings import load_chat_template, load_tokenizer
-from executor.errors import UserError, nearest
+from executor.checkpoint.settings import load_chat_template, load_tokenizer, load_tools_template
+from executor.errors import UserError
+from executor.prompt.messages import describe
 
-ROLES = ("system", "user", "assistant", "tool")
-PART_TYPES = ("text", "image", "image_url", "video", "video_url")
-SOURCE_KEYS = {  # where a part of this type keeps its picture or video
-    "image": ("image", "url", "path"),
-    "image_url": ("image_url",),
-    "video": ("video", "url", "path"),
-    "video_url": ("video_url",),
-}
-IMAGE_OVERRIDES = ("min_pixels", "max_pixels")
-VIDEO_OVERRIDES = ("max_pixels", "total_pixels", "fps", "num_frames", "min_frames", "max_frames")
+logger = logging.getLogger(__name__)
+
 RESERVED_KWARGS = {  # of apply_chat_template: they have their own argument, or would change what it returns
     *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
     *("tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
@@ -34,95 +28,6 @@ RESERVED_KWARGS = {  # of apply_chat_template: they have their own argument, or 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # characters that mean nothing: stand-ins while a template renders
 
 Piece = str | int  # text to be tokenized as ordinary text, or a special token's id
-
-
-@dataclass(frozen=True, eq=False)
-class MediaPart:
-    """A picture or video that a message asks about, not opened yet."""
-
-    kind: Literal["image", "video"]
-    source: Any  # path, URL, data URL, bytes, PIL image or array
-    where: str  # "messages[0].content[1]", for errors
-    overrides: Mapping[str, float] = field(default_factory=dict)  # min_pixels, fps, ... of this part alone
-
-
-def normalise_messages(messages: Any) -> tuple[list[dict[str, Any]], list[MediaPart]]:
-    """Check messages and take their media out.
-
-    Returns the messages as chat templates expect them (parts have a type, media parts no source) and the media in
-    order of appearance. Raises UserError for anything that a template would leave out or stumble over.
-    """
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UserError(
-            f'messages must be a non-empty list of {{"role", "content"}} objects, got {_describe(messages)}'
-        )
-    normal, media = [], []
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, Mapping):
-            raise UserError(f'{where} must be an object with "role" and "content", got {_describe(message)}')
-        role = message.get("role")
-        if role not in ROLES:
-            raise UserError(f"{where}: unknown role {role!r}{nearest(str(role), ROLES)}; allowed: {', '.join(ROLES)}")
-        content = message.get("content")
-        if content is None and role == "assistant" and message.get("tool_calls"):
-            content = ""
-        if isinstance(content, Sequence) and not isinstance(content, str | bytes):
-            parts = [_normalise_part(part, f"{where}.content[{i}]", media) for i, part in enumerate(content)]
-            normal.append({**message, "content": parts})
-        elif isinstance(content, str):
-            normal.append({**message, "content": content})
-        else:
-            raise UserError(f"{where}.content must be a string or a list of parts, got {_describe(content)}")
-    return normal, media
-
-
-def _normalise_part(part: Any, where: str, media: list[MediaPart]) -> dict[str, Any]:
-    if not isinstance(part, Mapping):
-        raise UserError(f'{where} must be an object such as {{"type": "text", "text": ...}}, got {_describe(part)}')
-    kind = part.get("type")
-    if kind is None:
-        kind = next((name for name in PART_TYPES if name in part), None)
-        if kind is None:
-            raise UserError(f"{where} has no type and none of the keys {', '.join(PART_TYPES)}; got {sorted(part)}")
-    if kind not in PART_TYPES:
-        raise UserError(
-            f"{where}: unknown part type {kind!r}{nearest(str(kind), PART_TYPES)}; allowed: {', '.join(PART_TYPES)}"
-        )
-    if kind == "text":
-        _refuse_unknown_keys(part, ("type", "text"), where)
-        if not isinstance(part.get("text"), str):
-            raise UserError(f"{where}.text must be a string, got {_describe(part.get('text'))}")
-        return {"type": "text", "text": part["text"]}
-    family = kind.removesuffix("_url")
-    overrides = IMAGE_OVERRIDES if family == "image" else VIDEO_OVERRIDES
-    _refuse_unknown_keys(part, ("type", *SOURCE_KEYS[kind], *overrides), where)
-    key = next((name for name in SOURCE_KEYS[kind] if part.get(name) is not None), None)
-    if key is None:
-        raise UserError(f"{where}: the {family} is missing; give it as {SOURCE_KEYS[kind][0]!r}: a path, URL or data")
-    source = part[key]
-    if isinstance(source, Mapping):
-        _refuse_unknown_keys(source, ("url",), f"{where}.{key}")
-        source = source.get("url")
-    if source is None or (isinstance(source, str | bytes) and not source):
-        raise UserError(f"{where}.{key} is empty; give a path, URL or data")
-    given = {name: part[name] for name in overrides if part.get(name) is not None}
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"{where}.{name} must be a number above 0, got {value!r}")
-    media.append(MediaPart(family, source, where, given))
-    return {"type": family, family: ""}
-
-
-def _refuse_unknown_keys(part: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
-    for key in part:
-        if key not in allowed:
-            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), allowed)}; allowed: {', '.join(allowed)}")
-
-
-def _describe(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"
 
 
 class SpecialTokens:
@@ -202,17 +107,24 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 class Chat:
-    """A checkpoint's tokenizer with its chat template."""
+    """A checkpoint's tokenizer with its chat template, and the template for tools where that is another one.
 
-    def __init__(self, tokenizer: Any, template: str) -> None:
+    Qwen2.5-VL is published with two: chat_template.json's takes pictures and knows no tools, tokenizer_config.json's
+    takes tools and knows texts only. Messages with tools are rendered with the second, each message's parts joined into
+    one text in which a picture or video stands as the first template writes it.
+    """
+
+    def __init__(self, tokenizer: Any, template: str, tools_template: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.template = template
+        self.tools_template = tools_template
         self.special = SpecialTokens.of(tokenizer)
+        self._reported: set[str] = set()
 
     @classmethod
     def load(cls, folder: Path) -> "Chat":
         tokenizer = load_tokenizer(folder)
-        return cls(tokenizer, load_chat_template(folder, tokenizer))
+        return cls(tokenizer, load_chat_template(folder, tokenizer), load_tools_template(folder, tokenizer))
 
     def render(
         self,
@@ -221,31 +133,149 @@ class Chat:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
+        placeholders: Mapping[str, str] | None = None,
     ) -> list[Piece]:
-        """Pieces of the rendered template. `messages` as `normalise_messages` returns them; `tools` as JSON schemas."""
+        """Pieces of the rendered template. `messages` as `normalise_messages` returns them; `tools` as JSON schemas.
+
+        `placeholders`: what a picture ("image") and a video ("video") are in a template that takes texts only.
+        Raises UserError for what the template would leave out: tools, calls, reasoning.
+        """
         from jinja2.exceptions import TemplateError
 
         template_kwargs = dict(template_kwargs or {})
-        for key in template_kwargs:
-            if key in RESERVED_KWARGS:
-                raise UserError(f"chat_template_kwargs may not set {key!r}: it has its own argument or no meaning here")
-        if tools and not re.search(r"\btools\b", self.template):
-            raise UserError(f"{len(tools)} tools were given, but this checkpoint's chat template takes none")
-        for index, tool in enumerate(tools or ()):
-            if not isinstance(tool, Mapping):
-                raise UserError(f"tools[{index}] must be a JSON schema object, got {_describe(tool)}")
-        user = [messages, list(tools) if tools else None, template_kwargs]
+        check_template_kwargs(template_kwargs)
+        tools = list(tools) if tools else None
+        names = tool_names(tools or ())
+        template, joins_parts = self._template_for(messages, names)
+        self._check_keys(messages, template)
+        user = [messages, tools, template_kwargs]
         stand_ins = self.special.stand_ins(user)
         marked_messages, marked_tools, marked_kwargs = (self.special.mark(value, stand_ins) for value in user)
+        if joins_parts:
+            number_media = bool(template_kwargs.get("add_vision_id"))
+            marked_messages = join_parts(marked_messages, placeholders or {}, number_media=number_media)
         try:
             text = self.tokenizer.apply_chat_template(
                 marked_messages,
                 tools=marked_tools,
-                chat_template=self.template,
+                chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **marked_kwargs,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise UserError(f"the checkpoint's chat template cannot render these messages: {error}") from error
-        return self.special.split(text, stand_ins)
+        pieces = self.special.split(text, stand_ins)
+        self._check_rendered(pieces, names, messages)
+        return pieces
+
+    def _template_for(self, messages: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[str, bool]:
+        """The template that renders all of this, and whether it takes texts only."""
+        words = {"tools"} if names else set()
+        words |= {"tool_calls" for message in messages if message.get("tool_calls")}
+        words |= {"tool" for message in messages if message["role"] == "tool"}
+        if all(_mentions(self.template, word) for word in words):
+            return self.template, False
+        if self.tools_template is not None:
+            return self.tools_template, True
+        what = f"{len(names)} tools were given" if names else "the messages hold tool calls or answers of tools"
+        raise UserError(
+            f"{what}, but this checkpoint's chat template takes none, nor has tokenizer_config.json one that does; "
+            "leave them out, or copy tokenizer_config.json from the original checkpoint"
+        )
+
+    def _check_keys(self, messages: Sequence[Mapping[str, Any]], template: str) -> None:
+        """Refuse reasoning that the template does not know; say once which other keys it leaves out."""
+        for index, message in enumerate(messages):
+            if "reasoning_content" in message and not _mentions(template, "reasoning_content"):
+                raise UserError(
+                    f"messages[{index}] has reasoning_content, which this checkpoint's chat template leaves out "
+                    "(Thinking checkpoints take it); remove it, or write it into the content"
+                )
+            for key in message:
+                if key not in (*MESSAGE_KEYS, *self._reported) and not _mentions(template, key):
+                    self._reported.add(key)
+                    logger.warning("the key '%s' of messages has no place in this checkpoint's chat template", key)
+
+    def _check_rendered(
+        self, pieces: Sequence[Piece], names: Sequence[str], messages: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """A template that mentions tools may still render none, or no calls."""
+        text = "".join(piece if isinstance(piece, str) else " " for piece in pieces)
+        calls = [call.get("function", call)["name"] for message in messages for call in message.get("tool_calls", ())]
+        for name in (*names, *calls):
+            forms = (name, json.dumps(name, ensure_ascii=False)[1:-1], json.dumps(name)[1:-1])
+            if not any(form in text for form in forms):
+                raise UserError(
+                    f"the tool {name!r} is not in the text that this checkpoint's chat template makes: it would be "
+                    "dropped; take a checkpoint whose template renders tools"
+                )
+
+
+MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "refusal", "annotations")
+
+
+def check_template_kwargs(template_kwargs: Mapping[str, Any]) -> None:
+    """Raises UserError for a key that has its own argument, or would change what rendering returns."""
+    for key in template_kwargs:
+        if key in RESERVED_KWARGS:
+            raise UserError(f"chat_template_kwargs may not set {key!r}: it has its own argument or no meaning here")
+
+
+def tool_names(tools: Sequence[Any]) -> list[str]:
+    """The names of tools given as JSON schemas. Raises UserError for one that is none."""
+    names = []
+    for index, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name:
+            raise UserError(
+                f'tools[{index}] must be a JSON schema object, {{"type": "function", "function": {{"name", ...}}}}; '
+                f"got {describe(tool)}"
+            )
+        names.append(name)
+    return names
+
+
+def join_parts(
+    messages: Sequence[Mapping[str, Any]], placeholders: Mapping[str, str], *, number_media: bool
+) -> list[dict[str, Any]]:
+    """Messages for a template that takes texts only: parts joined, media as `placeholders`, calls' arguments parsed.
+
+    Such templates write the arguments of calls as JSON themselves, so their JSON text would be quoted twice.
+    """
+    counts = {"image": 0, "video": 0}
+    joined = []
+    for index, message in enumerate(messages):
+        message = dict(message)
+        if isinstance(message["content"], list):
+            texts = []
+            for part in message["content"]:
+                kind = part["type"]
+                if kind == "text":
+                    texts.append(part["text"])
+                    continue
+                counts[kind] += 1
+                label = f"{'Picture' if kind == 'image' else 'Video'} {counts[kind]}: " if number_media else ""
+                texts.append(label + placeholders[kind])
+            message["content"] = "".join(texts)
+        if "tool_calls" in message:
+            where = f"messages[{index}].tool_calls"
+            message["tool_calls"] = [_with_parsed_arguments(call, where) for call in message["tool_calls"]]
+        joined.append(message)
+    return joined
+
+
+def _with_parsed_arguments(call: Mapping[str, Any], where: str) -> dict[str, Any]:
+    function = dict(call.get("function", call))
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            function["arguments"] = json.loads(arguments or "{}")
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: the arguments of {function['name']!r} are not valid JSON: {error}") from error
+    return {"type": "function", "function": function}
+
+
+def _mentions(template: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None

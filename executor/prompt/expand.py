@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from executor.errors import UserError
-from executor.prompt.chat import MediaPart, Piece
+from executor.prompt.chat import Piece
+from executor.prompt.messages import MediaPart
 from executor.schedule.request import MediaItem, Span
 
 

@@ -1,10 +1,19 @@
 """What a recipe and a message's part say about how pictures and videos are prepared."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from executor.errors import UserError
-from executor.prompt.chat import MediaPart
+from executor.prompt.messages import MediaPart
+
+# How the options of a part are called here.
+_PICTURE_NAMES = {"min_pixels": "min_pixels", "max_pixels": "max_pixels"}
+_VIDEO_NAMES = {"min_pixels": "frame_min_pixels", "max_pixels": "frame_max_pixels"}
+# The official tools share total_pixels out among pairs of frames: one frame may have 2 * total_pixels / frames.
+_FRAMES_OF_A_PAIR = 2
+# After the resize. More tokens than any context holds; a number beyond it would be allocated first and refused later.
+MAX_PICTURE_PIXELS = 2**27
+MAX_VIDEO_PIXELS = 2**30  # of all frames
 
 
 @dataclass(frozen=True)
@@ -14,9 +23,13 @@ class MediaOptions:
     min_pixels: int | None = None  # of a picture after the resize
     max_pixels: int | None = None
     video_max_pixels: int | None = None  # of all frames of a video together
-    frame_max_pixels: int | None = None  # of one frame of a video
+    frame_min_pixels: int | None = None  # of one frame of a video
+    frame_max_pixels: int | None = None
     fps: float | None = None  # frames sampled per second of video
     num_frames: int | None = None  # or so many from the whole video
+    start_s: float | None = None  # only this stretch of a video
+    end_s: float | None = None
+    resized: tuple[int, int] | None = None  # (height, width) wanted, before it is rounded to whole tokens
     min_frames: int | None = None
     max_frames: int | None = None
     cap_pixels_per_frame: bool = False  # as the reference implementation does; transformers will make it the default
@@ -29,11 +42,16 @@ class MediaOptions:
         return most if self.max_model_len is None else max(1, min(most, self.max_model_len * 3 // 4))
 
     def with_overrides(self, part: MediaPart) -> "MediaOptions":
-        """The options for one part of a message, which may carry its own."""
-        given = dict(part.overrides)
-        if part.kind == "video":
-            if "fps" in given and "num_frames" in given:
-                raise UserError(f"{part.where}: fps and num_frames exclude each other; give one of them")
-            names = {"max_pixels": "frame_max_pixels", "total_pixels": "video_max_pixels"}
-            given = {names.get(name, name): value for name, value in given.items()}
-        return replace(self, **{name: value if name == "fps" else int(value) for name, value in given.items()})
+        """The options for one part of a message, which may carry its own (checked by normalise_messages)."""
+        given: Mapping[str, Any] = part.overrides
+        names = _VIDEO_NAMES if part.kind == "video" else _PICTURE_NAMES
+        changed = {names[name]: given[name] for name in names if name in given}
+        changed |= {name: given[name] for name in ("fps", "num_frames", "min_frames", "max_frames") if name in given}
+        if "fps" in given:
+            changed["num_frames"] = None  # a number of frames from elsewhere would win
+        if "total_pixels" in given:
+            changed["video_max_pixels"] = given["total_pixels"] * _FRAMES_OF_A_PAIR
+        changed |= {f"{end}_s": given[f"video_{end}"] for end in ("start", "end") if f"video_{end}" in given}
+        if "resized_height" in given:
+            changed["resized"] = (given["resized_height"], given["resized_width"])
+        return replace(self, **changed)

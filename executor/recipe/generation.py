@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 from executor.errors import UserError
@@ -55,6 +56,12 @@ def sampling_params(
 
 
 def _warn_if_unused(said: Mapping[str, Any]) -> None:
-    unused = [name for name in _NARROWING if name in said]
+    unused = ", ".join(name for name in _NARROWING if name in said)
     if unused:
-        logger.warning("%s has no effect at temperature 0 (greedy)", ", ".join(unused))
+        _warn(f"{unused} has no effect at temperature 0 (greedy)")
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once: rows of a data set may all say the same."""
+    logger.warning("%s", message)

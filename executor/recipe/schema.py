@@ -143,7 +143,7 @@ class GenerationSection(Section):
     """Go on after the checkpoint's end tokens."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """Candidates whose log probabilities are reported with every token."""
-    n: Positive | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
     """Answers for each prompt."""
     draw: bool = False
     """Draw the boxes and points of an answer's JSON on a copy of the picture, under output_path."""
@@ -153,11 +153,12 @@ class DataSection(Section):
     """What is asked, and how pictures and videos are prepared."""
 
     dataset: Literal["default", "vision-arena-bench-v0.1", "jsonl"] = "default"
-    """default: dataset/default_prompt.json. jsonl: a file of your own, named by dataset_path."""
+    """default: dataset/default_prompt.json. jsonl: a file of your own, named by dataset_path. docs/datasets.md has the
+    forms of a row."""
     dataset_path: str | None = None
     """File or folder of the data set, if it is not at its usual place."""
     prompt: str | None = None
-    """Ask this instead of a data set."""
+    """Ask this instead of a data set. null with `media`: "Describe this image.", "Describe this video."."""
     media: Words = ()
     """Pictures and videos of `prompt`. A folder: `prompt` is asked of every file in it."""
     system_prompt: str | None = None
@@ -168,7 +169,7 @@ class DataSection(Section):
     """Smallest picture, in pixels after the resize. null: the checkpoint's."""
     max_pixels: Positive | None = None
     """Largest picture, in pixels after the resize. null: the checkpoint's."""
-    fps: Annotated[float, Field(gt=0)] | None = None
+    fps: Annotated[float, Field(ge=0.001, le=10_000)] | None = None
     """Frames sampled from a second of video. null: the checkpoint's, else 2."""
     min_frames: Positive | None = None
     """Frames sampled from a video at least. null: the checkpoint's."""
@@ -187,7 +188,7 @@ class DataSection(Section):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Handed to the checkpoint's chat template."""
     results_path: str | None = None
-    """JSONL the answers are saved to as they come; an interrupted run goes on from it."""
+    """JSONL the answers are saved to as they come; an interrupted run goes on from it, one run at a time."""
 
 
 class ServerSection(Section):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from executor.errors import UserError
 from executor.prompt.builder import PromptBuilder
 from executor.prompt.chat import Piece
 from executor.prompt.expand import Fill
@@ -86,13 +87,16 @@ class Processor(PromptBuilder):
         of_each = options.frame_max_pixels or min(video.max_pixels, FRAME_TOKENS * token_px)
         num_encoded = num_frames + -num_frames % video.temporal_patch_size  # the last one is repeated
         most = min(of_each, of_all // num_encoded)
+        least = options.frame_min_pixels or min(video.min_pixels, most)
+        if least > most:
+            raise UserError(f"min_pixels {least} of a frame is above max_pixels {most}; set both, or neither")
         capped = options.cap_pixels_per_frame or video.cap_pixels_per_frame
         return frame_size_per_frame(
             num_frames,
             height,
             width,
             factor=video.factor,
-            min_pixels=min(video.min_pixels, most),
+            min_pixels=least,
             max_pixels=most,
             temporal_patch_size=video.temporal_patch_size,
             max_video_tokens=video.max_video_tokens if capped else None,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from executor.errors import UserError
 from executor.prompt.builder import PromptBuilder
 from executor.prompt.chat import Piece
 from executor.prompt.expand import Fill
@@ -79,13 +80,21 @@ class Processor(PromptBuilder):
         most = options.video_max_pixels or min(video.max_pixels, room)
         if options.frame_max_pixels:
             most = min(most, options.frame_max_pixels * num_frames)
+        least = min(video.min_pixels, most)
+        if options.frame_min_pixels:
+            least = options.frame_min_pixels * num_frames
+            if least > most:
+                raise UserError(
+                    f"min_pixels {options.frame_min_pixels} of a frame is {least} pixels of {num_frames} frames, above "
+                    f"max_pixels {most}; set both, or neither"
+                )
         capped = options.cap_pixels_per_frame or video.cap_pixels_per_frame
         return frame_size_of_all(
             num_frames,
             height,
             width,
             factor=video.factor,
-            min_pixels=min(video.min_pixels, most),
+            min_pixels=least,
             max_pixels=most,
             temporal_patch_size=video.temporal_patch_size,
             max_video_tokens=video.max_video_tokens if capped else None,

@@ -63,10 +63,39 @@ def test_data_urls() -> None:
         load_media(f"data:image/png;base64,{text}", limits=MediaLimits(image_bytes=10, video_bytes=10))
 
 
-@pytest.mark.parametrize("url", ["http://host/a.png", "https://host/a.png", "file:///tmp/a.png", "ftp://host/a.mp4"])
+@pytest.mark.parametrize("url", ["http://host/a.png", "https://host/a.png", "ftp://host/a.mp4"])
 def test_addresses_are_not_read(url: str) -> None:
     with pytest.raises(UserError, match=r"^[a-z]+://.* addresses are not read; .*give"):
         load_media(url)
+
+
+def test_a_link_to_nothing_says_so(tmp_path: Path) -> None:
+    (tmp_path / "lost.png").symlink_to("nowhere.png")
+    with pytest.raises(UserError, match="lost.png: is a link to nowhere.png, which is not there"):
+        load_media(tmp_path / "lost.png")
+
+
+def test_file_urls_are_paths(tmp_path: Path) -> None:
+    path = tmp_path / "a b%20.png"
+    path.write_bytes(encoded("PNG"))
+    for url in (
+        f"file://{path}",
+        f"file://localhost{path}",
+        "FILE://" + str(path).replace("%", "%25").replace(" ", "%20"),
+    ):
+        assert load_media(url).content == path
+    with pytest.raises(UserError, match="paths are not allowed here"):
+        load_media(f"file://{path}", limits=MediaLimits(paths=False))
+    with pytest.raises(UserError, match="^/lost/a.png: no such file; nor is there a folder /lost$"):
+        load_media("file:///lost/a.png")
+
+
+def test_frames_as_one_url(tmp_path: Path) -> None:
+    frames = [base64.b64encode(encoded("JPEG")).decode()] * 3
+    video = load_media("data:video/jpeg;base64," + ",".join(frames))
+    assert (video.kind, [frame.kind for frame in video.content]) == ("video", ["image"] * 3)
+    with pytest.raises(UserError, match="not valid base64"):
+        load_media(f"data:video/jpeg;base64,{frames[0]},@@")
 
 
 def test_a_missing_file_names_its_nearest(tmp_path: Path) -> None:

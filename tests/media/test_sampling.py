@@ -59,3 +59,29 @@ def test_durations() -> None:
     assert Timeline(np.array([0.0]), 0.0, None).duration_s == 1.0
     assert Timeline(np.array([0.0]), 0.0, 25.0).duration_s == 1 / 25
     assert Timeline(np.array([0.0, 0.5, 1.0]), 0.0, None).duration_s == 1.5
+
+
+@pytest.mark.parametrize(
+    "start_s, end_s, first, num_frames",
+    [
+        (None, None, 0, 100),
+        (1.05, 5, 11, 40),  # ceil(10.5) to floor(50)
+        (1.05, 4.99, 11, 39),
+        (None, 99, 0, 100),  # cut to the video
+        (9.7, None, 97, 3),
+        (0, 0.1, 0, 2),
+    ],
+)
+def test_a_stretch_of_a_video_is_the_official_tools_one(start_s, end_s, first, num_frames) -> None:
+    """qwen_vl_utils 0.0.14, calculate_video_frame_range, of 100 frames at 10 a second."""
+    sampling = Sampling(rule=spread, start_s=start_s, end_s=end_s)
+    assert sampling.window(100, 10.0) == (first, num_frames)
+    chosen = sampling.indices(100, 10.0)
+    assert first == chosen[0] and chosen[-1] == first + num_frames - 1
+    assert chosen == [first + index for index in Sampling(rule=spread).indices(num_frames, 10.0)]
+
+
+def test_a_stretch_of_one_frame_is_refused() -> None:
+    for start_s, end_s in ((9.95, None), (3600, None), (5.01, 5.09)):
+        with pytest.raises(UserError, match="fewer than two frames; the video has 100 in 10.00 seconds"):
+            Sampling(rule=strided, start_s=start_s, end_s=end_s).indices(100, 10.0)

@@ -334,3 +334,52 @@ def test_settings_nested_in_processor_config(tmp_path, family):
     processor = OURS[family](folder)
     assert processor.picture.max_pixels == (picture.get("max_pixels") or 16777216)
     assert processor.video.max_pixels == (12845056 if family == "qwen2_5_vl" else 25165824)
+
+
+def sized(processor, part: dict) -> tuple[int, ...]:
+    """(frames, height, width) of what a part becomes."""
+    (item,) = processor.build([{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]).media
+    return item.pixels.shape[0], *item.pixels.shape[2:]
+
+
+@pytest.mark.parametrize("family, factor", [("qwen2_5_vl", 28), ("qwen3_vl", 32)])
+def test_sizes_that_a_part_names_are_rounded_as_by_the_official_tools(family, factor):
+    """qwen_vl_utils 0.0.14, fetch_image and fetch_video: smart_resize of the named size, 4 to 16384 tokens."""
+    processor = OURS[family](REPO / "models" / "tiny" / family)
+    picture = {"type": "image", "image": str(MEDIA / "objects.png")}
+    clip = {"type": "video", "video": str(MEDIA / "clip.mp4"), "nframes": 4}
+    for part, frames in ((picture, 1), (clip, 4)):
+        named = part | {"resized_height": 5 * factor + 10, "resized_width": 3 * factor - 10}
+        assert sized(processor, named) == (frames, 5 * factor, 3 * factor)
+        # Too small for 4 tokens: grown, and max_pixels has no say.
+        tiny = part | {"resized_height": 5, "resized_width": 5, "max_pixels": factor * factor}
+        assert sized(processor, tiny) == (frames, 2 * factor, 2 * factor)
+
+
+@pytest.mark.parametrize("family, factor", [("qwen2_5_vl", 28), ("qwen3_vl", 32)])
+def test_bounds_of_frames_and_of_the_whole_video(family, factor):
+    processor = OURS[family](REPO / "models" / "tiny" / family)
+    clip = {"type": "video", "video": str(MEDIA / "clip.mp4"), "nframes": 4}
+    token = factor * factor
+    frames, height, width = sized(processor, clip | {"min_pixels": 16 * token, "max_pixels": 40 * token})
+    assert frames == 4 and 16 * token <= height * width <= 40 * token
+    # total_pixels counts pairs: 4 frames of at most 2 * total / 4 each.
+    frames, height, width = sized(processor, clip | {"min_pixels": 4 * token, "total_pixels": 18 * token})
+    assert frames == 4 and 4 * token <= height * width <= 9 * token
+    assert sized(processor, clip | {"nframes": 5})[0] == 4 and sized(processor, clip | {"nframes": 7})[0] == 8
+    with pytest.raises(UserError, match="min_pixels .* of a frame .* above max_pixels"):
+        sized(processor, clip | {"min_pixels": 40 * token, "max_pixels": 16 * token})
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_a_stretch_of_a_video_keeps_its_time(family):
+    processor = OURS[family](REPO / "models" / "tiny" / family)
+    clip = {"type": "video", "video": str(MEDIA / "clip.mp4"), "nframes": 2}
+    text = {"type": "text", "text": "?"}
+    whole, late = (
+        processor.build([{"role": "user", "content": [part, text]}]) for part in (clip, clip | {"video_start": 1.0})
+    )
+    assert late.media[0].timestamps_s[0] >= 1.0 > whole.media[0].timestamps_s[0] == 0.0
+    assert late.media[0].timestamps_s[-1] <= whole.media[0].timestamps_s[-1] + 0.5
+    # Seconds of a temporal patch are those of the stretch, not of the whole video.
+    assert 0 < late.media[0].seconds_per_grid < whole.media[0].seconds_per_grid

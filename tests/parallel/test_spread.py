@@ -16,7 +16,7 @@ SAMPLES = [Sample(f"s{index}", ({"role": "user", "content": f"question {index}"}
 
 
 def dataset(samples: list[Sample]) -> Dataset:
-    return Dataset(Path("questions"), len(samples), lambda: iter(samples))
+    return Dataset(Path("questions"), samples)
 
 
 def spreads(*samples: list[Sample]) -> list[Spread]:

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 
 from executor.checkpoint import settings as checkpoint_files
 from executor.errors import UserError
-from executor.prompt.chat import Chat, MediaPart, SpecialTokens, normalise_messages
+from executor.prompt.chat import Chat, SpecialTokens
 from executor.prompt.digest import make_media_item, media_digest
 from executor.prompt.expand import Fill, VisionTokens, check_media, encode_pieces, expand_media
+from executor.prompt.messages import MediaPart, normalise_messages
 from executor.prompt.options import MediaOptions
 from executor.prompt.positions import place_spans
 from executor.schedule.request import MediaItem, Span
@@ -89,7 +90,7 @@ def test_messages_are_not_changed_in_place():
         ([{"content": "x"}], "unknown role None"),
         ([{"role": "user"}], r"messages\[0\].content must be a string or a list of parts, got NoneType"),
         ([{"role": "user", "content": 3}], "got int 3"),
-        ([{"role": "user", "content": ["x"]}], r"content\[0\] must be an object"),
+        ([{"role": "user", "content": [7]}], r"content\[0\] must be an object"),
         ([{"role": "user", "content": [{"type": "imge", "image": "a"}]}], "'imge'.*did you mean 'image'"),
         ([{"role": "user", "content": [{"words": "a"}]}], "no type"),
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "text must be a string"),
@@ -98,7 +99,7 @@ def test_messages_are_not_changed_in_place():
         ([{"role": "user", "content": [{"type": "image", "image": ""}]}], "image is empty"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"link": "a"}}]}], "unknown key 'link'"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "is empty"),
-        ([{"role": "user", "content": [{"video": "a", "fps": 0}]}], "fps must be a number above 0, got 0"),
+        ([{"role": "user", "content": [{"video": "a", "fps": 0}]}], "fps must be a number from 0.001 to 10000, got 0"),
         ([{"role": "user", "content": [{"image": "a", "fps": 1}]}], "unknown key 'fps'"),
     ],
 )
@@ -108,9 +109,11 @@ def test_wrong_messages(messages, says):
 
 
 def test_fps_and_num_frames_exclude_each_other():
-    part = MediaPart("video", "a.mp4", "messages[0].content[0]", {"fps": 1, "num_frames": 4})
     with pytest.raises(UserError, match="exclude each other"):
-        MediaOptions().with_overrides(part)
+        normalise_messages([{"role": "user", "content": [{"video": "a.mp4", "fps": 1, "num_frames": 4}]}])
+    # What a part says replaces the other of the two where the recipe has it.
+    part = MediaPart("video", "a.mp4", "messages[0].content[0]", {"fps": 1})
+    assert MediaOptions(num_frames=4).with_overrides(part).num_frames is None
 
 
 # Special tokens in users' text
@@ -210,8 +213,9 @@ def test_what_a_template_cannot_render(chat):
     refusing = Chat(chat.tokenizer, "{{ raise_exception('only one user message') }}")
     with pytest.raises(UserError, match="only one user message"):
         refusing.render([{"role": "user", "content": "x"}])
+    tool = {"type": "function", "function": {"name": "look"}}
     with pytest.raises(UserError, match="1 tools were given, but this checkpoint's chat template takes none"):
-        Chat.load(TINY / "qwen2_5_vl").render([{"role": "user", "content": "x"}], tools=[{"type": "function"}])
+        Chat.load(TINY / "qwen2_5_vl").render([{"role": "user", "content": "x"}], tools=[tool])
     with pytest.raises(UserError, match=r"tools\[0\] must be a JSON schema"):
         chat.render([{"role": "user", "content": "x"}], tools=["look"])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.sample import Sample, media_source
-from executor.errors import UserError
+from executor.errors import UserError, printable
 from executor.recipe.schema import Recipe
 from executor.schedule.request import Prompt, SamplingParams
 
@@ -71,13 +71,23 @@ def answered_row(asked: Asked, completion: Any, engine: Any, recipe: Recipe) -> 
 
 
 def failed_row(index: int, sample: Sample, error: str) -> Row:
+    """`error` with the place of the row before it, where it does not name that itself."""
+    place = sample.id.partition(" (")[0]
+    error = printable(error if error.startswith(place) else f"{sample.id}: {error}")
     counts = ("text", "finish_reason", "prompt_tokens", "vision_tokens", "completion_tokens")
     times = ("ttft_ms", "tpot_ms", "e2e_ms")
     return {**_row_head(index, sample), **dict.fromkeys((*counts, *times)), "error": error, "warnings": []}
 
 
 def _row_head(index: int, sample: Sample) -> Row:
-    return {"index": index, "id": sample.id, "media": sample.media, "prompt": sample.question}
+    """`fingerprint` is for the results file, and is taken out of the row before anybody sees it."""
+    return {
+        "index": index,
+        "id": sample.id,
+        "media": sample.media,
+        "prompt": sample.question,
+        "fingerprint": sample.fingerprint(),
+    }
 
 
 def check_drawing(recipe: Recipe) -> None:

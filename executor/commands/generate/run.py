@@ -19,7 +19,9 @@ from executor.commands.generate.loop import answer_all
 from executor.commands.generate.printer import Printer, print_summary
 from executor.commands.generate.results import ResultsFile, settings_of
 from executor.commands.generate.rows import Row, check_drawing
+from executor.engine.params import check_params
 from executor.host.env import rank_place
+from executor.prompt.chat import check_template_kwargs
 from executor.recipe.generation import sampling_params
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import Prepared, prepare
@@ -44,7 +46,7 @@ def run(recipe: Recipe, build: Callable[..., Any] | None = None, out: TextIO | N
     check_drawing(recipe)
     prepared = prepare(recipe, place.local_world_size)
     recipe = prepared.recipe
-    params = sampling_params(recipe.generation, prepared.generation_config)
+    params = _checked_params(prepared)
     opened = nullcontext()
     if recipe.data.results_path:
         opened = ResultsFile(recipe.data.results_path, settings_of(recipe), dataset)
@@ -100,8 +102,9 @@ def _answer_missing(
     with tqdm(total=len(dataset), initial=len(rows), unit="request", delay=BAR_AFTER_S, mininterval=interval_s) as bar:
 
         def take(row: Row) -> None:
+            asked = row.pop("fingerprint")
             if results:
-                results.append(row)
+                results.append(row, asked)
             rows[row["index"]] = row
             bar.update()
             if printer.has_next(row["index"]):
@@ -118,6 +121,14 @@ def _answer_missing(
             spread.wait()
     parallel.disconnect()
     return ready
+
+
+def _checked_params(prepared: Prepared) -> SamplingParams:
+    """The recipe's parameters, refused before weights are read where they cannot be served."""
+    params = sampling_params(prepared.recipe.generation, prepared.generation_config)
+    check_params(params, prepared.shapes.vocab_size)
+    check_template_kwargs(prepared.recipe.data.chat_template_kwargs)
+    return params
 
 
 def _build(prepared: Prepared, device: Any, parallel: Any, build: Callable[..., Any] | None) -> Any:
@@ -137,8 +148,7 @@ def _assist(prepared: Prepared, build: Callable[..., Any] | None) -> None:
     if spread.start():
         engine = _build(prepared, device, parallel, build)
         if parallel.leads:
-            params = sampling_params(recipe.generation, prepared.generation_config)
-            answer_all(engine, recipe, params, spread, spread.send)
+            answer_all(engine, recipe, _checked_params(prepared), spread, spread.send)
         else:
             engine.follow()
     parallel.disconnect()

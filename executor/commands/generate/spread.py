@@ -4,7 +4,6 @@ All of it goes through the job's key-value store: what is to be answered, a coun
 rows. One replica is the same with nobody else taking.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +38,7 @@ class Spread:
         Raises UserError on a replica whose data set is not rank 0's.
         """
         compares = self._dataset is not None and self._num_replicas > 1
-        digest = _digest(self._dataset) if compares else ""
+        digest = self._dataset.digest() if compares else ""
         if self._is_first:
             self._todo = list(todo)
             self._store.set("todo", json.dumps([digest, self._todo]))
@@ -59,10 +58,9 @@ class Spread:
 
     def samples(self) -> Iterator[tuple[int, Sample]]:
         """The requests that this replica takes, one by one."""
-        samples = enumerate(self._dataset)
         while (taken := self._store.add("taken", 1)) <= len(self._todo):
-            wanted = self._todo[taken - 1]
-            yield next((index, sample) for index, sample in samples if index == wanted)
+            index = self._todo[taken - 1]
+            yield index, self._dataset[index]
 
     def send(self, row: dict[str, Any]) -> None:
         """One answer to rank 0."""
@@ -82,11 +80,3 @@ class Spread:
     def wait(self) -> None:
         """A moment, for others to answer."""
         time.sleep(POLL_S)
-
-
-def _digest(dataset: Dataset) -> str:
-    """Of what is asked, wherever the files lie."""
-    digest = hashlib.sha256()
-    for sample in dataset:
-        digest.update(json.dumps([sample.question, sample.media]).encode())
-    return digest.hexdigest()

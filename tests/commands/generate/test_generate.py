@@ -225,7 +225,7 @@ def test_a_prompt_that_is_too_long_names_the_keys_of_what_it_holds():
         data = own("What? " * 40, MEDIA / media)
         (row,), status, _ = answers(recipe_of(scheduler=limits, data=data))
         assert status == 2
-        assert row["error"].startswith("maximum context length is 128 tokens")
+        assert row["error"].startswith("data_config: maximum context length is 128 tokens")
         assert says in row["error"] and says_not not in row["error"] and "shorten its text" in row["error"]
 
 
@@ -308,3 +308,30 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert len(outputs) == 40
     assert {row["error"] for row in outputs} == {None}
     assert f"{len(whole)} of 40 answers are in {results} already" in second.stderr
+
+
+@pytest.mark.parametrize(
+    "sections, says",
+    [
+        ({"generation": {"min_new_tokens": 500, "max_new_tokens": 100}}, "generation_config.min_new_tokens is 500"),
+        ({"generation": {"stop_token_ids": [10**9]}}, "generation_config.stop_token_ids holds 1000000000"),
+        ({"data": own("Q?", chat_template_kwargs={"tokenize": True})}, "chat_template_kwargs may not set 'tokenize'"),
+        ({"data": own("Q?", max_pixels=10)}, r"data_config.max_pixels: got 10; .* one token .* 1024 pixels"),
+        (
+            {"data": own("Q?", max_pixels=2000, min_pixels=9000)},
+            "data_config.min_pixels: got 9000, above max_pixels 2000",
+        ),
+        ({"data": own("Q?", max_pixels=1024)}, "data_config.max_pixels: got 1024, below the checkpoint's min_pixels"),
+        ({"data": own("Q?", video_max_pixels=100)}, "data_config.video_max_pixels: got 100; the smallest video"),
+        ({"data": own("Q?", frame_max_pixels=100)}, "data_config.frame_max_pixels: got 100; the smallest frame"),
+        ({"data": own("Q?", min_frames=20, max_frames=10)}, "data_config.min_frames: got 20, above max_frames 10"),
+        ({"data": own("Q?", min_pixels=2**40)}, "data_config.min_pixels: got 1099511627776, at most"),
+    ],
+)
+def test_what_no_row_could_be_asked_with_is_refused_before_weights_are_read(monkeypatch, sections, says):
+    def reads_weights(*given):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("executor.commands.build.load_model", reads_weights)
+    with pytest.raises(UserError, match=says):
+        generate.run(recipe_of(**sections), out=io.StringIO())

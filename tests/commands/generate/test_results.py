@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dataset.sample import Sample
+from executor.commands.generate import results as results_module
 from executor.commands.generate.results import ResultsFile, settings_of
 from executor.errors import UserError
 from executor.recipe.schema import build_recipe
@@ -14,8 +15,8 @@ def sample(text: str) -> Sample:
     return Sample(text, ({"role": "user", "content": text},))
 
 
-def row(index: int, error: str | None = None) -> dict:
-    return {"index": index, "text": f"answer {index}", "error": error}
+def row(index: int, error: str | None = None) -> tuple[dict, str]:
+    return {"index": index, "text": f"answer {index}", "error": error}, SAMPLES[index].fingerprint()
 
 
 SAMPLES = [sample(f"question {index}") for index in range(4)]
@@ -29,7 +30,7 @@ def path(tmp_path):
 def test_rows_are_on_disk_as_they_come_and_sorted_at_the_end(path):
     with ResultsFile(path, "s", SAMPLES) as results:
         for index in (2, 0):
-            results.append(row(index))
+            results.append(*row(index))
             assert json.loads(path.read_text().splitlines()[-1])["index"] == index
         results.sort()
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 2]
@@ -38,14 +39,14 @@ def test_rows_are_on_disk_as_they_come_and_sorted_at_the_end(path):
 
 def test_a_half_written_line_is_dropped_and_failures_are_tried_again(path):
     with ResultsFile(path, "s", SAMPLES) as results:
-        results.append(row(0))
-        results.append(row(1, error="broken picture"))
+        results.append(*row(0))
+        results.append(*row(1, error="broken picture"))
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"index": 2, "te')
     with ResultsFile(path, "s", SAMPLES) as results:
         assert set(results.answered()) == {0}
-        results.append(row(1))
-        results.append(row(2))
+        results.append(*row(1))
+        results.append(*row(2))
         results.sort()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(item["index"], item["error"]) for item in rows] == [(0, None), (1, None), (2, None)]
@@ -54,7 +55,7 @@ def test_a_half_written_line_is_dropped_and_failures_are_tried_again(path):
 @pytest.mark.parametrize("settings, samples", [("other", SAMPLES), ("s", SAMPLES[::-1])])
 def test_answers_of_another_run_are_refused_and_kept(path, settings, samples):
     with ResultsFile(path, "s", SAMPLES) as results:
-        results.append(row(0))
+        results.append(*row(0))
     before = path.read_bytes()
     with (
         ResultsFile(path, settings, samples) as results,
@@ -101,3 +102,52 @@ def test_settings_count_what_answers_depend_on():
         digest(data={"system_prompt": "Be brief."}),
     ):
         assert other != plain
+
+
+def test_one_run_at_a_time_has_the_file(path):
+    with ResultsFile(path, "s", SAMPLES) as results:
+        results.append(*row(0))
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"out.jsonl is being written by another run; wait for its end"):
+                ResultsFile(path, "s", SAMPLES)
+        results.append(*row(1))
+        results.sort()
+        # The sorted file is another one, in the same place.
+    with ResultsFile(path, "s", SAMPLES) as results:
+        assert set(results.answered()) == {0, 1}
+        with pytest.raises(UserError, match="another run"):
+            ResultsFile(path, "s", SAMPLES)
+
+
+def test_a_file_replaced_before_it_was_locked_is_opened_again(path, monkeypatch):
+    """The run before may put its sorted file in place between our opening and our locking."""
+    with ResultsFile(path, "s", SAMPLES) as results:
+        results.append(*row(0))
+    flock, replaced = results_module.fcntl.flock, []
+
+    def late(file, flags):
+        if not replaced:
+            replaced.append(path.rename(path.with_name("old")))
+            path.write_bytes(replaced[0].read_bytes())
+        return flock(file, flags)
+
+    monkeypatch.setattr(results_module.fcntl, "flock", late)
+    with ResultsFile(path, "s", SAMPLES) as results:
+        results.append(*row(1))
+    assert len(path.read_text().splitlines()) == 2 and len(replaced[0].read_text().splitlines()) == 1
+
+
+def test_only_rows_that_are_answered_already_are_read(path):
+    class Counted(list):
+        read: list[int] = []
+
+        def __getitem__(self, index):
+            self.read.append(index)
+            return super().__getitem__(index)
+
+    with ResultsFile(path, "s", SAMPLES) as results:
+        results.append(*row(2))
+    with ResultsFile(path, "s", Counted(SAMPLES)) as results:
+        results.answered()
+        results.append(*row(1))
+    assert Counted.read == [2]
