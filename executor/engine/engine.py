@@ -165,6 +165,10 @@ class Engine:
         too, for whoever has nothing to do in between."""
         yield from self.runner.assist()
 
+    def dismiss(self) -> None:
+        """After `assist`: let this replica's other ranks go. An engine of one rank can still be used."""
+        self.runner.dismiss()
+
     def follow(self) -> None:
         """Compute what this replica's leader plans, until it is closed."""
         self.runner.follow()

@@ -88,7 +88,7 @@ class Runner:
         self.replica = replica
         self.encode_tokens = ENCODE_TOKENS  # visual tokens of one pass of the encoder
         self.features: dict[bytes, Tensor] = {}  # media digest -> [M, 1 + taps, n]
-        self._has_assisted = False
+        self._has_assisted = self._has_dismissed = False
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> StepResult:
@@ -157,10 +157,15 @@ class Runner:
             self.forward(plan)
             yield
 
-    def close(self) -> None:
-        """After `assist`: let this replica's other ranks go, and all embeddings."""
-        if self.replica.leads:
+    def dismiss(self) -> None:
+        """After `assist`: let this replica's other ranks go."""
+        if self.replica.leads and not self._has_dismissed:
+            self._has_dismissed = True
             self.replica.dismiss()
+
+    def close(self) -> None:
+        """`dismiss`, and drop all embeddings."""
+        self.dismiss()
         self.features.clear()
 
     def follow(self) -> None:

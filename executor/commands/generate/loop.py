@@ -18,8 +18,8 @@ WAIT_S = 0.05  # for a prompt to be prepared, before looking for rows of other r
 
 
 def answer_all(engine: Any, recipe: Recipe, params: SamplingParams, spread: Any, take: Callable[[Row], None]) -> None:
-    """Answer all samples that this replica takes, and close the engine. `take` gets rows as they are finished, not in
-    order, those that other replicas have sent among them.
+    """Answer all samples that this replica takes, and let its other ranks go. `take` gets rows as they are finished,
+    not in order, those that other replicas have sent among them.
 
     Samples that cannot be answered yield a row with `error` set. `params` are for rows that set none themselves.
     """
@@ -48,7 +48,7 @@ def answer_all(engine: Any, recipe: Recipe, params: SamplingParams, spread: Any,
             spread.receive(take)
     for _ in engine.assist():
         spread.receive(take)
-    engine.close()
+    engine.dismiss()
 
 
 def _make(
