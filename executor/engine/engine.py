@@ -42,7 +42,7 @@ class Engine:
     """One rank of a replica: a processor, a scheduler and a runner. Use it as a context manager, or `close` it.
 
     One thread at a time calls it (RuntimeError for a second one; `abort` alone may come from anywhere);
-    executor.engine.thread serves many. With several ranks the leader takes the requests; the others `follow` it.
+    executor.engine.loop serves many. With several ranks the leader takes the requests; the others `follow` it.
     """
 
     def __init__(self, processor: Any, scheduler: Scheduler, runner: Runner, vocab_size: int) -> None:
@@ -204,7 +204,7 @@ class Engine:
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
                 "two threads use this engine at the same time; let one of them make all calls, or hand requests to an "
-                "EngineThread (executor.engine.thread)"
+                "EngineLoop (executor.engine.loop)"
             )
         try:
             if self._is_closed:

@@ -1,6 +1,5 @@
 """The loop around the engine: keeps it fed with samples, and hands rows on as they are finished."""
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,8 +10,6 @@ from executor.commands.generate.rows import Asked, Row, answered_row, failed_row
 from executor.errors import UserError
 from executor.recipe.schema import Recipe
 from executor.schedule.request import Prompt, SamplingParams
-
-logger = logging.getLogger(__name__)
 
 WAIT_S = 0.05  # for a prompt to be prepared, before looking for rows of other replicas
 
@@ -39,7 +36,7 @@ def answer_all(engine: Any, recipe: Recipe, params: SamplingParams, spread: Any,
                 unfinished[loop.submit(make, params)] = index, sample
             for handle in loop.turn(WAIT_S) if unfinished else ():
                 index, sample = unfinished.pop(handle)
-                error = _error(handle, sample)
+                error = _error(handle)
                 question = asked.pop(index, None)
                 if error is not None:
                     take(failed_row(index, sample, error))
@@ -59,12 +56,10 @@ def _make(
     return asked[index].prompt, asked[index].params
 
 
-def _error(handle: Any, sample: Sample) -> str | None:
-    """Why a sample has no answer; its own fault is its own row's, whatever that is."""
-    failure = handle.failure
-    if failure is None:
+def _error(handle: Any) -> str | None:
+    """Why a sample has no answer. Raises what `ask` does not count as the sample's fault: a defect of ours."""
+    if handle.failure is None:
         return handle.completion.error
-    if isinstance(failure, UserError):
-        return str(failure)
-    logger.error("%s cannot be asked", sample.id, exc_info=failure)
-    return f"{type(failure).__name__}: {failure}"
+    if isinstance(handle.failure, UserError):
+        return str(handle.failure)
+    raise handle.failure
