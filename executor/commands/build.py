@@ -62,7 +62,7 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel, runner: A
         memory = estimate(recipe, prepared.shapes, free_bytes, size, picture_tokens=prepared.picture_tokens)
     logger.info("%s", memory)
     # One scheduler plans for all of them.
-    (num_blocks,) = parallel.control.least(memory.num_blocks)
+    (num_blocks,) = parallel.control.min(memory.num_blocks)
     processor = runner.build_processor(prepared.folder, media_options(recipe))
     dtype = getattr(torch, recipe.model.dtype)
     checkpoint = Checkpoint(prepared.folder)
@@ -158,7 +158,7 @@ def _captured(
         graphs.capture()
     except RuntimeError as error:
         fault = error
-    (failed,) = parallel.job.most(fault is not None)
+    (failed,) = parallel.job.max(fault is not None)
     if not failed:
         return graphs
     reason = fault or "another rank could not make them; its log says why"

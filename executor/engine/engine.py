@@ -1,63 +1,30 @@
 """The engine: requests in, text out. The loop is `schedule, execute, update`; everything else is bookkeeping.
 
+Invariants: an output goes to whoever asked for its request, whoever runs the step; a call that raises leaves nothing
+queued; a step that raises is taken back. One request's fault ends that request alone.
 Knows requests, tokens and text; does not know models, devices, files or HTTP.
 """
 
+import contextlib
 import itertools
-import random
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from executor.engine.detokenize import Detokenizer
 from executor.engine.noise import child_seed
-from executor.engine.params import check_params
+from executor.engine.outputs import Collector, Completion, Output
+from executor.engine.params import check_params, with_seed
 from executor.engine.replica import Replica
-from executor.engine.runner import Runner
+from executor.engine.runner import FAULTS, Runner, describe
+from executor.errors import UserError
 from executor.schedule.request import FinishReason, Prompt, Request, SamplingParams
 from executor.schedule.scheduler import Scheduler
 
-
-@dataclass(frozen=True)
-class Output:
-    """What one step added to one answer."""
-
-    request_id: str
-    index: int  # which of the request's `n` answers
-    text_delta: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None
-    request: Request
-
-    @property
-    def finished(self) -> bool:
-        return self.finish_reason is not None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished request: its `n` answers, counts and times (seconds, of the first answer)."""
-
-    request_id: str
-    texts: tuple[str, ...]
-    token_ids: tuple[tuple[int, ...], ...]
-    finish_reasons: tuple[FinishReason, ...]
-    logprobs: tuple[Any, ...]
-    prompt_tokens: int
-    vision_tokens: int
-    cached_tokens: int
-    completion_tokens: int  # of all answers
-    ttft_s: float
-    tpot_s: float  # 0 for an answer of one token
-    e2e_s: float
-
-    @property
-    def text(self) -> str:
-        return self.texts[0]
-
-    @property
-    def finish_reason(self) -> FinishReason:
-        return self.finish_reasons[0]
+Question = Prompt | str | Sequence[Mapping[str, Any]]
+"""A prompt made by `engine.processor`, the text of a user's message, or the messages of a conversation."""
 
 
 @dataclass(eq=False)
@@ -68,12 +35,14 @@ class _Answer:
     index: int
     request: Request
     detokenizer: Detokenizer
+    outputs: deque[Output]  # of whoever asked
 
 
 class Engine:
-    """One rank of a replica: a processor, a scheduler and a runner. Not thread-safe: one thread calls it.
+    """One rank of a replica: a processor, a scheduler and a runner. Use it as a context manager, or `close` it.
 
-    With several ranks the leader takes the requests and is closed in the end; the others follow it.
+    One thread at a time calls it (RuntimeError for a second one; `abort` alone may come from anywhere);
+    executor.engine.loop serves many. With several ranks the leader takes the requests; the others `follow` it.
     """
 
     def __init__(self, processor: Any, scheduler: Scheduler, runner: Runner, vocab_size: int) -> None:
@@ -82,153 +51,268 @@ class Engine:
         self.runner = runner
         self.vocab_size = vocab_size
         self._answers: dict[str, _Answer] = {}
+        self._outputs: deque[Output] = deque()  # of requests that were `add`ed: for the next `step`
+        self._aborted: deque[str] = deque()
         self._ids = itertools.count()
+        self._lock = threading.Lock()
+        self._is_closed = False
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
-
-    def add(self, prompt: Prompt, params: SamplingParams, request_id: str | None = None) -> str:
-        """Queue a request; returns its id. Raises UserError for parameters or a prompt that cannot be served."""
-        check_params(params, self.vocab_size)
-        parent_id = request_id or f"request-{next(self._ids)}"
-        for index in range(params.n):
-            one = replace(params, n=1, seed=child_seed(params.seed, index))
-            request = Request(f"{parent_id}/{index}", prompt, one)
-            self.scheduler.add(request)
-            detokenizer = Detokenizer(self.processor.tokenizer, one)
-            self._answers[request.id] = _Answer(parent_id, index, request, detokenizer)
-        return parent_id
-
-    def step(self) -> list[Output]:
-        """Run one step; what it added to each answer. Empty when there is nothing to do."""
-        plan = self.scheduler.schedule()
-        sampled = self.runner.execute(plan)
-        logprobs = {
-            row.request.id: value
-            for row, value in zip((r for r in plan.rows if r.samples), sampled.logprobs or (), strict=False)
-        }
-        outputs = []
-        for request in self.scheduler.update(plan, sampled.token_ids):
-            if logprobs.get(request.id) is not None:
-                request.output_logprobs.append(logprobs[request.id])
-            outputs.append(self._advance(request))
-        return outputs
-
-    def _advance(self, request: Request) -> Output:
-        answer = self._answers[request.id]
-        new = request.output_token_ids[-1:]
-        delta = answer.detokenizer.push(new)
-        if answer.detokenizer.stopped:
-            # A stop string counts also where the same token would have ended the answer anyway.
-            if not request.finished:
-                self.scheduler.finish(request, FinishReason.STOP, answer.detokenizer.stop_string)
-            request.finish_reason, request.stop_reason = FinishReason.STOP, answer.detokenizer.stop_string
-        elif request.finished:
-            delta += answer.detokenizer.finish()
-        if request.finished:
-            del self._answers[request.id]
-            self.runner.forget(request)
-        return Output(answer.parent_id, answer.index, delta, tuple(new), request.finish_reason, request)
+        """Whether `step` has something to give."""
+        return self.scheduler.has_work or bool(self._outputs)
 
     @property
     def replica(self) -> Replica:
         """The ranks around this one. Only a rank that `leads` takes requests; the others `follow`."""
         return self.runner.replica
 
-    def close(self) -> Iterator[None]:
-        """After the last request: let the other ranks go, once no replica needs this one; yields while some do."""
-        yield from self.runner.close()
+    def prompt(self, question: Question) -> Prompt:
+        """The prompt of a question; UserError for what cannot be asked. From any thread."""
+        if isinstance(question, Prompt):
+            return question
+        if isinstance(question, str):
+            question = [{"role": "user", "content": question}]
+        if isinstance(question, list | tuple) and question and all(isinstance(each, Mapping) for each in question):
+            return self.processor.build(question)
+        raise UserError(
+            f"a prompt is {_kind_of(question)}; allowed: a Prompt (engine.processor.build makes it), a text, or a list "
+            "of messages"
+        )
 
-    def follow(self) -> None:
-        """Compute what this replica's leader plans, until it is closed."""
-        self.runner.follow()
+    def add(self, question: Question, params: SamplingParams, request_id: str | None = None) -> str:
+        """Queue a request; returns its id. Its outputs come out of `step`.
 
-    def abort(self, request_id: str) -> None:
-        """Free everything of a request; unknown ids are ignored (it may just have ended)."""
-        for key in [key for key, answer in self._answers.items() if answer.parent_id == request_id]:
-            answer = self._answers.pop(key)
-            self.scheduler.abort(answer.request.id)
-            self.runner.forget(answer.request)
+        Raises UserError for parameters or a prompt that cannot be served; nothing is queued then.
+        """
+        with self._exclusive():
+            return self._queue([(self.prompt(question), params, request_id)], self._outputs)[0]
 
-    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[Output]:
+    def step(self) -> list[Output]:
+        """Run one step; what it added to each answer of the requests that were `add`ed, and what steps that `stream`
+        and `generate` ran meanwhile have added. Empty when there is nothing to do.
+
+        A request that fails for its own reason ends with ERROR. What fails for another is raised, and the step is as
+        if it had not been: call again, or abort.
+        """
+        with self._exclusive():
+            self._run()
+            outputs = list(self._outputs)
+            self._outputs.clear()
+            return outputs
+
+    def stream(self, question: Question, params: SamplingParams) -> Iterator[Output]:
         """Outputs of one request as they come. A caller that stops iterating aborts it."""
-        request_id = self.add(prompt, params)
+        outputs: deque[Output] = deque()
+        with self._exclusive():
+            (request_id,) = self._queue([(self.prompt(question), params, None)], outputs)
         running = params.n
         try:
             while running:
-                for output in self.step():
-                    if output.request_id == request_id:
-                        running -= output.finished
-                        yield output
+                while outputs:
+                    output = outputs.popleft()
+                    running -= output.finished
+                    yield output
+                if running:
+                    with self._exclusive():
+                        self._run()
         finally:
             if running:
                 self.abort(request_id)
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+        self, questions: Sequence[Question] | Question, params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
-        """Answer all prompts together, in their order."""
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        collector = Collector()
-        ids = []
-        for prompt, one in zip(prompts, each, strict=True):
-            ids.append(self.add(prompt, one))
-            collector.expect(ids[-1], one.n)
-        done: dict[str, Completion] = {}
-        while len(done) < len(ids):
-            for completion in collector.feed(self.step()):
-                done[completion.request_id] = completion
+        """Answer all questions together, in their order; one question may stand by itself.
+
+        `params`: for all, or one for each. A request that fails has its reason in `Completion.error`. Raises UserError,
+        before anything is answered, for what cannot be asked.
+        """
+        questions = _as_list(questions)
+        each = [params] * len(questions) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(questions):
+            raise UserError(
+                f"{len(questions)} prompts and {len(each)} params; give one SamplingParams for all, or one for each"
+            )
+        collector, outputs, done = Collector(), deque(), {}
+        with self._exclusive():
+            prompts = [self.prompt(question) for question in questions]
+            ids = self._queue([(*pair, None) for pair in zip(prompts, each, strict=True)], outputs)
+        for request_id, one in zip(ids, each, strict=True):
+            collector.expect(request_id, one.n)
+        try:
+            while len(done) < len(ids):
+                with self._exclusive():
+                    self._run()
+                done |= {completion.request_id: completion for completion in collector.feed(outputs)}
+                outputs.clear()
+        finally:
+            for request_id in collector.unfinished:
+                self.abort(request_id)
         return [done[request_id] for request_id in ids]
 
+    def abort(self, request_id: str) -> None:
+        """Free everything of a request, at the latest when the step that runs now has ended; from any thread.
 
-class Collector:
-    """Joins step outputs into completions."""
+        Unknown ids are ignored (it may just have ended).
+        """
+        self._aborted.append(request_id)
+        if self._lock.acquire(blocking=False):
+            self._release()
 
-    def __init__(self) -> None:
-        self._texts: dict[str, list[list[str]]] = {}
-        self._finished: dict[str, dict[int, Request]] = {}
+    def assist(self) -> Iterator[None]:
+        """After the last request: help the other replicas that need this one; yields between steps. `close` does it
+        too, for whoever has nothing to do in between."""
+        yield from self.runner.assist()
 
-    def expect(self, request_id: str, n: int) -> None:
-        self._texts[request_id] = [[] for _ in range(n)]
-        self._finished[request_id] = {}
+    def dismiss(self) -> None:
+        """After `assist`: let this replica's other ranks go. An engine of one rank can still be used."""
+        self.runner.dismiss()
 
-    def feed(self, outputs: Iterable[Output]) -> Iterator[Completion]:
-        """The requests that these outputs complete. Outputs of requests not expected are left alone."""
-        for output in outputs:
-            texts = self._texts.get(output.request_id)
-            if texts is None:
-                continue
-            texts[output.index].append(output.text_delta)
-            finished = self._finished[output.request_id]
-            if output.finished:
-                finished[output.index] = output.request
-            if len(finished) == len(texts):
-                requests = [finished[index] for index in range(len(texts))]
-                yield _completion(output.request_id, requests, ["".join(pieces) for pieces in texts])
-                del self._texts[output.request_id], self._finished[output.request_id]
+    def follow(self) -> None:
+        """Compute what this replica's leader plans, until it is closed."""
+        self.runner.follow()
+
+    def close(self) -> None:
+        """Abort what is unfinished, help other replicas to their end, and let this replica's other ranks go.
+
+        The engine cannot be used after that; its memory is freed with the object.
+        """
+        if self._is_closed:
+            return
+        with self._exclusive():
+            for answer in list(self._answers.values()):
+                self._drop(answer.parent_id)
+            if self.replica.leads:
+                for _ in self.runner.assist():
+                    pass
+            self.runner.close()
+            self._is_closed = True
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if kind is not None and not self.replica.is_alone:
+            self._is_closed = True  # the others may be anywhere: their supervision ends them
+        else:
+            self.close()
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """For the time of one call. RuntimeError in two threads at once, and after `close`."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                "two threads use this engine at the same time; let one of them make all calls, or hand requests to an "
+                "EngineLoop (executor.engine.loop)"
+            )
+        try:
+            if self._is_closed:
+                raise RuntimeError("this engine is closed; build another one")
+            yield
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        """End a call, and what was aborted during it."""
+        while self._aborted:
+            self._drop(self._aborted.popleft())
+        self._lock.release()
+
+    def _queue(self, asked: Sequence[tuple[Prompt, SamplingParams, str | None]], outputs: deque[Output]) -> list[str]:
+        """Take in all of these, or none: they are checked before the first is queued. Returns their ids."""
+        answers: list[_Answer] = []
+        ids: list[str] = []
+        in_use = {answer.parent_id for answer in self._answers.values()}
+        for prompt, params, request_id in asked:
+            check_params(params, self.vocab_size)
+            params = with_seed(params)
+            ids.append(request_id or f"request-{next(self._ids)}")
+            if ids[-1] in in_use:
+                raise UserError(f"request id '{ids[-1]}' is in use by an unfinished request; choose another")
+            in_use.add(ids[-1])
+            for index in range(params.n):
+                one = replace(params, n=1, seed=child_seed(params.seed, index))
+                request = Request(f"{ids[-1]}/{index}", prompt, one)
+                self.scheduler.check_possible(request)
+                detokenizer = Detokenizer(self.processor.tokenizer, one)
+                answers.append(_Answer(ids[-1], index, request, detokenizer, outputs))
+        for answer in answers:
+            self.scheduler.add(answer.request)
+            self._answers[answer.request.id] = answer
+        return ids
+
+    def _run(self) -> None:
+        """One step, its outputs to whoever asked.
+
+        The host reads a step's tokens before it plans the next one. To overlap the two, a plan would stay in flight
+        here: `schedule` asks how many tokens a request has, and the runner alone needs to know which.
+        """
+        plan = self.scheduler.schedule()
+        try:
+            result = self.runner.execute(plan)
+        except BaseException:
+            self.scheduler.cancel(plan)
+            raise
+        for number, reason in result.failures.items():
+            self.scheduler.fail(plan.rows[number].request, reason)
+        logprobs = {row.request.id: new for row, new in zip(plan.rows, result.logprobs, strict=True) if new}
+        for request, token_ids in self.scheduler.update(plan, result.token_ids, result.missing):
+            request.output_logprobs += logprobs.get(request.id, ())[: len(token_ids)]
+            self._advance(self._answers[request.id], token_ids)
+        for number in result.failures:
+            self._emit(self._answers[plan.rows[number].request.id], "", ())
+
+    def _advance(self, answer: _Answer, token_ids: list[int]) -> None:
+        """The text of an answer's new tokens, up to a stop string."""
+        request, detokenizer, delta = answer.request, answer.detokenizer, ""
+        try:
+            for count, token_id in enumerate(token_ids, start=1):
+                delta += detokenizer.push((token_id,))
+                if detokenizer.stopped:
+                    num_kept = len(request.output_token_ids) - len(token_ids) + count
+                    del request.output_token_ids[num_kept:], request.output_logprobs[num_kept:]
+                    token_ids = token_ids[:count]
+                    # A stop string counts also where the same token would have ended the answer anyway.
+                    self.scheduler.finish(request, FinishReason.STOP, detokenizer.stop_string)
+                    break
+            else:
+                delta += detokenizer.finish() if request.finished else ""
+        except FAULTS as error:
+            self.scheduler.fail(request, f"its tokens cannot be read as text: {describe(error)}")
+        self._emit(answer, delta, tuple(token_ids))
+
+    def _emit(self, answer: _Answer, delta: str, token_ids: tuple[int, ...]) -> None:
+        request = answer.request
+        if request.finished:
+            del self._answers[request.id]
+            self.runner.forget(request)
+        answer.outputs.append(
+            Output(answer.parent_id, answer.index, delta, token_ids, request.finish_reason, request)
+        )  # fmt: skip
+
+    def _drop(self, request_id: str) -> None:
+        """End a request at its caller's wish. Unread outputs of it go as well, all but the last of a `stream`."""
+        for answer in [answer for answer in self._answers.values() if answer.parent_id == request_id]:
+            self.scheduler.abort(answer.request.id)
+            self._emit(answer, "", ())
+        unread = [output for output in self._outputs if output.request_id != request_id]
+        self._outputs.clear()
+        self._outputs.extend(unread)
 
 
-def _completion(request_id: str, requests: Sequence[Request], texts: Sequence[str]) -> Completion:
-    first = requests[0]
-    num_tokens = len(first.output_token_ids)
-    started = first.first_token_s if first.first_token_s is not None else first.finish_s
-    return Completion(
-        request_id=request_id,
-        texts=tuple(texts),
-        token_ids=tuple(tuple(request.output_token_ids) for request in requests),
-        finish_reasons=tuple(request.finish_reason for request in requests),
-        logprobs=tuple(request.output_logprobs for request in requests),
-        prompt_tokens=len(first.prompt.token_ids),
-        vision_tokens=first.prompt.num_vision_tokens,
-        cached_tokens=first.num_cached_tokens,
-        completion_tokens=sum(len(request.output_token_ids) for request in requests),
-        ttft_s=started - first.arrival_s,
-        tpot_s=(first.finish_s - started) / (num_tokens - 1) if num_tokens > 1 else 0.0,
-        e2e_s=max(request.finish_s for request in requests) - first.arrival_s,
-    )
+def _as_list(questions: Any) -> list[Question]:
+    """The questions of `generate`, where one may stand by itself."""
+    if isinstance(questions, Prompt | str):
+        return [questions]
+    if not isinstance(questions, Sequence):
+        raise UserError(f"prompts are {_kind_of(questions)}; allowed: a list of prompts, texts or conversations")
+    if questions and all(isinstance(each, Mapping) for each in questions):
+        return [questions]
+    return list(questions)
 
 
-def random_seed() -> int:
-    """For a request that names no seed."""
-    return random.SystemRandom().getrandbits(62)
+def _kind_of(value: Any) -> str:
+    if isinstance(value, list | tuple) and value:
+        return f"a {type(value).__name__} of {type(value[0]).__name__}"
+    return f"of type {type(value).__name__}: {str(value)[:60]}"

@@ -1,4 +1,4 @@
-"""What one model step is told besides its token embeddings. Built once per step, read by every layer.
+"""What one model step takes besides its token embeddings. Built once per step, read by every layer.
 
 Legend: T tokens of the step, R rows that want logits, D head dim, P visual tokens of the step, n hidden size.
 """

@@ -16,7 +16,7 @@ from torch import Tensor
 from executor.device.ops import Ops
 from executor.engine.graph_folder import GraphFolder
 from executor.engine.step import ModelStep
-from executor.schedule.scheduler import Row
+from executor.schedule.plan import Row
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class DecodeGraphs:
     def takes(self, rows: Sequence[Row]) -> bool:
         """Whether these rows are a decode step that was captured: one generated token each, every one sampled from."""
         return len(rows) <= self.sizes[-1] and all(
-            row.num_tokens == 1 and row.samples and row.start >= len(row.request.prompt.token_ids) for row in rows
+            row.num_tokens == row.max_yield == 1 and row.start >= len(row.request.prompt.token_ids) for row in rows
         )
 
     def __call__(self, rows: Sequence[Row], padded_tokens: int | None = None) -> Tensor:

@@ -1,6 +1,8 @@
 """Which sampling parameters can be served: asked before a request, or a weight, is taken in."""
 
 import math
+import random
+from dataclasses import replace
 
 from executor.errors import UserError
 from executor.schedule.request import SamplingParams
@@ -11,6 +13,10 @@ MAX_ANSWERS = 128  # likewise: `n` answers are as many requests
 
 def check_params(params: SamplingParams, vocab_size: int) -> None:
     """Raises UserError for the first parameter that is out of its range."""
+    if not isinstance(params, SamplingParams):
+        raise UserError(
+            f"params are of type {type(params).__name__}; allowed: SamplingParams (executor.schedule.request)"
+        )
     whole, number = (int,), (int, float)
     rules = [
         ("max_new_tokens", whole, 1, math.inf, "a whole number of 1 or more"),
@@ -22,17 +28,21 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
         ("repetition_penalty", number, math.ulp(0.0), math.inf, "more than 0; 1 is none"),
         ("presence_penalty", number, -2, 2, "from -2 to 2; 0 is none"),
         ("frequency_penalty", number, -2, 2, "from -2 to 2; 0 is none"),
-        ("seed", whole, -math.inf, math.inf, "a whole number"),
         ("n", whole, 1, MAX_ANSWERS, f"a whole number from 1 to {MAX_ANSWERS}"),
     ]
     if params.logprobs is not None:
         rules.append(("logprobs", whole, 0, MAX_LOGPROBS, f"none, or a whole number from 0 to {MAX_LOGPROBS}"))
-    for name, types, least, most, allowed in rules:
+    if params.seed is not None:
+        rules.append(("seed", whole, -math.inf, math.inf, "a whole number, or none for another one each time"))
+    for name, types, minimum, maximum, allowed in rules:
         value = getattr(params, name)
         is_number = isinstance(value, types) and not isinstance(value, bool)
         # Infinity is a bound here and never a value.
-        if not is_number or not least <= value <= most or (isinstance(value, float) and math.isinf(value)):
+        if not is_number or not minimum <= value <= maximum or (isinstance(value, float) and math.isinf(value)):
             raise UserError(f"generation_config.{name} is {value!r}; allowed: {allowed}")
+    for name, allowed in (("stop", "a string or a list of strings"), ("stop_token_ids", "a token id or a list of ids")):
+        if not isinstance(getattr(params, name), tuple):
+            raise UserError(f"generation_config.{name} is {getattr(params, name)!r}; allowed: {allowed}")
     for text in params.stop:
         if not isinstance(text, str) or not text:
             raise UserError(f"generation_config.stop holds {text!r}; allowed: strings that are not empty")
@@ -41,3 +51,10 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
             raise UserError(
                 f"generation_config.stop_token_ids holds {token_id!r}; allowed: token ids from 0 to {vocab_size - 1}"
             )
+
+
+def with_seed(params: SamplingParams) -> SamplingParams:
+    """Parameters with a seed: theirs, or one drawn for this request, with which its answer can be had again."""
+    if params.seed is not None:
+        return params
+    return replace(params, seed=random.SystemRandom().getrandbits(62) if params.temperature else 0)

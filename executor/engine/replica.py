@@ -7,49 +7,24 @@ Invariants: every rank of a replica runs the same plans in the same order; a ran
 Knows no policy and no model. With one rank there is nothing to tell and nobody to agree with.
 """
 
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from executor.engine.messages import RowMessage, StepMessage, from_bytes, to_bytes
 from executor.parallel.groups import Parallel
-from executor.schedule.request import MediaItem, Prompt, Request, SamplingParams
-from executor.schedule.scheduler import Plan, Row
+from executor.schedule.plan import Plan, Row
+from executor.schedule.request import MediaItem, Request, SamplingParams
 
 SMALL_BYTES = 1 << 14
 """A message up to this size goes in one broadcast; a longer one takes a second."""
 _LENGTH_BYTES = 8
 
 
-@dataclass(frozen=True, slots=True)
-class _News:
-    """A row, and what followers learn of its request: `block_ids` are those from place `kept` on."""
-
-    number: int
-    start: int
-    num_tokens: int
-    samples: bool
-    prompt: Prompt | None  # at the first row
-    token_ids: list[int]
-    kept: int
-    block_ids: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    news: list[_News]
-    ended: list[int]  # numbers of requests to forget
-    encode: list[tuple[MediaItem, tuple[int, ...], int]]  # without pixels; their shape; whose picture it is
-    release: tuple[bytes, ...]
-    padded_tokens: int | None
-    in_graph: bool
-
-
 @dataclass(slots=True)
-class _Told:
+class _Known:
     """What the followers know of a request."""
 
     number: int
@@ -76,7 +51,7 @@ class Replica:
         self.parallel = parallel
         self.cost = cost
         self.in_step = shares_experts and parallel.replicas.size > 1
-        self._told: dict[str, _Told] = {}
+        self._known: dict[str, _Known] = {}
         self._ended: list[int] = []
         self._count = 0
 
@@ -85,12 +60,17 @@ class Replica:
         """Whether this rank schedules and samples for its replica."""
         return self.parallel.leads
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other rank takes part in this one's steps."""
+        return self.parallel.control.size == 1 and not self.in_step
+
     def owners(self, media: Sequence[MediaItem]) -> list[int]:
         """Which rank of the pictures' group encodes each item: 0 for all where every rank takes part in all."""
         return deal([self.cost(item.grid_thw) for item in media], self.parallel.pictures.size)
 
     def lead(self, plan: Plan, in_graph: bool, *, more: bool = True) -> Plan | None:
-        """The leader's own plan as every rank of the replica will run it, after telling them; None: nothing to run.
+        """The leader's plan as every rank of the replica will run it, sent to them; None: nothing to run.
 
         `in_graph`: whether this replica could replay a graph for it. `more`: this replica has not ended. None for a
         plan without rows means that no other replica has any; after `more=False`, that all have ended.
@@ -99,7 +79,7 @@ class Replica:
             num_tokens = sum(row.num_tokens for row in plan.rows)
             peers = self.parallel.peers
             while True:
-                tokens, eager, going = peers.most(num_tokens, not in_graph, more)
+                tokens, eager, going = peers.max(num_tokens, not in_graph, more)
                 if tokens or more or not going:
                     break
             plan = replace(plan, padded_tokens=tokens, in_graph=not eager)
@@ -108,7 +88,7 @@ class Replica:
         if not plan.rows and not plan.padded_tokens:
             return None
         if self.parallel.control.size > 1:
-            self._tell(plan)
+            self._announce(plan)
         return plan
 
     def dismiss(self) -> None:
@@ -119,27 +99,24 @@ class Replica:
     def follow(self) -> Iterator[Plan]:
         """The leader's plans, until it lets this rank go."""
         requests: dict[int, Request] = {}
-        while (step := self._receive()) is not None:
-            for number in step.ended:
+        while (message := self._receive()) is not None:
+            for number in message.ended:
                 requests.pop(number, None)
-            rows = tuple(_learn(requests, news) for news in step.news)
-            encode = tuple(replace(item, pixels=self._pixels(shape, owner)) for item, shape, owner in step.encode)
-            yield Plan(rows, encode, step.release, step.padded_tokens, step.in_graph)
+            rows = tuple(_updated_row(requests, row) for row in message.rows)
+            encode = tuple(replace(item, pixels=self._pixels(shape, owner)) for item, shape, owner in message.encode)
+            yield Plan(rows, encode, message.release, message.padded_tokens, message.in_graph)
 
     def forget(self, request: Request) -> None:
         """The request has ended: the followers hear of it with the next plan."""
-        told = self._told.pop(request.id, None)
-        if told is not None:
-            self._ended.append(told.number)
+        known = self._known.pop(request.id, None)
+        if known is not None:
+            self._ended.append(known.number)
 
-    def _tell(self, plan: Plan) -> None:
-        news = [self._news(row) for row in plan.rows]
+    def _announce(self, plan: Plan) -> None:
         owners = self.owners(plan.encode)
-        encode = [
-            (replace(item, pixels=None, source=""), tuple(item.pixels.shape), owner)
-            for item, owner in zip(plan.encode, owners, strict=True)
-        ]
-        self._send(_Step(news, self._ended, encode, plan.release, plan.padded_tokens, plan.in_graph))
+        encode = [(item, tuple(item.pixels.shape), owner) for item, owner in zip(plan.encode, owners, strict=True)]
+        rows = [self._row_message(row) for row in plan.rows]
+        self._send(StepMessage(rows, self._ended, encode, plan.release, plan.padded_tokens, plan.in_graph))
         self._ended = []
         for item, owner in zip(plan.encode, owners, strict=True):
             if self.parallel.pictures.size == 1:
@@ -147,26 +124,26 @@ class Replica:
             elif owner:
                 dist.send(item.pixels.contiguous(), group=self.parallel.control.handle, group_dst=owner)
 
-    def _news(self, row: Row) -> _News:
+    def _row_message(self, row: Row) -> RowMessage:
         request, prompt = row.request, None
-        told = self._told.get(request.id)
-        if told is None:
+        known = self._known.get(request.id)
+        if known is None:
             self._count += 1
-            told = self._told[request.id] = _Told(self._count)
-            media = tuple(replace(item, pixels=None, source="") for item in request.prompt.media)
-            prompt = replace(request.prompt, media=media, text="")
-        token_ids = request.output_token_ids[told.num_outputs :]
-        told.num_outputs = len(request.output_token_ids)
-        now, kept = tuple(request.block_ids), len(told.block_ids)
-        if now[:kept] != told.block_ids:  # preempted since, and given others
-            kept = 0
-        told.block_ids = now
-        return _News(
-            told.number, row.start, row.num_tokens, row.samples, prompt, token_ids, kept, list(now[kept:])
+            known = self._known[request.id] = _Known(self._count)
+            prompt = request.prompt
+        token_ids = request.output_token_ids[known.num_outputs :]
+        known.num_outputs = len(request.output_token_ids)
+        block_ids, num_kept = tuple(request.block_ids), len(known.block_ids)
+        if block_ids[:num_kept] != known.block_ids:  # preempted since, and given others
+            num_kept = 0
+        known.block_ids = block_ids
+        return RowMessage(
+            known.number, row.start, row.num_tokens, row.max_yield, token_ids, num_kept, list(block_ids[num_kept:]),
+            prompt,
         )  # fmt: skip
 
-    def _send(self, step: _Step | None) -> None:
-        content = pickle.dumps(step, protocol=pickle.HIGHEST_PROTOCOL)
+    def _send(self, message: StepMessage | None) -> None:
+        content = to_bytes(message)
         first = torch.zeros(SMALL_BYTES, dtype=torch.uint8)
         length = len(content).to_bytes(_LENGTH_BYTES, "little")
         head = length + content[: SMALL_BYTES - _LENGTH_BYTES]
@@ -176,13 +153,13 @@ class Replica:
         if rest:
             self._broadcast(torch.frombuffer(bytearray(rest), dtype=torch.uint8))
 
-    def _receive(self) -> _Step | None:
+    def _receive(self) -> StepMessage | None:
         first = self._broadcast(torch.empty(SMALL_BYTES, dtype=torch.uint8)).numpy().tobytes()
         length = int.from_bytes(first[:_LENGTH_BYTES], "little")
         content = first[_LENGTH_BYTES : _LENGTH_BYTES + length]
         if len(content) < length:
             content += self._broadcast(torch.empty(length - len(content), dtype=torch.uint8)).numpy().tobytes()
-        return pickle.loads(content)
+        return from_bytes(content)
 
     def _pixels(self, shape: tuple[int, ...], owner: int) -> torch.Tensor | None:
         """A follower's copy; None where another rank encodes the picture."""
@@ -195,16 +172,16 @@ class Replica:
         dist.recv(pixels, group=self.parallel.control.handle, group_src=0)
         return pixels
 
-    def _broadcast(self, x: Any) -> Any:
+    def _broadcast(self, x: torch.Tensor) -> torch.Tensor:
         dist.broadcast(x, group=self.parallel.control.handle, group_src=0)
         return x
 
 
-def _learn(requests: dict[int, Request], news: _News) -> Row:
-    """Bring what is known of the row's request up to date."""
-    if news.prompt is not None:
-        requests[news.number] = Request(str(news.number), news.prompt, SamplingParams())
-    request = requests[news.number]
-    request.output_token_ids += news.token_ids
-    request.block_ids[news.kept :] = news.block_ids
-    return Row(request, news.start, news.num_tokens, news.samples)
+def _updated_row(requests: dict[int, Request], message: RowMessage) -> Row:
+    """The row, after bringing what is known of its request up to date."""
+    if message.prompt is not None:
+        requests[message.number] = Request(str(message.number), message.prompt, SamplingParams())
+    request = requests[message.number]
+    request.output_token_ids += message.token_ids
+    request.block_ids[message.num_kept :] = message.block_ids
+    return Row(request, message.start, message.num_tokens, message.max_yield)

@@ -1,11 +1,14 @@
 """Executes a plan: encodes media, gathers the step's inputs on the host, runs the model, samples.
 
+A step that fails is computed again row by row, so that only those rows fail that fail alone. With other ranks in the
+same step that cannot be: there a fault is raised, and ends the job.
 Knows no scheduling policy and no text. One runner drives one model on one device.
 Legend: T tokens of the step, M visual tokens of a media item, n hidden size.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +20,31 @@ from executor.device.ops import KVLayer, Ops
 from executor.engine.encode import encode_items
 from executor.engine.graphs import DecodeGraphs
 from executor.engine.replica import Replica
-from executor.engine.sampler import Sampled, Sampler
+from executor.engine.sampler import Sampler, TokenLogprobs
 from executor.engine.step import ModelStep, Visual
 from executor.recipe.peak import ENCODE_TOKENS
+from executor.schedule.plan import Plan, Row
 from executor.schedule.request import MediaItem, Request
-from executor.schedule.scheduler import Plan, Row
+
+logger = logging.getLogger(__name__)
+
+FAULTS = (RuntimeError, MemoryError, ValueError, ArithmeticError, LookupError)
+"""What a request can bring about: a kernel's refusal, lack of memory, numbers out of range. An AssertionError is not
+among them: a defect of ours is nobody's request's."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a plan's rows have yielded, in their order: tokens, and their logprobs where they were asked for.
+
+    `failures`: row -> why its request cannot go on; such a row has no tokens. `missing`: digests of media that could
+    not be encoded.
+    """
+
+    token_ids: list[list[int]]
+    logprobs: list[list[TokenLogprobs]]
+    failures: dict[int, str] = field(default_factory=dict)
+    missing: frozenset[bytes] = frozenset()
 
 
 @dataclass
@@ -65,26 +88,85 @@ class Runner:
         self.replica = replica
         self.encode_tokens = ENCODE_TOKENS  # visual tokens of one pass of the encoder
         self.features: dict[bytes, Tensor] = {}  # media digest -> [M, 1 + taps, n]
+        self._has_assisted = self._has_dismissed = False
 
     @torch.inference_mode()
-    def execute(self, plan: Plan) -> Sampled:
-        """One step. The result has one token per row that samples, in the order of the rows.
+    def execute(self, plan: Plan) -> StepResult:
+        """One step. A plan without rows is a step of other replicas that share this one's experts, if they have one.
 
-        A plan without rows is a step of other replicas that share this one's experts, where there is one.
+        Raises what a step of several ranks raises, and defects of ours: nothing is known then of what was done.
         """
         plan = self.replica.lead(plan, self._is_captured(plan))
         if plan is None:
-            return Sampled([], [])
-        logits = self.forward(plan)
-        return self.sampler.sample(logits, [row.request for row in plan.rows if row.samples])
+            return StepResult([], [])
+        try:
+            return self._computed(plan)
+        except FAULTS as error:
+            if not self.replica.is_alone:
+                raise
+            logger.warning("a step failed and is computed again row by row: %s", describe(error), exc_info=True)
+            return self._row_by_row(plan)
 
-    def close(self) -> Iterator[None]:
+    def _computed(self, plan: Plan) -> StepResult:
+        logits = self.forward(plan)
+        yielding = [number for number, row in enumerate(plan.rows) if row.max_yield]
+        sampled = self.sampler.sample(logits, [plan.rows[number].request for number in yielding])
+        result = StepResult([[] for _ in plan.rows], [[] for _ in plan.rows])
+        for place, number in enumerate(yielding):
+            if place in sampled.failures:
+                result.failures[number] = sampled.failures[place]
+                continue
+            result.token_ids[number].append(sampled.token_ids[place])
+            if sampled.logprobs[place] is not None:
+                result.logprobs[number].append(sampled.logprobs[place])
+        return result
+
+    def _row_by_row(self, plan: Plan) -> StepResult:
+        """The step again, each media item and each row by itself. Rows write to their own slots: it harms nobody."""
+        for digest in plan.release:
+            self.features.pop(digest, None)
+        unreadable: dict[bytes, str] = {}
+        for item in plan.encode:
+            try:
+                self.encode([item])
+            except FAULTS as error:
+                unreadable[item.digest] = f"{item.source or f'the {item.kind}'} cannot be encoded: {describe(error)}"
+        result = StepResult([], [], missing=frozenset(unreadable))
+        for number, row in enumerate(plan.rows):
+            alone, reason = StepResult([[]], [[]]), _unreadable(row, unreadable)
+            try:
+                if reason is None:
+                    alone = self._computed(replace(plan, rows=(row,), encode=(), release=()))
+                    reason = alone.failures.get(0)
+            except FAULTS as error:
+                reason = f"its step failed: {describe(error)}"
+            result.token_ids.extend(alone.token_ids)
+            result.logprobs.extend(alone.logprobs)
+            if reason is not None:
+                result.failures[number] = reason
+        return result
+
+    def assist(self) -> Iterator[None]:
         """After the last plan: help the other replicas until they have ended as well; yields between two steps."""
         nothing = Plan(())
-        while (plan := self.replica.lead(nothing, self._is_captured(nothing), more=False)) is not None:
+        while not self._has_assisted:
+            plan = self.replica.lead(nothing, self._is_captured(nothing), more=False)
+            if plan is None:
+                self._has_assisted = True
+                return
             self.forward(plan)
             yield
-        self.replica.dismiss()
+
+    def dismiss(self) -> None:
+        """After `assist`: let this replica's other ranks go."""
+        if self.replica.leads and not self._has_dismissed:
+            self._has_dismissed = True
+            self.replica.dismiss()
+
+    def close(self) -> None:
+        """`dismiss`, and drop all embeddings."""
+        self.dismiss()
+        self.features.clear()
 
     def follow(self) -> None:
         """Run the leader's plans until it ends."""
@@ -96,7 +178,7 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Tensor:
-        """Logits of the rows that sample, fp32 [R, V]."""
+        """Logits of the rows that yield a token, fp32 [R, V]."""
         for digest in plan.release:
             self.features.pop(digest, None)
         if plan.encode:
@@ -162,7 +244,7 @@ class Runner:
             host.slots[at:end] = self._slots(row)
             if row.start < len(row.request.prompt.token_ids):
                 self._add_visual(host, row, at)
-            if row.samples:
+            if row.max_yield:  # of several only the first is found: nothing guesses the others yet
                 host.select.append(end - 1)
             at = end
         return host
@@ -189,6 +271,22 @@ class Runner:
             first = low - span.start + span.offset
             features = self.features[prompt.media[span.media_index].digest]
             host.visual_features.append(features[first : first + high - low])
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line, for people."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _unreadable(row: Row, reasons: dict[bytes, str]) -> str | None:
+    """Why the row cannot be computed, where it reads media that are in `reasons`."""
+    prompt, stop = row.request.prompt, row.start + row.num_tokens
+    for span in prompt.spans:
+        digest = prompt.media[span.media_index].digest
+        if digest in reasons and span.start < stop and span.start + span.num_tokens > row.start:
+            return reasons[digest]
+    return None
 
 
 def _positions(row: Row) -> np.ndarray | int:

@@ -107,7 +107,7 @@ def to_rgb(picture: Image.Image) -> np.ndarray:
         return np.repeat(gray[:, :, None], 3, axis=2)
     if "A" in picture.getbands() or "a" in picture.getbands() or picture.info.get("transparency") is not None:
         return _on_white(picture.convert("RGBA"))
-    return np.array(picture.convert("RGB"))
+    return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def _on_white(rgba: Image.Image) -> np.ndarray:

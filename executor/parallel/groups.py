@@ -83,7 +83,7 @@ class Group:
             dist.broadcast(x, group=self._joined(), group_src=source)
         return x
 
-    def most(self, *numbers: int) -> tuple[int, ...]:
+    def max(self, *numbers: int) -> tuple[int, ...]:
         """The largest that any rank gives, of each number. Only over a group of CPU tensors."""
         if self.size == 1:
             return numbers
@@ -92,9 +92,9 @@ class Group:
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self._joined())
         return tuple(values.tolist())
 
-    def least(self, *numbers: int) -> tuple[int, ...]:
+    def min(self, *numbers: int) -> tuple[int, ...]:
         """The smallest that any rank gives, of each number."""
-        return tuple(-number for number in self.most(*(-number for number in numbers)))
+        return tuple(-number for number in self.max(*(-number for number in numbers)))
 
     def _joined(self) -> Any:
         # torch.distributed takes None for the whole world, which is never meant here.

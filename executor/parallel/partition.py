@@ -32,8 +32,8 @@ def share(size: int, group: Group, what: str) -> int:
 
 def part(size: int, group: Group, what: str) -> slice:
     """The rank's slice of a dimension of `size` equal things."""
-    mine = share(size, group, what)
-    return slice(group.rank * mine, (group.rank + 1) * mine)
+    length = share(size, group, what)
+    return slice(group.rank * length, (group.rank + 1) * length)
 
 
 def kv_heads_part(num_kv_heads: int, group: Group) -> slice:

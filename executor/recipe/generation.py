@@ -26,8 +26,8 @@ def sampling_params(
 
     `overrides` may hold any field of SamplingParams, and do_sample (false = greedy), as the recipe may; a request's own
     temperature outranks the recipe's do_sample. None anywhere means "not said".
-    A checkpoint with do_sample false is greedy unless recipe or request set a temperature. `seed` stays 0 when
-    nobody names one: who wants different answers each time draws one.
+    A checkpoint with do_sample false is greedy unless recipe or request set a temperature. Without a `seed` the engine
+    draws another one for each request.
     Raises UserError for an unknown name in `overrides`.
     """
     asked = {name: value for name, value in (overrides or {}).items() if value is not None}

@@ -2,14 +2,15 @@
 
 Embeddings are known by their media's digest. They are held by the requests whose rows still read them, and stay after
 that until the room is needed, least recently used first. The account decides; the runner encodes and drops what a
-plan says. Held embeddings exceed the capacity only when one request alone needs more than all of it.
+plan says. What a plan has asked for counts as there when that plan is `settle`d, and only if it was encoded. Held
+embeddings exceed the capacity only when one request alone needs more than all of it.
 
 Knows nothing of queues, blocks or embeddings themselves.
 """
 
 import bisect
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from executor.schedule.request import MediaItem, Request, Span
@@ -32,6 +33,9 @@ class EncoderCache:
         self._idle_tokens = 0
         self._encode: dict[bytes, MediaItem] = {}
         self._release: dict[bytes, None] = {}
+        self._planned: dict[bytes, MediaItem] = {}  # handed out by `drain` and not settled yet
+        self._planned_release: tuple[bytes, ...] = ()
+        self._doubtful: dict[bytes, None] = {}  # of plans that failed: to be dropped in case they are there
 
     @property
     def num_tokens(self) -> int:
@@ -61,21 +65,41 @@ class EncoderCache:
         if not held.holders:
             del self._held[digest]
             self._held_tokens -= held.num_tokens
+            if digest in self._encode:  # of no use to anybody, and not there yet
+                del self._encode[digest]
+                return
             self._idle[digest] = held.num_tokens
             self._idle_tokens += held.num_tokens
             self._trim()
 
     def drain(self) -> tuple[tuple[MediaItem, ...], tuple[bytes, ...]]:
-        """What to encode and which digests to drop before that, since the last call."""
-        encode, release = tuple(self._encode.values()), tuple(self._release)
-        self._encode.clear()
-        self._release.clear()
-        return encode, release
+        """What to encode and which digests to drop before that, since the last call. `settle` says how it went."""
+        self._planned, self._planned_release = self._encode, (*self._release, *self._doubtful)
+        self._encode, self._release, self._doubtful = {}, {}, {}
+        return tuple(self._planned.values()), self._planned_release
+
+    def settle(self, missing: Collection[bytes] = ()) -> None:
+        """What `drain` handed out is encoded, all but `missing`: what is still held of those is asked for again."""
+        for digest in missing:
+            item = self._planned.get(digest)
+            if item is None:
+                continue
+            self._release.pop(digest, None)
+            if digest in self._held:
+                self._encode[digest] = item
+            elif digest in self._idle:
+                self._idle_tokens -= self._idle.pop(digest)
+        self._planned, self._planned_release = {}, ()
+
+    def undo(self) -> None:
+        """What `drain` handed out has not been done, or nobody knows how far: it is asked for again."""
+        self._doubtful = dict.fromkeys((*self._planned, *self._planned_release))
+        self.settle(tuple(self._planned))
 
     def check(self, held: set[tuple[str, int, bytes]]) -> None:
         """Assert all invariants, given every (request id, number, digest) that requests hold."""
-        mine = {(*holder, digest) for digest, entry in self._held.items() for holder in entry.holders}
-        assert mine == held, f"encoder cache: held by {mine}, needed by {held}"
+        counted = {(*holder, digest) for digest, entry in self._held.items() for holder in entry.holders}
+        assert counted == held, f"encoder cache: held by {counted}, needed by {held}"
         assert all(entry.holders for entry in self._held.values())
         assert not self._held.keys() & self._idle.keys()
         assert self._held_tokens == sum(entry.num_tokens for entry in self._held.values())
@@ -83,8 +107,11 @@ class EncoderCache:
         assert self.num_tokens <= self.capacity_tokens or not self._idle
         assert self._held_tokens <= self.capacity_tokens or any(
             all(any(holder == request_id for holder, _ in entry.holders) for entry in self._held.values())
-            for request_id, _, _ in mine
+            for request_id, _, _ in counted
         ), "more is held than fits, and not for one request alone"
+        assert self._encode.keys() <= self._held.keys(), "is to be encoded for nobody"
+        there = (self._held.keys() | self._idle.keys() | self._release.keys()) - self._encode.keys()
+        assert not self._doubtful.keys() & there, "both there and doubtful"
         assert not self._release.keys() & (self._held.keys() | self._idle.keys())
 
     def _holds_alone(self, request_id: str) -> bool:
@@ -107,10 +134,7 @@ class EncoderCache:
         while self._idle and self.num_tokens > self.capacity_tokens:
             digest, num_tokens = self._idle.popitem(last=False)
             self._idle_tokens -= num_tokens
-            if digest in self._encode:
-                del self._encode[digest]  # never encoded, so nothing to drop
-            else:
-                self._release[digest] = None
+            self._release[digest] = None
 
 
 class MediaReads:

@@ -6,7 +6,7 @@ Legend: T prompt tokens, F frames, C channels (3), H/W pixels after the resize.
 
 import enum
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,8 +16,9 @@ import numpy as np
 class SamplingParams:
     """How one request's tokens are chosen. Defaults are greedy and without penalties.
 
-    `seed` is always a number by the time a request reaches the scheduler: the noise of a token is a hash of
-    (seed, position, candidate), so the answer is the same alone or in any batch.
+    `seed` None: another one for each request, drawn when the engine takes it in. A `Request`'s is a number: the noise
+    of a token is a hash of (seed, position, candidate), so the answer is the same alone or in any batch.
+    `stop` and `stop_token_ids` may be given as one string, one id, or any list of them.
     """
 
     max_new_tokens: int = 128
@@ -29,12 +30,21 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    seed: int = 0
+    seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()  # the checkpoint's EOS list is kept by the engine, not here
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the chosen token's and the k best
     n: int = 1
+
+    def __post_init__(self) -> None:
+        for name, single in (("stop", str), ("stop_token_ids", int)):
+            value = getattr(self, name)
+            if isinstance(value, single):
+                value = (value,)
+            elif isinstance(value, list | set | frozenset):
+                value = tuple(value)
+            object.__setattr__(self, name, value)
 
     @property
     def needs_history(self) -> bool:
@@ -99,6 +109,7 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"  # `Request.error` says why
 
 
 @dataclass(eq=False)
@@ -115,6 +126,7 @@ class Request:
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token id or stop string
+    error: str | None = None  # why it could not be answered to its end
 
     # Owned by the scheduler.
     num_computed_tokens: int = 0  # of prompt + output, whose keys and values are in `block_ids`
@@ -124,6 +136,10 @@ class Request:
 
     first_token_s: float | None = None
     finish_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.params.seed is None:  # the engine has drawn one for whoever wants another each time
+            self.params = replace(self.params, seed=0)
 
     @property
     def num_tokens(self) -> int:

@@ -2,7 +2,8 @@
 
 A step is rows of (request, start, number of tokens): decode rows first, then prefills that are under way, then newly
 admitted requests in order of arrival, while the budgets of tokens, sequences, blocks and vision embeddings last. In
-the plan all rows of one token come before all longer ones.
+the plan all rows of one token come before all longer ones. A row yields as many new tokens as it may and the runner
+finds; with `max_yield` above 1 a decode row has slots and budget for tokens that the runner guesses and verifies.
 A prompt gets all its blocks when it is admitted, an answer one block at a time; when none is left, the request that
 was admitted last gives its blocks back and is computed again later (preemption by recomputation).
 
@@ -20,33 +21,9 @@ from dataclasses import dataclass, field
 from executor.errors import UserError
 from executor.schedule.block_pool import BlockPool
 from executor.schedule.encoder_cache import EncoderCache, MediaReads
+from executor.schedule.plan import Plan, Row
 from executor.schedule.prefix_cache import BlockDigests
-from executor.schedule.request import FinishReason, MediaItem, Prompt, Request, Status
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Compute tokens [start, start + num_tokens) of a request; `samples` when the last of them yields a new token."""
-
-    request: Request
-    start: int
-    num_tokens: int
-    samples: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step. The runner drops the embeddings of `release`, then encodes `encode`, then computes `rows`.
-
-    The replica's leader fills in the last two. Replicas that share experts agree on them: how many tokens each of them
-    brings, its own filled up, and whether they all replay a graph.
-    """
-
-    rows: tuple[Row, ...]
-    encode: tuple[MediaItem, ...] = ()
-    release: tuple[bytes, ...] = ()
-    padded_tokens: int | None = None
-    in_graph: bool = False
+from executor.schedule.request import FinishReason, Prompt, Request, Status
 
 
 @dataclass(slots=True)
@@ -61,7 +38,7 @@ class _Record:
 
 
 @dataclass(slots=True)
-class _Step:
+class _OpenPlan:
     """A plan being made."""
 
     budget_tokens: int
@@ -76,7 +53,8 @@ class Scheduler:
 
     `max_num_batched_tokens` bounds the tokens of a step, `max_model_len` prompt plus answer, `encoder_cache_tokens`
     the vision embeddings kept. Without chunked prefill a prompt is computed in one step; only the recomputation of a
-    preempted request that has outgrown `max_num_batched_tokens` is still split.
+    preempted request that has outgrown `max_num_batched_tokens` is still split. `max_yield`: new tokens that a decode
+    row may bring; the budget of a step counts all but the first of them as tokens.
     """
 
     def __init__(
@@ -91,6 +69,7 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         encoder_cache_tokens: int = 16384,
         eos_token_ids: Collection[int] = (),
+        max_yield: int = 1,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching)
         self.max_num_seqs = max_num_seqs
@@ -98,6 +77,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.enable_chunked_prefill = enable_chunked_prefill
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.max_yield = max_yield
         self._encoder = EncoderCache(encoder_cache_tokens)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # in order of admission
@@ -117,7 +97,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. UserError when it could never be served as asked."""
-        self._refuse_impossible(request)
+        self.check_possible(request)
         prompt = request.prompt
         num_prompt = len(prompt.token_ids)
         # The last token of an answer is never computed, hence the one more than the pool has slots.
@@ -137,6 +117,12 @@ class Scheduler:
                 self.finish(request, FinishReason.ABORT)
                 return request
         return None
+
+    def fail(self, request: Request, error: str) -> None:
+        """End a request that cannot go on, also between `schedule` and `update`; `error` says why."""
+        self.finish(request, FinishReason.ERROR)
+        if request.finish_reason is FinishReason.ERROR:
+            request.error = error
 
     def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End a request, for a stop string or by abort. One that `update` has ended only gets the new reason.
@@ -160,44 +146,61 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """The next step; without rows only when there is no work."""
-        step = _Step(self.max_num_batched_tokens)
-        self._schedule_decode(step)
-        num_decode_rows = len(step.rows)
-        self._schedule_prefill(step)
-        self._admit(step)
-        assert step.rows or not self.has_work, "nothing was scheduled although there is work"
-        if not step.rows:
+        open_plan = _OpenPlan(self.max_num_batched_tokens)
+        self._schedule_decode(open_plan)
+        num_decode_rows = len(open_plan.rows)
+        self._schedule_prefill(open_plan)
+        self._admit(open_plan)
+        assert open_plan.rows or not self.has_work, "nothing was scheduled although there is work"
+        if not open_plan.rows:
             return Plan(())
-        if len(step.rows) > num_decode_rows:
-            step.rows.sort(key=lambda row: row.num_tokens > 1)  # the end of a prefill may be a single token too
-        return Plan(tuple(step.rows), *self._encoder.drain())
+        if len(open_plan.rows) > num_decode_rows:
+            open_plan.rows.sort(key=lambda row: row.num_tokens > 1)  # the end of a prefill may be a single token too
+        return Plan(tuple(open_plan.rows), *self._encoder.drain())
 
-    def update(self, plan: Plan, token_ids: Sequence[int]) -> list[Request]:
-        """Record an executed plan: one new token for each row that samples, in order, of aborted requests too.
+    def update(
+        self, plan: Plan, token_ids: Sequence[Sequence[int]], missing: Collection[bytes] = ()
+    ) -> list[tuple[Request, list[int]]]:
+        """Record an executed plan: the new tokens of each row, 1 to `max_yield` (none where that is 0 or the request
+        has ended meanwhile). `missing`: digests of media that could not be encoded; whoever reads them has failed.
 
-        Returns the requests that got a token; those it ends have their status, reasons and time set.
+        Returns the requests that got tokens, with those that count: the ones behind an end are dropped. Requests that
+        it ends have their status, reasons and time set.
         """
+        assert len(token_ids) == len(plan.rows), f"tokens of {len(token_ids)} rows for a plan of {len(plan.rows)}"
         now_s = time.monotonic()
-        new_tokens = iter(token_ids)
+        self._encoder.settle(missing)
         updated = []
-        for row in plan.rows:
-            token_id = next(new_tokens) if row.samples else None
+        for row, new in zip(plan.rows, token_ids, strict=True):
             request = row.request
             if request.finished:
                 continue
+            assert min(row.max_yield, 1) <= len(new) <= row.max_yield, (
+                f"request '{request.id}': {len(new)} tokens of a row that may yield {row.max_yield}"
+            )
             record = self._records[request.id]
-            request.num_computed_tokens = row.start + row.num_tokens
+            kept = self._append(request, record, new)
+            # Of what it yields all but the last has been computed in the same step.
+            request.num_computed_tokens = row.start + row.num_tokens + max(0, len(kept) - 1)
             self._register_blocks(request, record)
             record.media.give_back(request.num_computed_tokens)
-            if token_id is None:
+            if not kept:
                 continue
-            request.output_token_ids.append(int(token_id))
             if request.first_token_s is None:
                 request.first_token_s = now_s
-            updated.append(request)
-            self._finish_if_ended(request, record)
-        assert next(new_tokens, None) is None, f"{len(token_ids)} tokens for fewer sampling rows"
+            updated.append((request, kept))
+            end = self._end_of(request, record)
+            if end is not None:
+                self.finish(request, *end)
         return updated
+
+    def cancel(self, plan: Plan) -> None:
+        """A plan has not been executed, or nobody knows how far: everything is as if it had not been made.
+
+        Admitted requests stay admitted, with nothing computed; the next plans compute it.
+        """
+        if plan.rows:
+            self._encoder.undo()
 
     def check(self) -> None:
         """Assert all invariants, between any two calls. O(blocks + requests); for tests."""
@@ -222,7 +225,8 @@ class Scheduler:
         assert len(self._running) <= self.max_num_seqs
         self._encoder.check(held_media)
 
-    def _refuse_impossible(self, request: Request) -> None:
+    def check_possible(self, request: Request) -> None:
+        """UserError for a request that `add` would refuse."""
         num_prompt = len(request.prompt.token_ids)
         if request.id in self._records:
             raise UserError(f"request id '{request.id}' is in use by an unfinished request; choose another")
@@ -248,16 +252,33 @@ class Scheduler:
                 "is off; raise scheduler_config.max_num_batched_tokens or set scheduler_config.enable_chunked_prefill"
             )
 
-    def _schedule_decode(self, step: _Step) -> None:
-        for request in tuple(self._running):
-            if not step.budget_tokens:
+    def _schedule_decode(self, open_plan: _OpenPlan) -> None:
+        candidates = [request for request in self._running if _is_decode(request)]
+        for place, request in enumerate(candidates):
+            if not open_plan.budget_tokens:
                 return
             # A request preempted by an earlier row is no longer running. Older rows are never preempted by later ones.
-            if request.status is Status.RUNNING and _is_decode(request) and self._grow(request, step):
-                step.rows.append(Row(request, request.num_computed_tokens, 1, True))
-                step.budget_tokens -= 1
+            if request.status is Status.RUNNING and self._grow(request, open_plan):
+                # Each row has its token before any row has a second one.
+                spare_tokens = max(0, open_plan.budget_tokens - (len(candidates) - place))
+                num_more = self._grow_more(request, min(self.max_yield - 1, spare_tokens))
+                open_plan.rows.append(Row(request, request.num_computed_tokens, 1, 1 + num_more))
+                open_plan.budget_tokens -= 1 + num_more
 
-    def _grow(self, request: Request, step: _Step) -> bool:
+    def _grow_more(self, request: Request, wanted: int) -> int:
+        """Slots for up to `wanted` tokens behind the next one, from free blocks only; how many there are."""
+        if not wanted:
+            return 0
+        room_tokens = self._records[request.id].max_output_tokens - len(request.output_token_ids) - 1
+        num_needed = self.pool.num_blocks_for(request.num_tokens + min(wanted, room_tokens)) - len(request.block_ids)
+        # What is free beyond a block for each running request: guesses preempt nobody.
+        num_free = self.pool.num_free - len(self._running)
+        if 0 < num_needed <= num_free:
+            request.block_ids += self.pool.allocate(num_needed, after=request.block_ids[-1])
+        num_slots = len(request.block_ids) * self.pool.block_size - request.num_tokens
+        return min(wanted, room_tokens, num_slots)
+
+    def _grow(self, request: Request, open_plan: _OpenPlan) -> bool:
         """Give a decode row the block of its token, at the cost of the last admitted; False if that is itself."""
         while len(request.block_ids) * self.pool.block_size < request.num_tokens:
             if self.pool.num_free:
@@ -266,7 +287,7 @@ class Scheduler:
             victim = self._running[-1]
             assert victim is not request or len(self._running) > 1, "a request alone has outgrown the pool"
             self._preempt(victim)
-            step.admits = False
+            open_plan.admits = False
             if victim is request:
                 return False
         return True
@@ -280,29 +301,29 @@ class Scheduler:
         request.num_preemptions += 1
         self._waiting.appendleft(request)
 
-    def _schedule_prefill(self, step: _Step) -> None:
+    def _schedule_prefill(self, open_plan: _OpenPlan) -> None:
         for request in self._running:
             if _is_decode(request):
                 continue
-            num_tokens = self._chunk_tokens(request, request.num_computed_tokens, step)
+            num_tokens = self._chunk_tokens(request, request.num_computed_tokens, open_plan)
             if num_tokens:
-                self._add_prefill_row(request, num_tokens, step)
+                self._add_prefill_row(request, num_tokens, open_plan)
 
-    def _admit(self, step: _Step) -> None:
+    def _admit(self, open_plan: _OpenPlan) -> None:
         size = self.pool.block_size
-        while step.admits and step.budget_tokens and self._waiting and len(self._running) < self.max_num_seqs:
+        while open_plan.admits and open_plan.budget_tokens and self._waiting and len(self._running) < self.max_num_seqs:
             request = self._waiting[0]
             record = self._records[request.id]
             cached = self._find_prefix(request, record)
             num_cached_tokens = len(cached) * size
-            if self._is_worth_waiting(request, record, len(cached), step):
+            if self._is_worth_waiting(request, record, len(cached), open_plan):
                 return
             num_needed = self.pool.num_blocks_for(request.num_tokens) - len(cached)
             # A block to spare for each running request, else the newcomer may be preempted a moment later.
             num_left = self.pool.num_free - self.pool.num_unreferenced(cached) - len(self._running)
             if num_needed > num_left:
                 return
-            num_tokens = self._chunk_tokens(request, num_cached_tokens, step)
+            num_tokens = self._chunk_tokens(request, num_cached_tokens, open_plan)
             if not num_tokens:
                 return
             self._take_blocks(request, record, cached, num_needed)
@@ -311,7 +332,7 @@ class Scheduler:
             request.num_computed_tokens = num_cached_tokens
             if not request.num_preemptions:
                 request.num_cached_tokens = num_cached_tokens
-            self._add_prefill_row(request, num_tokens, step)
+            self._add_prefill_row(request, num_tokens, open_plan)
 
     def _find_prefix(self, request: Request, record: _Record) -> list[int]:
         """Blocks that hold the beginning of the request. The last token is always computed, for its logits."""
@@ -320,11 +341,11 @@ class Scheduler:
         num_tokens = request.num_tokens - 1
         return self.pool.lookup(record.digests.extend(num_tokens)[: num_tokens // self.pool.block_size])
 
-    def _is_worth_waiting(self, request: Request, record: _Record, num_cached: int, step: _Step) -> bool:
+    def _is_worth_waiting(self, request: Request, record: _Record, num_cached: int, open_plan: _OpenPlan) -> bool:
         """Whether this very step fills at least half of what the request still needs: then it starts one step later."""
         num_coming = 0
-        for digest in record.digests.digests[num_cached:] if step.in_flight else ():
-            if digest not in step.in_flight:
+        for digest in record.digests.digests[num_cached:] if open_plan.in_flight else ():
+            if digest not in open_plan.in_flight:
                 break
             num_coming += 1
         num_remaining = request.num_tokens - num_cached * self.pool.block_size
@@ -340,25 +361,25 @@ class Scheduler:
         record.claimed = pool.claim(fresh[-1] + 1, room)
         record.num_registered_blocks = len(cached)
 
-    def _add_prefill_row(self, request: Request, num_tokens: int, step: _Step) -> None:
+    def _add_prefill_row(self, request: Request, num_tokens: int, open_plan: _OpenPlan) -> None:
         start = request.num_computed_tokens
         end = start + num_tokens
-        step.rows.append(Row(request, start, num_tokens, end == request.num_tokens))
-        step.budget_tokens -= num_tokens
+        open_plan.rows.append(Row(request, start, num_tokens, int(end == request.num_tokens)))
+        open_plan.budget_tokens -= num_tokens
         if self.pool.enable_prefix_caching:
             size = self.pool.block_size
-            step.in_flight.update(self._records[request.id].digests.extend(end)[start // size : end // size])
+            open_plan.in_flight.update(self._records[request.id].digests.extend(end)[start // size : end // size])
 
-    def _chunk_tokens(self, request: Request, start: int, step: _Step) -> int:
+    def _chunk_tokens(self, request: Request, start: int, open_plan: _OpenPlan) -> int:
         """How many tokens from `start` on this step computes; takes the embeddings that they read."""
         remaining = request.num_tokens - start
-        num_tokens = min(remaining, step.budget_tokens)
+        num_tokens = min(remaining, open_plan.budget_tokens)
         # What may be split is split throughout: a row begun must not wait for more than its next media.
         whole = not self.enable_chunked_prefill and request.num_tokens <= self.max_num_batched_tokens
         if num_tokens == 0 or (whole and num_tokens < remaining):
             return 0
-        num_readable = self._records[request.id].media.take(start, num_tokens, whole, step.takes_media)
-        step.takes_media &= num_readable == num_tokens
+        num_readable = self._records[request.id].media.take(start, num_tokens, whole, open_plan.takes_media)
+        open_plan.takes_media &= num_readable == num_tokens
         return num_readable
 
     def _register_blocks(self, request: Request, record: _Record) -> None:
@@ -370,17 +391,26 @@ class Scheduler:
             self.pool.register(request.block_ids[index], digests[index])
         record.num_registered_blocks = num_full
 
-    def _finish_if_ended(self, request: Request, record: _Record) -> None:
-        """`update`'s part of ending: EOS, stop ids, and the lengths that `add` has put together."""
+    def _append(self, request: Request, record: _Record, token_ids: Sequence[int]) -> list[int]:
+        """Take the new tokens up to the one that ends the answer; returns those taken."""
+        kept: list[int] = []
+        for token_id in token_ids:
+            kept.append(int(token_id))
+            request.output_token_ids.append(kept[-1])
+            if self._end_of(request, record) is not None:
+                break
+        return kept
+
+    def _end_of(self, request: Request, record: _Record) -> tuple[FinishReason, int | None] | None:
+        """Why the answer ends with its last token: EOS, stop ids, and the lengths that `add` has put together."""
         token_id, num_output = request.output_token_ids[-1], len(request.output_token_ids)
         params = request.params
         if num_output >= params.min_new_tokens:
             if token_id in params.stop_token_ids:
-                return self.finish(request, FinishReason.STOP, token_id)
+                return FinishReason.STOP, token_id
             if not params.ignore_eos and token_id in self.eos_token_ids:
-                return self.finish(request, FinishReason.STOP)
-        if num_output >= record.max_output_tokens:
-            self.finish(request, FinishReason.LENGTH)
+                return FinishReason.STOP, None
+        return (FinishReason.LENGTH, None) if num_output >= record.max_output_tokens else None
 
     def _give_back(self, request: Request) -> None:
         """End all that a request holds."""

@@ -1,11 +1,15 @@
 """The engine's promises, over the tiny trained Qwen3-VL and its sample files."""
 
+import itertools
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from executor.errors import UserError
+from executor.schedule.plan import Plan, Row
 from executor.schedule.request import FinishReason, SamplingParams
 from tests.engines import engine_over
 from tests.reference import REPO
@@ -55,10 +59,257 @@ def test_leaving_a_stream_frees_the_request(engine, describe):
     assert not engine.has_work
 
 
-def test_other_requests_go_on_beside_a_stream(engine, describe):
+def test_requests_beside_a_stream_keep_their_outputs(engine, describe):
     other = engine.add(describe, replace(DESCRIBE, max_new_tokens=3))
     list(engine.stream(describe, DESCRIBE))
-    assert not any(answer.parent_id == other for answer in engine._answers.values())
+    assert engine.has_work and not engine.scheduler.has_work
+    outputs = engine.step()
+    assert {output.request_id for output in outputs} == {other}
+    assert [len(output.token_ids) for output in outputs] == [1, 1, 1] and outputs[-1].finished
+
+
+def test_streams_and_generate_may_be_mixed(engine, describe):
+    (whole,) = engine.generate([describe], DESCRIBE)
+    first, second = engine.stream(describe, DESCRIBE), engine.stream(describe, DESCRIBE)
+    texts = ["", ""]
+    for one, two in zip(first, second, strict=True):
+        texts[0] += one.text_delta
+        texts[1] += two.text_delta
+    assert texts == [whole.text] * 2
+    stream = engine.stream(describe, DESCRIBE)
+    begun = [next(stream)]
+    (again,) = engine.generate([describe], DESCRIBE)
+    assert "".join(output.text_delta for output in [*begun, *stream]) == again.text == whole.text
+
+
+def test_an_aborted_request_ends_its_stream_and_leaves_no_outputs(engine, describe):
+    dropped = engine.add(describe, DESCRIBE)
+    stream = engine.stream(describe, DESCRIBE)
+    next(stream)
+    engine.abort(dropped)
+    engine.abort(next(stream).request_id)
+    (last,) = stream
+    assert last.finish_reason is FinishReason.ABORT and not engine.has_work
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, AssertionError])
+def test_an_interrupted_call_leaves_nothing_running(engine, describe, monkeypatch, reason):
+    def fail(plan):
+        raise reason
+
+    monkeypatch.setattr(engine.runner, "forward", fail)
+    with pytest.raises(reason):
+        engine.generate([describe, describe], DESCRIBE)
+    assert not engine.has_work
+    with pytest.raises(reason):
+        list(engine.stream(describe, DESCRIBE))
+
+
+def fails_for(monkeypatch, owner, name: str, is_bad, error: Exception | None = None):
+    """Let a method fail wherever its first argument is bad."""
+    method = getattr(owner, name)
+
+    def failing(first, *rest):
+        if is_bad(first):
+            raise error or RuntimeError("out of memory")
+        return method(first, *rest)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+def plain(engine, color: str):
+    picture = {"type": "image", "image": Image.new("RGB", (128, 128), color)}
+    return engine.processor.build([{"role": "user", "content": [picture, {"type": "text", "text": "What?"}]}])
+
+
+def test_a_picture_that_cannot_be_encoded_fails_its_requests_alone(engine, monkeypatch):
+    bad, good, params = plain(engine, "red"), plain(engine, "green"), replace(DESCRIBE, max_new_tokens=6)
+    encode, seen = engine.runner.encode, []
+
+    def failing(media):
+        seen.append(len(media))
+        if bad.media[0] in media:
+            raise RuntimeError("out of memory\nand a long trace")
+        encode(media)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "encode", failing)
+        first, other, text, last = engine.generate([bad, good, "What do you see?", bad], params)
+    assert seen[:3] == [2, 1, 1], "together, then each by itself"
+    for failed in (first, last):
+        assert (failed.finish_reason, failed.text) == (FinishReason.ERROR, "")
+        assert failed.error == "a PIL picture cannot be encoded: RuntimeError: out of memory"
+    assert other.error is None and text.error is None
+    (again, mended) = engine.generate([good, bad], params)
+    assert again.token_ids == other.token_ids and mended.error is None and mended.text
+
+
+def test_a_row_that_fails_fails_alone(engine, describe, monkeypatch):
+    (whole,) = engine.generate([describe], DESCRIBE)
+    bad = ask(engine, "Count the objects.", "objects_2.jpg")
+    fails_for(
+        monkeypatch, engine.runner, "forward",
+        lambda plan: any(row.request.prompt is bad and row.request.output_token_ids for row in plan.rows),
+    )  # fmt: skip
+    first, failed, last = engine.generate([describe, bad, describe], DESCRIBE)
+    assert first.token_ids == last.token_ids == whole.token_ids
+    assert failed.finish_reason is FinishReason.ERROR and failed.completion_tokens == 1
+    assert failed.error == "its step failed: RuntimeError: out of memory"
+
+
+def test_logits_that_are_not_finite_fail_their_request_alone(engine, describe, monkeypatch):
+    (whole,) = engine.generate([describe], DESCRIBE)
+    forward, bad = engine.runner.forward, ask(engine, "Count the objects.", "objects_2.jpg")
+
+    def overflowing(plan):
+        logits = forward(plan).clone()
+        for place, row in enumerate(row for row in plan.rows if row.max_yield):
+            if row.request.prompt is bad and len(row.request.output_token_ids) == 1:
+                logits[place] = float("nan")
+        return logits
+
+    monkeypatch.setattr(engine.runner, "forward", overflowing)
+    first, failed = engine.generate([describe, bad], replace(DESCRIBE, logprobs=1))
+    assert first.token_ids == whole.token_ids and first.error is None
+    assert failed.finish_reason is FinishReason.ERROR and "not finite" in failed.error
+    assert len(failed.token_ids[0]) == len(failed.logprobs[0]) == 1
+
+
+def test_tokens_that_are_no_text_fail_their_request_alone(engine, describe, monkeypatch):
+    stream = engine.stream(describe, DESCRIBE)
+    request_id = next(stream).request_id
+    detokenizer = engine._answers[f"{request_id}/0"].detokenizer
+    fails_for(monkeypatch, detokenizer, "push", lambda token_ids: True, KeyError("x"))
+    (other,) = engine.generate([describe], DESCRIBE)
+    assert other.error is None
+    (last,) = [output for output in stream if output.finished]
+    assert last.finish_reason is FinishReason.ERROR and "its tokens cannot be read as text: KeyError" in last.error
+
+
+class ManyTokens:
+    """A runner that finds several tokens a step: it runs further steps of the same plan by itself."""
+
+    def __init__(self, engine, monkeypatch, counts) -> None:
+        self.counts = itertools.cycle(counts)
+        self.execute = engine.runner.execute
+        monkeypatch.setattr(engine.scheduler, "max_yield", 4)
+        monkeypatch.setattr(engine.runner, "execute", self)
+
+    def __call__(self, plan):
+        result = self.execute(Plan(tuple(replace(row, max_yield=min(1, row.max_yield)) for row in plan.rows),
+                                   plan.encode, plan.release))  # fmt: skip
+        for number, row in enumerate(plan.rows):
+            request, new = row.request, result.token_ids[number]
+            for _ in range(min(next(self.counts), row.max_yield) - 1):
+                request.output_token_ids.append(new[-1])
+                more = self.execute(Plan((Row(request, request.num_tokens - 1, 1, 1),)))
+                new += more.token_ids[0]
+                result.logprobs[number].extend(more.logprobs[0])
+            del request.output_token_ids[len(request.output_token_ids) - max(0, len(new) - 1) :]
+        return result
+
+
+@pytest.mark.parametrize("change", [{}, {"stop": "e at t"}, {"max_new_tokens": 7, "ignore_eos": True}, {"logprobs": 2}])
+@pytest.mark.parametrize("params", [DESCRIBE, NOISY])
+def test_several_tokens_a_step_are_the_same_answer(engine, describe, monkeypatch, params, change):
+    params = replace(params, **change)
+    wanted = engine.generate([describe, describe], params)
+    ManyTokens(engine, monkeypatch, (1, 3, 4, 2))
+    found = engine.generate([describe, describe], params)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours.token_ids, ours.text, ours.finish_reason) == (theirs.token_ids, theirs.text, theirs.finish_reason)
+        assert ours.logprobs == theirs.logprobs
+    outputs = list(engine.stream(describe, params))
+    assert "".join(output.text_delta for output in outputs) == wanted[0].text
+    assert max(len(output.token_ids) for output in outputs) > 1
+    assert tuple(token for output in outputs for token in output.token_ids) == wanted[0].token_ids[0]
+
+
+def test_two_threads_at_once_are_an_error(engine, describe, monkeypatch):
+    inside, leave = threading.Event(), threading.Event()
+    execute = engine.runner.execute
+
+    def slow(plan):
+        inside.set()
+        assert leave.wait(10)
+        return execute(plan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "execute", slow)
+        dropped = engine.add(describe, DESCRIBE)
+        thread = threading.Thread(target=engine.step)
+        thread.start()
+        assert inside.wait(10)
+        for call in (engine.step, lambda: engine.add(describe, DESCRIBE), lambda: engine.generate([describe], NOISY)):
+            with pytest.raises(RuntimeError, match="two threads use this engine at the same time"):
+                call()
+        engine.abort(dropped)  # may come from anywhere
+        leave.set()
+        thread.join()
+    assert not engine.has_work
+
+
+def test_a_closed_engine_is_an_error(describe):
+    with engine_over(REPO / "models" / "tiny" / "qwen3_vl") as engine:
+        engine.add(describe, DESCRIBE)
+        next(engine.stream(describe, DESCRIBE))
+    assert not engine.scheduler.has_work and not engine.runner.features
+    engine.close()
+    for call in (engine.step, lambda: engine.generate([describe], DESCRIBE), lambda: next(engine.stream("?", NOISY))):
+        with pytest.raises(RuntimeError, match="this engine is closed"):
+            call()
+
+
+def test_texts_and_conversations_are_questions(engine):
+    messages = [{"role": "user", "content": "Count the objects."}]
+    prompt = engine.processor.build(messages)
+    params = replace(DESCRIBE, max_new_tokens=4)
+    for questions in ([prompt], prompt, messages, [messages], "Count the objects.", ["Count the objects."]):
+        (found,) = engine.generate(questions, params)
+        assert found.prompt_tokens == len(prompt.token_ids)
+    assert [output.finished for output in engine.stream("Count the objects.", params)][-1]
+
+
+@pytest.mark.parametrize("questions, words", [
+    ([3], "a prompt is of type int: 3; allowed: a Prompt"),
+    ([["a", "b"]], "a prompt is a list of str"),
+    (7, "prompts are of type int"),
+])  # fmt: skip
+def test_other_things_are_no_prompts(engine, questions, words):
+    with pytest.raises(UserError, match=words):
+        engine.generate(questions, DESCRIBE)
+
+
+def test_as_many_params_as_prompts(engine, describe):
+    with pytest.raises(UserError, match="2 prompts and 1 params; give one SamplingParams for all"):
+        engine.generate([describe, describe], [DESCRIBE])
+    with pytest.raises(UserError, match="params are of type dict; allowed: SamplingParams"):
+        engine.generate([describe], [{"temperature": 0}])
+
+
+def test_a_refusal_leaves_nothing_queued(engine, describe):
+    long = engine.processor.build([{"role": "user", "content": "red " * 2100}])
+    for questions, params in (
+        ([describe, long], DESCRIBE),
+        ([describe, describe], [DESCRIBE, replace(DESCRIBE, top_p=7)]),
+        ([describe, 5], DESCRIBE),
+        ([long], replace(NOISY, n=3)),
+    ):
+        with pytest.raises(UserError):
+            engine.generate(questions, params)
+        assert not engine.has_work
+
+
+def test_without_a_seed_every_request_has_another_and_greedy_answers_are_the_same(engine, describe):
+    free = replace(NOISY, seed=None)
+    first, second = engine.generate([describe, describe], free)
+    assert first.token_ids != second.token_ids
+    assert len({completion.token_ids for completion in engine.generate([describe] * 2, SamplingParams())}) == 1
+
+
+def test_one_stop_is_a_list_of_one():
+    assert SamplingParams(stop="top", stop_token_ids=3) == SamplingParams(stop=["top"], stop_token_ids=[3])
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
 
 
 @pytest.mark.parametrize("stop", ["top right", "e at t", "urple circ"])
@@ -195,6 +446,10 @@ def test_times_and_counts(engine, describe):
         ({"top_p": 0.0}, "top_p"),
         ({"n": 0}, "n"),
         ({"stop_token_ids": (10**6,)}, "stop_token_ids"),
+        ({"stop_token_ids": "17"}, "stop_token_ids is '17'; allowed: a token id or a list"),
+        ({"stop": 5}, "stop is 5; allowed: a string or a list of strings"),
+        ({"stop": ""}, "stop holds ''"),
+        ({"seed": 1.5}, "seed is 1.5; allowed: a whole number, or none"),
     ],
 )
 def test_bad_parameters_are_refused(engine, describe, change, message):

@@ -30,15 +30,19 @@ def spreads(*samples: list[Sample]) -> list[Spread]:
 def test_whoever_is_free_takes_the_next() -> None:
     first, second = spreads(SAMPLES, SAMPLES)
     assert first.start([1, 2, 4, 5, 8]) and second.start()
-    assert (first.most, second.most) == (3, 3)
-    one, two = first.mine(), second.mine()
+    assert (first.max_held, second.max_held) == (3, 3)
+    one, two = first.samples(), second.samples()
     assert [next(one), next(two), next(two), next(two)] == [(i, SAMPLES[i]) for i in (1, 2, 4, 5)]
     assert [*one] == [(8, SAMPLES[8])] and [*two] == []
-    assert [*first.received()] == []
+    received: list[dict] = []
+    first.receive(received.append)
+    second.receive(received.append)
+    assert received == []
     second.send({"index": 2, "text": "ü"})
     second.send({"index": 5})
-    assert [*first.received()] == [{"index": 2, "text": "ü"}, {"index": 5}]
-    assert [*first.received()] == []
+    first.receive(received.append)
+    first.receive(received.append)
+    assert received == [{"index": 2, "text": "ü"}, {"index": 5}]
 
 
 def test_other_questions_on_another_node_are_refused() -> None:

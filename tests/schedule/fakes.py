@@ -5,14 +5,17 @@ as those of a transformer are a function of all that. The runner computes each f
 `block_ids`, so a block shared, lost or overwritten by mistake changes every later hash and every later token.
 """
 
+import random
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from typing import NoReturn
 
 import numpy as np
 
+from executor.schedule.plan import Plan, Row
 from executor.schedule.request import MediaItem, Prompt, Request, SamplingParams, Span
-from executor.schedule.scheduler import Plan, Row, Scheduler
+from executor.schedule.scheduler import Scheduler
 
 PLACEHOLDER = 1
 EOS = 2
@@ -105,11 +108,20 @@ def answer_alone(prompt: Prompt, params: SamplingParams, max_output_tokens: int)
             return output
 
 
-class FakeRunner:
-    """Executes plans on a memory of `num_blocks * block_size` hashes and checks each of them on the way."""
+class Fault(Exception):
+    """A step that fails."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+
+class FakeRunner:
+    """Executes plans on a memory of `num_blocks * block_size` hashes and checks each of them on the way.
+
+    With `guesses` a row yields any number of tokens that it may, and wrong guesses stay in the slots behind them.
+    """
+
+    def __init__(self, scheduler: Scheduler, guesses: random.Random | None = None) -> None:
         self.scheduler = scheduler
+        self.guesses = guesses
+        self.doubtful: set[bytes] = set()  # media of steps that failed
         self.block_size = scheduler.pool.block_size
         self.memory = np.full(scheduler.pool.num_blocks * self.block_size, -1, dtype=np.int64)
         self.embeddings: dict[bytes, int] = {}
@@ -117,32 +129,77 @@ class FakeRunner:
         self.max_embedded_tokens = 0
         self._truths: dict[Request, Truth] = {}
 
-    def execute(self, plan: Plan) -> list[int]:
+    def execute(self, plan: Plan, unreadable: Collection[bytes] = ()) -> list[list[int]]:
+        """The new tokens of each row. `unreadable`: media that cannot be encoded; rows that read them yield nothing."""
         self._check(plan)
-        self._encode(plan)
-        for row in plan.rows:  # of all rows first: what a step reads was written by earlier steps
+        self._encode(plan, unreadable)
+        rows = [row for row in plan.rows if not self.reads(row, unreadable)]
+        for row in rows:  # of all rows first: what a step reads was written by earlier steps
             self._check_context(row)
-        chains = [self._write(row) for row in plan.rows]
-        return [choose(chain) for row, chain in zip(plan.rows, chains, strict=True) if row.samples]
+        chains = {row.request: self._write(row) for row in rows}
+        return [self._yield(row, chains[row.request]) if row.request in chains else [] for row in plan.rows]
+
+    def fail(self, plan: Plan, rng: random.Random) -> NoReturn:
+        """Raise Fault before, within or after the encoding, or after some rows have been written."""
+        self._check(plan)
+        self.doubtful |= {*plan.release, *(item.digest for item in plan.encode)}
+        if rng.random() < 0.7:
+            for item in plan.encode[: rng.randint(0, len(plan.encode))]:
+                self.embeddings[item.digest] = item.num_tokens
+            for digest in plan.release[: rng.randint(0, len(plan.release))]:
+                self.embeddings.pop(digest, None)
+            for row in plan.rows[: rng.randint(0, len(plan.rows))]:
+                self.memory[self._slots(row, row.start, row.start + row.num_tokens)] = -7
+        raise Fault
+
+    @staticmethod
+    def reads(row: Row, digests: Collection[bytes]) -> bool:
+        prompt, end = row.request.prompt, row.start + row.num_tokens
+        return any(
+            prompt.media[span.media_index].digest in digests
+            for span in prompt.spans
+            if span.start < end and span.start + span.num_tokens > row.start
+        )
+
+    def _yield(self, row: Row, chain: int) -> list[int]:
+        if not row.max_yield:
+            return []
+        tokens = [choose(chain)]
+        count = self.guesses.randint(1, row.max_yield) if self.guesses else 1
+        at = row.start + row.num_tokens
+        while len(tokens) < count:
+            index = at + len(tokens) - 1
+            chain = link(chain, *self._truths[row.request].inputs(index, tokens[-1]))
+            self.memory[self._slots(row, index, index + 1)] = chain
+            tokens.append(choose(chain))
+        self.memory[self._slots(row, at + count - 1, at + row.max_yield - 1)] = -7
+        return tokens
 
     def _check(self, plan: Plan) -> None:
         scheduler = self.scheduler
         assert plan.rows
-        assert sum(row.num_tokens for row in plan.rows) <= scheduler.max_num_batched_tokens
+        total = sum(row.num_tokens + max(0, row.max_yield - 1) for row in plan.rows)
+        assert total <= scheduler.max_num_batched_tokens
         assert len(plan.rows) <= scheduler.max_num_seqs
         assert len({row.request for row in plan.rows}) == len(plan.rows)
         is_long = [row.num_tokens > 1 for row in plan.rows]
         assert is_long == sorted(is_long), "rows of one token come first"
         for row in plan.rows:
-            assert row.num_tokens > 0 and row.samples == (row.start + row.num_tokens == row.request.num_tokens)
+            assert row.num_tokens > 0
+            assert (row.max_yield > 0) == (row.start + row.num_tokens == row.request.num_tokens)
+            assert row.max_yield <= (scheduler.max_yield if row.num_tokens == 1 else 1)
             whole = not scheduler.enable_chunked_prefill and row.request.num_tokens <= scheduler.max_num_batched_tokens
-            assert row.samples or not whole, "a prompt was split although chunked prefill is off"
+            assert row.max_yield or not whole, "a prompt was split although chunked prefill is off"
 
-    def _encode(self, plan: Plan) -> None:
+    def _encode(self, plan: Plan, unreadable: Collection[bytes]) -> None:
         for digest in plan.release:
-            del self.embeddings[digest]
+            assert digest in self.embeddings or digest in self.doubtful, "dropped twice"
+            self.embeddings.pop(digest, None)
         for item in plan.encode:
-            assert item.digest not in self.embeddings, "encoded twice"
+            assert item.digest not in self.embeddings or item.digest in self.doubtful, "encoded twice"
+            self.doubtful.discard(item.digest)
+            if item.digest in unreadable:
+                continue
             self.embeddings[item.digest] = item.num_tokens
             self.num_encoded[item.digest] = self.num_encoded.get(item.digest, 0) + 1
         self.max_embedded_tokens = max(self.max_embedded_tokens, sum(self.embeddings.values()))

@@ -3,8 +3,9 @@
 import pytest
 
 from executor.errors import UserError
+from executor.schedule.plan import Plan
 from executor.schedule.request import FinishReason, Status
-from executor.schedule.scheduler import Plan, Scheduler
+from executor.schedule.scheduler import Scheduler
 from tests.schedule.fakes import EOS, FakeRunner, media, request, run, scheduler
 
 
@@ -13,10 +14,10 @@ def shape(plan: Plan) -> list[tuple[str, int, int]]:
 
 
 def step(s: Scheduler, token_id: int = 7) -> list[tuple[str, int, int]]:
-    """One step in which every sampling row gets `token_id`; the rows of its plan."""
+    """One step in which every row that yields gets `token_id`; the rows of its plan."""
     plan = s.schedule()
     s.check()
-    s.update(plan, [token_id] * sum(row.samples for row in plan.rows))
+    s.update(plan, [[token_id] * bool(row.max_yield) for row in plan.rows])
     s.check()
     return shape(plan)
 
@@ -151,7 +152,7 @@ def test_abort_waiting_running_and_within_a_step():
     s.abort("a")
     s.finish(requests[0], FinishReason.STOP, "x")
     assert requests[0].finish_reason is FinishReason.ABORT
-    assert s.update(plan, [20, 21]) == [requests[1]]
+    assert s.update(plan, [[20], [21]]) == [(requests[1], [21])]
     assert requests[0].output_token_ids == [] and requests[1].output_token_ids == [21]
     s.check()
     s.abort("b")
@@ -219,7 +220,7 @@ def test_recomputing_what_outgrew_a_step_is_split_even_without_chunks():
     requests = [request(name, [ord(name)] * 7, max_new_tokens=20, ignore_eos=True) for name in "ab"]
     plans = run(s, requests)
     assert requests[1].num_preemptions
-    assert any(not row.samples for plan in plans for row in plan.rows)
+    assert any(not row.max_yield for plan in plans for row in plan.rows)
     assert [len(each.output_token_ids) for each in requests] == [20, 20]
 
 
@@ -289,10 +290,10 @@ def test_a_chunk_may_end_inside_a_picture():
     s.add(request("a", [5, 5], media("red", 9), [6], media("blue", 4)))
     first = s.schedule()
     assert shape(first) == [("a", 0, 6)] and [item.digest for item in first.encode] == [b"red"]
-    s.update(first, [])
+    s.update(first, [[]])
     second = s.schedule()
     assert shape(second) == [("a", 6, 6)] and second.encode == ()
-    s.update(second, [])
+    s.update(second, [[]])
     third = s.schedule()
     assert shape(third) == [("a", 12, 4)] and [item.digest for item in third.encode] == [b"blue"]
     assert third.release == (b"red",)
@@ -316,7 +317,7 @@ def test_a_picture_larger_than_the_encoder_cache_is_taken_alone():
     plan = s.schedule()
     assert shape(plan) == [("a", 9, 1), ("b", 3, 30)], "c does not push in"
     assert plan.release == (b"small",)
-    s.update(plan, [7, 7])
+    s.update(plan, [[7], [7]])
     plan = s.schedule()
     assert shape(plan) == [("a", 10, 1), ("b", 33, 1), ("c", 3, 6)] and plan.release == (b"huge",)
 
@@ -344,8 +345,93 @@ def test_aborting_frees_embeddings():
     s.add(request("a", media("red", 8)))
     plan = s.schedule()
     s.abort("a")
-    s.update(plan, [])
+    s.update(plan, [[]])
     s.check()
     s.add(request("b", media("blue", 8)))
     plan = s.schedule()
     assert plan.release == (b"red",) and [item.digest for item in plan.encode] == [b"blue"]
+
+
+def test_what_follows_the_end_of_an_answer_is_dropped():
+    s = scheduler(max_yield=4)
+    requests = {
+        "eos": request("eos", [5] * 3, max_new_tokens=20),
+        "stop": request("stop", [6] * 3, max_new_tokens=20, stop_token_ids=9),
+        "length": request("length", [7] * 3, max_new_tokens=3, ignore_eos=True),
+        "early": request("early", [8] * 3, max_new_tokens=20, min_new_tokens=4),
+    }
+    for each in requests.values():
+        s.add(each)
+    step(s)
+    plan = s.schedule()
+    assert [row.max_yield for row in plan.rows] == [4, 4, 2, 4], "no more than the answer may still have"
+    updated = s.update(plan, [[EOS, 8, 8, 8], [8, 9, EOS], [EOS, 8], [EOS, 8, EOS, 8]])
+    s.check()
+    assert [new for _, new in updated] == [[EOS], [8, 9], [EOS, 8], [EOS, 8, EOS]]
+    found = {name: (r.output_token_ids, r.finish_reason, r.stop_reason) for name, r in requests.items()}
+    assert found == {
+        "eos": ([7, EOS], FinishReason.STOP, None),
+        "stop": ([7, 8, 9], FinishReason.STOP, 9),
+        "length": ([7, EOS, 8], FinishReason.LENGTH, None),
+        "early": ([7, EOS, 8, EOS], FinishReason.STOP, None),
+    }
+    assert not s.has_work and s.pool.num_free == 64
+
+
+@pytest.mark.parametrize("tokens", [[], [7, 7, 7]])
+def test_a_row_yields_at_least_one_token_and_no_more_than_it_may(tokens):
+    s = scheduler(max_yield=2)
+    s.add(request("a", [5] * 3))
+    step(s)
+    with pytest.raises(AssertionError, match="row that may yield 2"):
+        s.update(s.schedule(), [tokens])
+
+
+def test_guesses_take_budget_only_when_every_row_has_its_token():
+    s = scheduler(max_yield=5, max_num_batched_tokens=6, max_num_seqs=4)
+    for name in "abc":
+        s.add(request(name, [ord(name)], max_new_tokens=20))
+    step(s)
+    assert [row.max_yield for row in s.schedule().rows] == [4, 1, 1]
+
+
+def test_guesses_preempt_nobody_and_take_no_block_that_a_running_request_will_need():
+    s = scheduler(max_yield=5, num_blocks=4, max_num_seqs=2)
+    for name in "ab":
+        s.add(request(name, [ord(name)] * 2, max_new_tokens=9))
+    step(s)
+    plan = s.schedule()
+    assert [row.max_yield for row in plan.rows] == [2, 2], "up to the end of the first block"
+    s.check()
+
+
+def test_a_step_that_failed_is_planned_again():
+    s = scheduler(encoder_cache_tokens=8)
+    s.add(request("a", [5], media("red", 6)))
+    s.add(request("b", media("red", 6), [7]))
+    failed = s.schedule()
+    s.cancel(failed)
+    s.check()
+    again = s.schedule()
+    assert shape(again) == shape(failed) and again.encode == failed.encode
+    s.cancel(again)
+    s.abort("a")
+    s.abort("b")
+    s.check()
+    assert not s.has_work and s.pool.num_free == 64
+    s.add(request("c", [5] * 3))
+    plan = s.schedule()
+    assert (plan.encode, plan.release) == ((), (b"red",)), "nobody knows whether it is there"
+
+
+def test_media_that_cannot_be_encoded_are_tried_again_by_who_asks_again():
+    s = scheduler()
+    a, red = request("a", [5], media("red", 6)), media("red", 6)
+    s.add(a)
+    plan = s.schedule()
+    s.fail(a, "too large")
+    s.update(plan, [[]], missing=(b"red",))
+    s.check()
+    assert (a.finish_reason, a.error, a.finished) == (FinishReason.ERROR, "too large", True)
+    s.add(request("b", red))
+    assert s.schedule().encode == (red,)

@@ -1,6 +1,7 @@
 """A thousand random steps: nothing lost, nobody starved, no spin, and every answer as if asked alone."""
 
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -8,9 +9,10 @@ import pytest
 from executor.errors import UserError
 from executor.schedule.request import FinishReason, Request, SamplingParams
 from executor.schedule.scheduler import Scheduler
-from tests.schedule.fakes import EOS, FakeRunner, answer_alone, media, prompt, request, run
+from tests.schedule.fakes import EOS, FakeRunner, Fault, answer_alone, media, prompt, request, run
 
 NUM_STEPS = 1000
+ENDED_FROM_OUTSIDE = (FinishReason.ABORT, FinishReason.ERROR)
 MAX_MODEL_LEN = 70
 TINY = {
     "num_blocks": 20,
@@ -37,6 +39,9 @@ CASES = {
     "block_of_one": {"block_size": 1, "num_blocks": 75},
     "hardly_any_blocks": {"num_blocks": 9, "max_num_seqs": 8},
     "hardly_any_embeddings": {"encoder_cache_tokens": 4, "max_num_batched_tokens": 40},
+    "several_tokens_a_row": {"max_yield": 4},
+    "several_tokens_and_hardly_any_blocks": {"max_yield": 7, "num_blocks": 10, "max_num_seqs": 8},
+    "several_tokens_in_blocks_of_one": {"max_yield": 3, "block_size": 1, "num_blocks": 75},
 }
 
 
@@ -70,15 +75,17 @@ class Arrivals:
 class Soak:
     """Steps a scheduler with a checking runner, with arrivals and aborts at every point between the calls."""
 
-    def __init__(self, seed: int, options: dict) -> None:
+    def __init__(self, seed: int, options: dict, faults: float = 0.0) -> None:
         self.options = TINY | options
+        self.faults = faults
         self.rng = random.Random(seed)
         self.scheduler = Scheduler(**self.options)
-        self.runner = FakeRunner(self.scheduler)
+        self.runner = FakeRunner(self.scheduler, random.Random(seed))
         self.arrivals = Arrivals(self.rng)
         self.unfinished: dict[Request, int] = {}  # and the step they arrived in
         self.done: list[Request] = []
         self.num_refused = 0
+        self.num_yielded: Counter[int] = Counter()
         self.num_steps = 0
 
     def add(self) -> None:
@@ -115,14 +122,32 @@ class Soak:
             self.sometimes(0.02, self.abort)
             self.sometimes(0.05, self.add)
         before = {row.request: row.request.num_computed_tokens for row in plan.rows}
-        token_ids = self.runner.execute(plan)
+        if load and self.faults and self.rng.random() < self.faults / 2:
+            with pytest.raises(Fault):
+                self.runner.fail(plan, self.rng)
+            self.sometimes(0.3, self.abort)
+            self.scheduler.cancel(plan)
+            self.scheduler.check()
+            self.collect()
+            return
+        missing = {item.digest for item in plan.encode if load and self.faults and self.rng.random() < self.faults}
+        new_tokens = self.runner.execute(plan, missing)
+        for row in plan.rows:
+            if self.runner.reads(row, missing):
+                self.scheduler.fail(row.request, "unreadable")
         if load:
-            self.sometimes(0.02, self.abort)
-        updated = self.scheduler.update(plan, token_ids)
+            self.sometimes(0.02 if not missing else 0, self.abort)
+        updated = self.scheduler.update(plan, new_tokens, missing)
         self.scheduler.check()
         assert all(r.finished or r.num_computed_tokens > computed for r, computed in before.items())
-        sampled = [row.request for row in plan.rows if row.samples]
-        assert updated == [r for r in sampled if r.finish_reason is not FinishReason.ABORT]
+        sampled = [row.request for row in plan.rows if row.max_yield]
+        assert [r for r, _ in updated] == [r for r in sampled if r.finish_reason not in ENDED_FROM_OUTSIDE]
+        for r, kept in updated:
+            assert kept == r.output_token_ids[-len(kept) :] and kept
+            self.num_yielded[len(kept)] += 1
+        self.collect()
+
+    def collect(self) -> None:
         for finished in [r for r in self.unfinished if r.finished]:
             self.done.append(finished)
             del self.unfinished[finished]
@@ -132,7 +157,8 @@ def check_answer(answered: Request, options: dict) -> None:
     num_prompt = len(answered.prompt.token_ids)
     limit = min(options["max_model_len"], options["num_blocks"] * options["block_size"] + 1) - num_prompt
     expected = answer_alone(answered.prompt, answered.params, limit)
-    if answered.finish_reason is FinishReason.ABORT:
+    if answered.finish_reason in ENDED_FROM_OUTSIDE:
+        assert (answered.error == "unreadable") == (answered.finish_reason is FinishReason.ERROR)
         assert answered.output_token_ids == expected[: len(answered.output_token_ids)]
         return
     assert answered.output_token_ids == expected
@@ -161,6 +187,40 @@ def test_a_thousand_random_steps(case, seed):
         assert len(soak.done) > 50
 
 
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("case", ["tiny", "several_tokens_a_row", "hardly_any_embeddings"])
+def test_steps_that_fail_and_media_that_cannot_be_encoded_harm_nobody_else(case, seed):
+    soak = Soak(seed, CASES[case], faults=0.2)
+    for _ in range(400):
+        soak.step(load=True)
+    while soak.scheduler.has_work:
+        soak.step(load=False)
+        assert soak.num_steps < 1300, "does not drain"
+    assert not soak.unfinished and soak.scheduler.pool.num_free == soak.options["num_blocks"]
+    for answered in soak.done:
+        check_answer(answered, soak.options)
+    reasons = Counter(answered.finish_reason for answered in soak.done)
+    assert reasons[FinishReason.ERROR] > 3 and reasons[FinishReason.LENGTH] + reasons[FinishReason.STOP] > 30
+
+
+def test_several_tokens_a_step_are_fewer_steps_for_the_same_answers():
+    steps = {}
+    for max_yield in (1, 5):
+        scheduler = Scheduler(**(TINY | {"max_num_batched_tokens": 64, "num_blocks": 200, "max_yield": max_yield}))
+        runner, count = FakeRunner(scheduler, random.Random(3)), 0
+        requests = [request(f"r{index}", [index + 3] * 5, max_new_tokens=40, ignore_eos=True) for index in range(4)]
+        for each in requests:
+            scheduler.add(each)
+        while scheduler.has_work:
+            plan = scheduler.schedule()
+            scheduler.update(plan, runner.execute(plan))
+            count += 1
+        for each in requests:
+            check_answer(each, TINY | {"num_blocks": 200})
+        steps[max_yield] = count
+    assert steps[1] == 40 and steps[5] < 25
+
+
 def test_the_random_steps_reach_what_they_are_to_prove():
     """Preemptions, shared prefixes, cut pictures, evictions and refusals all happen in them."""
     soak = Soak(0, CASES["tiny"])
@@ -172,6 +232,10 @@ def test_the_random_steps_reach_what_they_are_to_prove():
     assert max(soak.runner.num_encoded.values()) > 3, "embeddings were dropped and needed again"
     assert soak.num_refused > 5
     assert soak.runner.max_embedded_tokens == 23, "the picture larger than the cache was alone in it"
+    several = Soak(0, CASES["several_tokens_a_row"])
+    for _ in range(300):
+        several.step(load=True)
+    assert min(several.num_yielded[count] for count in (1, 2, 3, 4)) > 5
 
 
 @pytest.mark.parametrize("options", [{}, {"enable_prefix_caching": False}, {"max_num_batched_tokens": 7}])

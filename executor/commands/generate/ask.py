@@ -8,12 +8,11 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from dataset.sample import Sample
 from executor.commands.generate.rows import Asked
-from executor.engine.params import check_params
+from executor.engine.params import check_params, with_seed
 from executor.errors import ODD_DATA_ERRORS, UserError
 from executor.recipe.generation import sampling_params
 from executor.recipe.schema import Recipe
@@ -27,14 +26,10 @@ def ask(engine: Any, recipe: Recipe, params: SamplingParams, index: int, sample:
 
     Raises UserError for whatever keeps the sample from being asked, and nothing else.
     """
-    from executor.engine.engine import random_seed
-
     if sample.error:
         raise UserError(sample.error)
     started = time.monotonic()
-    params = row_params(engine, recipe, params, sample)
-    if params.temperature and recipe.generation.seed is None and "seed" not in sample.generation:
-        params = replace(params, seed=random_seed())
+    params = with_seed(row_params(engine, recipe, params, sample))
     prompt = row_prompt(engine.processor, recipe, sample)
     return Asked(index, sample, params, prompt, time.monotonic() - started)
 

@@ -1,71 +1,65 @@
-"""The loop around the engine: takes samples, keeps the engine fed, yields rows as they are finished."""
+"""The loop around the engine: keeps it fed with samples, and hands rows on as they are finished."""
 
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from dataset.sample import Sample
 from executor.commands.generate.ask import ask
-from executor.commands.generate.rows import Row, answered_row, failed_row
+from executor.commands.generate.rows import Asked, Row, answered_row, failed_row
 from executor.errors import UserError
 from executor.recipe.schema import Recipe
-from executor.schedule.request import SamplingParams
+from executor.schedule.request import Prompt, SamplingParams
 
-LOOK_AHEAD = 2  # prompts kept ready beyond those being answered
-BUILD_SLICE_S = 0.05  # preparing prompts may hold running answers up for so long between two steps
-
-
-def all_rows(engine: Any, recipe: Recipe, params: SamplingParams, spread: Any, count: int) -> Iterator[Row]:
-    """The rows of all replicas, `count` in all, as they are finished."""
-    for row in own_rows(engine, recipe, params, spread):
-        arrived = [*([] if row is None else [row]), *spread.received()]
-        count -= len(arrived)
-        yield from arrived
-    while count:
-        for row in spread.received():
-            count -= 1
-            yield row
-        spread.wait()
+WAIT_S = 0.05  # for a prompt to be prepared, before looking for rows of other replicas
 
 
-def own_rows(engine: Any, recipe: Recipe, params: SamplingParams, spread: Any) -> Iterator[Row | None]:
-    """This replica's rows, and None after each step."""
-    yield from answer(engine, recipe, params, spread.mine(), spread.most)
-    yield from engine.close()
+def answer_all(engine: Any, recipe: Recipe, params: SamplingParams, spread: Any, take: Callable[[Row], None]) -> None:
+    """Answer all samples that this replica takes, and let its other ranks go. `take` gets rows as they are finished,
+    not in order, those that other replicas have sent among them.
 
-
-def answer(
-    engine: Any, recipe: Recipe, params: SamplingParams, samples: Iterable[tuple[int, Sample]], most: int
-) -> Iterator[Row | None]:
-    """Rows of all samples as they are finished, not in order, and None after each step.
-
-    Bad samples yield a row with `error` set. At most `most` samples are taken at a time.
+    Samples that cannot be answered yield a row with `error` set. `params` are for rows that set none themselves.
     """
-    from executor.engine.engine import Collector
+    from executor.engine.loop import MAX_AHEAD, EngineLoop
 
-    collector, waiting, pending = Collector(), iter(samples), {}
-    most = min(recipe.scheduler.max_num_seqs + LOOK_AHEAD, most)
-    exhausted = False
-    while pending or not exhausted:
-        slice_end = time.monotonic() + BUILD_SLICE_S
-        while not exhausted and len(pending) < most and (not pending or time.monotonic() < slice_end):
-            index, sample = next(waiting, (None, None))
-            if sample is None:
-                exhausted = True
-                break
-            try:
-                asked = ask(engine, recipe, params, index, sample)
-                request_id = engine.add(asked.prompt, asked.params)
-            except UserError as error:
-                yield failed_row(index, sample, str(error))
-                continue
-            collector.expect(request_id, asked.params.n)
-            pending[request_id] = asked
-        if not pending:
-            continue
-        outputs = engine.step()
-        assert outputs or engine.has_work, f"the engine lost {len(pending)} requests"
-        for completion in collector.feed(outputs):
-            asked = pending.pop(completion.request_id)
-            yield answered_row(asked, completion, engine, recipe)
-        yield None
+    max_held = min(recipe.scheduler.max_num_seqs + MAX_AHEAD, spread.max_held)
+    samples, unfinished, exhausted = spread.samples(), {}, False
+    asked: dict[int, Asked] = {}
+    with EngineLoop(engine) as loop:
+        while unfinished or not exhausted:
+            while not exhausted and len(unfinished) < max_held:
+                index, sample = next(samples, (None, None))
+                if sample is None:
+                    exhausted = True
+                    break
+                make = partial(_make, asked, engine, recipe, params, index, sample)
+                unfinished[loop.submit(make, params)] = index, sample
+            for handle in loop.turn(WAIT_S) if unfinished else ():
+                index, sample = unfinished.pop(handle)
+                error = _error(handle)
+                question = asked.pop(index, None)
+                if error is not None:
+                    take(failed_row(index, sample, error))
+                else:
+                    take(answered_row(question, handle.completion, engine, recipe))
+            spread.receive(take)
+    for _ in engine.assist():
+        spread.receive(take)
+    engine.dismiss()
+
+
+def _make(
+    asked: dict[int, Asked], engine: Any, recipe: Recipe, params: SamplingParams, index: int, sample: Sample
+) -> tuple[Prompt, SamplingParams]:
+    """Runs in a preparing thread."""
+    asked[index] = ask(engine, recipe, params, index, sample)
+    return asked[index].prompt, asked[index].params
+
+
+def _error(handle: Any) -> str | None:
+    """Why a sample has no answer. Raises what `ask` does not count as the sample's fault: a defect of ours."""
+    if handle.failure is None:
+        return handle.completion.error
+    if isinstance(handle.failure, UserError):
+        return str(handle.failure)
+    raise handle.failure

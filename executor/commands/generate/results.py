@@ -28,13 +28,13 @@ _NOT_IN_ANSWERS = {"results_path", "limit", "dataset", "dataset_path", "prompt",
 
 def settings_of(recipe: Recipe) -> str:
     """Digest of everything in a (settled) recipe that answers depend on."""
-    told = {
+    settings = {
         "model": recipe.model.model_dump(include={"model_path", "dtype", "quantization"}),
         "generation": recipe.generation.model_dump(exclude={"draw"}),
         "data": recipe.data.model_dump(exclude=_NOT_IN_ANSWERS),
         "max_model_len": recipe.scheduler.max_model_len,
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def fingerprint(asked: str, settings: str) -> str:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dataset.load import load_dataset
 from dataset.sample import Dataset
-from executor.commands.generate.loop import all_rows, own_rows
+from executor.commands.generate.loop import answer_all
 from executor.commands.generate.printer import Printer, print_summary
 from executor.commands.generate.results import ResultsFile, settings_of
 from executor.commands.generate.rows import Row, check_drawing
@@ -113,7 +113,8 @@ def _answer_missing(
     on_screen = sys.stderr.isatty()
     interval_s = 0.2 if on_screen else 30.0  # a log file gets a line now and then
     with tqdm(total=len(dataset), initial=len(rows), unit="request", delay=BAR_AFTER_S, mininterval=interval_s) as bar:
-        for row in all_rows(engine, prepared.recipe, params, spread, len(dataset) - len(rows)):
+
+        def take(row: Row) -> None:
             asked = row.pop("fingerprint")
             if results:
                 results.append(row, asked)
@@ -126,6 +127,11 @@ def _answer_missing(
                 printer.print_ready(rows)
                 if shown:
                     bar.refresh()
+
+        answer_all(engine, prepared.recipe, params, spread, take)
+        while len(rows) < len(dataset):  # the last ones of other replicas
+            spread.receive(take)
+            spread.wait()
     parallel.disconnect()
     return ready
 
@@ -155,10 +161,7 @@ def _assist(prepared: Prepared, build: Callable[..., Any] | None) -> None:
     if spread.start():
         engine = _build(prepared, device, parallel, build)
         if parallel.leads:
-            params = _checked_params(prepared)
-            for row in own_rows(engine, recipe, params, spread):
-                if row is not None:
-                    spread.send(row)
+            answer_all(engine, recipe, _checked_params(prepared), spread, spread.send)
         else:
             engine.follow()
     parallel.disconnect()

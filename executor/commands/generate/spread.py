@@ -6,7 +6,7 @@ rows. One replica is the same with nobody else taking.
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch.distributed import PrefixStore
@@ -43,8 +43,8 @@ class Spread:
             self._todo = list(todo)
             self._store.set("todo", json.dumps([digest, self._todo]))
             return bool(todo)
-        theirs, self._todo = json.loads(self._store.get("todo"))
-        if compares and theirs != digest:
+        wanted_digest, self._todo = json.loads(self._store.get("todo"))
+        if compares and wanted_digest != digest:
             raise UserError(
                 f"data_config: the data set {self._dataset.path} here holds other requests than on rank 0's machine; "
                 "copy the same files to every node"
@@ -52,11 +52,11 @@ class Spread:
         return bool(self._todo)
 
     @property
-    def most(self) -> int:
+    def max_held(self) -> int:
         """As many requests as one replica may hold while others have none; at least one."""
         return max(1, -(-len(self._todo) // self._num_replicas))
 
-    def mine(self) -> Iterator[tuple[int, Sample]]:
+    def samples(self) -> Iterator[tuple[int, Sample]]:
         """The requests that this replica takes, one by one."""
         while (taken := self._store.add("taken", 1)) <= len(self._todo):
             index = self._todo[taken - 1]
@@ -67,15 +67,15 @@ class Spread:
         number = self._store.add("sent", 1)
         self._store.set(f"row/{number}", json.dumps(row, ensure_ascii=False))
 
-    def received(self) -> Iterator[dict[str, Any]]:
-        """The answers of other replicas that have come since the last call."""
-        if self._num_replicas == 1:
+    def receive(self, take: Callable[[dict[str, Any]], None]) -> None:
+        """On rank 0: `take` the answers of other replicas that have come since the last call."""
+        if self._num_replicas == 1 or not self._is_first:
             return
         for number in range(self._num_received + 1, self._store.add("sent", 0) + 1):
             row = json.loads(self._store.get(f"row/{number}"))
             self._store.delete_key(f"row/{number}")
             self._num_received = number
-            yield row
+            take(row)
 
     def wait(self) -> None:
         """A moment, for others to answer."""

@@ -1,0 +1,38 @@
+"""What one step computes: made by the scheduler, executed by the runner.
+
+Knows nothing of policy, tensors or text.
+"""
+
+from dataclasses import dataclass
+
+from executor.schedule.request import MediaItem, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Compute tokens [start, start + num_tokens) of a request, and yield up to `max_yield` new ones behind them.
+
+    0 where the request goes on behind the row; else at least one token is yielded, the one that the last token's logits
+    give. The others are guesses of the runner that it finds right in the same step: the request has slots for the
+    first `max_yield - 1` new tokens.
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    max_yield: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step. The runner drops the embeddings of `release`, then encodes `encode`, then computes `rows`.
+
+    The replica's leader fills in the last two. Replicas that share experts agree on them: how many tokens each of them
+    brings, its own filled up, and whether they all replay a graph.
+    """
+
+    rows: tuple[Row, ...]
+    encode: tuple[MediaItem, ...] = ()
+    release: tuple[bytes, ...] = ()
+    padded_tokens: int | None = None
+    in_graph: bool = False
