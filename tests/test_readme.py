@@ -147,3 +147,13 @@ def test_the_quick_starts_answer_right(family, convention, tmp_path):
         (media,) = row["media"]
         right = {entry["question"]: entry[convention] for entry in truth[media]}
         assert row["text"] == right[row["prompt"]], (media, row["prompt"])
+
+
+def test_the_life_of_a_request_names_functions_that_exist():
+    text = (REPO / "CONTRIBUTING.md").read_text().split("## Life of a request")[1].split("## To add")[0]
+    named = re.findall(r"`([\w/]+\.py):(\w+)`", text)
+    assert len(named) >= 12
+    for file, function in named:
+        assert re.search(rf"^\s*def {function}\(", (REPO / file).read_text(), flags=re.MULTILINE), f"{file}:{function}"
+    for file in re.findall(r"`(executor/[\w/]+\.py)`", text):
+        assert (REPO / file).is_file(), file
