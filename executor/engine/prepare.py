@@ -29,11 +29,11 @@ class Preparers:
         all_cores = torch.get_num_threads()
         ready = threading.Barrier(num_threads + 1)
         # Daemons: a long video does not keep a process from ending.
-        self._threads = [
+        self.threads = [
             threading.Thread(target=self._work, args=(ready,), name=f"{NAME}{number}", daemon=True)
             for number in range(num_threads)
         ]
-        for thread in self._threads:
+        for thread in self.threads:
             thread.start()
         ready.wait()
         self._switch_s = sys.getswitchinterval()
@@ -51,10 +51,10 @@ class Preparers:
         with suppress(Empty):
             while True:
                 self._tasks.get_nowait()
-        for _ in self._threads:
+        for _ in self.threads:
             self._tasks.put(None)
         limit_s = time.monotonic() + STOP_S
-        for thread in self._threads:
+        for thread in self.threads:
             thread.join(max(0.0, limit_s - time.monotonic()))
         sys.setswitchinterval(self._switch_s)
 
