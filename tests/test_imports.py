@@ -26,6 +26,7 @@ RANKS = {
     "executor.layers": 6,
     "executor.engine": 7,
     "models.registry": 3,  # and every models.FAMILY.config: sizes, no module of a model
+    "models.published": 3,
     "models": 8,
     "dataset": 8,
     "emulator": 8,

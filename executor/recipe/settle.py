@@ -22,6 +22,7 @@ from executor.quant.sizes import FLOAT_BYTES
 from executor.recipe.memory import MemoryEstimate, estimate
 from executor.recipe.schema import ModelSection, Recipe
 from executor.recipe.sizes import ModelShapes
+from models.published import published_shapes
 from models.registry import read_shapes
 
 logger = logging.getLogger(__name__)
@@ -179,9 +180,17 @@ def release_findings(recipe: Recipe) -> list[str]:
     if model.quantization != "auto" and not having("quantization", model.quantization):
         findings.append(
             f"model_config.quantization: {model.quantization} weights are not part of this release yet; "
-            "use the float checkpoint of the same model, and  --set model_config.quantization=auto"
+            f"use the float checkpoint of the same model:  {float_twin(model)}"
         )
     return findings
+
+
+def float_twin(model: ModelSection) -> str:
+    """The overrides that take the float checkpoint of a quantized one, found by the published name."""
+    folder = model.model_path.rstrip("/").rpartition("/")[2]
+    name = next((name for name in published_shapes() if folder.startswith(name)), None)
+    path = f"--set model_config.model_path=Qwen/{name} " if name and folder != name else ""
+    return f"{path}--set model_config.quantization=auto"
 
 
 def device_finding(recipe: Recipe) -> list[str]:
@@ -225,11 +234,11 @@ def _that_runs(recipe: Recipe) -> str:
     changes["model_config.soc=null"] = not stays and model.soc is not None
     changes["model_config.exe_mode=eager"] = model.exe_mode != "eager" and not (stays and _has_graphs(recipe))
     changes["model_config.dtype=auto"] = not stays and model.dtype == "float16"
-    changes["model_config.quantization=auto"] = not stays and model.quantization not in ("auto", "none")
     changes["parallel_config.world_size=1"] = not stays and recipe.parallel.world_size > 1
     changes["parallel_config.attn_tp_size=1"] = not stays and (recipe.parallel.attn_tp_size or 1) > 1
     changes["parallel_config.moe_ep_size=1"] = not stays and recipe.parallel.moe_ep_size > 1
-    return " ".join(f"--set {change}" for change, needed in changes.items() if needed)
+    twin = [] if model.quantization in ("auto", "none") else [float_twin(model)]
+    return " ".join([*(f"--set {change}" for change, needed in changes.items() if needed), *twin])
 
 
 def check_chip(recipe: Recipe) -> None:
