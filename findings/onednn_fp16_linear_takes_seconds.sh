@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # PyTorch has two linears with float16 weights and float32 activations. Where the CPU has no AVX-512 FP16, oneDNN's
-# (onednn.linear_dynamic_fp16) takes a thousand times as long as FBGEMM's (quantized.linear_dynamic_fp16): a second for
-# one row and a quarter of one layer's matrix. Nothing is said, and the results agree.
+# (onednn.linear_dynamic_fp16) takes thousands of times as long as FBGEMM's (quantized.linear_dynamic_fp16): a second or
+# more for one row and a quarter of one layer's matrix. Nothing is said, and the results agree.
 #
 # ONEDNN_MAX_CPU_ISA makes a newer CPU take the instructions of an older one; FBGEMM's code does not depend on it.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -5,7 +5,7 @@
 # Frames whose size already fits are scaled, and have another number of tokens than the same frames in a video file.
 # Beside it: resized_height without resized_width counts for nothing, without a word.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-make_environment torch==2.13.0 qwen-vl-utils==0.0.14
+make_environment torch==2.13.0 numpy==2.4.2 qwen-vl-utils==0.0.14
 add_torchvision 0.28.0
 
 cat >"$folder/probe.py" <<'PYTHON'
