@@ -15,7 +15,7 @@ from executor.checkpoint.folder import find_checkpoint, is_hub_id, local_checkpo
 from executor.checkpoint.foreign import find_quantization, refuse_adapter
 from executor.checkpoint.head import settle_head
 from executor.checkpoint.settings import read_generation_config
-from executor.device.table import BACKENDS, DeviceSettings, having, named
+from executor.device.table import BACKENDS, CHIP_BYTES, DeviceSettings, having, named
 from executor.errors import UserError
 from executor.host.limits import host_memory_bytes, process_memory_bytes
 from executor.quant.sizes import FLOAT_BYTES
@@ -75,13 +75,20 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     memory = estimate(
         recipe,
         shapes,
-        host_memory_bytes() // local_ranks,
+        _memory_bytes(recipe, local_ranks),
         size,
         picture_tokens=picture_tokens,
         process_bytes=process_bytes,
     )
     generation_config = read_generation_config(folder)
     return Prepared(recipe, folder, shapes, memory, picture_tokens, config, generation_config)
+
+
+def _memory_bytes(recipe: Recipe, local_ranks: int) -> int:
+    """What one rank may take before its device is open: a share of the host's memory, or a chip's as sold."""
+    if recipe.model.device == "npu":
+        return CHIP_BYTES[recipe.model.soc] if recipe.model.soc else max(CHIP_BYTES.values())
+    return host_memory_bytes() // local_ranks
 
 
 def largest_picture_tokens(recipe: Recipe, shapes: ModelShapes, folder: Path) -> int | None:
