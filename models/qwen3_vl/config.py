@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from executor.checkpoint.fields import Fields
-from executor.checkpoint.model_config import check_vision, read_dtype, read_heads, read_tied
+from executor.checkpoint.model_config import (
+    check_full_attention,
+    check_outer_keys,
+    check_vision,
+    read_dtype,
+    read_heads,
+    read_tied,
+)
 from executor.checkpoint.rope import Rope, read_rope
 from executor.recipe.sizes import ModelShapes, VisionShapes
 
@@ -121,7 +128,9 @@ def parse(raw: Mapping[str, Any], file: str = "config.json") -> Config:
         raise whole.fault("text_config", "the sizes of the text model")
     if vision is None:
         raise whole.fault("vision_config", "the sizes of the vision encoder")
-    text = _text(nested, has_experts=MOE_ARCHITECTURE in (raw.get("architectures") or ()))
+    has_experts = MOE_ARCHITECTURE in (raw.get("architectures") or ())
+    text = _text(nested, has_experts=has_experts)
+    check_outer_keys(whole, nested, lambda section: _text(section, has_experts=has_experts))
     return Config(
         text=text,
         vision=_vision(vision, text),
@@ -136,7 +145,9 @@ def parse(raw: Mapping[str, Any], file: str = "config.json") -> Config:
 
 def _text(text: Fields, *, has_experts: bool) -> TextConfig:
     text.only("hidden_act", ("silu",), "silu, as Qwen3-VL is published")
-    text.only("attention_bias", (False,), "false, as Qwen3-VL is published")
+    for key in ("attention_bias", "use_sliding_window"):
+        text.only(key, (False,), "false, as Qwen3-VL is published")
+    check_full_attention(text, "Qwen3-VL")
     # The two classes differ in their defaults; the mixture's own are no published model's, so its sizes must be there.
     hidden_size = text.whole("hidden_size") if has_experts else text.whole("hidden_size", 4096)
     num_heads, num_kv_heads = read_heads(text, heads=16 if has_experts else 32, kv_heads=16 if has_experts else 32)
