@@ -135,45 +135,6 @@ def _default_template(value: Any, file: str) -> str | None:
     return value
 
 
-def read_eos_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end an answer: generation_config.json's, else config.json's, else the tokenizer's."""
-    config = Fields(read_json(folder, "config.json", required=False), f"{folder}/config.json")
-    generation = read_json(folder, "generation_config.json", required=False)
-    for holder in (Fields(generation, f"{folder}/generation_config.json"), config, config.section("text_config")):
-        if holder is None or "eos_token_id" not in holder or holder.values["eos_token_id"] == []:
-            continue
-        if isinstance(holder.values["eos_token_id"], list):
-            return holder.wholes("eos_token_id")
-        return (holder.whole("eos_token_id", least=0),)
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"model_path '{folder}' names no eos_token_id, neither in generation_config.json, config.json nor in the "
-            "tokenizer: an answer could never end"
-        )
-    return (tokenizer.eos_token_id,)
-
-
-def read_generation_config(folder: Path) -> dict[str, Any]:
-    """generation_config.json, {} without one; what it says of sampling is checked, and numbers are numbers."""
-    name = "generation_config.json"
-    content = read_json(folder, name, required=False)
-    said = Fields(content, f"{folder}/{name}", texts=True)
-    values = {
-        "do_sample": said.flag("do_sample", None),
-        "max_new_tokens": said.whole("max_new_tokens", None, null=True),
-        "min_new_tokens": said.whole("min_new_tokens", None, least=0, null=True),
-        "top_k": said.whole("top_k", None, least=-1, null=True),
-    }
-    for key in ("temperature", "top_p", "min_p", "repetition_penalty"):
-        values[key] = said.number(key, None, null=True, zero=key in ("temperature", "min_p"))
-    for key in ("top_p", "min_p"):
-        if values[key] is not None and values[key] > 1:
-            raise said.fault(key, "a share, at most 1")
-    if values["top_k"] == -1:  # how some tools write that all are kept
-        values["top_k"] = 0
-    return content | {key: value for key, value in values.items() if key in said}
-
-
 @dataclass(frozen=True)
 class PixelSettings:
     """How frames become patches. Sizes in pixels; mean and std of channel values scaled to [0, 1].

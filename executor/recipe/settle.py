@@ -13,8 +13,8 @@ from typing import Any
 
 from executor.checkpoint.folder import find_checkpoint, is_hub_id, local_checkpoint, read_json
 from executor.checkpoint.foreign import find_quantization, refuse_adapter
+from executor.checkpoint.generation import read_generation_config
 from executor.checkpoint.head import settle_head
-from executor.checkpoint.settings import read_generation_config
 from executor.device.table import BACKENDS, CHIP_BYTES, DeviceSettings, having, named
 from executor.errors import UserError
 from executor.host.limits import host_memory_bytes, process_memory_bytes

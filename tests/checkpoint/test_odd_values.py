@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from executor.checkpoint.foreign import find_quantization
-from executor.checkpoint.settings import load_chat_template, load_tokenizer, read_generation_config
+from executor.checkpoint.generation import read_generation_config
+from executor.checkpoint.settings import load_chat_template, load_tokenizer
 from executor.errors import UserError
 from executor.recipe.generation import sampling_params
 from executor.recipe.schema import build_recipe
@@ -149,7 +150,7 @@ def test_pixel_settings_that_are_plain_and_that_are_not(tmp_path, changes, wante
 
 def test_generation_config(tmp_path):
     said = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.1, "max_new_tokens": 64}
-    said |= {"repetition_penalty": 1.05, "min_new_tokens": 0}
+    said |= {"repetition_penalty": 1.05, "min_new_tokens": 0, "presence_penalty": 1.5, "frequency_penalty": -0.5}
     generation = build_recipe({"model_config": {"model_path": "x"}}).generation
     for path, odd in changed(said):
         (tmp_path / "generation_config.json").write_text(json.dumps(odd))
