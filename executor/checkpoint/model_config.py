@@ -14,6 +14,13 @@ _IN_ROPE = ("rope_theta", "mrope_section", "original_max_position_embeddings", "
 VISION_THETA = 10000.0  # the base of the encoders' rotary angles, see executor.layers.vision
 
 
+def named_architecture(raw: Mapping[str, Any]) -> Any:
+    """What `architectures` of a config.json names first, whatever it is; None where it says nothing."""
+    named = raw.get("architectures")
+    named = next(iter(named), None) if isinstance(named, list | tuple) else named
+    return named or None
+
+
 def read_tied(whole: Fields, nested: Fields | None) -> bool:
     """Whether config.json says that head and embedding are one tensor. The outer flag counts where it says anything.
 

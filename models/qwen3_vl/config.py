@@ -13,6 +13,7 @@ from executor.checkpoint.model_config import (
     check_full_attention,
     check_outer_keys,
     check_vision,
+    named_architecture,
     read_dtype,
     read_heads,
     read_tied,
@@ -22,6 +23,7 @@ from executor.recipe.sizes import ModelShapes, VisionShapes
 
 SECTIONS = (24, 20, 20)
 MOE_ARCHITECTURE = "Qwen3VLMoeForConditionalGeneration"
+MOE_TYPE = "qwen3_vl_moe"
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def parse(raw: Mapping[str, Any], file: str = "config.json") -> Config:
         raise whole.fault("text_config", "the sizes of the text model")
     if vision is None:
         raise whole.fault("vision_config", "the sizes of the vision encoder")
-    has_experts = MOE_ARCHITECTURE in (raw.get("architectures") or ())
+    architecture = named_architecture(raw)
+    has_experts = architecture == MOE_ARCHITECTURE or (architecture is None and raw.get("model_type") == MOE_TYPE)
     text = _text(nested, has_experts=has_experts)
     check_outer_keys(whole, nested, lambda section: _text(section, has_experts=has_experts))
     return Config(
@@ -186,6 +189,8 @@ def _head_dim(text: Fields, hidden_size: int, num_heads: int, has_experts: bool)
 def _experts(text: Fields, num_layers: int) -> MoEConfig:
     key = "num_experts" if "num_experts" in text else "num_local_experts"  # transformers 5 writes the latter
     num_experts = text.whole(key if key in text else "num_experts")
+    if text.whole("num_local_experts", num_experts, null=True) != num_experts:
+        raise text.fault("num_local_experts", f"num_experts, {num_experts}: they are one key by two names")
     top_k = text.whole("num_experts_per_tok")
     if top_k > num_experts:
         raise text.fault("num_experts_per_tok", f"at most the number of experts, {num_experts}")

@@ -257,3 +257,34 @@ def test_a_text_section_that_the_top_level_repeats(family):
     repeated["max_position_embeddings"] = 2048.0
     assert parse_config(repeated | config) == parse_config(config)
     assert parse_config(config | {"rope_scaling": None, "num_hidden_layers": None}) == parse_config(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("named", ["absent", None, [], [None], ""])
+def test_model_type_counts_where_no_architecture_is_named(family, named):
+    config = json.loads((REPO / "models" / "tiny" / family / "config.json").read_text())
+    other = config | {"architectures": named}
+    if named == "absent":
+        del other["architectures"]
+    assert family_folder(other) == family_folder(config)
+    assert parse_config(other) == parse_config(config)
+    for model_type in (None, "llava", 3, ["qwen3_vl"]):
+        with pytest.raises(
+            UserError, match="config.json names no architecture, and its model_type is .*write.*qwen3_v"
+        ):
+            parse_config(other | {"model_type": model_type})
+
+
+def test_an_architecture_that_is_named_counts_more_than_model_type():
+    config = json.loads((REPO / "models" / "tiny" / "qwen3_vl" / "config.json").read_text())
+    with pytest.raises(UserError, match="names architecture LlavaForX; this release runs Qwen2_5_VL"):
+        parse_config(config | {"architectures": ["LlavaForX"]})
+
+
+def test_two_numbers_of_experts_that_differ_are_refused():
+    config = json.loads((REPO / "models" / "tiny" / "qwen3_vl_moe" / "config.json").read_text())
+    config["text_config"]["num_local_experts"] = 4
+    assert parse_config(config).text.moe.num_experts == 4
+    config["text_config"]["num_local_experts"] = 2
+    with pytest.raises(UserError, match="text_config.num_local_experts is 2, wanted num_experts, 4: they are one key"):
+        parse_config(config)
