@@ -88,6 +88,19 @@ def test_single_file_wins_over_other_safetensors(tmp_path):
         ("language_model.lm_head.weight", "lm_head.weight"),
         ("lm_head.weight", "lm_head.weight"),
         ("something.else", "something.else"),
+        ("module.visual.blocks.0.attn.qkv.weight", "model.visual.blocks.0.attn.qkv.weight"),
+        ("module.module.lm_head.weight", "lm_head.weight"),
+        ("_orig_mod.model.norm.weight", "model.language_model.norm.weight"),
+        ("module._orig_mod.lm_head.weight", "lm_head.weight"),
+        ("_orig_mod.module.lm_head.weight", "lm_head.weight"),
+        ("base_model.model.model.language_model.norm.weight", "model.language_model.norm.weight"),
+        ("base_model.model.lm_head.weight", "lm_head.weight"),
+        ("_forward_module.model.layers.3.mlp.up_proj.weight", "model.language_model.layers.3.mlp.up_proj.weight"),
+        (
+            "model.language_model._orig_mod.layers.3._checkpoint_wrapped_module.mlp.up_proj.weight",
+            "model.language_model.layers.3.mlp.up_proj.weight",
+        ),
+        ("model.visual.module.weight", "model.visual.module.weight"),
     ],
 )
 def test_canonical_names(original, canonical):

@@ -84,7 +84,11 @@ def legacy(tensors):
     return out
 
 
-@pytest.mark.parametrize("change", [swapped, unstacked, legacy])
+def wrapped(tensors):
+    return {f"module._orig_mod.{name}": tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("change", [swapped, unstacked, legacy, wrapped])
 def test_forms_of_experts_and_names(moe, tmp_path, change):
     assert any(is_stacked(name) for name in load_file(moe / "model.safetensors"))
     assert torch.equal(first_logits(rewritten(moe, tmp_path / "other", change)), first_logits(moe))
