@@ -15,6 +15,7 @@ from executor.checkpoint.folder import find_checkpoint, is_hub_id, local_checkpo
 from executor.checkpoint.foreign import find_quantization, refuse_adapter
 from executor.checkpoint.generation import read_generation_config
 from executor.checkpoint.head import settle_head
+from executor.checkpoint.settings import read_max_pixels
 from executor.device.table import BACKENDS, CHIP_BYTES, DeviceSettings, having, named
 from executor.errors import UserError
 from executor.host.limits import host_memory_bytes, process_memory_bytes
@@ -94,15 +95,9 @@ def _memory_bytes(recipe: Recipe, local_ranks: int) -> int:
 
 def largest_picture_tokens(recipe: Recipe, shapes: ModelShapes, folder: Path) -> int | None:
     """Visual tokens of the largest picture: by the recipe's max_pixels, else the checkpoint's."""
-    found = recipe.data.max_pixels
-    if found is None:
-        section = read_json(folder, "preprocessor_config.json", required=False)
-        sizes = section.get("size")
-        sizes = sizes if isinstance(sizes, dict) else {}
-        found = section.get("max_pixels") or sizes.get("longest_edge") or sizes.get("max_pixels")
+    found = recipe.data.max_pixels or read_max_pixels(folder)
     token_pixels = (shapes.vision.patch_size * shapes.vision.merge_size) ** 2
-    # What is no number is refused where pictures are prepared.
-    return max(1, found // token_pixels) if isinstance(found, int) and found > 0 else None
+    return max(1, found // token_pixels) if found else None
 
 
 def device_settings(model: ModelSection, index: int = 0) -> DeviceSettings:
