@@ -24,7 +24,7 @@ from executor.recipe.memory import MemoryEstimate, estimate
 from executor.recipe.schema import ModelSection, Recipe
 from executor.recipe.sizes import ModelShapes
 from models.published import published_shapes
-from models.registry import read_shapes
+from models.registry import parse_config, read_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,10 @@ def read_folder(folder: Path, name: str) -> tuple[Mapping[str, Any], str, ModelS
     refuse_adapter(folder)
     config = read_json(folder, "config.json")
     quantization = find_quantization(folder, config)
-    config = settle_head(folder, config, read_shapes(config, name).tied_embeddings)
+    parsed = parse_config(config, f"{name}: config.json")
+    for key in parsed.text.rope.unused:  # said here: the file is parsed more than once
+        logger.warning("%s/config.json: %s is not used: its rope_type, or none, means default", folder, key)
+    config = settle_head(folder, config, parsed.tie_word_embeddings)
     return config, quantization, read_shapes(config, name)
 
 
