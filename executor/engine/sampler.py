@@ -20,12 +20,13 @@ import torch.nn.functional as F
 
 from executor.engine.filters import (
     CHUNK,
-    MIN_TEMPERATURE,
     Filters,
     Kind,
     chunk_maxima,
     likely_survivors,
+    relative,
     survivors,
+    usable_temperature,
 )
 from executor.engine.noise import as_int64, gumbel_noise, least_bits, may_reach, noise_key
 from executor.engine.penalties import Penalties
@@ -172,7 +173,9 @@ def _draw_among_many(rows: _Rows) -> torch.Tensor:
 
 
 def _gumbel_max(ids: torch.Tensor, candidates: torch.Tensor, filters: Filters) -> torch.Tensor:
-    winner = gumbel_noise(filters.keys, ids).add_(candidates).argmax(dim=-1, keepdim=True)
+    # The filters keep a row's best, and put it first.
+    distances = relative(candidates, candidates[:, :1], filters.temperature[:, None])
+    winner = gumbel_noise(filters.keys, ids).add_(distances).argmax(dim=-1, keepdim=True)
     return ids.gather(-1, winner).squeeze(-1)
 
 
@@ -184,11 +187,10 @@ def _draw_among_all(rows: _Rows, kind: None = None) -> torch.Tensor:
     """
     scores, device = rows.scores, rows.scores.device
     keys = torch.tensor(rows.keys, device=device)
-    temperature = torch.tensor([max(p.temperature, MIN_TEMPERATURE) for p in rows.params], device=device)
-    maxima = rows.maxima / temperature[:, None]
-    best = _best(rows)
-    sure = gumbel_noise(keys, best[:, None]).squeeze(-1) + maxima.amax(dim=-1)
-    least = least_bits(sure[:, None] - maxima)
+    temperature = torch.tensor([usable_temperature(p) for p in rows.params], dtype=torch.float64, device=device)
+    best, highest = _best(rows), rows.maxima.amax(dim=-1)
+    sure = gumbel_noise(keys, best[:, None]).squeeze(-1)
+    least = least_bits(sure[:, None] - relative(rows.maxima, highest[:, None], temperature[:, None]))
     owners, chunks = (least < 1 << 32).nonzero(as_tuple=True)
     reached = [
         may_reach(keys[owner], chunk * CHUNK, CHUNK, least[owner, chunk])
@@ -197,10 +199,11 @@ def _draw_among_all(rows: _Rows, kind: None = None) -> torch.Tensor:
     pairs, places = torch.cat(reached).nonzero(as_tuple=True) if reached else (owners, chunks)
     owners, ids = owners[pairs], chunks[pairs] * CHUNK + places
     numbers = torch.tensor(rows.numbers, device=device)[owners]
-    values = scores[numbers, ids] / temperature[owners] + gumbel_noise(keys[owners], ids[:, None]).squeeze(-1)
-    highest = torch.full_like(sure, -math.inf).scatter_reduce_(0, owners, values, "amax")
+    values = relative(scores[numbers, ids], highest[owners], temperature[owners])
+    values += gumbel_noise(keys[owners], ids[:, None]).squeeze(-1)
+    won = torch.full_like(sure, -math.inf).scatter_reduce_(0, owners, values, "amax")
     # Of equal ones the lowest id.
-    ids = torch.where(values == highest[owners], ids, scores.shape[-1])
+    ids = torch.where(values == won[owners], ids, scores.shape[-1])
     chosen = torch.full_like(best, scores.shape[-1]).scatter_reduce_(0, owners, ids, "amin")
     return torch.where(best == _FAILED, best, chosen)
 
