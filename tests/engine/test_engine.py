@@ -1,6 +1,7 @@
 """The engine's promises, over the tiny trained Qwen3-VL and its sample files."""
 
 import itertools
+import re
 import threading
 from dataclasses import replace
 
@@ -283,8 +284,25 @@ def test_other_things_are_no_prompts(engine, questions, words):
 def test_as_many_params_as_prompts(engine, describe):
     with pytest.raises(UserError, match="2 prompts and 1 params; give one SamplingParams for all"):
         engine.generate([describe, describe], [DESCRIBE])
-    with pytest.raises(UserError, match="params are of type dict; allowed: SamplingParams"):
-        engine.generate([describe], [{"temperature": 0}])
+
+
+@pytest.mark.parametrize("params, words", [
+    ([{"temperature": 0}], r"params are of type dict: {'temperature': 0}; allowed: a SamplingParams\(...\)"),
+    ([None], "params are of type NoneType: None; allowed: a SamplingParams"),
+    (None, "params are of type NoneType: None; allowed: one SamplingParams"),
+    ({"temperature": 0}, "params are of type dict: {'temperature': 0}; allowed: one SamplingParams"),
+    ("greedy", "params are of type str: greedy; allowed: one SamplingParams"),
+    (7, "params are of type int: 7; allowed: one SamplingParams"),
+    (SamplingParams, "params are the class SamplingParams, not an object of it; allowed: one SamplingParams"),
+    ([SamplingParams], "params are the class SamplingParams, not an object of it; allowed: a SamplingParams"),
+])  # fmt: skip
+def test_other_things_are_no_params(engine, describe, params, words):
+    with pytest.raises(UserError, match=words):
+        engine.generate([describe], params)
+    single = params[0] if isinstance(params, list) else params
+    for call in (lambda: engine.add(describe, single), lambda: next(engine.stream(describe, single))):
+        with pytest.raises(UserError, match="params are .*; allowed: a SamplingParams"):
+            call()
 
 
 def test_a_refusal_leaves_nothing_queued(engine, describe):
@@ -449,7 +467,9 @@ def test_times_and_counts(engine, describe):
         ({"stop_token_ids": "17"}, "stop_token_ids is '17'; allowed: a token id or a list"),
         ({"stop": 5}, "stop is 5; allowed: a string or a list of strings"),
         ({"stop": ""}, "stop holds ''"),
-        ({"seed": 1.5}, "seed is 1.5; allowed: a whole number, or none"),
+        ({"seed": 1.5}, "seed is 1.5; allowed: a whole number of 0 or more, or none"),
+        ({"seed": -1}, "seed is -1; allowed: a whole number of 0 or more, or none"),
+        ({"ignore_eos": "no"}, "ignore_eos is 'no'; allowed: true or false"),
     ],
 )
 def test_bad_parameters_are_refused(engine, describe, change, message):
@@ -484,3 +504,17 @@ def test_an_id_in_use_is_refused(engine, describe):
     with pytest.raises(UserError, match="in use"):
         engine.add(describe, DESCRIBE, "mine")
     engine.abort("mine")
+
+
+@pytest.mark.parametrize("request_id", ["", 5, True, [1], b"a"])
+def test_a_request_id_is_a_text(engine, describe, request_id):
+    with pytest.raises(UserError, match=re.escape(f"request_id is {request_id!r}; allowed: a text that is not empty")):
+        engine.add(describe, DESCRIBE, request_id)
+
+
+def test_a_new_id_is_none_that_a_caller_uses(engine, describe):
+    number = int(engine.add(describe, DESCRIBE).removeprefix("request-"))
+    taken = engine.add(describe, DESCRIBE, f"request-{number + 1}")
+    assert engine.add(describe, DESCRIBE) == f"request-{number + 2}"
+    for request_id in (f"request-{number}", taken, f"request-{number + 2}"):
+        engine.abort(request_id)

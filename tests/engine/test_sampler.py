@@ -560,9 +560,7 @@ def test_no_rows():
 
 def test_good_parameters_pass():
     check_params(SamplingParams(), 10)
-    check_params(
-        SamplingParams(temperature=2, top_k=5, top_p=1, min_p=1, seed=-1, stop=("x",), stop_token_ids=(9,)), 10
-    )
+    check_params(SamplingParams(temperature=2, top_k=5, top_p=1, min_p=1, seed=0, stop=("x",), stop_token_ids=(9,)), 10)
     check_params(SamplingParams(logprobs=20, n=3, min_new_tokens=128, presence_penalty=-2.0), 10)
 
 
@@ -587,6 +585,11 @@ def test_good_parameters_pass():
         ("presence_penalty", 2.5),
         ("frequency_penalty", None),
         ("seed", 0.5),
+        ("seed", -1),
+        ("seed", True),
+        ("ignore_eos", "no"),
+        ("ignore_eos", 1),
+        ("ignore_eos", None),
         ("logprobs", -1),
         ("logprobs", 21),
         ("n", 0),
