@@ -24,7 +24,7 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
         ("top_k", whole, 0, math.inf, "a whole number: 0 (all tokens) or more"),
         ("top_p", number, math.ulp(0.0), 1, "more than 0, at most 1 (all tokens)"),
         ("min_p", number, 0, 1, "from 0 to 1"),
-        ("repetition_penalty", number, math.ulp(0.0), math.inf, "more than 0; 1 is none"),
+        ("repetition_penalty", number, 1e-6, 1e6, "from 0.000001 to 1000000; 1 is none"),  # float32 scores stay finite
         ("presence_penalty", number, -2, 2, "from -2 to 2; 0 is none"),
         ("frequency_penalty", number, -2, 2, "from -2 to 2; 0 is none"),
         ("n", whole, 1, MAX_ANSWERS, f"a whole number from 1 to {MAX_ANSWERS}"),

@@ -218,6 +218,15 @@ def test_seen_tokens_stay_on_the_device_and_are_appended(monkeypatch):
             assert 1 <= len([rows for rows in built if rows == 3]) <= 4
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+def test_the_strongest_penalties_leave_scores_finite(penalty):
+    params = SamplingParams(repetition_penalty=penalty, presence_penalty=2.0, frequency_penalty=-2.0)
+    check_params(params, 10)
+    request = make_request(params, list(range(10)), [3, 4])
+    assert bool(penalised(Sampler(10, "cpu"), random_logits(1, 10, spread=65504.0), [request]).isfinite().all())
+
+
 def test_history_grows_with_the_request_and_is_freed():
     rng = random.Random(1)
     vocab_size = 400
@@ -582,6 +591,9 @@ def test_good_parameters_pass():
         ("min_p", -0.1),
         ("min_p", 2),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e300),
+        ("repetition_penalty", 1e-300),
+        ("repetition_penalty", 10**400),
         ("presence_penalty", 2.5),
         ("frequency_penalty", None),
         ("seed", 0.5),
