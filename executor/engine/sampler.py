@@ -70,10 +70,20 @@ class _Rows:
 
 
 class Sampler:
-    """Samples rows; keeps the token counts of requests with penalties until `forget`."""
+    """Samples rows; keeps the token counts of requests with penalties until `forget`.
 
-    def __init__(self, vocab_size: int, device: torch.device | str, eos_token_ids: Sequence[int] = ()) -> None:
+    `dtype`: what the model computes in, from which logits that are not finite are explained.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        device: torch.device | str,
+        eos_token_ids: Sequence[int] = (),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.vocab_size = vocab_size
+        self.dtype = dtype
         self.device = torch.device(device)
         self.penalties = Penalties(vocab_size, self.device, eos_token_ids)
 
@@ -99,7 +109,7 @@ class Sampler:
         with self.penalties.applied(scores, requests, num_tokens):
             token_ids = self._choose(scores, [request.params for request in requests], num_tokens)
         failed = [row for row, token_id in enumerate(token_ids) if token_id == _FAILED]
-        failures = {row: _reason(logits[row], num_tokens[row]) for row in failed}
+        failures = {row: _reason(logits[row], num_tokens[row], self.dtype) for row in failed}
         return Sampled(token_ids, _logprobs(logits, token_ids, requests), failures)
 
     def forget(self, request_id: str) -> None:
@@ -211,16 +221,21 @@ def _draw_among_all(rows: _Rows, kind: None = None) -> torch.Tensor:
 # What is said beside the token
 
 
-def _reason(logits: torch.Tensor, num_tokens: int) -> str:
-    """Why no token can be chosen from `logits` [V], and what to check."""
+def _reason(logits: torch.Tensor, num_tokens: int, dtype: torch.dtype) -> str:
+    """Why no token can be chosen from `logits` [V] of a model that computes in `dtype`, and what to check."""
     where = f"no token can be chosen after {num_tokens} tokens"
     num_nan, num_infinite = int(logits.isnan().sum()), int((logits == math.inf).sum())
     if num_nan or num_infinite or not bool(logits.isfinite().any()):
         found = f"of {len(logits)} logits {num_nan} are NaN, {num_infinite} infinite"
+        check = "check the checkpoint's weights"
+        if dtype == torch.float16:
+            check = (
+                "with model_config.dtype: float16 an activation has most likely overflowed: use bfloat16 or float32; "
+                f"where that does not help, {check}"
+            )
         return (
-            f"{where}: the model's logits are not finite ({found if num_nan or num_infinite else 'all are -inf'}). "
-            "With model_config.dtype: float16 an activation has most likely overflowed: use bfloat16 or float32; "
-            "otherwise check the checkpoint's weights"
+            f"{where}: the model's logits are not finite ({found if num_nan or num_infinite else 'all are -inf'}); "
+            f"{check}"
         )
     return f"{where}: min_new_tokens and the penalties leave no finite score; lower min_new_tokens or the penalties"
 

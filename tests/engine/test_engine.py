@@ -173,6 +173,7 @@ def test_logits_that_are_not_finite_fail_their_request_alone(engine, describe, m
     first, failed = engine.generate([describe, bad], replace(DESCRIBE, logprobs=1))
     assert first.token_ids == whole.token_ids and first.error is None
     assert failed.finish_reason is FinishReason.ERROR and "not finite" in failed.error
+    assert engine.runner.sampler.dtype is engine.runner.dtype and "float16" not in failed.error
     assert len(failed.token_ids[0]) == len(failed.logprobs[0]) == 1
 
 

@@ -537,8 +537,17 @@ def test_a_row_whose_logits_are_not_finite_fails_alone(bad):
     assert list(sampled.failures) == list(range(1, 2 * len(WAYS), 2))
     found = {math.nan: "1 are NaN, 0 infinite", math.inf: "0 are NaN, 1 infinite", -math.inf: "all are -inf"}[bad]
     for reason in sampled.failures.values():
-        assert found in reason and "float16" in reason and "bfloat16" in reason
+        assert found in reason and "check the checkpoint's weights" in reason and "float16" not in reason
     assert torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0)), "the model's logits are not ours to change"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_overflow_is_blamed_where_the_model_computes_in_float16_only(dtype):
+    logits = torch.full((1, 8), math.nan)
+    (reason,) = Sampler(8, "cpu", dtype=dtype).sample(logits, [make_request(SamplingParams())]).failures.values()
+    assert "of 8 logits 8 are NaN, 0 infinite" in reason and "check the checkpoint's weights" in reason
+    overflow = "with model_config.dtype: float16 an activation has most likely overflowed: use bfloat16 or float32"
+    assert (overflow in reason) == (dtype == torch.float16) and ("overflow" in reason) == (dtype == torch.float16)
 
 
 def test_a_broken_row_reports_no_logprobs_and_the_others_theirs():
