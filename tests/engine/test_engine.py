@@ -322,7 +322,14 @@ def test_a_refusal_leaves_nothing_queued(engine, describe):
 def test_without_a_seed_every_request_has_another_and_greedy_answers_are_the_same(engine, describe):
     free = replace(NOISY, seed=None)
     first, second = engine.generate([describe, describe], free)
-    assert first.token_ids != second.token_ids
+    assert first.token_ids != second.token_ids and first.seed != second.seed
+    (again,) = engine.generate([describe], replace(NOISY, seed=first.seed))
+    assert (again.token_ids, again.seed) == (first.token_ids, first.seed)
+    assert engine.generate([describe], NOISY)[0].seed == NOISY.seed
+    several = replace(free, n=3, max_new_tokens=4)
+    (three,) = engine.generate([describe], several)
+    assert engine.generate([describe], replace(several, seed=three.seed))[0].token_ids == three.token_ids
+    assert engine.generate([describe], SamplingParams(max_new_tokens=1))[0].seed == 0
     assert len({completion.token_ids for completion in engine.generate([describe] * 2, SamplingParams())}) == 1
 
 
@@ -447,6 +454,16 @@ def test_a_text_only_step_makes_no_deepstack(engine):
     finally:
         del engine.runner.model.forward
     assert seen == [None] * len(seen) and seen
+
+
+def test_a_completion_warns_of_damaged_media(engine, describe):
+    whole = describe.media[0]
+    damaged = [replace(whole, warnings=warnings) for warnings in (("a.png: cut off",), (), ("b", "c"))]
+    pictures = [{"type": "image", "image": str(MEDIA / "objects.png")}] * 3
+    prompt = engine.processor.build([{"role": "user", "content": [*pictures, {"type": "text", "text": "What?"}]}])
+    short = SamplingParams(max_new_tokens=1)
+    found, sound = engine.generate([replace(prompt, media=tuple(damaged)), prompt], short)
+    assert (found.warnings, sound.warnings) == (("a.png: cut off", "b", "c"), ())
 
 
 def test_times_and_counts(engine, describe):
