@@ -333,6 +333,14 @@ def test_without_a_seed_every_request_has_another_and_greedy_answers_are_the_sam
     assert len({completion.token_ids for completion in engine.generate([describe] * 2, SamplingParams())}) == 1
 
 
+def test_the_published_temperature_of_qwen2_5_gives_the_greedy_answer(engine, describe):
+    greedy = replace(DESCRIBE, repetition_penalty=1.05)
+    (expected,) = engine.generate([describe], greedy)
+    for temperature in (1e-6, 5e-324):
+        sampled = [replace(greedy, temperature=temperature, seed=seed) for seed in (1, 2)]
+        assert [each.text for each in engine.generate([describe] * 2, sampled)] == [expected.text] * 2
+
+
 def test_one_stop_is_a_list_of_one():
     assert SamplingParams(stop="top", stop_token_ids=3) == SamplingParams(stop=["top"], stop_token_ids=[3])
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
