@@ -137,7 +137,7 @@ class GenerationSection(Section):
     """Probability mass of the candidates kept."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """Least probability of a candidate, as a share of the likeliest one's."""
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     """Divides the scores of tokens already seen, the prompt's too. 1: off."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     """Taken off the score of every token that the answer holds already; the prompt does not count."""
