@@ -14,7 +14,7 @@ from executor.errors import UserError
 
 FILE = "generation_config.json"
 
-_NOT_READ: dict[str, tuple[Any, ...]] = {
+NOT_READ: dict[str, tuple[Any, ...]] = {
     "suppress_tokens": ([],),
     "begin_suppress_tokens": ([],),
     "bad_words_ids": ([],),
@@ -117,7 +117,7 @@ def _penalty(said: Fields, key: str) -> float | None:
 
 
 def _refuse_not_read(said: Fields) -> None:
-    for key, neutral in _NOT_READ.items():
+    for key, neutral in NOT_READ.items():
         if key not in said or _is_neutral(said.values[key], neutral):
             continue
         wanted = " or ".join(["null", *(str(value).lower() for value in neutral if value != "")])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import GenerationConfig
 
-from executor.checkpoint.generation import _NOT_READ, read_eos_token_ids, read_generation_config
+from executor.checkpoint.generation import NOT_READ, read_eos_token_ids, read_generation_config
 from executor.errors import UserError
 from executor.recipe.generation import sampling_params
 from executor.recipe.schema import build_recipe
@@ -88,17 +88,17 @@ def said(folder, content: dict) -> dict:
 def test_every_key_of_transformers_is_read_refused_or_harmless():
     keys = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     assert "num_beams" in keys and "top_h" in keys
-    assert sorted(keys - {*_NOT_READ, *READ, *HARMLESS}) == []
+    assert sorted(keys - {*NOT_READ, *READ, *HARMLESS}) == []
 
 
-@pytest.mark.parametrize("key", _NOT_READ)
+@pytest.mark.parametrize("key", NOT_READ)
 def test_what_changes_answers_is_refused_and_what_does_not_passes(tmp_path, key):
     value = EFFECTIVE.get(key, 1.5)
     with pytest.raises(UserError, match=f"generation_config.json: {key} is .*, wanted null.*Remove {key} from gener"):
         said(tmp_path, {key: value})
-    for neutral in (None, *_NOT_READ[key]):
+    for neutral in (None, *NOT_READ[key]):
         said(tmp_path, {key: neutral})
-    if 1 in _NOT_READ[key]:
+    if 1 in NOT_READ[key]:
         said(tmp_path, {key: 1.0})
         with pytest.raises(UserError, match=key):
             said(tmp_path, {key: True})
