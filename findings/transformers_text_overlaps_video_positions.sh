@@ -27,14 +27,16 @@ if "mm_token_type_ids" in inspect.signature(model.get_rope_index).parameters:
     given["mm_token_type_ids"] = torch.where(ids == config.video_token_id, 2, 0)
 positions = model.get_rope_index(ids, **given)[0][:, 0]
 last, after = int(positions[:, 2:-2].max()), int(positions[0, -2])
-print(f"transformers {transformers.__version__}: the video reaches position {last}, the text after it starts at {after}")
+print(
+    f"transformers {transformers.__version__}: the video reaches position {last}, the text after it starts at {after}"
+)
 sys.exit((after <= last) != (sys.argv[1] == "overlap"))
 PYTHON
 
 make_environment torch==2.13.0 transformers==4.57.6
 status=0
 "$python" "$folder/probe.py" behind || status=1
-"$python" -m pip --disable-pip-version-check install -q transformers==5.24.0
+pip_install transformers==5.24.0
 "$python" "$folder/probe.py" overlap || status=1
 [ "$status" = 0 ] && echo "as found: releases of 4 resumed behind the video, 5.24 within it"
 exit "$status"

@@ -26,6 +26,7 @@ RANKS = {
     "executor.layers": 6,
     "executor.engine": 7,
     "models.registry": 3,  # and every models.FAMILY.config: sizes, no module of a model
+    "models.published": 3,
     "models": 8,
     "dataset": 8,
     "emulator": 8,
@@ -38,6 +39,10 @@ RANKS = {
 SOURCES = ("executor", "models", "dataset", "emulator")
 SCRIPTS = ("executor/scripts", "models/tiny")  # run by themselves; no module of the product imports them
 ENVIRONMENT = ("executor/host/env.py", "executor/__main__.py")
+OBJECT_COLLECTIVES = [
+    *(f"{verb}_object" for verb in ("all_gather", "gather")),
+    *(f"{verb}_object_list" for verb in ("broadcast", "scatter", "send", "recv")),
+]
 NPU_PACKAGES = ("torch_npu", "torchair")
 NPU_FOLDERS = ("executor/device/npu", "emulator")
 
@@ -121,6 +126,17 @@ def test_npu_packages_stay_in_their_folders():
         if not path.relative_to(REPO).as_posix().startswith(NPU_FOLDERS):
             for line, module in imported(path):
                 assert module.split(".")[0] not in NPU_PACKAGES, f"{path}:{line}"
+
+
+def test_nothing_that_comes_over_a_network_or_from_a_file_is_unpickled():
+    """Plans, rows and weights travel as numbers and JSON: pickle runs whatever code it is sent."""
+    for path in product_files():
+        for line, module in imported(path):
+            assert module.split(".")[0] not in ("pickle", "marshal", "shelve", "dill", "cloudpickle"), f"{path}:{line}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                of_torch = isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr == "load"
+                assert not of_torch and node.attr not in OBJECT_COLLECTIVES, f"{path}:{node.lineno}: {node.attr}"
 
 
 def test_the_environment_is_read_in_one_place():

@@ -25,7 +25,7 @@ from executor.errors import UserError, nearest
 from executor.parallel.groups import SINGLE, Parallel, groups
 from executor.recipe.memory import weights_bytes
 from executor.recipe.schema import Recipe
-from executor.recipe.settle import check_chip, check_recipe, read_folder, resolve
+from executor.recipe.settle import check_chip, check_recipe, float_twin, read_folder, resolve
 from executor.recipe.sizes import ModelShapes
 from models.published import published_config, published_shapes
 from models.registry import family_runner, read_shapes
@@ -78,15 +78,20 @@ def settle(recipe: Recipe) -> tuple[Recipe, ModelShapes, Mapping[str, Any]]:
     # Whatever device the recipe is for, the question is the chip's.
     recipe = recipe.replace(model={"device": "npu_emulated"})
     check_chip(recipe)
+    _refuse_quantized(recipe)
     config, quantization, shapes = find_config(recipe)
     recipe = resolve(recipe, shapes, quantization)
-    if recipe.model.quantization != "none":
-        raise UserError(
-            f"model_config.quantization: check knows float weights in this release, got {recipe.model.quantization}; "
-            "use the recipe of the float checkpoint"
-        )
+    _refuse_quantized(recipe)
     check_recipe(recipe, shapes)
     return recipe, shapes, config
+
+
+def _refuse_quantized(recipe: Recipe) -> None:
+    if recipe.model.quantization not in ("auto", "none"):
+        raise UserError(
+            f"model_config.quantization: check knows float weights in this release, got {recipe.model.quantization}; "
+            f"use the float checkpoint of the same model:  {float_twin(recipe.model)}"
+        )
 
 
 def find_config(recipe: Recipe) -> tuple[Mapping[str, Any], str, ModelShapes]:

@@ -97,6 +97,10 @@ BACKENDS: dict[str, Backend] = {
 """The first is what `auto` is on a machine without a chip."""
 
 
+CHIP_BYTES = {"atlas_800i_a2": 64 << 30, "atlas_800i_a3": 64 << 30, "atlas_300i_duo": 43 * 10**9}
+"""Memory of one die (A2, A3) or chip (300I DUO) as sold; what a card really has is asked when it is opened."""
+
+
 def having(what: str, value: str) -> tuple[str, ...]:
     """Names of the backends that have `value` among their `what`: dtypes, exe_modes or quantization."""
     return tuple(backend.name for backend in BACKENDS.values() if value in getattr(backend, what))

@@ -6,14 +6,19 @@ engine's own go on at their pace. Knows nothing of prompts.
 
 import sys
 import threading
+import time
 from collections.abc import Callable
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 
 import torch
 
 SWITCH_S = 0.0005
 """How long a thread may keep Python's lock while another waits for it; ten times as long otherwise. A model step takes
 the lock back after each of its operations."""
+
+STOP_S = 2.0
+NAME = "prepare: "  # of a thread; see executor.__main__.end
 
 
 class Preparers:
@@ -24,11 +29,11 @@ class Preparers:
         all_cores = torch.get_num_threads()
         ready = threading.Barrier(num_threads + 1)
         # Daemons: a long video does not keep a process from ending.
-        self._threads = [
-            threading.Thread(target=self._work, args=(ready,), name=f"prepare {number}", daemon=True)
+        self.threads = [
+            threading.Thread(target=self._work, args=(ready,), name=f"{NAME}{number}", daemon=True)
             for number in range(num_threads)
         ]
-        for thread in self._threads:
+        for thread in self.threads:
             thread.start()
         ready.wait()
         self._switch_s = sys.getswitchinterval()
@@ -39,9 +44,18 @@ class Preparers:
         self._tasks.put(task)
 
     def stop(self) -> None:
-        """Ends the threads after the tasks they have been given; does not wait."""
-        for _ in self._threads:
+        """Ends the threads after the task each is at; what is queued is not begun. Waits `STOP_S` at most.
+
+        A thread that comes back from C++ while the interpreter is being taken down aborts the process.
+        """
+        with suppress(Empty):
+            while True:
+                self._tasks.get_nowait()
+        for _ in self.threads:
             self._tasks.put(None)
+        limit_s = time.monotonic() + STOP_S
+        for thread in self.threads:
+            thread.join(max(0.0, limit_s - time.monotonic()))
         sys.setswitchinterval(self._switch_s)
 
     def _work(self, ready: threading.Barrier) -> None:

@@ -15,13 +15,14 @@ from executor.checkpoint.folder import find_checkpoint, is_hub_id, local_checkpo
 from executor.checkpoint.foreign import find_quantization, refuse_adapter
 from executor.checkpoint.head import settle_head
 from executor.checkpoint.settings import read_generation_config
-from executor.device.table import BACKENDS, DeviceSettings, having, named
+from executor.device.table import BACKENDS, CHIP_BYTES, DeviceSettings, having, named
 from executor.errors import UserError
 from executor.host.limits import host_memory_bytes, process_memory_bytes
 from executor.quant.sizes import FLOAT_BYTES
 from executor.recipe.memory import MemoryEstimate, estimate
 from executor.recipe.schema import ModelSection, Recipe
 from executor.recipe.sizes import ModelShapes
+from models.published import published_shapes
 from models.registry import read_shapes
 
 logger = logging.getLogger(__name__)
@@ -75,13 +76,20 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     memory = estimate(
         recipe,
         shapes,
-        host_memory_bytes() // local_ranks,
+        _memory_bytes(recipe, local_ranks),
         size,
         picture_tokens=picture_tokens,
         process_bytes=process_bytes,
     )
     generation_config = read_generation_config(folder)
     return Prepared(recipe, folder, shapes, memory, picture_tokens, config, generation_config)
+
+
+def _memory_bytes(recipe: Recipe, local_ranks: int) -> int:
+    """What one rank may take before its device is open: a share of the host's memory, or a chip's as sold."""
+    if recipe.model.device == "npu":
+        return CHIP_BYTES[recipe.model.soc] if recipe.model.soc else max(CHIP_BYTES.values())
+    return host_memory_bytes() // local_ranks
 
 
 def largest_picture_tokens(recipe: Recipe, shapes: ModelShapes, folder: Path) -> int | None:
@@ -172,9 +180,17 @@ def release_findings(recipe: Recipe) -> list[str]:
     if model.quantization != "auto" and not having("quantization", model.quantization):
         findings.append(
             f"model_config.quantization: {model.quantization} weights are not part of this release yet; "
-            "use the float checkpoint of the same model, and  --set model_config.quantization=auto"
+            f"use the float checkpoint of the same model:  {float_twin(model)}"
         )
     return findings
+
+
+def float_twin(model: ModelSection) -> str:
+    """The overrides that take the float checkpoint of a quantized one, found by the published name."""
+    folder = model.model_path.rstrip("/").rpartition("/")[2]
+    name = next((name for name in published_shapes() if folder.startswith(name)), None)
+    path = f"--set model_config.model_path=Qwen/{name} " if name and folder != name else ""
+    return f"{path}--set model_config.quantization=auto"
 
 
 def device_finding(recipe: Recipe) -> list[str]:
@@ -218,11 +234,11 @@ def _that_runs(recipe: Recipe) -> str:
     changes["model_config.soc=null"] = not stays and model.soc is not None
     changes["model_config.exe_mode=eager"] = model.exe_mode != "eager" and not (stays and _has_graphs(recipe))
     changes["model_config.dtype=auto"] = not stays and model.dtype == "float16"
-    changes["model_config.quantization=auto"] = not stays and model.quantization not in ("auto", "none")
     changes["parallel_config.world_size=1"] = not stays and recipe.parallel.world_size > 1
     changes["parallel_config.attn_tp_size=1"] = not stays and (recipe.parallel.attn_tp_size or 1) > 1
     changes["parallel_config.moe_ep_size=1"] = not stays and recipe.parallel.moe_ep_size > 1
-    return " ".join(f"--set {change}" for change, needed in changes.items() if needed)
+    twin = [] if model.quantization in ("auto", "none") else [float_twin(model)]
+    return " ".join([*(f"--set {change}" for change, needed in changes.items() if needed), *twin])
 
 
 def check_chip(recipe: Recipe) -> None:

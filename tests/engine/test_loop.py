@@ -71,7 +71,7 @@ def test_preparing_holds_nobody_up_and_happens_elsewhere(loop, engine, answer):
     release.set()
     while late not in ended:
         ended += loop.turn(5)
-    assert late.completion.token_ids == answer.token_ids and names == ["prepare 0"]
+    assert late.completion.token_ids == answer.token_ids and names == ["prepare: 0"]
     assert late.prepare_s > quick.prepare_s
 
 
@@ -228,3 +228,23 @@ def test_preparing_threads_compute_with_one_core_and_change_no_other_s():
         assert seen == [1, 1, 2] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_preparing_threads_have_ended_when_they_are_stopped():
+    """A thread that came back from C++ while the interpreter is taken down would abort the process."""
+    preparers, begun, done = Preparers(2), threading.Event(), []
+
+    def slow():
+        begun.set()
+        time.sleep(0.1)
+        done.append("slow")
+
+    for _ in range(2):
+        preparers.submit(slow)
+    begun.wait()
+    for _ in range(20):
+        preparers.submit(lambda: done.append("queued"))
+    preparers.stop()
+    assert not any(thread.is_alive() for thread in preparers.threads)
+    assert "slow" in done and done.count("queued") < 20
+    preparers.stop()  # once more is the same

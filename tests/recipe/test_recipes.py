@@ -7,10 +7,11 @@ import torch
 import yaml
 
 from executor.checkpoint.load import build_on_meta
+from executor.device.table import CHIP_BYTES
 from executor.errors import UserError
 from executor.parallel.groups import groups
 from executor.recipe import settle as checks
-from executor.recipe.memory import GIB, estimate, weights_bytes
+from executor.recipe.memory import estimate, weights_bytes
 from executor.recipe.schema import Recipe, build_recipe, load_recipe
 from executor.recipe.settle import check_chip, check_recipe, check_supported, resolve
 from models.published import published_config
@@ -32,7 +33,6 @@ NINE = (
     "qwen3_vl_32b",
     "qwen3_vl_30b_a3b",
 )
-CHIP_BYTES = {"atlas_800i_a2": 64 * GIB, "atlas_800i_a3": 64 * GIB, "atlas_300i_duo": 43 * 10**9}
 
 
 def model_of(name: str) -> str:

@@ -344,12 +344,12 @@ def test_what_no_row_could_be_asked_with_is_refused_before_weights_are_read(monk
 def test_ctrl_c_says_what_is_saved_and_how_to_go_on(monkeypatch, tmp_path, saved):
     """The rows that had come are in the file, and in nothing else."""
 
-    def two_rows(engine, recipe, params, spread, count):
+    def two_rows(engine, recipe, params, spread, take):
         for index in range(2):
-            yield failed_row(index, Sample(f"mine.jsonl:{index}"), "as good as an answer")
+            take(failed_row(index, Sample(f"mine.jsonl:{index}"), "as good as an answer"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "all_rows", two_rows)
+    monkeypatch.setattr(generate, "answer_all", two_rows)
     path = tmp_path / "out.jsonl"
     data = rows_file(tmp_path / "mine.jsonl", [{"question": f"{number}?"} for number in range(5)])
     with pytest.raises(KeyboardInterrupt) as interrupt:
