@@ -66,7 +66,9 @@ def own_trees(tmp_path):
 
 
 def copy_of_repository(folder: Path, *left_out: str) -> Path:
-    skip = shutil.ignore_patterns("*.pyc.*", *left_out)  # files that Python is writing; whole ones are valid in the copy
+    skip = shutil.ignore_patterns(
+        "*.pyc.*", *left_out
+    )  # files that Python is writing; whole ones are valid in the copy
     for name in ("executor", "models", "dataset", "emulator", "config", "tests/launch"):
         shutil.copytree(REPO / name, folder / name, ignore=skip)
     for name in ("infer.sh", "requirements.txt", "tests/__init__.py"):

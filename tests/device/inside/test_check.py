@@ -130,9 +130,10 @@ def test_the_document_of_the_eager_chip() -> None:
 
 
 def test_what_a_chip_cannot_do_is_listed() -> None:
-    """A kernel's limit that a recipe breaks is found without the chip: blocks of 16 tokens are no multiple of 128."""
-    document = checked("qwen3_vl_2b.yaml", "scheduler_config.block_size=2048", "parallel_config.world_size=1")
-    assert not document["ok"] and any("block" in text for text in document["unsupported"])
+    """A kernel's limit that a recipe breaks is found without the chip: a block has at most 1024 tokens."""
+    tiny = ("model_config.model_path=models/tiny/qwen3_vl", "scheduler_config.max_model_len=2048")
+    document = checked("qwen3_vl_2b.yaml", *tiny, "scheduler_config.block_size=2048", "parallel_config.world_size=1")
+    assert not document["ok"] and any("block_size must be" in text for text in document["unsupported"])
 
 
 @pytest.mark.parametrize(
