@@ -48,8 +48,9 @@ def generation_of(entry: Mapping[str, Any]) -> dict[str, Any]:
             name = OTHER_GENERATION_NAMES.get(key, key)
             if value is None or (holder is not nested and name not in (*GENERATION_KEYS, "do_sample")):
                 continue
-            if given.setdefault(name, value) != value:
-                raise UserError(f"{name} is given twice: {given[name]!r} and {value!r}")
+            earlier = given.setdefault(name, value)
+            if earlier is not value and earlier != value:  # NaN is not equal to itself
+                raise UserError(f"{name} is given twice: {earlier!r} and {value!r}")
     do_sample = given.pop("do_sample", None)
     if do_sample is not None and not isinstance(do_sample, bool):
         raise UserError(f"do_sample must be true or false, got {describe(do_sample)}")

@@ -47,8 +47,9 @@ def _no_chips(facts: Facts) -> Finding:
         ERROR,
         f"no Ascend NPU: {_silence(facts)}, no /dev/davinci*",
         "an Ascend NPU, because the recipe says so",
-        "run the recipe on an Ascend machine; here use --set model_config.device=cpu (or npu_emulated to try the NPU "
-        "code without a chip). In a container check that it was started with the NPUs' devices",
+        "run the recipe on an Ascend machine; here a small model runs with --set model_config.device=cpu (or "
+        "npu_emulated, to try the NPU code without a chip). In a container check that it was started with the NPUs' "
+        "devices",
     )
 
 
