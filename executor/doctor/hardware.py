@@ -179,8 +179,8 @@ def _driver(facts: Facts) -> Finding:
 
 def _firmware(facts: Facts) -> Finding:
     version = facts.firmware.version if facts.firmware else None
-    told = facts.board.get("Firmware Version", "")
-    version = version or (told if versions.numbers(told) else None)
+    on_board = facts.board.get("Firmware Version", "")
+    version = version or (on_board if versions.numbers(on_board) else None)
     if not version:
         return Finding("firmware", UNKNOWN, "told by neither npu-smi nor firmware/version.info (usual in containers)")
     fits = versions.firmware_fits(facts.driver, version) if facts.driver else None
