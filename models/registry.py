@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from executor.checkpoint.model_config import named_architecture
 from executor.errors import UserError
 from executor.recipe.sizes import ModelShapes
 
@@ -15,13 +16,26 @@ FAMILIES = {
 }
 
 
+MODEL_TYPES = {"qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl", "qwen3_vl_moe": "qwen3_vl"}
+"""The same by model_type, for files whose `architectures` says nothing."""
+
+
 def family_folder(config: Mapping[str, Any], file: str = "config.json") -> str:
-    """The folder of the architecture that a config.json names; messages call it `file`. UserError for another one."""
-    named = config.get("architectures")
-    architecture = named[0] if isinstance(named, list | tuple) and named else named
-    if not isinstance(architecture, str) or architecture not in FAMILIES:
-        raise UserError(f"{file} names architecture {architecture}; this release runs {', '.join(FAMILIES)}")
-    return FAMILIES[architecture]
+    """The folder of the architecture that a config.json names; messages call it `file`. UserError for another one.
+
+    Where `architectures` is missing or null, model_type counts.
+    """
+    architecture, model_type = named_architecture(config), config.get("model_type")
+    if architecture is None and isinstance(model_type, str) and model_type in MODEL_TYPES:
+        return MODEL_TYPES[model_type]
+    if isinstance(architecture, str) and architecture in FAMILIES:
+        return FAMILIES[architecture]
+    if architecture is None:
+        raise UserError(
+            f"{file} names no architecture, and its model_type is {model_type!r}; write the model's own into it, "
+            f"architectures: one of {', '.join(FAMILIES)}, or model_type: one of {', '.join(MODEL_TYPES)}"
+        )
+    raise UserError(f"{file} names architecture {architecture}; this release runs {', '.join(FAMILIES)}")
 
 
 def parse_config(config: Mapping[str, Any], file: str = "config.json") -> Any:

@@ -3,6 +3,7 @@
 Reads JSON files only. Quantized folders of msmodelslim are told apart by their quant_model_description*.json.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,12 @@ from typing import Any
 from executor.checkpoint.folder import read_json
 from executor.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 ADAPTER_CONFIG = "adapter_config.json"
+# Of peft, mlx and swift, diffusers' trainers, DeepSpeed and LLaVA's scripts. `non_lora` holds what was trained beside.
+ADAPTER_WEIGHTS = ("adapter_model*", "adapters.safetensors", "adapters.npz", "adapter.safetensors", "adapter*.bin",
+                   "pytorch_lora_weights*", "lora*.safetensors", "non_lora*", "*_adapters.safetensors")  # fmt: skip
 _UNNAMED = "a quantizer without a name"
 # Keys of config.json that quantizers write, and whose they are where no name stands in them.
 _KEYS = {
@@ -29,8 +35,18 @@ _ANONYMOUS = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"
 
 
 def refuse_adapter(folder: Path) -> None:
-    """UserError for a folder with a LoRA (or another) adapter, alone or beside a model, with how to merge it."""
-    weights = sorted(path.name for path in folder.glob("adapter_model*"))
+    """UserError for a folder with a LoRA (or another) adapter, alone or beside a model, with how to merge it.
+
+    One in a folder of it is a warning: what training left there is not always part of the model.
+    """
+    weights = _adapter_weights(folder)
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
+        held = [name for name in (ADAPTER_CONFIG, *_adapter_weights(inner)) if (inner / name).is_file()]
+        if held:
+            logger.warning(
+                "%s: the folder in it, %s, holds an adapter (%s), which is not read: the model answers without it",
+                folder, inner.name, " and ".join(held[:3]),
+            )  # fmt: skip
     if not (folder / ADAPTER_CONFIG).is_file() and not weights:
         return
     adapter = read_json(folder, ADAPTER_CONFIG, required=False)
@@ -54,8 +70,13 @@ def refuse_adapter(folder: Path) -> None:
     raise UserError(f"{folder} is {kind}{of} ({files}), not a whole model. {merge}")
 
 
+def _adapter_weights(folder: Path) -> list[str]:
+    return sorted({path.name for pattern in ADAPTER_WEIGHTS for path in folder.glob(pattern) if path.is_file()})
+
+
 def _model_weights(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter")]
+    adapters = _adapter_weights(folder)
+    return [path for path in folder.glob("*.safetensors") if path.name not in adapters]
 
 
 def find_quantization(folder: Path, config: Mapping[str, Any]) -> str:

@@ -32,6 +32,12 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 LFS_POINTER = b"version https://git-lfs"
+# DataParallel and DeepSpeed, peft, torch.compile, FSDP, activation checkpointing. `module` is a word of models, too.
+WRAPPERS = re.compile(
+    r"^((_forward_module|module|base_model\.model)\.)+|"
+    r"(?:(?<=\.)|^)((_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module)\.)+"
+    r"((module|base_model\.model)\.)*"
+)
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx")
 
 
@@ -91,7 +97,11 @@ class Checkpoint:
 
 
 def canonical_name(name: str) -> str:
-    """Maps the legacy names (`visual.*`, `model.*` of the text, `language_model.model.*`) to the current ones."""
+    """Maps the legacy names (`visual.*`, `model.*` of the text, `language_model.model.*`) to the current ones.
+
+    What training tools wrap a model in when they save it is taken off: see WRAPPERS.
+    """
+    name = WRAPPERS.sub("", name)
     if name.startswith(("model.visual.", "model.language_model.", "lm_head.")):
         return name
     for legacy, current in (

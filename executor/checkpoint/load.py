@@ -9,6 +9,7 @@ from torch import nn
 
 from executor.checkpoint.mapped import mapped_rows
 from executor.checkpoint.pull import finalize
+from executor.checkpoint.strangers import check_unread
 from executor.checkpoint.weights import Checkpoint, LoadReport, check_complete, load_weights
 from executor.device.ops import Ops
 
@@ -46,7 +47,9 @@ def load_model(
         model = build()
     pulls = list(model.pulls(checkpoint.catalog))
     check_complete(model, pulls)
-    report = load_weights(pulls, checkpoint, ignore=("lm_head.weight",) if model.config.tie_word_embeddings else ())
+    ignore = ("lm_head.weight",) if model.config.tie_word_embeddings else ()
+    check_unread(pulls, checkpoint, ignore)
+    report = load_weights(pulls, checkpoint, ignore=ignore)
     del pulls  # they hold the plain weights, which every layer is about to give up
     if model.lm_head.tied and device.copies_tied_head(dtype):
         _leave_in_file(model.language_model.embed_tokens, checkpoint)

@@ -6,17 +6,17 @@ not compute are refused by name. The angles are computed in executor.layers.rope
 Source: YaRN (arXiv 2309.00071); transformers 5.24, modeling_rope_utils.
 """
 
-import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from executor.checkpoint.fields import Fields
 from executor.errors import UserError
 
-logger = logging.getLogger(__name__)
-
 KINDS = ("default", "linear", "yarn")
 _PLAIN = ("default", "mrope")  # `mrope` is what older files call the plain kind with sections
+
+_STRETCHING = ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+               "mscale_all_dim", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Rope:
     theta: float
     sections: tuple[int, int, int]
     scaling: LinearScaling | YarnScaling | None = None
+    unused: tuple[str, ...] = field(default=(), compare=False)  # keys that would stretch a rope of another kind
 
 
 def read_rope(
@@ -78,9 +79,7 @@ def read_rope(
         holder.only("partial_rotary_factor", (1, 1.0), "1: heads turn whole here")
     kind = _kind(rope)
     if kind == "default":
-        if "factor" in rope:
-            logger.warning("%s: %s.factor is not used: rope_type says default", rope.file, rope.path)
-        return Rope(base, parts), length
+        return Rope(base, parts, unused=tuple(f"{rope.path}.{key}" for key in _STRETCHING if key in rope)), length
     inner = rope.whole("original_max_position_embeddings", None, null=True)
     outer = text.whole("original_max_position_embeddings", None, null=True)
     # transformers lets the text model's own value win, but does not look at it in a file without text_config.

@@ -4,6 +4,7 @@ Reads local files only; never downloads, never runs code that comes with a check
 transformers (those want torchvision). Knows no model family: a family hands in the defaults of its own classes.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 from executor.checkpoint.fields import Fields, as_number
 from executor.checkpoint.folder import read_json
 from executor.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 BICUBIC = 3  # PIL's number, as checkpoints write it
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json",
@@ -135,47 +138,6 @@ def _default_template(value: Any, file: str) -> str | None:
     return value
 
 
-def read_eos_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end an answer: generation_config.json's, else config.json's, else the tokenizer's."""
-    config = Fields(read_json(folder, "config.json", required=False), f"{folder}/config.json")
-    generation = read_json(folder, "generation_config.json", required=False)
-    for holder in (Fields(generation, f"{folder}/generation_config.json"), config, config.section("text_config")):
-        if holder is None or "eos_token_id" not in holder or holder.values["eos_token_id"] == []:
-            continue
-        if isinstance(holder.values["eos_token_id"], list):
-            return holder.wholes("eos_token_id")
-        return (holder.whole("eos_token_id", least=0),)
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"model_path '{folder}' names no eos_token_id, neither in generation_config.json, config.json nor in the "
-            "tokenizer: an answer could never end"
-        )
-    return (tokenizer.eos_token_id,)
-
-
-def read_generation_config(folder: Path) -> dict[str, Any]:
-    """generation_config.json, {} without one; what it says of sampling is checked, and numbers are numbers."""
-    name = "generation_config.json"
-    content = read_json(folder, name, required=False)
-    said = Fields(content, f"{folder}/{name}", texts=True)
-    values = {
-        "do_sample": said.flag("do_sample", None),
-        "max_new_tokens": said.whole("max_new_tokens", None, null=True),
-        "min_new_tokens": said.whole("min_new_tokens", None, least=0, null=True),
-        "top_k": said.whole("top_k", None, least=-1, null=True),
-    }
-    for key in ("temperature", "top_p", "min_p", "repetition_penalty"):
-        values[key] = said.number(key, None, null=True, zero=key in ("temperature", "min_p"))
-    for key in ("top_p", "min_p"):
-        if values[key] is not None and values[key] > 1:
-            raise said.fault(key, "a share, at most 1")
-    if values["repetition_penalty"] is not None and not 1e-6 <= values["repetition_penalty"] <= 1e6:
-        raise said.fault("repetition_penalty", "a number from 0.000001 to 1000000; 1 is none")
-    if values["top_k"] == -1:  # how some tools write that all are kept
-        values["top_k"] = 0
-    return content | {key: value for key, value in values.items() if key in said}
-
-
 @dataclass(frozen=True)
 class PixelSettings:
     """How frames become patches. Sizes in pixels; mean and std of channel values scaled to [0, 1].
@@ -235,6 +197,17 @@ def read_video_settings(folder: Path, defaults: Mapping[str, Any]) -> VideoSetti
     min_frames, max_frames = (said.whole(key, defaults[key], null=True) for key in ("min_frames", "max_frames"))
     if min_frames > max_frames:
         raise said.fault("min_frames" if "min_frames" in said else "max_frames", "min_frames not above max_frames")
+    samples = said.flag("do_sample_frames", None)
+    if samples is False and not defaults["do_sample_frames"]:  # the class's own, which its users sample before
+        logger.warning(
+            "%s: do_sample_frames is false, but frames are sampled here, as the model was trained", said.file
+        )
+    if samples is False and defaults["do_sample_frames"]:
+        raise said.fault(
+            "do_sample_frames",
+            "true: frames are sampled here as the model was trained. Set it so, and num_frames or fps to the frames "
+            "that you want",
+        )
     return VideoSettings(
         **_common_settings(said, defaults),
         fps=said.number("fps", defaults["fps"], null=True),
@@ -246,7 +219,13 @@ def read_video_settings(folder: Path, defaults: Mapping[str, Any]) -> VideoSetti
     )
 
 
-def _preprocessor_section(folder: Path, key: str) -> Fields:
+def read_max_pixels(folder: Path) -> int | None:
+    """The largest area of a picture that the folder's files name, None where they leave it to the family's class."""
+    said = _preprocessor_section(folder, "image_processor", required=False)
+    return _bound(said, _edges(said), "max_pixels", "longest_edge", None)
+
+
+def _preprocessor_section(folder: Path, key: str, *, required: bool = True) -> Fields:
     """The settings of one kind of media, with the file they stand in. Numbers may be written as texts."""
     both = Fields(read_json(folder, "processor_config.json", required=False), f"{folder}/processor_config.json")
     section = both.section(key)
@@ -255,11 +234,12 @@ def _preprocessor_section(folder: Path, key: str) -> Fields:
     names = ["preprocessor_config.json"]
     if key == "video_processor" and read_json(folder, "video_preprocessor_config.json", required=False):
         names = ["video_preprocessor_config.json"]
-    return Fields(read_json(folder, names[0]), f"{folder}/{names[0]}", texts=True)
+    return Fields(read_json(folder, names[0], required=required), f"{folder}/{names[0]}", texts=True)
 
 
 def _common_settings(said: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
     wanted = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False, "do_pad": False}
+    wanted["do_convert_rgb"] = True
     for key, flag in wanted.items():
         if said.flag(key, flag) != flag:
             raise UserError(f"{said.file} has {key}={not flag}; only {key}={flag} is supported")
@@ -268,10 +248,18 @@ def _common_settings(said: Fields, defaults: Mapping[str, Any]) -> dict[str, Any
     factor = said.number("rescale_factor", 1 / 255, null=True)
     if abs(factor * 255 - 1) > 1e-9:
         raise UserError(f"{said.file} has rescale_factor={factor}; only 1/255 is supported")
+    sizes = {
+        key: said.whole(key, defaults[key], null=True) for key in ("patch_size", "temporal_patch_size", "merge_size")
+    }
     least, most = _bounds(said, defaults["size"])
-    sizes = ("patch_size", "temporal_patch_size", "merge_size")
+    token_pixels = (sizes["patch_size"] * sizes["merge_size"]) ** 2
+    if most < token_pixels:
+        raise UserError(
+            f"{said.file}: max_pixels (size.longest_edge) is {most}, wanted at least the pixels of one token, "
+            f"{token_pixels}: it is an area, not a length"
+        )
     return {
-        **{key: said.whole(key, defaults[key], null=True) for key in sizes},
+        **sizes,
         "mean": _channels(said, "image_mean", defaults["image_mean"], zero=True),
         "std": _channels(said, "image_std", defaults["image_std"], zero=False),
         "min_pixels": least,
@@ -287,8 +275,17 @@ def _is_bicubic(resample: Any) -> bool:
 
 
 def _bounds(said: Fields, default: Mapping[str, int]) -> tuple[int, int]:
-    """Least and most pixels. They stand in `size` as shortest_edge and longest_edge, which here mean areas; the older
-    keys beside `size` win, as in transformers. One that is not said is the class's."""
+    """Least and most pixels. One that is not said is the class's."""
+    edges = _edges(said)
+    least = _bound(said, edges, "min_pixels", "shortest_edge", default["shortest_edge"])
+    most = _bound(said, edges, "max_pixels", "longest_edge", default["longest_edge"])
+    if least > most:
+        raise UserError(f"{said.file}: min_pixels {least} is above max_pixels {most}; swap or mend them")
+    return least, most
+
+
+def _edges(said: Fields) -> Fields:
+    """`size`, whose shortest_edge and longest_edge here mean areas."""
     wanted = "an object with shortest_edge and longest_edge, the least and most pixels of a picture's area"
     if "size" in said and not isinstance(said.values["size"], Mapping):
         raise said.fault("size", wanted)
@@ -296,13 +293,13 @@ def _bounds(said: Fields, default: Mapping[str, int]) -> tuple[int, int]:
     for key in edges.values:
         if key in edges and key not in ("shortest_edge", "longest_edge", "min_pixels", "max_pixels"):
             raise edges.fault(key, wanted)
-    bounds = []
-    for older, newer in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        in_size = edges.whole(newer, edges.whole(older, default[newer], null=True), null=True)
-        bounds.append(said.whole(older, in_size, null=True))
-    if bounds[0] > bounds[1]:
-        raise UserError(f"{said.file}: min_pixels {bounds[0]} is above max_pixels {bounds[1]}; swap or mend them")
-    return bounds[0], bounds[1]
+    return edges
+
+
+def _bound(said: Fields, edges: Fields, older: str, newer: str, default: int | None) -> Any:
+    """One bound: the older key beside `size` wins, as in transformers."""
+    in_size = edges.whole(newer, edges.whole(older, default, null=True), null=True)
+    return said.whole(older, in_size, null=True)
 
 
 def _channels(said: Fields, key: str, default: Sequence[float], *, zero: bool) -> tuple[float, ...]:

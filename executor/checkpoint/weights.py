@@ -8,6 +8,7 @@ place. Does not know models, ranks, devices or quantization: a `Pull` says where
 
 import fnmatch
 import logging
+import re
 import sys
 import time
 from collections import defaultdict
@@ -22,14 +23,12 @@ from tqdm import tqdm
 
 from executor.checkpoint.headers import SAFETENSORS_DTYPES, Checkpoint, TensorInfo
 from executor.checkpoint.pull import Pull, swap_last_two
+from executor.checkpoint.strangers import NO_SCHEME, QUANTIZED_TYPES, refuse_unmerged, unread_names
 from executor.errors import UserError
 
 __all__ = ["Checkpoint", "LoadReport", "Pull", "TensorInfo", "check_complete", "load_weights", "poison", "unwritten"]
 
 logger = logging.getLogger(__name__)
-
-IGNORED_UNREAD = ("*.inv_freq",)
-"""Tensors that old checkpoints carry and that every model computes for itself."""
 
 PROGRESS_MIN_BYTES = 256 << 20
 PROGRESS_LOG_EVERY_S = 10.0
@@ -67,12 +66,7 @@ def load_weights(
     missing = sorted({pull.name for pull in pulls} - checkpoint.catalog.keys())
     if missing:
         raise UserError(checkpoint.describe_missing(missing))
-    unmerged = [name for name in checkpoint.catalog if ".lora_" in name]
-    if unmerged:
-        raise UserError(
-            f"{checkpoint.folder}: the weights hold an adapter that was not merged ({len(unmerged)} tensors, such as "
-            f"'{unmerged[0]}'); merge it with peft (merge_and_unload) and save the model again"
-        )
+    refuse_unmerged(checkpoint)
     by_file: dict[Path, list[tuple[Pull, TensorInfo]]] = defaultdict(list)
     for pull in pulls:
         info = checkpoint.catalog[pull.name]
@@ -89,13 +83,7 @@ def load_weights(
                 bar.advance(_slice_bytes(pull, info))
     seconds = time.perf_counter() - start
 
-    patterns = (*IGNORED_UNREAD, *ignore)
-    read = {pull.name for pull in pulls}
-    unread = tuple(
-        name
-        for name in checkpoint.catalog
-        if name not in read and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    )
+    unread = unread_names(pulls, checkpoint, ignore)
     report = LoadReport(planned_bytes, checkpoint.total_bytes, seconds, unread)
     logger.info(
         "weights: this rank's %.2f of %.2f GB (%.0f %%) in %.1f s, %.2f GB/s",
@@ -140,6 +128,8 @@ def _copy(part: torch.Tensor, pull: Pull) -> None:
 
 def _check_pull(pull: Pull, info: TensorInfo) -> None:
     where = f"tensor '{pull.name}' of {info.file}"
+    if info.dtype is None and re.match(QUANTIZED_TYPES, info.dtype_name):
+        raise UserError(f"{where} has type {info.dtype_name}; {NO_SCHEME}")
     if info.dtype is None:
         raise UserError(
             f"{where} has type {info.dtype_name}, which is not supported; allowed: {', '.join(SAFETENSORS_DTYPES)}"
@@ -151,11 +141,7 @@ def _check_pull(pull: Pull, info: TensorInfo) -> None:
         )
     if not _converts(info.dtype, pull.into.dtype):
         wanted = str(pull.into.dtype).removeprefix("torch.")
-        raise UserError(
-            f"{where} has type {info.dtype_name}, which does not convert to {wanted}; "
-            "these are quantized weights, and nothing in the folder names their scheme (model_config.quantization): "
-            "take the float checkpoint of the same model"
-        )
+        raise UserError(f"{where} has type {info.dtype_name}, which does not convert to {wanted}; {NO_SCHEME}")
     assert len(pull.index) <= len(pull.shape), f"{pull.name}: {len(pull.index)} slices of {pull.shape}"
     assert all(part.step in (None, 1) for part in pull.index), f"{pull.name}: a slice with a step"
     sizes = tuple(part.stop - part.start for part in pull.file_index)

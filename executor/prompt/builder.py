@@ -15,11 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from executor.checkpoint.folder import read_json
+from executor.checkpoint.generation import read_eos_token_ids, read_generation_config
 from executor.checkpoint.settings import (
     PixelSettings,
     VideoSettings,
-    read_eos_token_ids,
-    read_generation_config,
     read_pixel_settings,
     read_video_settings,
 )
@@ -65,7 +64,7 @@ class PromptBuilder(ABC):
                 f"{self.video.mean}, std {self.picture.std} and {self.video.std}); only one normalisation is supported"
             )
         self._check_options()
-        self.eos_token_ids = read_eos_token_ids(self.folder, self.tokenizer)
+        self.eos_token_ids = read_eos_token_ids(self.folder, self.tokenizer, self.config.text.vocab_size)
         self.generation_config = read_generation_config(self.folder)
 
     @property

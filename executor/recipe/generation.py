@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 
 # What generation_config.json may say that we take over. Its max_length counts the prompt too and is 20 by default
 # in old files: an answer is bounded by max_new_tokens and the context alone.
-_FROM_CHECKPOINT = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_FROM_CHECKPOINT = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+                    "presence_penalty", "frequency_penalty")  # fmt: skip
 _PARAMETERS = frozenset(field.name for field in fields(SamplingParams))
 _NARROWING = ("top_k", "top_p", "min_p")  # mean something only when sampling
 

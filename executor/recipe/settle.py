@@ -13,8 +13,9 @@ from typing import Any
 
 from executor.checkpoint.folder import find_checkpoint, is_hub_id, local_checkpoint, read_json
 from executor.checkpoint.foreign import find_quantization, refuse_adapter
+from executor.checkpoint.generation import read_generation_config
 from executor.checkpoint.head import settle_head
-from executor.checkpoint.settings import read_generation_config
+from executor.checkpoint.settings import read_max_pixels
 from executor.device.table import BACKENDS, CHIP_BYTES, DeviceSettings, having, named
 from executor.errors import UserError
 from executor.host.limits import host_memory_bytes, process_memory_bytes
@@ -23,7 +24,7 @@ from executor.recipe.memory import MemoryEstimate, estimate
 from executor.recipe.schema import ModelSection, Recipe
 from executor.recipe.sizes import ModelShapes
 from models.published import published_shapes
-from models.registry import read_shapes
+from models.registry import parse_config, read_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -94,15 +95,9 @@ def _memory_bytes(recipe: Recipe, local_ranks: int) -> int:
 
 def largest_picture_tokens(recipe: Recipe, shapes: ModelShapes, folder: Path) -> int | None:
     """Visual tokens of the largest picture: by the recipe's max_pixels, else the checkpoint's."""
-    found = recipe.data.max_pixels
-    if found is None:
-        section = read_json(folder, "preprocessor_config.json", required=False)
-        sizes = section.get("size")
-        sizes = sizes if isinstance(sizes, dict) else {}
-        found = section.get("max_pixels") or sizes.get("longest_edge") or sizes.get("max_pixels")
+    found = recipe.data.max_pixels or read_max_pixels(folder)
     token_pixels = (shapes.vision.patch_size * shapes.vision.merge_size) ** 2
-    # What is no number is refused where pictures are prepared.
-    return max(1, found // token_pixels) if isinstance(found, int) and found > 0 else None
+    return max(1, found // token_pixels) if found else None
 
 
 def device_settings(model: ModelSection, index: int = 0) -> DeviceSettings:
@@ -155,7 +150,10 @@ def read_folder(folder: Path, name: str) -> tuple[Mapping[str, Any], str, ModelS
     refuse_adapter(folder)
     config = read_json(folder, "config.json")
     quantization = find_quantization(folder, config)
-    config = settle_head(folder, config, read_shapes(config, name).tied_embeddings)
+    parsed = parse_config(config, f"{name}: config.json")
+    for key in parsed.text.rope.unused:  # said here: the file is parsed more than once
+        logger.warning("%s/config.json: %s is not used: its rope_type, or none, means default", folder, key)
+    config = settle_head(folder, config, parsed.tie_word_embeddings)
     return config, quantization, read_shapes(config, name)
 
 

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from executor.checkpoint.fields import Fields
-from executor.checkpoint.model_config import check_vision, read_dtype, read_heads, read_tied
+from executor.checkpoint.model_config import (
+    check_full_attention,
+    check_outer_keys,
+    check_vision,
+    read_dtype,
+    read_heads,
+    read_tied,
+)
 from executor.checkpoint.rope import Rope, read_rope
 from executor.recipe.sizes import ModelShapes, VisionShapes
 
@@ -106,6 +113,8 @@ def parse(raw: Mapping[str, Any], file: str = "config.json") -> Config:
     if vision is None:
         raise whole.fault("vision_config", "the sizes of the vision encoder")
     text = _text(nested or whole, nested=nested is not None)
+    if nested is not None:
+        check_outer_keys(whole, nested, lambda section: _text(section, nested=True))
     return Config(
         text=text,
         vision=_vision(vision, text),
@@ -121,9 +130,7 @@ def parse(raw: Mapping[str, Any], file: str = "config.json") -> Config:
 def _text(text: Fields, *, nested: bool) -> TextConfig:
     text.only("hidden_act", ("silu",), "silu, as Qwen2.5-VL is published")
     text.only("use_sliding_window", (False,), "false, as Qwen2.5-VL is published: text attention is full here")
-    kinds = text.values.get("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise text.fault("layer_types", "full_attention everywhere, as Qwen2.5-VL is published")
+    check_full_attention(text, "Qwen2.5-VL")
     hidden_size = text.whole("hidden_size", 8192)
     num_heads, num_kv_heads = read_heads(text, heads=64, kv_heads=8)
     if hidden_size % num_heads or hidden_size // num_heads % 2:

@@ -25,6 +25,7 @@ PICTURE_DEFAULTS = {**COMMON, "size": {"shortest_edge": 56 * 56, "longest_edge":
 VIDEO_DEFAULTS = {
     **COMMON,
     "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28},  # of one frame
+    "do_sample_frames": False,
     "fps": 2,
     "min_frames": 4,
     "max_frames": 768,

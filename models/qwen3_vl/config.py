@@ -9,12 +9,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from executor.checkpoint.fields import Fields
-from executor.checkpoint.model_config import check_vision, read_dtype, read_heads, read_tied
+from executor.checkpoint.model_config import (
+    check_full_attention,
+    check_outer_keys,
+    check_vision,
+    named_architecture,
+    read_dtype,
+    read_heads,
+    read_tied,
+)
 from executor.checkpoint.rope import Rope, read_rope
 from executor.recipe.sizes import ModelShapes, VisionShapes
 
 SECTIONS = (24, 20, 20)
 MOE_ARCHITECTURE = "Qwen3VLMoeForConditionalGeneration"
+MOE_TYPE = "qwen3_vl_moe"
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,10 @@ def parse(raw: Mapping[str, Any], file: str = "config.json") -> Config:
         raise whole.fault("text_config", "the sizes of the text model")
     if vision is None:
         raise whole.fault("vision_config", "the sizes of the vision encoder")
-    text = _text(nested, has_experts=MOE_ARCHITECTURE in (raw.get("architectures") or ()))
+    architecture = named_architecture(raw)
+    has_experts = architecture == MOE_ARCHITECTURE or (architecture is None and raw.get("model_type") == MOE_TYPE)
+    text = _text(nested, has_experts=has_experts)
+    check_outer_keys(whole, nested, lambda section: _text(section, has_experts=has_experts))
     return Config(
         text=text,
         vision=_vision(vision, text),
@@ -136,7 +148,9 @@ def parse(raw: Mapping[str, Any], file: str = "config.json") -> Config:
 
 def _text(text: Fields, *, has_experts: bool) -> TextConfig:
     text.only("hidden_act", ("silu",), "silu, as Qwen3-VL is published")
-    text.only("attention_bias", (False,), "false, as Qwen3-VL is published")
+    for key in ("attention_bias", "use_sliding_window"):
+        text.only(key, (False,), "false, as Qwen3-VL is published")
+    check_full_attention(text, "Qwen3-VL")
     # The two classes differ in their defaults; the mixture's own are no published model's, so its sizes must be there.
     hidden_size = text.whole("hidden_size") if has_experts else text.whole("hidden_size", 4096)
     num_heads, num_kv_heads = read_heads(text, heads=16 if has_experts else 32, kv_heads=16 if has_experts else 32)
@@ -175,6 +189,8 @@ def _head_dim(text: Fields, hidden_size: int, num_heads: int, has_experts: bool)
 def _experts(text: Fields, num_layers: int) -> MoEConfig:
     key = "num_experts" if "num_experts" in text else "num_local_experts"  # transformers 5 writes the latter
     num_experts = text.whole(key if key in text else "num_experts")
+    if text.whole("num_local_experts", num_experts, null=True) != num_experts:
+        raise text.fault("num_local_experts", f"num_experts, {num_experts}: they are one key by two names")
     top_k = text.whole("num_experts_per_tok")
     if top_k > num_experts:
         raise text.fault("num_experts_per_tok", f"at most the number of experts, {num_experts}")

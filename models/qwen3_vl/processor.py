@@ -30,6 +30,7 @@ VIDEO_DEFAULTS = {
     "image_mean": HALF,
     "image_std": HALF,
     "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32},  # of all frames together
+    "do_sample_frames": True,
     "fps": 2,
     "min_frames": 4,
     "max_frames": 768,

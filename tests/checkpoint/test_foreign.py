@@ -23,6 +23,14 @@ TINY = REPO / "models" / "tiny" / "qwen2_5_vl"  # tied
 EMBEDDING = "model.embed_tokens.weight"
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct"}
 
+ADAPTERS = (
+    "adapters.safetensors",
+    "non_lora_state_dict.bin",
+    "non_lora_trainables.bin",
+    "0000100_adapters.safetensors",
+)
+ADAPTERS += ("pytorch_lora_weights.safetensors", "lora.safetensors")
+
 
 def copy_of(folder: Path, source: Path = TINY, **config: object) -> Path:
     """The checkpoint with a changed config.json; weights are linked."""
@@ -54,7 +62,10 @@ def test_an_adapter_alone_is_named_with_its_base(tmp_path):
         assert words in str(error.value)
 
 
-@pytest.mark.parametrize("names", [("adapter_config.json",), ("adapter_model.safetensors",), ("adapter_model.bin",)])
+@pytest.mark.parametrize(
+    "names",
+    [("adapter_config.json",), ("adapter_model.safetensors",), ("adapter_model.bin",), *((name,) for name in ADAPTERS)],
+)
 def test_an_adapter_beside_a_model_is_not_ignored(tmp_path, names):
     folder = copy_of(tmp_path / "model")
     for name in names:
@@ -68,6 +79,18 @@ def test_an_adapter_that_says_nothing_of_itself(tmp_path, content):
     (tmp_path / "adapter_config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="is an adapter .adapter_config.json., not a whole model"):
         refuse_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", *ADAPTERS])
+def test_an_adapter_in_a_folder_of_the_model_is_named(tmp_path, caplog, name):
+    folder = copy_of(tmp_path / "model")
+    (folder / "checkpoint-100").mkdir()
+    (folder / "checkpoint-100" / name).write_text("{}")
+    (folder / "figures").mkdir()
+    prepared(folder)
+    (record,) = [record for record in caplog.records if "adapter" in record.message]
+    assert record.levelno == logging.WARNING
+    assert f"{folder}: the folder in it, checkpoint-100, holds an adapter ({name}), which is not" in record.message
 
 
 def test_a_model_without_an_adapter_is_none(tmp_path):

@@ -88,6 +88,19 @@ def test_single_file_wins_over_other_safetensors(tmp_path):
         ("language_model.lm_head.weight", "lm_head.weight"),
         ("lm_head.weight", "lm_head.weight"),
         ("something.else", "something.else"),
+        ("module.visual.blocks.0.attn.qkv.weight", "model.visual.blocks.0.attn.qkv.weight"),
+        ("module.module.lm_head.weight", "lm_head.weight"),
+        ("_orig_mod.model.norm.weight", "model.language_model.norm.weight"),
+        ("module._orig_mod.lm_head.weight", "lm_head.weight"),
+        ("_orig_mod.module.lm_head.weight", "lm_head.weight"),
+        ("base_model.model.model.language_model.norm.weight", "model.language_model.norm.weight"),
+        ("base_model.model.lm_head.weight", "lm_head.weight"),
+        ("_forward_module.model.layers.3.mlp.up_proj.weight", "model.language_model.layers.3.mlp.up_proj.weight"),
+        (
+            "model.language_model._orig_mod.layers.3._checkpoint_wrapped_module.mlp.up_proj.weight",
+            "model.language_model.layers.3.mlp.up_proj.weight",
+        ),
+        ("model.visual.module.weight", "model.visual.module.weight"),
     ],
 )
 def test_canonical_names(original, canonical):
@@ -220,7 +233,9 @@ def test_types_that_do_not_convert(tmp_path):
     checkpoint = Checkpoint(tmp_path)
     with pytest.raises(UserError, match="'int8'.*I8.*does not convert to float32.*model_config.quantization"):
         load_weights([Pull("int8", (4,), (), torch.zeros(4))], checkpoint)
-    with pytest.raises(UserError, match="'float8'.*F8_E4M3.*not supported; allowed: .*BF16"):
+    with pytest.raises(
+        UserError, match="'float8'.*F8_E4M3.*quantized weights.*model_config.quantization.*take the float"
+    ):
         load_weights([Pull("float8", (4,), (), torch.zeros(4))], checkpoint)
     wide = Pull("int8", (4,), (), torch.zeros(4, dtype=torch.int32))
     load_weights([wide], checkpoint, ignore=("float8",))

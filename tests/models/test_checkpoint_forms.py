@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from executor.checkpoint.headers import canonical_name
+from executor.checkpoint.strangers import check_unread
 from executor.checkpoint.weights import Checkpoint, load_weights
 from executor.device import ops
 from executor.device.cpu.ops import CpuOps
@@ -82,7 +84,11 @@ def legacy(tensors):
     return out
 
 
-@pytest.mark.parametrize("change", [swapped, unstacked, legacy])
+def wrapped(tensors):
+    return {f"module._orig_mod.{name}": tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("change", [swapped, unstacked, legacy, wrapped])
 def test_forms_of_experts_and_names(moe, tmp_path, change):
     assert any(is_stacked(name) for name in load_file(moe / "model.safetensors"))
     assert torch.equal(first_logits(rewritten(moe, tmp_path / "other", change)), first_logits(moe))
@@ -149,7 +155,9 @@ def test_ranks_together_hold_every_expert_in_every_form(moe, tmp_path, change, w
         parallel = groups(world_size, tp, ep, "tp", rank, new_group=lambda ranks, buffer_mb: None)
         with torch.device("cpu"):
             model = family.build_model(config, parallel)
-        report = load_weights(list(model.pulls(checkpoint.catalog)), checkpoint)
+        pulls = list(model.pulls(checkpoint.catalog))
+        check_unread(pulls, checkpoint)
+        report = load_weights(pulls, checkpoint)
         assert report.unread == ()
         layer = model.language_model.layers[1].mlp.experts
         assert not torch.isnan(layer.down).any()
@@ -171,4 +179,100 @@ def test_a_wrong_shape_is_named(moe, tmp_path):
     name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
     other = rewritten(moe, tmp_path / "other", lambda t: t | {name: t[name][:, :-2]})
     with pytest.raises(UserError, match=f"{name}.*found shape.*expected"):
+        engine_over(other)
+
+
+def with_tensor(source, target, name, tensor):
+    return rewritten(source, target, lambda tensors: tensors | {name: tensor})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.lm_head.weight",
+        "language_model.model.lm_head.weight",
+        "head.lm_head.weight",
+        "model.language_model.layers.3.input_layernorm.weight",
+        "model.layers.3.mlp.up_proj.weight",
+        "model.visual.blocks.9.norm1.weight",
+        "visual.merger.norm.bias_2",
+        "model.language_model.layers.0.self_attn.q_proj.bias",
+        "model.language_model.norm_2.weight",
+        "decoder.layers.0.mlp.experts.0.up_proj.weight",
+    ],
+)
+def test_parts_of_the_model_that_nothing_reads_are_refused(moe, tmp_path, name):
+    with pytest.raises(
+        UserError, match=f"1 tensors, such as '{canonical_name(name)}' are not read.*config.json belongs"
+    ):
+        engine_over(with_tensor(moe, tmp_path / "other", name, torch.ones(2)))
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "depth"])
+def test_a_config_that_reads_half_of_the_layers_is_refused(moe, tmp_path, key):
+    other = rewritten(moe, tmp_path / "other", dict)
+    config = json.loads((other / "config.json").read_text())
+    section = config["vision_config" if key == "depth" else "text_config"]
+    last = section[key] - 1
+    section[key] = last
+    if key == "depth":
+        section["deepstack_visual_indexes"] = section["deepstack_visual_indexes"][:1]
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"{last}.*are not read, and the model would answer without them.*{key}"):
+        engine_over(other)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.rotary_emb.cos_cached",
+        "visual.rotary_pos_emb.inv_freq",
+        "mtp.layers.0.mlp.up_proj.weight",
+        "model.mtp_layers.0.norm.weight",
+        "v_head.summary.weight",
+    ],
+)
+def test_extras_that_no_answer_depends_on_are_a_warning_at_most(moe, tmp_path, caplog, name):
+    checkpoint = Checkpoint(with_tensor(moe, tmp_path / "other", name, torch.ones(2)))
+    ops.bind(CpuOps())
+    model = family.build_model(json.loads((moe / "config.json").read_text()))
+    pulls = list(model.pulls(checkpoint.catalog))
+    check_unread(pulls, checkpoint)
+    report = load_weights(pulls, checkpoint)
+    assert set(report.unread) <= {canonical_name(name)}
+    assert ("1 tensors were not used" in caplog.text) == bool(report.unread) == (not name.endswith("inv_freq"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.weight_scale_inv",
+        "model.layers.0.self_attn.q_proj.weight_scale",
+        "model.layers.0.self_attn.q_proj.qweight",
+        "model.layers.0.self_attn.q_proj.scales",
+        "model.layers.0.self_attn.q_proj.zeros",
+        "model.layers.0.self_attn.q_proj.qzeros",
+        "model.layers.0.mlp.experts.gate_up_proj_scale_inv",
+        "model.layers.0.self_attn.q_proj.weight.quant_state.bitsandbytes__nf4",
+        "model.layers.0.self_attn.q_proj.weight.absmax",
+        "model.layers.0.self_attn.q_proj.weight_packed",
+    ],
+)
+def test_scales_beside_the_weights_are_a_quantizers(moe, tmp_path, name):
+    """Also where the quantized weight took the place of the plain one."""
+
+    def change(tensors):
+        return {key: t for key, t in tensors.items() if "layers.0.self_attn.q_proj" not in key} | {name: torch.ones(2)}
+
+    for other in (with_tensor(moe, tmp_path / "a", name, torch.ones(2)), rewritten(moe, tmp_path / "b", change)):
+        with pytest.raises(UserError, match="scheme.*take the float checkpoint of the same model"):
+            engine_over(other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_weights_of_a_narrow_type_are_a_quantizers(moe, tmp_path, dtype):
+    key = "model.language_model.layers.0.self_attn.q_proj.weight"
+    other = rewritten(moe, tmp_path / "other", lambda tensors: tensors | {key: tensors[key].to(dtype)})
+    with pytest.raises(UserError, match=f"{key}.* has type .*these are quantized weights.*take the float checkpoint"):
         engine_over(other)

@@ -214,3 +214,77 @@ def test_check_takes_the_same_sizes_from_a_short_vision_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(shortened(config)))
     _, shapes, _ = settle(recipe_over(tmp_path, tmp_path))
     assert dataclasses.replace(shapes, name="x") == read_shapes(config, "x")
+
+
+OUTER = {
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "rope_parameters": {"type": "linear", "factor": 2.0},
+    "rope_theta": 5e5,
+    "max_position_embeddings": 4096,
+    "use_sliding_window": True,
+    "layer_types": ["sliding_attention"] * 3,
+    "hidden_act": "gelu",
+    "num_hidden_layers": 2,
+    "rms_norm_eps": 2e-5,
+    "partial_rotary_factor": 0.5,
+    "original_max_position_embeddings": "x",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("key", OUTER)
+def test_keys_of_the_text_model_beside_its_section_are_not_ignored(family, key):
+    config = json.loads((REPO / "models" / "tiny" / family / "config.json").read_text())
+    if key == "original_max_position_embeddings":  # counts for a stretched rope only
+        config["text_config"]["rope_parameters"] |= {"rope_type": "yarn", "factor": 2.0}
+    with pytest.raises(UserError, match=f"config.json: {key} is .*belongs into text_config.*Move {key}"):
+        parse_config(config | {key: OUTER[key]})
+    # A sliding window or a rope that the section itself does not say is no default of ours either.
+    config["text_config"].pop(key, None)
+    if key not in ("rope_parameters", "num_hidden_layers"):  # what must be there is missed first
+        with pytest.raises(UserError, match=f"config.json: {key} is .*text_config, which does not say it"):
+            parse_config(config | {key: OUTER[key]})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_section_that_the_top_level_repeats(family):
+    """As some releases of transformers saved it, with the rope in its older form; nulls say nothing."""
+    config = json.loads((REPO / "models" / "tiny" / family / "config.json").read_text())
+    text = config["text_config"]
+    rope = text["rope_parameters"]
+    older = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    repeated = text | {"rope_scaling": older, "rope_theta": rope["rope_theta"], "sliding_window": 32768}
+    repeated["max_position_embeddings"] = 2048.0
+    assert parse_config(repeated | config) == parse_config(config)
+    assert parse_config(config | {"rope_scaling": None, "num_hidden_layers": None}) == parse_config(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("named", ["absent", None, [], [None], ""])
+def test_model_type_counts_where_no_architecture_is_named(family, named):
+    config = json.loads((REPO / "models" / "tiny" / family / "config.json").read_text())
+    other = config | {"architectures": named}
+    if named == "absent":
+        del other["architectures"]
+    assert family_folder(other) == family_folder(config)
+    assert parse_config(other) == parse_config(config)
+    for model_type in (None, "llava", 3, ["qwen3_vl"]):
+        with pytest.raises(
+            UserError, match="config.json names no architecture, and its model_type is .*write.*qwen3_v"
+        ):
+            parse_config(other | {"model_type": model_type})
+
+
+def test_an_architecture_that_is_named_counts_more_than_model_type():
+    config = json.loads((REPO / "models" / "tiny" / "qwen3_vl" / "config.json").read_text())
+    with pytest.raises(UserError, match="names architecture LlavaForX; this release runs Qwen2_5_VL"):
+        parse_config(config | {"architectures": ["LlavaForX"]})
+
+
+def test_two_numbers_of_experts_that_differ_are_refused():
+    config = json.loads((REPO / "models" / "tiny" / "qwen3_vl_moe" / "config.json").read_text())
+    config["text_config"]["num_local_experts"] = 4
+    assert parse_config(config).text.moe.num_experts == 4
+    config["text_config"]["num_local_experts"] = 2
+    with pytest.raises(UserError, match="text_config.num_local_experts is 2, wanted num_experts, 4: they are one key"):
+        parse_config(config)

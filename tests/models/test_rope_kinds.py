@@ -160,10 +160,15 @@ def test_contiguous_sections_fill_the_head_and_other_families_ones_are_refused()
         parse_config(config)
 
 
-def test_a_factor_without_a_kind_is_said(caplog):
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_factor_without_a_kind_is_said_once(tmp_path, caplog, family):
+    folder = copy_with(tmp_path, family, with_rope(tiny_config(family), {"rope_type": "default", "factor": 4.0}))
     with caplog.at_level(logging.WARNING):
-        parse_config(with_rope(tiny_config("qwen3_vl"), {"factor": 4.0}))
-    assert "factor is not used" in caplog.text
+        engine_over(folder)
+    (record,) = [record for record in caplog.records if "not used" in record.message]
+    assert record.message.startswith(
+        f"{folder}/config.json: text_config.rope_scaling.factor is not used: its rope_type"
+    )
 
 
 def copy_with(tmp_path: Path, family: str, config: dict) -> Path:

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from executor.checkpoint import settings as checkpoint_files
+from executor.checkpoint.generation import read_eos_token_ids
 from executor.errors import UserError
 from executor.prompt.chat import Chat, SpecialTokens
 from executor.prompt.digest import make_media_item, media_digest
@@ -343,7 +344,7 @@ def test_eos_token_ids(tmp_path, chat, generation, config, wanted):
     (tmp_path / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert checkpoint_files.read_eos_token_ids(tmp_path, chat.tokenizer) == wanted
+    assert read_eos_token_ids(tmp_path, chat.tokenizer, 512) == wanted
 
 
 def test_incomplete_folders(tmp_path):

@@ -293,7 +293,7 @@ def test_config_json_in_all_its_published_forms():
     "change, words",
     [
         ({"architectures": ["LlamaForCausalLM"]}, "names architecture LlamaForCausalLM; this release runs Qwen2_5"),
-        ({"architectures": None}, "names architecture None"),
+        ({"architectures": None}, "names no architecture, and its model_type is None; write"),
         ({"hidden_size": None}, "config.json: hidden_size is None, wanted a whole number, at least 1"),
         ({"vision_config": {}}, "vision_config is {}, wanted the sizes"),
     ],

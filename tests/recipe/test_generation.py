@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from dataset.options import generation_of
-from executor.checkpoint.settings import read_generation_config
+from executor.checkpoint.generation import read_generation_config
 from executor.engine.params import check_params
 from executor.errors import UserError
 from executor.recipe.generation import sampling_params
