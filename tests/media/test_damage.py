@@ -184,6 +184,62 @@ def test_a_picture_is_one_frame_and_refused_when_it_is_not_whole(image_format):
             read_video(content, EVERY_FRAME, source="shot")
 
 
+def png_chunks(data: bytes) -> list[tuple[bytes, int, int]]:
+    """(type, where its data begins, length) of every chunk."""
+    at, found = 8, []
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4])
+        found.append((data[at + 4 : at + 8], at + 8, length))
+        at += 12 + length
+    return found
+
+
+@pytest.mark.parametrize("where", ["data", "checksum", "last"])
+def test_a_png_with_a_wrong_checksum_is_refused(where, tmp_path):
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "PNG", compress_level=0)  # stored: a changed byte is a changed pixel
+    data = bytearray(buffer.getvalue())
+    _, start, length = next(chunk for chunk in png_chunks(data) if chunk[0] == b"IDAT")
+    at = {"data": start + length // 2, "checksum": start + length, "last": start + length - 1}[where]
+    data[at] ^= 1
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    for content in (bytes(data), path):
+        with pytest.raises(UserError, match="^shot: the picture is damaged or incomplete .*IDAT at byte"):
+            decode_image(content, source="shot")
+        with pytest.raises(UserError, match="^shot: the picture is damaged or incomplete"):
+            read_video(content, EVERY_FRAME, source="shot")
+
+
+def test_an_animated_png_with_a_wrong_checksum_is_answered_up_to_it():
+    buffer = io.BytesIO()
+    pictures = [Image.fromarray(frame) for frame in make_frames(6)]
+    pictures[0].save(buffer, "PNG", save_all=True, append_images=pictures[1:], duration=100)
+    data = bytearray(buffer.getvalue())
+    whole = read_video(bytes(data), EVERY_FRAME, source="clip")
+    _, start, length = [chunk for chunk in png_chunks(data) if chunk[0] == b"fdAT"][3]  # of the fifth frame
+    data[start + length] ^= 1
+    assert decode_image(bytes(data)).shape == (3, 32, 48)  # its first frame is whole
+    video = read_video(bytes(data), EVERY_FRAME, source="clip")
+    assert (video.frames == whole.frames[:4]).all()
+    (warning,) = video.warnings
+    assert "checksum of its part fdAT" in warning and "its first 4 of 6 frames" in warning
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_of_zero_bytes_from_its_middle_is_refused(progressive):
+    buffer = io.BytesIO()
+    Image.fromarray(make_frames(1, 256, 256)[0]).save(buffer, "JPEG", progressive=progressive)
+    data = buffer.getvalue()
+    assert decode_image(data + bytes(500)).shape == (3, 256, 256)  # padded behind its end
+    zeroed = data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+    with pytest.raises(UserError, match="^shot: the picture is damaged or incomplete .*zero bytes"):
+        decode_image(zeroed, source="shot")
+    with pytest.raises(UserError, match="^shot: .*damaged or incomplete"):
+        read_video(zeroed, EVERY_FRAME, source="shot")
+
+
 STILL = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 ANIMATED = ("PNG", "WEBP", "GIF", "TIFF", "AVIF")
 
