@@ -246,7 +246,11 @@ class _PictureFrames:
         if not delays_s:
             fault = self._damage or fault
             raise UserError(f"{self._source}: the picture is damaged or incomplete, no whole frame is in it ({fault})")
-        fault = self._damage or fault or (f"{self._num_missing_bytes} bytes are missing" if self._num_missing_bytes else None)
+        fault = (
+            self._damage
+            or fault
+            or (f"{self._num_missing_bytes} bytes are missing" if self._num_missing_bytes else None)
+        )
         if fault:
             of_all = f" of {promised}" if promised else ""
             self.warnings.append(

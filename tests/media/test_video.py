@@ -13,6 +13,7 @@ from av.stream import Disposition
 from PIL import Image
 
 from executor.errors import UserError
+from executor.media.image import decode_image
 from executor.media.media import MediaLimits, load_media
 from executor.media.sampling import Sampling, spread, strided
 from executor.media.video import SampledVideo, read_video
