@@ -48,7 +48,8 @@ def generation_of(entry: Mapping[str, Any]) -> dict[str, Any]:
             name = OTHER_GENERATION_NAMES.get(key, key)
             if value is None or (holder is not nested and name not in (*GENERATION_KEYS, "do_sample")):
                 continue
-            if given.setdefault(name, value) != value:
+            earlier = given.setdefault(name, value)
+            if earlier is not value and earlier != value:  # NaN is not equal to itself
                 raise UserError(f"{name} is given twice: {given[name]!r} and {value!r}")
     do_sample = given.pop("do_sample", None)
     if do_sample is not None and not isinstance(do_sample, bool):

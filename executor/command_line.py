@@ -191,7 +191,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(_unknown(unknown))
     for override in arguments.overrides:
         flag = arguments.flags.get(override.partition("=")[0].strip(), override)
-        if _value_of(flag) != _value_of(override):
+        if flag != override and _value_of(flag) != _value_of(override):
             raise _two_values(override.partition("=")[0].strip(), flag, override)
     arguments.command = arguments.command or arguments.command_behind or "generate"
     if arguments.command not in {**COMMANDS, **extra_commands()}:
