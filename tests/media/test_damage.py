@@ -109,6 +109,44 @@ def test_damage_in_the_middle_freezes_the_picture_until_the_next_group(files, na
     assert shown[:10] == list(range(10)) and shown[20:] == list(range(20, 40))  # the other groups are untouched
 
 
+def overwritten(data: bytes, first: float, last: float, kind: str) -> bytes:
+    """`data` with a stretch of it, in shares of its length, set to zero or to random bytes."""
+    start, end = int(len(data) * first), int(len(data) * last)
+    filling = bytes(end - start) if kind == "zeros" else random.Random(1).randbytes(end - start)
+    return data[:start] + filling + data[end:]
+
+
+# MP4 lists its frames; raw H.264 cannot tell (docs/media.md); what ASF has behind 0.8 here are no frames.
+@pytest.mark.parametrize("kind", ["zeros", "random"])
+@pytest.mark.parametrize("name", [name for name in CONTAINERS if name not in ("raw.h264", "file.asf")])
+@pytest.mark.parametrize(("first", "last"), [(0.5, 1), (0.8, 1), (0.4, 0.6)])
+def test_overwritten_stretches_never_pass_without_a_word(files, name, first, last, kind):
+    data, every_frame = files[name]
+    try:
+        video = read_video(overwritten(data, first, last, kind), EVERY_FRAME, source="clip")
+    except UserError as error:
+        assert str(error).startswith("clip: the video is damaged: ")
+        return
+    assert video.warnings and all(warning.startswith("clip: the video is ") for warning in video.warnings)
+    shown = nearest(video, every_frame)
+    assert shown.count(None) <= (name == "file.ivf") and len(set(shown)) < 40
+
+
+@pytest.mark.parametrize("name", ["file.mkv", "file.avi", "front.mp4"])
+def test_padding_behind_a_whole_file_takes_no_frame(files, name):
+    data, every_frame = files[name]
+    video = read_video(data + bytes(5000), EVERY_FRAME, source="clip")
+    assert nearest(video, every_frame) == list(range(40)) and video.warnings == ()
+
+
+@pytest.mark.parametrize("name", ["file.mkv", "file.webm", "file.avi"])
+def test_a_cut_file_without_a_whole_frame_is_called_cut(files, name):
+    data = files[name][0]
+    position, size = packets(data)[0]
+    with pytest.raises(UserError, match=r"^clip: .*cut short, \d+ bytes are missing"):
+        read_video(data[: position + size // 2], EVERY_FRAME, source="clip")
+
+
 def test_what_is_broken_for_the_most_part_is_refused(files):
     data = bytearray(files["front.mp4"][0])
     draw = random.Random(0)
