@@ -50,7 +50,7 @@ def generation_of(entry: Mapping[str, Any]) -> dict[str, Any]:
                 continue
             earlier = given.setdefault(name, value)
             if earlier is not value and earlier != value:  # NaN is not equal to itself
-                raise UserError(f"{name} is given twice: {given[name]!r} and {value!r}")
+                raise UserError(f"{name} is given twice: {earlier!r} and {value!r}")
     do_sample = given.pop("do_sample", None)
     if do_sample is not None and not isinstance(do_sample, bool):
         raise UserError(f"do_sample must be true or false, got {describe(do_sample)}")

@@ -14,6 +14,8 @@ import threading
 
 from emulator import chips, graph, registry, stubs
 from emulator.chips import Chip
+from emulator.garbage import without_collection
+from executor.host.env import set_always
 
 logger = logging.getLogger(__name__)
 _core: ctypes.CDLL | None = None
@@ -32,6 +34,8 @@ def activate(soc: str, install: bool = False) -> Chip:
         wheel = stubs.require_wheel(install)
         _core = stubs.load(stubs.build(wheel))
         _core.emulator_set_soc(chip.acl_name.encode())
+        # No queue of launches to a chip: the thread that empties it polls, a fifth of a core for as long as it lives.
+        set_always({"TASK_QUEUE_ENABLE": "0"})
         _import(str(wheel.folder))
         chips.use(chip)
         registry.register()
@@ -63,7 +67,9 @@ def _import(folder: str) -> None:
     sys.path.append(folder)
     said = io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with contextlib.redirect_stdout(said):  # it prints warnings about CANN's missing variables to stdout
+    # It prints warnings about CANN's missing variables to stdout, and makes so many objects that looking for garbage
+    # among them takes a third of the time.
+    with contextlib.redirect_stdout(said), without_collection():
         import torch_npu  # noqa: F401
 
         # torchair defines its forms with lengths as tensors only when these are imported.

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from emulator import chips
+from emulator.garbage import without_collection
 
 # Nodes that are no kernel: inputs, weights, and changes of shape that move nothing.
 NOT_KERNELS = frozenset(
@@ -116,7 +117,7 @@ def convert(
         torch._dynamo.reset()
         compiled = torch.compile(function, backend=_backend(configure), fullgraph=True, dynamic=False)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), without_collection():
                 compiled(*args, **kwargs)
         except done:
             pass

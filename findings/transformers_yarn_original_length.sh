@@ -62,5 +62,5 @@ status=0
 "$python" "$folder/probe.py" || status=1
 pip_install transformers==5.24.0
 "$python" "$folder/probe.py" || status=1
-[ "$status" = 0 ] && echo "as found: one file, up to three trained lengths, by release and by the form of the file"
+[ "$status" = 0 ] && echo "as found: one file, two trained lengths, by release and by the form of the file"
 exit "$status"

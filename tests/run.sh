@@ -47,4 +47,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_H
 if [ $# -gt 0 ] || [ "$workers" -le 1 ]; then
     exec "$PYTHON_FOUND" -m pytest "$@"
 fi
-exec "$PYTHON_FOUND" -m pytest -n "$workers" --dist loadfile -q
+# In the order of tests/conftest.py, longest files first, so that all workers end together.
+exec "$PYTHON_FOUND" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder -q

@@ -150,7 +150,8 @@ def _keys(call: Call, batch: int) -> tuple[Sequence[Tensor], Sequence[Tensor], l
         )
         k, v = (_plain_blocks(call, x) for x in (call.key, call.value))
         rows = list(zip(call.block_table, lens, strict=True))
-        return [gather_blocks(k, *row) for row in rows], [gather_blocks(v, *row) for row in rows], lens
+        keys, values = ([gather_blocks(x, *row).flatten(2) for row in rows] for x in (k, v))
+        return keys, values, lens
     if call.tnd:
         lens = differences("actual_seq_kvlen", _listed(call.kv_lens), call.key.shape[0])
         return call.key[: sum(lens)].split(lens), call.value[: sum(lens)].split(lens), lens
@@ -174,12 +175,12 @@ def _requests(call: Call, x: Tensor, heads: int, lens: Lengths, name: str) -> tu
 
 
 def _plain_blocks(call: Call, cache: Tensor) -> Tensor:
-    """A paged cache of any documented layout as `[blocks, block_size, K, D]`."""
+    """A view of a paged cache of any documented layout as `[blocks, block_size, K, D]`, D of NZ as `D/16, 16`."""
     if cache.dim() == 3:
         return cache.unflatten(2, (call.kv_heads, -1))
     if cache.dim() == 4:
         return cache.transpose(1, 2)
-    return cache.permute(0, 3, 1, 2, 4).flatten(3)
+    return cache.permute(0, 3, 1, 2, 4)  # flattened after the gathering: only a part of the cache is copied
 
 
 def _hidden(call: Call, q_len: int, kv_len: int, index: int) -> Tensor | None:

@@ -69,7 +69,7 @@ def differences(name: str, cumulative: list[int], total: int) -> list[int]:
 
 
 def gather_blocks(blocks: Tensor, row: Tensor, length: int) -> Tensor:
-    """A request's first `length` tokens: `blocks [N, block_size, K, D]`, its ids `row` -> `[length, K, D]`."""
+    """A request's first `length` tokens: `blocks [N, block_size, K, ...]`, its ids `row` -> `[length, K, ...]`."""
     needed = -(-length // blocks.shape[1])
     ids = row[:needed].long()
     require(needed <= len(row), f"block_table must have at least {needed} columns for {length} tokens", len(row))

@@ -169,6 +169,8 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     for key in ("top_p", "min_p"):
         if values[key] is not None and values[key] > 1:
             raise said.fault(key, "a share, at most 1")
+    if values["repetition_penalty"] is not None and not 1e-6 <= values["repetition_penalty"] <= 1e6:
+        raise said.fault("repetition_penalty", "a number from 0.000001 to 1000000; 1 is none")
     if values["top_k"] == -1:  # how some tools write that all are kept
         values["top_k"] = 0
     return content | {key: value for key, value in values.items() if key in said}

@@ -98,7 +98,7 @@ def load_weights(
     )
     report = LoadReport(planned_bytes, checkpoint.total_bytes, seconds, unread)
     logger.info(
-        "weights: %.2f of %.2f GB (%.0f %%) in %.1f s, %.2f GB/s",
+        "weights: this rank's %.2f of %.2f GB (%.0f %%) in %.1f s, %.2f GB/s",
         report.bytes_read / 1e9, report.total_bytes / 1e9, 100 * report.share, seconds, report.gigabytes_per_s,
     )  # fmt: skip
     if unread:

@@ -117,7 +117,7 @@ def join(
         text.num_layers, num_blocks + spare, limits.block_size, attention.num_kv_heads, text.head_dim, dtype,
         normed=attention.q_norm is not None,
     )  # fmt: skip
-    sampler = Sampler(text.vocab_size, device.device, eos_token_ids=processor.eos_token_ids)
+    sampler = Sampler(text.vocab_size, device.device, eos_token_ids=processor.eos_token_ids, dtype=dtype)
     runner = Runner(model, device, kv, limits.block_size, sampler, processor.picture, dtype, replica)
     if sizes:
         runner.graphs = _captured(recipe, runner.step, device, sizes, num_blocks, replica.parallel, decode_graphs)

@@ -176,7 +176,8 @@ class Ops(ABC):
     def capture(self, decode: Callable[..., Tensor], mode: str, folder: Path) -> Callable[..., Tensor]:
         """`decode`, a module's method of tensors and one sequence of lengths, as a graph of its static shapes.
 
-        Takes the arguments of ModelStep.decode, and the lengths as a list once more: a mode uses the form it needs.
+        Takes the arguments of ModelStep.decode, then the lengths as a host list: some modes read the tensor, others the
+        list.
         Compiles at its first call, which raises RuntimeError with the reason where that fails. What can be kept of the
         compilation is kept below `folder`.
         """

@@ -133,18 +133,19 @@ def _weights_bytes(facts: Facts, folder: str) -> int:
 
 
 def _hub_cache(facts: Facts) -> str:
-    told = facts.machine.environment
-    home = told.get("HF_HOME") or posixpath.join(told.get("HOME", "/"), ".cache/huggingface")
-    return told.get("HF_HUB_CACHE") or posixpath.join(home, "hub")
+    environment = facts.machine.environment
+    home = environment.get("HF_HOME") or posixpath.join(environment.get("HOME", "/"), ".cache/huggingface")
+    return environment.get("HF_HUB_CACHE") or posixpath.join(home, "hub")
 
 
 def _hub_model(facts: Facts, name: str) -> Finding:
     cached = posixpath.join(_hub_cache(facts), "models--" + name.replace("/", "--"))
     if facts.machine.glob(posixpath.join(cached, "snapshots/*/config.json")):
         return Finding("model_path", OK, f"{name}, in the local hub cache")
-    told = facts.machine.environment
+    environment = facts.machine.environment
     if any(
-        told.get(key, "").lower() in ("1", "true", "yes", "on") for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+        environment.get(key, "").lower() in ("1", "true", "yes", "on")
+        for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     ):
         advice = f"unset HF_HUB_OFFLINE, or on a machine with a network: hf download {name}"
         return Finding("model_path", ERROR, f"{name} is not here, and downloads are forbidden", "a checkpoint", advice)

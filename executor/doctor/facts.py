@@ -22,11 +22,11 @@ RANKS_PER_NODE = {npu_smi.A2: 8, npu_smi.A3: 16}
 # Run in a process of its own: an import of torch_npu that fails may take the interpreter with it.
 PROBE = """
 import json, torch
-told = {"torch": torch.__version__, "cxx11_abi": int(torch.compiled_with_cxx11_abi())}
+answer = {"torch": torch.__version__, "cxx11_abi": int(torch.compiled_with_cxx11_abi())}
 import torch_npu
-told["npus"] = torch.npu.device_count()
-told["name"] = torch.npu.get_device_name(0) if told["npus"] else ""
-print("doctor:" + json.dumps(told))
+answer["npus"] = torch.npu.device_count()
+answer["name"] = torch.npu.get_device_name(0) if answer["npus"] else ""
+print("doctor:" + json.dumps(answer))
 """
 
 
@@ -98,12 +98,12 @@ class Facts:
     @property
     def num_nodes(self) -> int:
         """Nodes of a job: as torchrun or Slurm says, else as many as IPs lists (one for placeholders)."""
-        told = self.machine.environment
-        world, local = told.get("WORLD_SIZE", ""), told.get("LOCAL_WORLD_SIZE", "")
+        environment = self.machine.environment
+        world, local = environment.get("WORLD_SIZE", ""), environment.get("LOCAL_WORLD_SIZE", "")
         if world.isdigit() and local.isdigit() and int(local):
             return max(1, int(world) // int(local))
-        if told.get("SLURM_NNODES", "").isdigit():
-            return max(1, int(told["SLURM_NNODES"]))
+        if environment.get("SLURM_NNODES", "").isdigit():
+            return max(1, int(environment["SLURM_NNODES"]))
         return 1 if all(is_placeholder(entry) for entry in self.setup.ips) else len(self.setup.ips)
 
     def path(self, path: str) -> str:
@@ -214,10 +214,10 @@ def _driver_root(machine: Machine, setup: NodeSetup) -> str:
 
 def _cann_roots(machine: Machine, setup: NodeSetup) -> list[str]:
     """Folders of CANN toolkits, the one that would be used first."""
-    told = machine.environment
-    roots = [setup.cann_path, told.get("ASCEND_TOOLKIT_HOME", ""), told.get("ASCEND_HOME_PATH", "")]
+    environment = machine.environment
+    roots = [setup.cann_path, environment.get("ASCEND_TOOLKIT_HOME", ""), environment.get("ASCEND_HOME_PATH", "")]
     for ascend in ASCEND_ROOTS:
-        base = ascend.replace("~", told.get("HOME", "~"), 1)
+        base = ascend.replace("~", environment.get("HOME", "~"), 1)
         roots += [f"{base}/ascend-toolkit/latest", f"{base}/cann", *reversed(machine.glob(f"{base}/cann-*"))]
     found: list[str] = []
     for root in roots:

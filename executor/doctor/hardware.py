@@ -47,8 +47,9 @@ def _no_chips(facts: Facts) -> Finding:
         ERROR,
         f"no Ascend NPU: {_silence(facts)}, no /dev/davinci*",
         "an Ascend NPU, because the recipe says so",
-        "run the recipe on an Ascend machine; here use --set model_config.device=cpu (or npu_emulated to try the NPU "
-        "code without a chip). In a container check that it was started with the NPUs' devices",
+        "run the recipe on an Ascend machine; here a small model runs with --set model_config.device=cpu (or "
+        "npu_emulated, to try the NPU code without a chip). In a container check that it was started with the NPUs' "
+        "devices",
     )
 
 
@@ -178,8 +179,8 @@ def _driver(facts: Facts) -> Finding:
 
 def _firmware(facts: Facts) -> Finding:
     version = facts.firmware.version if facts.firmware else None
-    told = facts.board.get("Firmware Version", "")
-    version = version or (told if versions.numbers(told) else None)
+    on_board = facts.board.get("Firmware Version", "")
+    version = version or (on_board if versions.numbers(on_board) else None)
     if not version:
         return Finding("firmware", UNKNOWN, "told by neither npu-smi nor firmware/version.info (usual in containers)")
     fits = versions.firmware_fits(facts.driver, version) if facts.driver else None

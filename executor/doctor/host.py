@@ -59,11 +59,11 @@ def _memory(facts: Facts) -> Finding:
 
 
 def _ports(facts: Facts) -> Finding:
-    told = facts.machine.environment.get("MASTER_PORT", "")
-    if told.isdigit() and not facts.machine.port_is_free(int(told)):
+    port = facts.machine.environment.get("MASTER_PORT", "")
+    if port.isdigit() and not facts.machine.port_is_free(int(port)):
         advice = f"unset MASTER_PORT or choose a free one, e.g. {_first_free(facts) or 'outside 20000-20050'}"
-        return Finding("ports", ERROR if _is_big(facts) else WARNING, f"MASTER_PORT={told} is taken", "free", advice)
-    taken = [port for port in PORTS if not facts.machine.port_is_free(port)]
+        return Finding("ports", ERROR if _is_big(facts) else WARNING, f"MASTER_PORT={port} is taken", "free", advice)
+    taken = [number for number in PORTS if not facts.machine.port_is_free(number)]
     if len(taken) == len(PORTS):
         advice = "an earlier job may still run (its processes hold them); or set MASTER_PORT to a free port"
         return Finding(
@@ -140,10 +140,10 @@ def _addresses(facts: Facts) -> str:
 
 def _interface(facts: Facts) -> Finding:
     """HCCL's interface: the one whose address packets to the master leave from."""
-    told = facts.machine.environment
+    environment = facts.machine.environment
     interfaces = facts.machine.addresses()
     local = {address for addresses in interfaces.values() for address in addresses}
-    address, name = told.get("HCCL_IF_IP", ""), told.get("HCCL_SOCKET_IFNAME", "")
+    address, name = environment.get("HCCL_IF_IP", ""), environment.get("HCCL_SOCKET_IFNAME", "")
     bad = ERROR if _is_big(facts) and facts.num_nodes > 1 else WARNING
     if address and local and address not in local:
         advice = "unset HCCL_IF_IP: it is found from the route to the master"
@@ -156,7 +156,7 @@ def _interface(facts: Facts) -> Finding:
         return Finding("hccl_interface", OK, f"set by you: {address or name}")
     if facts.num_nodes == 1:
         return Finding("hccl_interface", OK, f"one node, nothing to set; addresses: {_addresses(facts)}")
-    master = facts.machine.resolve(told.get("MASTER_ADDR") or (facts.setup.ips[0] if facts.setup.ips else ""))
+    master = facts.machine.resolve(environment.get("MASTER_ADDR") or (facts.setup.ips[0] if facts.setup.ips else ""))
     if master is None:
         return Finding("hccl_interface", UNKNOWN, "who the master is, the launcher finds out when the job starts")
     leaves = facts.machine.address_towards(master)

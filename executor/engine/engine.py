@@ -16,7 +16,7 @@ from typing import Any
 from executor.engine.detokenize import Detokenizer
 from executor.engine.noise import child_seed
 from executor.engine.outputs import Collector, Completion, Output
-from executor.engine.params import check_params, with_seed
+from executor.engine.params import check_params, type_of, with_seed
 from executor.engine.replica import Replica
 from executor.engine.runner import FAULTS, Runner, describe
 from executor.errors import UserError
@@ -76,7 +76,7 @@ class Engine:
         if isinstance(question, list | tuple) and question and all(isinstance(each, Mapping) for each in question):
             return self.processor.build(question)
         raise UserError(
-            f"a prompt is {_kind_of(question)}; allowed: a Prompt (engine.processor.build makes it), a text, or a list "
+            f"a prompt is {type_of(question)}; allowed: a Prompt (engine.processor.build makes it), a text, or a list "
             "of messages"
         )
 
@@ -129,11 +129,7 @@ class Engine:
         before anything is answered, for what cannot be asked.
         """
         questions = _as_list(questions)
-        each = [params] * len(questions) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(questions):
-            raise UserError(
-                f"{len(questions)} prompts and {len(each)} params; give one SamplingParams for all, or one for each"
-            )
+        each = _each(params, len(questions))
         collector, outputs, done = Collector(), deque(), {}
         with self._exclusive():
             prompts = [self.prompt(question) for question in questions]
@@ -227,9 +223,7 @@ class Engine:
         for prompt, params, request_id in asked:
             check_params(params, self.vocab_size)
             params = with_seed(params)
-            ids.append(request_id or f"request-{next(self._ids)}")
-            if ids[-1] in in_use:
-                raise UserError(f"request id '{ids[-1]}' is in use by an unfinished request; choose another")
+            ids.append(self._request_id(request_id, in_use))
             in_use.add(ids[-1])
             for index in range(params.n):
                 one = replace(params, n=1, seed=child_seed(params.seed, index))
@@ -241,6 +235,16 @@ class Engine:
             self.scheduler.add(answer.request)
             self._answers[answer.request.id] = answer
         return ids
+
+    def _request_id(self, asked: str | None, in_use: set[str]) -> str:
+        """The id that was asked for, or a new one. UserError where it cannot be had."""
+        if asked is None:
+            return next(name for number in self._ids if (name := f"request-{number}") not in in_use)
+        if not isinstance(asked, str) or not asked:
+            raise UserError(f"request_id is {asked!r}; allowed: a text that is not empty, or None for a new id")
+        if asked in in_use:
+            raise UserError(f"request id '{asked}' is in use by an unfinished request; choose another")
+        return asked
 
     def _run(self) -> None:
         """One step, its outputs to whoever asked.
@@ -306,13 +310,18 @@ def _as_list(questions: Any) -> list[Question]:
     if isinstance(questions, Prompt | str):
         return [questions]
     if not isinstance(questions, Sequence):
-        raise UserError(f"prompts are {_kind_of(questions)}; allowed: a list of prompts, texts or conversations")
+        raise UserError(f"prompts are {type_of(questions)}; allowed: a list of prompts, texts or conversations")
     if questions and all(isinstance(each, Mapping) for each in questions):
         return [questions]
     return list(questions)
 
 
-def _kind_of(value: Any) -> str:
-    if isinstance(value, list | tuple) and value:
-        return f"a {type(value).__name__} of {type(value[0]).__name__}"
-    return f"of type {type(value).__name__}: {str(value)[:60]}"
+def _each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    """The parameters of every one of `count` questions."""
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if not isinstance(params, list | tuple):
+        raise UserError(f"params are {type_of(params)}; allowed: one SamplingParams(...) for all, or a list of them")
+    if len(params) != count:
+        raise UserError(f"{count} prompts and {len(params)} params; give one SamplingParams for all, or one for each")
+    return list(params)

@@ -4,6 +4,8 @@ First few candidates are looked at: those of the chunks of the vocabulary with t
 where they turn out to suffice, and said to be open otherwise; `survivors` then looks at every token that can matter.
 Sums of probabilities are taken in integers, or in an order that no other row changes, so that a row's survivors never
 depend on the batch. Knows scores only: temperature and filters come as `Filters`.
+Scores stay as they are; their distance to the best is what temperature divides, in float64. A quotient of the score
+itself would lose, at a temperature of 1e-6, what tells two tokens apart.
 Legend: N rows, V vocabulary, C chunks of CHUNK tokens (V = C * CHUNK), K candidates of a row.
 """
 
@@ -18,7 +20,8 @@ from executor.schedule.request import SamplingParams
 
 CHUNK_BITS = 7
 CHUNK = 1 << CHUNK_BITS
-MIN_TEMPERATURE = 1e-6  # below it the distribution is a point in any case, and the division would overflow
+MIN_TEMPERATURE = 1e-37  # below, its inverse overflows float32; scores that differ by so little are equal
+MAX_TEMPERATURE = 1e30  # above, its inverse vanishes in float32; the distribution is flat either way
 REACH = 26.01
 """How far below the best score a token can lie and still win: noise of 32 bits is between -3.13 and 22.88."""
 WEIGHT_SCALE = float(1 << 40)  # fixed point: 2**18 tokens of weight 1 stay far below 2**63
@@ -32,8 +35,8 @@ _SPARE_CANDIDATES = 16
 class Filters:
     """The parameters of N rows on the device: one copy brought them there."""
 
-    temperature: torch.Tensor  # float32 [N]
-    reach: torch.Tensor  # float32 [N]: how far below the best, after temperature, a token can matter
+    temperature: torch.Tensor  # float64 [N]
+    reach: torch.Tensor  # float64 [N]: how far below the best, after temperature, a token can matter
     top_k: torch.Tensor  # int64 [N], 0: none
     top_p: torch.Tensor  # float64 [N]
     min_p: torch.Tensor  # float64 [N]
@@ -43,14 +46,13 @@ class Filters:
     @staticmethod
     def of(params: Sequence[SamplingParams], keys: Sequence[int], vocab_size: int, device: torch.device) -> "Filters":
         """`keys`: what `noise.noise_key` gives, signed."""
-        columns = [(max(p.temperature, MIN_TEMPERATURE), _reach(p), p.top_p, p.min_p) for p in params]
+        columns = [(usable_temperature(p), _reach(p), p.top_p, p.min_p) for p in params]
         table = np.empty((6, len(params)))
         table[:4] = np.array(columns).T
         table[4:] = np.array([[min(p.top_k, vocab_size) for p in params], keys], dtype=np.int64).view(np.float64)
         sent = torch.from_numpy(table).to(device)
-        temperature, reach = sent[:2].float().unbind(0)
         top_k, key = sent[4:].view(torch.int64).unbind(0)
-        return Filters(temperature, reach, top_k, sent[2], sent[3], key, tuple(table[0].tolist()))
+        return Filters(sent[0], sent[1], top_k, sent[2], sent[3], key, tuple(table[0].tolist()))
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,16 @@ class Kind:
 ALL_KINDS = Kind(0, True, True, True)
 
 
+def usable_temperature(params: SamplingParams) -> float:
+    """The temperature of a row that samples, within bounds beyond which no answer changes and numbers overflow."""
+    return min(max(params.temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
+
+
+def relative(scores: torch.Tensor, best: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """float64: how far float32 `scores` lie from `best`, their row's highest, after temperature."""
+    return scores.double().sub_(best).div_(temperature)
+
+
 def _reach(params: SamplingParams) -> float:
     # The nucleus of what top-k leaves is a share of all that top-k leaves, also of what min-p drops afterwards.
     if params.min_p > 0 and (params.top_k == 0 or params.top_p == 1):
@@ -90,8 +102,8 @@ def likely_survivors(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The survivors of `rows`, all of one kind, if they are among about `kind.count` of each row's best tokens.
 
-    scores float32 [R, V]; maxima [N, C] of the rows. Returns (ids [N, K], scores after temperature [N, K], -inf where
-    dropped, open [N]: the row needs `survivors`). Shapes depend on `kind` alone.
+    scores float32 [R, V]; maxima [N, C] of the rows. Returns (ids [N, K], scores [N, K] descending, -inf where dropped,
+    open [N]: the row needs `survivors`). Shapes depend on `kind` alone.
     """
     num_chunks = maxima.shape[-1]
     num_near = min(num_chunks, kind.count + _SPARE_CHUNKS)
@@ -109,30 +121,23 @@ def likely_survivors(
         bound = torch.full_like(bound, -math.inf)
     ids = chunks.gather(-1, places >> CHUNK_BITS).mul_(CHUNK).add_(places & (CHUNK - 1))
     total = total_weight(scores, top[:, 0], rows, filters) if kind.needs_total else None
-    bound = bound / filters.temperature
-    candidates = candidates / filters.temperature[:, None]
-    kept, ids, candidates, is_open = _filter(
-        ids, candidates, top[:, 0] / filters.temperature, total, filters, kind, bound
-    )
+    kept, ids, candidates, is_open = _filter(ids, candidates, top[:, 0], total, filters, kind, bound)
     return ids, candidates.masked_fill_(~kept, -math.inf), is_open
 
 
 def survivors(scores: torch.Tensor, filters: Filters) -> tuple[torch.Tensor, torch.Tensor]:
-    """scores float32 [N, V] -> (ids, scores after temperature) [N, K]; what the filters drop has score -inf.
+    """scores float32 [N, V] -> (ids, scores) [N, K], scores descending; what the filters drop has score -inf.
 
     Tokens out of reach of the best are dropped as well: no noise can make them win.
     """
     maxima = chunk_maxima(scores)
     best = maxima.amax(dim=-1)
     total = total_weight(scores, best, range(len(scores)), filters)
-    lowest = best - filters.temperature * filters.reach
+    lowest = (best.double() - filters.temperature * filters.reach).float()
     nothing = torch.full_like(best, -math.inf)
     for floor in (_floor(maxima, lowest, filters), lowest):
         ids, candidates = _at_least(scores, floor)
-        candidates /= filters.temperature[:, None]
-        kept, ids, candidates, short = _filter(
-            ids, candidates, best / filters.temperature, total, filters, ALL_KINDS, nothing
-        )
+        kept, ids, candidates, short = _filter(ids, candidates, best, total, filters, ALL_KINDS, nothing)
         if not bool((short & (floor > lowest)).any()):
             break
     return ids, candidates.masked_fill_(~kept, -math.inf)
@@ -169,7 +174,6 @@ def _floor(maxima: torch.Tensor, lowest: torch.Tensor, filters: Filters) -> torc
     k = torch.where(filters.top_k > 0, filters.top_k, guess)
     k = torch.where(k <= num_chunks, k, 0)
     kth = maxima.sort(dim=-1, descending=True).values.gather(-1, (k - 1).clamp(min=0)[:, None]).squeeze(-1)
-    kth -= kth.abs() * 1e-6  # scores a little lower may be equal after temperature
     return torch.where(k > 0, torch.maximum(kth, lowest), lowest)
 
 
@@ -198,8 +202,8 @@ def _filter(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Applies top-k, top-p, min-p. Returns (kept [N, K], ids and candidates in descending order, short [N]).
 
-    ids, candidates [N, K] in any order; these, best [N] and bound [N] after temperature. All other tokens lie at
-    `bound` or below. short: they could have been kept, or have changed what is kept.
+    ids, candidates [N, K] in any order; best [N], of the row. All other tokens lie at `bound` [N] or below. short: they
+    could have been kept, or have changed what is kept.
     Among equals top-k keeps all, as transformers does; top-p drops the lower ids first (there: any of them).
     `kind` says which filters there are to apply at all; under ALL_KINDS a row may lack any of them.
     """
@@ -215,7 +219,8 @@ def _filter(
         kept &= candidates >= kth
         short = (kth.squeeze(-1) <= bound) & is_bounded
     if kind.top_p or kind.min_p:
-        ratio = (candidates - best[:, None]).double().exp_()  # to the best token's probability
+        # To the best token's probability.
+        ratio = relative(candidates, best[:, None], filters.temperature[:, None]).exp_()
     if kind.top_p:
         weights = (ratio * WEIGHT_SCALE).round_().masked_fill_(~kept, 0).long()
         summed = weights.cumsum(dim=-1)

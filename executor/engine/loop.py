@@ -8,6 +8,7 @@ the driving thread touches the engine.
 Knows no HTTP and no files: how a prompt is made is the submitter's.
 """
 
+import atexit
 import logging
 import threading
 import time
@@ -201,6 +202,7 @@ class EngineLoop:
         """Drive it in a thread of its own until `stop`."""
         self._thread = threading.Thread(target=self._drive, name="engine", daemon=True)
         self._thread.start()
+        atexit.register(self.stop)  # a step that is cut off by the interpreter's end aborts the process
         return self
 
     def stop(self, *, drain: bool = False, timeout_s: float | None = None) -> None:
@@ -223,6 +225,7 @@ class EngineLoop:
         if self._thread is not None:
             self._thread.join()
         self._end()
+        atexit.unregister(self.stop)
 
     def __enter__(self) -> "EngineLoop":
         return self

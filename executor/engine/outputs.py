@@ -33,7 +33,11 @@ class Output:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished request: its `n` answers, counts and times (seconds, of the first answer)."""
+    """A finished request: its `n` answers, counts and times (seconds, of the first answer).
+
+    `seed`: the one of the request's SamplingParams, else the one that was drawn for it; asked with it again, the same
+    prompt gets the same answers. It changes nothing for greedy ones: theirs is 0 where none was asked for.
+    """
 
     request_id: str
     texts: tuple[str, ...]
@@ -47,6 +51,8 @@ class Completion:
     ttft_s: float
     tpot_s: float  # 0 for an answer of one token
     e2e_s: float
+    seed: int
+    warnings: tuple[str, ...] = ()  # what is not there of damaged pictures and videos
     error: str | None = None  # of the first answer that failed; the texts are what there was until then
 
     @property
@@ -112,5 +118,7 @@ def _completion(request_id: str, requests: Sequence[Request], texts: Sequence[st
         ttft_s=started - first.arrival_s,
         tpot_s=(first.finish_s - started) / (num_tokens - 1) if num_tokens > 1 else 0.0,
         e2e_s=max(request.finish_s for request in requests) - first.arrival_s,
+        seed=first.params.seed,
+        warnings=tuple(warning for item in first.prompt.media for warning in item.warnings),
         error=next((request.error for request in requests if request.error is not None), None),
     )

@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 from executor.errors import UserError
 from executor.schedule.request import SamplingParams
@@ -14,9 +15,7 @@ MAX_ANSWERS = 128  # likewise: `n` answers are as many requests
 def check_params(params: SamplingParams, vocab_size: int) -> None:
     """Raises UserError for the first parameter that is out of its range."""
     if not isinstance(params, SamplingParams):
-        raise UserError(
-            f"params are of type {type(params).__name__}; allowed: SamplingParams (executor.schedule.request)"
-        )
+        raise UserError(f"params are {type_of(params)}; allowed: a SamplingParams(...) of executor.schedule.request")
     whole, number = (int,), (int, float)
     rules = [
         ("max_new_tokens", whole, 1, math.inf, "a whole number of 1 or more"),
@@ -25,7 +24,7 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
         ("top_k", whole, 0, math.inf, "a whole number: 0 (all tokens) or more"),
         ("top_p", number, math.ulp(0.0), 1, "more than 0, at most 1 (all tokens)"),
         ("min_p", number, 0, 1, "from 0 to 1"),
-        ("repetition_penalty", number, math.ulp(0.0), math.inf, "more than 0; 1 is none"),
+        ("repetition_penalty", number, 1e-6, 1e6, "from 0.000001 to 1000000; 1 is none"),  # float32 scores stay finite
         ("presence_penalty", number, -2, 2, "from -2 to 2; 0 is none"),
         ("frequency_penalty", number, -2, 2, "from -2 to 2; 0 is none"),
         ("n", whole, 1, MAX_ANSWERS, f"a whole number from 1 to {MAX_ANSWERS}"),
@@ -33,13 +32,15 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
     if params.logprobs is not None:
         rules.append(("logprobs", whole, 0, MAX_LOGPROBS, f"none, or a whole number from 0 to {MAX_LOGPROBS}"))
     if params.seed is not None:
-        rules.append(("seed", whole, -math.inf, math.inf, "a whole number, or none for another one each time"))
+        rules.append(("seed", whole, 0, math.inf, "a whole number of 0 or more, or none for another one each time"))
     for name, types, minimum, maximum, allowed in rules:
         value = getattr(params, name)
         is_number = isinstance(value, types) and not isinstance(value, bool)
         # Infinity is a bound here and never a value.
         if not is_number or not minimum <= value <= maximum or (isinstance(value, float) and math.isinf(value)):
             raise UserError(f"generation_config.{name} is {value!r}; allowed: {allowed}")
+    if not isinstance(params.ignore_eos, bool):
+        raise UserError(f"generation_config.ignore_eos is {params.ignore_eos!r}; allowed: true or false")
     for name, allowed in (("stop", "a string or a list of strings"), ("stop_token_ids", "a token id or a list of ids")):
         if not isinstance(getattr(params, name), tuple):
             raise UserError(f"generation_config.{name} is {getattr(params, name)!r}; allowed: {allowed}")
@@ -51,6 +52,15 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
             raise UserError(
                 f"generation_config.stop_token_ids holds {token_id!r}; allowed: token ids from 0 to {vocab_size - 1}"
             )
+
+
+def type_of(value: Any) -> str:
+    """What a value that is of the wrong type is, for messages: "of type dict: {'n': 1}"."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}, not an object of it"
+    if isinstance(value, list | tuple) and value:
+        return f"a {type(value).__name__} of {type(value[0]).__name__}"
+    return f"of type {type(value).__name__}: {str(value)[:60]}"
 
 
 def with_seed(params: SamplingParams) -> SamplingParams:

@@ -4,6 +4,7 @@ Decoders and resizing release Python's lock, and each thread computes with a sin
 engine's own go on at their pace. Knows nothing of prompts.
 """
 
+import atexit
 import sys
 import threading
 import time
@@ -37,6 +38,7 @@ class Preparers:
             thread.start()
         ready.wait()
         self._switch_s = sys.getswitchinterval()
+        atexit.register(self.stop)
         sys.setswitchinterval(min(SWITCH_S, self._switch_s))
         torch.set_num_threads(all_cores)  # what a thread sets for itself is also what later threads begin with
 
@@ -57,6 +59,7 @@ class Preparers:
         for thread in self.threads:
             thread.join(max(0.0, limit_s - time.monotonic()))
         sys.setswitchinterval(self._switch_s)
+        atexit.unregister(self.stop)
 
     def _work(self, ready: threading.Barrier) -> None:
         torch.get_num_threads()  # a thread's first parallel operation takes what was last set anywhere: be done with it
@@ -64,3 +67,4 @@ class Preparers:
         ready.wait()
         while (task := self._tasks.get()) is not None:
             task()
+            del task  # it may be the last that holds a picture, an engine, a model

@@ -20,12 +20,13 @@ import torch.nn.functional as F
 
 from executor.engine.filters import (
     CHUNK,
-    MIN_TEMPERATURE,
     Filters,
     Kind,
     chunk_maxima,
     likely_survivors,
+    relative,
     survivors,
+    usable_temperature,
 )
 from executor.engine.noise import as_int64, gumbel_noise, least_bits, may_reach, noise_key
 from executor.engine.penalties import Penalties
@@ -69,10 +70,20 @@ class _Rows:
 
 
 class Sampler:
-    """Samples rows; keeps the token counts of requests with penalties until `forget`."""
+    """Samples rows; keeps the token counts of requests with penalties until `forget`.
 
-    def __init__(self, vocab_size: int, device: torch.device | str, eos_token_ids: Sequence[int] = ()) -> None:
+    `dtype`: what the model computes in, from which logits that are not finite are explained.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        device: torch.device | str,
+        eos_token_ids: Sequence[int] = (),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.vocab_size = vocab_size
+        self.dtype = dtype
         self.device = torch.device(device)
         self.penalties = Penalties(vocab_size, self.device, eos_token_ids)
 
@@ -98,7 +109,7 @@ class Sampler:
         with self.penalties.applied(scores, requests, num_tokens):
             token_ids = self._choose(scores, [request.params for request in requests], num_tokens)
         failed = [row for row, token_id in enumerate(token_ids) if token_id == _FAILED]
-        failures = {row: _reason(logits[row], num_tokens[row]) for row in failed}
+        failures = {row: _reason(logits[row], num_tokens[row], self.dtype) for row in failed}
         return Sampled(token_ids, _logprobs(logits, token_ids, requests), failures)
 
     def forget(self, request_id: str) -> None:
@@ -172,7 +183,9 @@ def _draw_among_many(rows: _Rows) -> torch.Tensor:
 
 
 def _gumbel_max(ids: torch.Tensor, candidates: torch.Tensor, filters: Filters) -> torch.Tensor:
-    winner = gumbel_noise(filters.keys, ids).add_(candidates).argmax(dim=-1, keepdim=True)
+    # The filters keep a row's best, and put it first.
+    distances = relative(candidates, candidates[:, :1], filters.temperature[:, None])
+    winner = gumbel_noise(filters.keys, ids).add_(distances).argmax(dim=-1, keepdim=True)
     return ids.gather(-1, winner).squeeze(-1)
 
 
@@ -184,11 +197,10 @@ def _draw_among_all(rows: _Rows, kind: None = None) -> torch.Tensor:
     """
     scores, device = rows.scores, rows.scores.device
     keys = torch.tensor(rows.keys, device=device)
-    temperature = torch.tensor([max(p.temperature, MIN_TEMPERATURE) for p in rows.params], device=device)
-    maxima = rows.maxima / temperature[:, None]
-    best = _best(rows)
-    sure = gumbel_noise(keys, best[:, None]).squeeze(-1) + maxima.amax(dim=-1)
-    least = least_bits(sure[:, None] - maxima)
+    temperature = torch.tensor([usable_temperature(p) for p in rows.params], dtype=torch.float64, device=device)
+    best, highest = _best(rows), rows.maxima.amax(dim=-1)
+    sure = gumbel_noise(keys, best[:, None]).squeeze(-1)
+    least = least_bits(sure[:, None] - relative(rows.maxima, highest[:, None], temperature[:, None]))
     owners, chunks = (least < 1 << 32).nonzero(as_tuple=True)
     reached = [
         may_reach(keys[owner], chunk * CHUNK, CHUNK, least[owner, chunk])
@@ -197,10 +209,11 @@ def _draw_among_all(rows: _Rows, kind: None = None) -> torch.Tensor:
     pairs, places = torch.cat(reached).nonzero(as_tuple=True) if reached else (owners, chunks)
     owners, ids = owners[pairs], chunks[pairs] * CHUNK + places
     numbers = torch.tensor(rows.numbers, device=device)[owners]
-    values = scores[numbers, ids] / temperature[owners] + gumbel_noise(keys[owners], ids[:, None]).squeeze(-1)
-    highest = torch.full_like(sure, -math.inf).scatter_reduce_(0, owners, values, "amax")
+    values = relative(scores[numbers, ids], highest[owners], temperature[owners])
+    values += gumbel_noise(keys[owners], ids[:, None]).squeeze(-1)
+    won = torch.full_like(sure, -math.inf).scatter_reduce_(0, owners, values, "amax")
     # Of equal ones the lowest id.
-    ids = torch.where(values == highest[owners], ids, scores.shape[-1])
+    ids = torch.where(values == won[owners], ids, scores.shape[-1])
     chosen = torch.full_like(best, scores.shape[-1]).scatter_reduce_(0, owners, ids, "amin")
     return torch.where(best == _FAILED, best, chosen)
 
@@ -208,16 +221,21 @@ def _draw_among_all(rows: _Rows, kind: None = None) -> torch.Tensor:
 # What is said beside the token
 
 
-def _reason(logits: torch.Tensor, num_tokens: int) -> str:
-    """Why no token can be chosen from `logits` [V], and what to check."""
+def _reason(logits: torch.Tensor, num_tokens: int, dtype: torch.dtype) -> str:
+    """Why no token can be chosen from `logits` [V] of a model that computes in `dtype`, and what to check."""
     where = f"no token can be chosen after {num_tokens} tokens"
     num_nan, num_infinite = int(logits.isnan().sum()), int((logits == math.inf).sum())
     if num_nan or num_infinite or not bool(logits.isfinite().any()):
         found = f"of {len(logits)} logits {num_nan} are NaN, {num_infinite} infinite"
+        check = "check the checkpoint's weights"
+        if dtype == torch.float16:
+            check = (
+                "with model_config.dtype: float16 an activation has most likely overflowed: use bfloat16 or float32; "
+                f"where that does not help, {check}"
+            )
         return (
-            f"{where}: the model's logits are not finite ({found if num_nan or num_infinite else 'all are -inf'}). "
-            "With model_config.dtype: float16 an activation has most likely overflowed: use bfloat16 or float32; "
-            "otherwise check the checkpoint's weights"
+            f"{where}: the model's logits are not finite ({found if num_nan or num_infinite else 'all are -inf'}); "
+            f"{check}"
         )
     return f"{where}: min_new_tokens and the penalties leave no finite score; lower min_new_tokens or the penalties"
 

@@ -91,7 +91,7 @@ class VisionAttention(nn.Module):
         wide = ops.bound().vision_head_dim(self.head_dim)
         if wide == self.head_dim:
             return
-        # The parent comes before its linears when a model is finalised: these hand over what stands here.
+        # finalize() calls a module before its children: the linears prepare these widened weights for the device.
         self.qkv.weight = _frozen(widen(self.qkv.weight, self.head_dim, wide))
         self.qkv.bias = _frozen(widen(self.qkv.bias, self.head_dim, wide))
         self.proj.weight = _frozen(widen(self.proj.weight.t(), self.head_dim, wide).t())

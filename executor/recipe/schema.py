@@ -56,13 +56,14 @@ class ModelSection(Section):
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     """Where a hub id is looked for."""
     device: Device = "auto"
-    """Backend that computes. auto: the best one of this machine that this release supports."""
+    """Backend that computes. auto: npu where the recipe names a soc, else cpu. cuda is not in this release."""
     soc: Soc | None = None
     """Chip of an npu device. null: asked from the driver."""
     dtype: Dtype = "auto"
     """Type of weights and activations. auto: the checkpoint's own, float16 on atlas_300i_duo."""
     exe_mode: ExeMode = "eager"
-    """How a decode step runs. Prefill is always eager."""
+    """How a decode step runs: eager, or as a graph on A2 and A3, of torchair's GE (ge_graph) or as a captured ACL graph
+    (npugraph_ex). compile is not in this release. Prefill is always eager."""
     strict_graph: bool = False
     """true: a graph that cannot be captured is an error, not a warning and eager steps."""
     quantization: Quantization = "auto"
@@ -136,7 +137,7 @@ class GenerationSection(Section):
     """Probability mass of the candidates kept."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """Least probability of a candidate, as a share of the likeliest one's."""
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     """Divides the scores of tokens already seen, the prompt's too. 1: off."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     """Taken off the score of every token that the answer holds already; the prompt does not count."""

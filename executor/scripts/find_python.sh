@@ -67,7 +67,7 @@ _warn_of_cuda() {
         return 0
     fi
     _say "no NVIDIA GPU here, but the usual torch brings gigabytes of CUDA libraries. For PyTorch's CPU build press"
-    _say "Ctrl-C, set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL to its CPU wheel index (see pytorch.org), and start again."
+    _say "Ctrl-C, set PIP_EXTRA_INDEX_URL to its CPU wheel index (see pytorch.org), and start again."
 }
 
 _pip() {
@@ -82,7 +82,8 @@ _open_log() {
 
 # What pip is doing, by the last line of the log that tells it: "torch-2.13.0 (190.3 MB)".
 _latest() {
-    sed -n -E 's/^ *(Downloading|Collecting|Using cached) +([^ ]*\/)?([^ /]+)( \([0-9.]+ [kMG]B\))?.*/\3\4/p' "$SETUP_LOG" |
+    sed -n -E -e 's/^ *(Downloading|Collecting|Using cached|Processing) +([^ ]*\/)?([^ /]+)( \([0-9.]+ [kMG]B\))?.*/\3\4/p' \
+        -e 's/^ *Installing collected packages.*/unpacking what was downloaded/p' "$SETUP_LOG" |
         tail -n 1 | sed -E 's/-(py[0-9]|cp[0-9]|[0-9][^ ]*-(py|cp)[0-9])[^ ]*//; s/\.whl|\.tar\.gz//'
 }
 
@@ -97,13 +98,14 @@ _downloaded_mb() {
 # Shows that a stage goes on, until its parent ends it: the seconds and the latest package, over and over on one line of
 # a terminal, else a line now and then.
 _progress() {
-    local words="$1" parent="$2" started=$SECONDS told=0
+    local words="$1" parent="$2" started=$SECONDS told=0 latest
     while sleep "$PROGRESS_S" && kill -0 "$parent" 2>/dev/null; do
         if [ -t 2 ]; then
             printf '\r\033[Kset-up: %s ... %d s  %s' "$words" $((SECONDS - started)) "$(_latest)" >&2
         elif [ $((SECONDS - started - told)) -ge "$STILL_S" ]; then
             told=$((SECONDS - started))
-            _say "$words: still at it after $told s: $(_latest)"
+            latest="$(_latest)"
+            _say "$words: still at it after $told s${latest:+: $latest}"
         fi
     done
 }

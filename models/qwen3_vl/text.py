@@ -38,7 +38,7 @@ class Text(nn.Module):
         return self.norm.add(x, residual)[0]
 
     def help(self, padded_tokens: int) -> None:
-        """A step of the other replicas in which this one has no tokens: its experts answer for theirs."""
+        """A step in which this replica has no tokens: its experts compute the tokens that other replicas send them."""
         weight = self.norm.weight
         nothing = weight.new_empty(0, len(weight))
         for layer in self.layers:

@@ -1,33 +1,34 @@
-"""Runs the tests of the NPU backend in an emulating process of their own."""
+"""Runs the tests of the NPU backend's calls, and of graphs at true sizes, in one emulating process.
 
-import re
-import subprocess
-import sys
+Engines on emulated chips: test_npu_engines.py. Apart from each other, two workers share the work.
+"""
 
 import pytest
 
 from emulator.activate import available
+from tests.emulator.apart import Outcome, run_apart
 from tests.reference import REPO
 
-FILES = sorted(path.name for path in (REPO / "tests" / "device" / "inside").glob("test_*.py"))
+INSIDE = REPO / "tests" / "device" / "inside"
+ENGINES = ("test_generation.py", "test_graph.py", "test_trained.py")
+FILES = sorted({path.name for path in INSIDE.glob("test_*.py")} - set(ENGINES))
 
 
-def run(file: str, *options: str, timeout_s: float = 1200) -> None:
-    reason = available()
-    if reason:
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Outcome]:
+    if reason := available():
         pytest.skip(reason)
-    command = [sys.executable, "-m", "pytest", "-q", "-rf", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["-p", "tests.emulator.emulating", *options, f"tests/device/inside/{file}"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=timeout_s)
-    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-3000:]}"
-    assert re.search(r"\d+ passed", done.stdout), done.stdout[-500:]
+    return run_apart(*(f"tests/device/inside/{file}" for file in FILES))
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_npu_backend(file: str) -> None:
-    run(file)
+def test_npu_backend(file: str, outcomes) -> None:
+    outcomes[file].check()
 
 
 @pytest.mark.long
 def test_every_recipe_at_its_true_size_in_ten_minutes() -> None:
-    run("test_check.py", "-m", "long", timeout_s=600)
+    if reason := available():
+        pytest.skip(reason)
+    found = run_apart("tests/device/inside/test_check.py", options=("-m", "long"), timeout_s=600)
+    found["test_check.py"].check()

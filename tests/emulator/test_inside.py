@@ -1,24 +1,15 @@
 """Runs the tests of `inside/` in one emulating process of their own."""
 
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from emulator.activate import available
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.emulator.apart import run_apart
 
 
 def test_emulated_ops() -> None:
-    reason = available()
-    if reason:
+    if reason := available():
         pytest.skip(reason)
-    command = [sys.executable, "-m", "pytest", "-q", "-rf", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["-p", "tests.emulator.emulating", "tests/emulator/inside"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-3000:]}"
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) > 100, done.stdout[-500:]
+    found = run_apart("tests/emulator/inside", timeout_s=900)
+    for outcome in found.values():
+        outcome.check()
+    assert sum(outcome.num_passed for outcome in found.values()) > 100

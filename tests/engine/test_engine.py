@@ -1,6 +1,7 @@
 """The engine's promises, over the tiny trained Qwen3-VL and its sample files."""
 
 import itertools
+import re
 import threading
 from dataclasses import replace
 
@@ -172,6 +173,7 @@ def test_logits_that_are_not_finite_fail_their_request_alone(engine, describe, m
     first, failed = engine.generate([describe, bad], replace(DESCRIBE, logprobs=1))
     assert first.token_ids == whole.token_ids and first.error is None
     assert failed.finish_reason is FinishReason.ERROR and "not finite" in failed.error
+    assert engine.runner.sampler.dtype is engine.runner.dtype and "float16" not in failed.error
     assert len(failed.token_ids[0]) == len(failed.logprobs[0]) == 1
 
 
@@ -283,8 +285,25 @@ def test_other_things_are_no_prompts(engine, questions, words):
 def test_as_many_params_as_prompts(engine, describe):
     with pytest.raises(UserError, match="2 prompts and 1 params; give one SamplingParams for all"):
         engine.generate([describe, describe], [DESCRIBE])
-    with pytest.raises(UserError, match="params are of type dict; allowed: SamplingParams"):
-        engine.generate([describe], [{"temperature": 0}])
+
+
+@pytest.mark.parametrize("params, words", [
+    ([{"temperature": 0}], r"params are of type dict: {'temperature': 0}; allowed: a SamplingParams\(...\)"),
+    ([None], "params are of type NoneType: None; allowed: a SamplingParams"),
+    (None, "params are of type NoneType: None; allowed: one SamplingParams"),
+    ({"temperature": 0}, "params are of type dict: {'temperature': 0}; allowed: one SamplingParams"),
+    ("greedy", "params are of type str: greedy; allowed: one SamplingParams"),
+    (7, "params are of type int: 7; allowed: one SamplingParams"),
+    (SamplingParams, "params are the class SamplingParams, not an object of it; allowed: one SamplingParams"),
+    ([SamplingParams], "params are the class SamplingParams, not an object of it; allowed: a SamplingParams"),
+])  # fmt: skip
+def test_other_things_are_no_params(engine, describe, params, words):
+    with pytest.raises(UserError, match=words):
+        engine.generate([describe], params)
+    single = params[0] if isinstance(params, list) else params
+    for call in (lambda: engine.add(describe, single), lambda: next(engine.stream(describe, single))):
+        with pytest.raises(UserError, match="params are .*; allowed: a SamplingParams"):
+            call()
 
 
 def test_a_refusal_leaves_nothing_queued(engine, describe):
@@ -303,8 +322,23 @@ def test_a_refusal_leaves_nothing_queued(engine, describe):
 def test_without_a_seed_every_request_has_another_and_greedy_answers_are_the_same(engine, describe):
     free = replace(NOISY, seed=None)
     first, second = engine.generate([describe, describe], free)
-    assert first.token_ids != second.token_ids
+    assert first.token_ids != second.token_ids and first.seed != second.seed
+    (again,) = engine.generate([describe], replace(NOISY, seed=first.seed))
+    assert (again.token_ids, again.seed) == (first.token_ids, first.seed)
+    assert engine.generate([describe], NOISY)[0].seed == NOISY.seed
+    several = replace(free, n=3, max_new_tokens=4)
+    (three,) = engine.generate([describe], several)
+    assert engine.generate([describe], replace(several, seed=three.seed))[0].token_ids == three.token_ids
+    assert engine.generate([describe], SamplingParams(max_new_tokens=1))[0].seed == 0
     assert len({completion.token_ids for completion in engine.generate([describe] * 2, SamplingParams())}) == 1
+
+
+def test_the_published_temperature_of_qwen2_5_gives_the_greedy_answer(engine, describe):
+    greedy = replace(DESCRIBE, repetition_penalty=1.05)
+    (expected,) = engine.generate([describe], greedy)
+    for temperature in (1e-6, 5e-324):
+        sampled = [replace(greedy, temperature=temperature, seed=seed) for seed in (1, 2)]
+        assert [each.text for each in engine.generate([describe] * 2, sampled)] == [expected.text] * 2
 
 
 def test_one_stop_is_a_list_of_one():
@@ -430,6 +464,16 @@ def test_a_text_only_step_makes_no_deepstack(engine):
     assert seen == [None] * len(seen) and seen
 
 
+def test_a_completion_warns_of_damaged_media(engine, describe):
+    whole = describe.media[0]
+    damaged = [replace(whole, warnings=warnings) for warnings in (("a.png: cut off",), (), ("b", "c"))]
+    pictures = [{"type": "image", "image": str(MEDIA / "objects.png")}] * 3
+    prompt = engine.processor.build([{"role": "user", "content": [*pictures, {"type": "text", "text": "What?"}]}])
+    short = SamplingParams(max_new_tokens=1)
+    found, sound = engine.generate([replace(prompt, media=tuple(damaged)), prompt], short)
+    assert (found.warnings, sound.warnings) == (("a.png: cut off", "b", "c"), ())
+
+
 def test_times_and_counts(engine, describe):
     (completion,) = engine.generate([describe], DESCRIBE)
     assert completion.vision_tokens == 16 and completion.prompt_tokens == len(describe.token_ids)
@@ -449,7 +493,9 @@ def test_times_and_counts(engine, describe):
         ({"stop_token_ids": "17"}, "stop_token_ids is '17'; allowed: a token id or a list"),
         ({"stop": 5}, "stop is 5; allowed: a string or a list of strings"),
         ({"stop": ""}, "stop holds ''"),
-        ({"seed": 1.5}, "seed is 1.5; allowed: a whole number, or none"),
+        ({"seed": 1.5}, "seed is 1.5; allowed: a whole number of 0 or more, or none"),
+        ({"seed": -1}, "seed is -1; allowed: a whole number of 0 or more, or none"),
+        ({"ignore_eos": "no"}, "ignore_eos is 'no'; allowed: true or false"),
     ],
 )
 def test_bad_parameters_are_refused(engine, describe, change, message):
@@ -484,3 +530,17 @@ def test_an_id_in_use_is_refused(engine, describe):
     with pytest.raises(UserError, match="in use"):
         engine.add(describe, DESCRIBE, "mine")
     engine.abort("mine")
+
+
+@pytest.mark.parametrize("request_id", ["", 5, True, [1], b"a"])
+def test_a_request_id_is_a_text(engine, describe, request_id):
+    with pytest.raises(UserError, match=re.escape(f"request_id is {request_id!r}; allowed: a text that is not empty")):
+        engine.add(describe, DESCRIBE, request_id)
+
+
+def test_a_new_id_is_none_that_a_caller_uses(engine, describe):
+    number = int(engine.add(describe, DESCRIBE).removeprefix("request-"))
+    taken = engine.add(describe, DESCRIBE, f"request-{number + 1}")
+    assert engine.add(describe, DESCRIBE) == f"request-{number + 2}"
+    for request_id in (f"request-{number}", taken, f"request-{number + 2}"):
+        engine.abort(request_id)

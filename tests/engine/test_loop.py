@@ -1,5 +1,7 @@
 """Requests from any thread: prepared beside the engine, each with its own end, bounded, and over when the loop is."""
 
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -248,3 +250,18 @@ def test_preparing_threads_have_ended_when_they_are_stopped():
     assert not any(thread.is_alive() for thread in preparers.threads)
     assert "slow" in done and done.count("queued") < 20
     preparers.stop()  # once more is the same
+
+
+def test_a_program_that_forgets_its_loop_ends_as_any_other():
+    """The engine's thread and a preparing one are at work when the main thread returns."""
+    code = (
+        "from executor.commands.build import build_engine; from executor.engine.loop import EngineLoop; "
+        "from executor.recipe.schema import load_recipe; from executor.schedule.request import SamplingParams; "
+        "loop = EngineLoop(build_engine(load_recipe('config/quickstart.yaml'))).start(); "
+        "ask = [{'role': 'user', 'content': [{'type': 'video', 'video': 'dataset/media/clip.mp4'}, "
+        "{'type': 'text', 'text': 'What moves?'}]}]; "
+        "many = [loop.submit(lambda: ask, SamplingParams(max_new_tokens=999, ignore_eos=True)) for _ in range(9)]; "
+        "next(many[0].outputs()); print('said')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "said\n"), done.stderr

@@ -42,7 +42,7 @@ def survivors(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tenso
     """Scores [N, V] after temperature, -inf where filtered out."""
     vocab_size = logits.shape[-1]
     made = Filters.of(params, [0] * len(params), vocab_size, torch.device("cpu"))
-    return in_full(*filters.survivors(padded(logits), made), vocab_size)
+    return in_full(*filters.survivors(padded(logits), made), vocab_size) / after_temperature(params)
 
 
 def likely(logits: torch.Tensor, params: list[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +55,11 @@ def likely(logits: torch.Tensor, params: list[SamplingParams]) -> tuple[torch.Te
         made = Filters.of([params[row] for row in rows], [0] * len(rows), vocab_size, torch.device("cpu"))
         *kept, is_open[rows] = filters.likely_survivors(scores, maxima[rows], rows, made, kind)
         found[rows] = in_full(*kept, vocab_size)
-    return found, is_open
+    return found / after_temperature(params), is_open
+
+
+def after_temperature(params: list[SamplingParams]) -> torch.Tensor:
+    return torch.tensor([p.temperature for p in params])[:, None]
 
 
 def penalised(sampler: Sampler, logits: torch.Tensor, requests: list[Request]) -> torch.Tensor:
@@ -214,6 +218,15 @@ def test_seen_tokens_stay_on_the_device_and_are_appended(monkeypatch):
             assert 1 <= len([rows for rows in built if rows == 3]) <= 4
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+def test_the_strongest_penalties_leave_scores_finite(penalty):
+    params = SamplingParams(repetition_penalty=penalty, presence_penalty=2.0, frequency_penalty=-2.0)
+    check_params(params, 10)
+    request = make_request(params, list(range(10)), [3, 4])
+    assert bool(penalised(Sampler(10, "cpu"), random_logits(1, 10, spread=65504.0), [request]).isfinite().all())
+
+
 def test_history_grows_with_the_request_and_is_freed():
     rng = random.Random(1)
     vocab_size = 400
@@ -321,6 +334,74 @@ def test_bits_below_the_least_have_less_noise():
     found = may_reach(keys, torch.zeros(1000, dtype=torch.int64), 4000, least)[least < 1 << 32]
     passed = passed[least < 1 << 32]
     assert bool((found | ~passed).all()) and int((found & ~passed).sum()) <= 4
+
+
+# Against Gumbel-max in float64
+
+
+def exact_choice(scores: torch.Tensor, params: SamplingParams, position: int) -> int:
+    """The token of float32 `scores` [V] by Gumbel-max in float64, relative to the best score, from the same noise."""
+    relative = (scores.double() - scores.double().max()) / params.temperature
+    kept = scores > -math.inf
+    if params.top_k:
+        kept &= scores >= scores.topk(min(params.top_k, len(scores))).values[-1]
+    # The nucleus is a share of what top-k leaves; of equal scores it drops the lower ids first.
+    relative = relative.masked_fill(~kept, -math.inf)
+    if params.top_p < 1:
+        ids = torch.arange(len(scores) - 1, -1, -1)
+        ids = ids[relative[ids].sort(descending=True, stable=True).indices]
+        share = relative[ids].softmax(-1)
+        kept &= torch.zeros_like(kept).scatter_(0, ids, share.cumsum(-1) - share < params.top_p)
+    if params.min_p:
+        kept &= relative.exp() >= params.min_p
+    noise = gumbel_noise(torch.tensor([as_int64(noise_key(params.seed, position))]), torch.arange(len(scores))[None])
+    return int((relative + noise[0]).masked_fill(~kept, -math.inf).argmax())
+
+
+TEMPERATURES = (5e-324, 1e-300, 1e-40, 1e-8, 1e-6, 2e-6, 1e-5, 1e-3, 0.1, 1.0, 100.0, 1e300)
+NARROWINGS = ({}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 50, "top_p": 0.8})
+PENALTIES = ({}, {"repetition_penalty": 1.05, "frequency_penalty": 0.2})
+SAMPLED = [
+    SamplingParams(temperature=temperature, **narrowing, **penalty)
+    for temperature in TEMPERATURES
+    for narrowing in NARROWINGS
+    for penalty in PENALTIES
+]
+
+
+def sampled_requests(seed: int, vocab_size: int) -> list[Request]:
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(vocab_size) for _ in range(30)] for _ in SAMPLED]
+    return [
+        make_request(replace(params, seed=rng.randrange(1 << 62)), prompt, prompt[:7], request_id=str(row))
+        for row, (params, prompt) in enumerate(zip(SAMPLED, prompts, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 3.0, 40.0])
+def test_every_temperature_draws_what_gumbel_max_in_float64_draws(scale):
+    """A small scale around 20: scores a few steps of float32 apart, which a small temperature tells apart."""
+    vocab_size = 2001
+    requests = sampled_requests(0, vocab_size)
+    logits = random_logits(len(requests), vocab_size, spread=scale) + 20 * (scale < 1)
+    scores = penalised(Sampler(vocab_size, "cpu"), logits, requests)
+    found = Sampler(vocab_size, "cpu").sample(logits, requests).token_ids
+    for row, request in enumerate(requests):
+        assert found[row] == exact_choice(scores[row], request.params, request.num_tokens), request.params
+
+
+@pytest.mark.parametrize("peak", [20.0, 40.0, 3e4, -5.0])
+def test_a_clear_winner_wins_at_every_small_temperature(peak):
+    """Over a real vocabulary; Qwen2.5-VL's own generation_config.json samples at 1e-6."""
+    vocab_size = 151936
+    small = [params for params in SAMPLED if params.temperature in (5e-324, 1e-8, 1e-6, 2e-6, 1e-5, 1e-3)]
+    logits = random_logits(1, vocab_size, spread=2.0).clamp_(max=9) + (peak - 10)
+    logits[0, 123456] = peak
+    for first in range(0, len(small), 20):
+        params = small[first : first + 20]
+        requests = [make_request(replace(p, seed=row), [5, 6], request_id=str(row)) for row, p in enumerate(params)]
+        sampled = Sampler(vocab_size, "cpu").sample(logits.repeat(len(params), 1), requests)
+        assert sampled.token_ids == [123456] * len(params)
 
 
 # Alone or in any batch
@@ -456,8 +537,17 @@ def test_a_row_whose_logits_are_not_finite_fails_alone(bad):
     assert list(sampled.failures) == list(range(1, 2 * len(WAYS), 2))
     found = {math.nan: "1 are NaN, 0 infinite", math.inf: "0 are NaN, 1 infinite", -math.inf: "all are -inf"}[bad]
     for reason in sampled.failures.values():
-        assert found in reason and "float16" in reason and "bfloat16" in reason
+        assert found in reason and "check the checkpoint's weights" in reason and "float16" not in reason
     assert torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0)), "the model's logits are not ours to change"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_overflow_is_blamed_where_the_model_computes_in_float16_only(dtype):
+    logits = torch.full((1, 8), math.nan)
+    (reason,) = Sampler(8, "cpu", dtype=dtype).sample(logits, [make_request(SamplingParams())]).failures.values()
+    assert "of 8 logits 8 are NaN, 0 infinite" in reason and "check the checkpoint's weights" in reason
+    overflow = "with model_config.dtype: float16 an activation has most likely overflowed: use bfloat16 or float32"
+    assert (overflow in reason) == (dtype == torch.float16) and ("overflow" in reason) == (dtype == torch.float16)
 
 
 def test_a_broken_row_reports_no_logprobs_and_the_others_theirs():
@@ -488,9 +578,7 @@ def test_no_rows():
 
 def test_good_parameters_pass():
     check_params(SamplingParams(), 10)
-    check_params(
-        SamplingParams(temperature=2, top_k=5, top_p=1, min_p=1, seed=-1, stop=("x",), stop_token_ids=(9,)), 10
-    )
+    check_params(SamplingParams(temperature=2, top_k=5, top_p=1, min_p=1, seed=0, stop=("x",), stop_token_ids=(9,)), 10)
     check_params(SamplingParams(logprobs=20, n=3, min_new_tokens=128, presence_penalty=-2.0), 10)
 
 
@@ -512,9 +600,17 @@ def test_good_parameters_pass():
         ("min_p", -0.1),
         ("min_p", 2),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e300),
+        ("repetition_penalty", 1e-300),
+        ("repetition_penalty", 10**400),
         ("presence_penalty", 2.5),
         ("frequency_penalty", None),
         ("seed", 0.5),
+        ("seed", -1),
+        ("seed", True),
+        ("ignore_eos", "no"),
+        ("ignore_eos", 1),
+        ("ignore_eos", None),
         ("logprobs", -1),
         ("logprobs", 21),
         ("n", 0),

@@ -66,7 +66,8 @@ def own_trees(tmp_path):
 
 
 def copy_of_repository(folder: Path, *left_out: str) -> Path:
-    skip = shutil.ignore_patterns("__pycache__", *left_out)
+    # Bytecode is valid in the copy too, unless Python is just writing it.
+    skip = shutil.ignore_patterns("*.pyc.*", *left_out)
     for name in ("executor", "models", "dataset", "emulator", "config", "tests/launch"):
         shutil.copytree(REPO / name, folder / name, ignore=skip)
     for name in ("infer.sh", "requirements.txt", "tests/__init__.py"):

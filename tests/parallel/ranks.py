@@ -1,12 +1,15 @@
 """One rank of a test job: `torchrun ... -m tests.parallel.ranks CASES.json OUT.json`.
 
 Answers every case's questions as the generate command does, and leaves what rank 0 saw: tokens, collectives of each
-decode step, and of every rank how much of the checkpoint it has read. Cases follow each other in the same processes.
+decode step, of every rank how much of the checkpoint it has read, and the results file. Cases follow each other in the
+same processes; a case's key `before` names a file that is there `as` another from then on.
 """
 
 import io
 import json
 import logging
+import os
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -33,6 +36,8 @@ def main() -> None:
 
 def run(case: dict[str, Any]) -> dict[str, Any] | None:
     """What rank 0 saw of one case; None on the other ranks."""
+    if before := case.pop("before", None):
+        _put(Path(before["file"]), Path(before["as"]))
     recipe = build_recipe(case)
     watched = Watched()
     document, status = generate.run(recipe, build=watched.build, out=io.StringIO())
@@ -48,7 +53,15 @@ def run(case: dict[str, Any]) -> dict[str, Any] | None:
         "logprobs": [[token["logprob"] for token in row["logprobs"][0]] if "logprobs" in row else None for row in rows],
         "steps": watched.steps,
         "loads": watched.loads,
+        "results": Path(recipe.data.results_path).read_text() if recipe.data.results_path else None,
     }
+
+
+def _put(file: Path, place: Path) -> None:
+    """A copy that is whole as soon as it is there: every rank puts it, and may read what another one put."""
+    partial = place.with_name(f"{place.name}.{os.getpid()}")
+    shutil.copyfile(file, partial)
+    partial.replace(place)
 
 
 class AnonymousMemory:

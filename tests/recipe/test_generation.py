@@ -1,12 +1,16 @@
 """Who decides how tokens are chosen: request, recipe, checkpoint, greedy defaults, in this order."""
 
+import json
 import logging
 
 import pytest
 
+from dataset.options import generation_of
+from executor.checkpoint.settings import read_generation_config
+from executor.engine.params import check_params
 from executor.errors import UserError
 from executor.recipe.generation import sampling_params
-from executor.recipe.schema import GenerationSection
+from executor.recipe.schema import GenerationSection, build_recipe
 from executor.schedule.request import SamplingParams
 
 # As published with Qwen3-VL and Qwen2.5-VL.
@@ -87,3 +91,39 @@ def test_a_narrowing_that_cannot_matter_is_told(caplog):
 def test_an_unknown_parameter_is_named():
     with pytest.raises(UserError, match="unknown sampling parameter temprature; known: .*temperature"):
         chosen({}, {"temprature": 1})
+
+
+ODD = {
+    "repetition_penalty": [0, -1.0, 1e300, 1e-300, 1e-7, 1e7],
+    "seed": [-1, 1.5, "1"],
+    "ignore_eos": ["no", 1],
+    "temperature": [-0.1, "hot", float("nan"), float("inf")],
+    "top_p": [0, 1.5],
+    "min_p": [-0.1, 2],
+    "presence_penalty": [-2.5, 3],
+    "logprobs": [21, -1],
+    "n": [0, 129],
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in ODD.items() for value in values])
+def test_recipes_rows_and_python_refuse_alike(name, value):
+    calls = (
+        lambda: build_recipe({"model_config": {"model_path": "x"}, "generation_config": {name: value}}),
+        lambda: generation_of({"generation_config": {name: value}}),
+        lambda: check_params(SamplingParams(**{name: value}), 100),
+    )
+    for call in calls:
+        with pytest.raises(UserError, match=rf"generation_config\.{name}"):
+            call()
+
+
+@pytest.mark.parametrize("penalty, allowed", [(1e-6, True), (1e6, True), (1e300, False), (1e-300, False)])
+def test_a_checkpoint_s_penalty_has_the_bounds_of_a_recipe_s(tmp_path, penalty, allowed):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"repetition_penalty": penalty}))
+    if allowed:
+        assert read_generation_config(tmp_path)["repetition_penalty"] == penalty
+        check_params(chosen({}, repetition_penalty=penalty), 100)
+        return
+    with pytest.raises(UserError, match=r"generation_config.json.*repetition_penalty.*from 0\.000001 to 1000000"):
+        read_generation_config(tmp_path)

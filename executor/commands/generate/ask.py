@@ -12,7 +12,7 @@ from typing import Any
 
 from dataset.sample import Sample
 from executor.commands.generate.rows import Asked
-from executor.engine.params import check_params, with_seed
+from executor.engine.params import check_params
 from executor.errors import ODD_DATA_ERRORS, UserError
 from executor.recipe.generation import sampling_params
 from executor.recipe.schema import Recipe
@@ -29,7 +29,7 @@ def ask(engine: Any, recipe: Recipe, params: SamplingParams, index: int, sample:
     if sample.error:
         raise UserError(sample.error)
     started = time.monotonic()
-    params = with_seed(row_params(engine, recipe, params, sample))
+    params = row_params(engine, recipe, params, sample)
     prompt = row_prompt(engine.processor, recipe, sample)
     return Asked(index, sample, params, prompt, time.monotonic() - started)
 

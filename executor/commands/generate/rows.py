@@ -49,12 +49,12 @@ def answered_row(asked: Asked, completion: Any, engine: Any, recipe: Recipe) -> 
         "media_sizes": [
             {"original": list(item.original_hw), "resized": list(item.resized_hw)} for item in asked.prompt.media
         ],
-        "warnings": [warning for item in asked.prompt.media for warning in item.warnings],
+        "warnings": list(completion.warnings),
     }
     if asked.params.n > 1:
         row["texts"] = list(completion.texts)
     if asked.params.temperature:
-        row["seed"] = asked.params.seed
+        row["seed"] = completion.seed
     if asked.sample.reference is not None:
         row["reference"] = asked.sample.reference
     if asked.params.logprobs is not None:

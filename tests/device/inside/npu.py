@@ -19,6 +19,7 @@ from executor.checkpoint.pull import finalize
 from executor.checkpoint.weights import Checkpoint
 from executor.commands.build import join, media_options
 from executor.device import ops
+from executor.device.cpu.capability import Capability
 from executor.device.cpu.ops import CpuOps
 from executor.device.npu.ops import NpuOps
 from executor.device.npu.soc import SOCS
@@ -32,7 +33,8 @@ from models.published import published_config
 from models.registry import family_runner
 
 A2, A3, DUO = SOCS
-CPU = CpuOps()
+# The reference computes in the type it is asked for, on every CPU; the products are those of fast_products.
+CPU = CpuOps(Capability(isa="other", vectors="", reorders=frozenset(), packs_fp16=False))
 _products = torch.library.Library("aten", "IMPL")  # lives as long as the process
 
 
@@ -62,6 +64,7 @@ def engine_on(
     device: Ops, folder: Path, dtype: torch.dtype, *, model: dict[str, Any] | None = None, **scheduler: Any
 ) -> Engine:
     """An engine on any backend in any dtype: past the recipe's own checks of the two. `model`: keys of model_config."""
+    fast_products()
     settings = {"max_model_len": 2048, "block_size": 16, "max_num_seqs": 8, "num_blocks": 256} | scheduler
     start = {"model_path": str(folder), "device": "cpu", "dtype": "float32"}
     prepared = prepare(build_recipe({"model_config": start, "scheduler_config": settings}))

@@ -1,13 +1,15 @@
 """The decode graph at true sizes: nodes per layer, nodes outside, collectives; and the check command's document."""
 
+import functools
 import json
 from collections import Counter
 
 import pytest
 import torch
 
-from emulator.graph import per_layer
+from emulator.graph import Graph, per_layer
 from executor.commands import check
+from executor.device.npu.soc import SOCS
 from executor.errors import UserError
 from executor.recipe.schema import load_recipe
 from tests.device.inside.npu import A2, A3, DUO, true_size
@@ -24,11 +26,17 @@ FUSED = {"summed_linear_in_decode": "npu_mm_all_reduce_base"}  # beyond what its
 ON_HOST = {"LocalScalarDense", "Where", "NonZero", "Unique2", "MaskedSelect"}  # their shape or value is the host's
 
 
+@functools.cache
+def decode_graph(name: str, soc: str, layers: int, *, tp: int, ep: int = 1, replicas: int = 1) -> Graph:
+    """The decode graph of the first layers in the chip's own type; several tests look at the same one."""
+    with true_size(name, soc, tp=tp, ep=ep, replicas=replicas) as traces:
+        return traces.decode_graph(layers)
+
+
 @pytest.mark.parametrize("soc", [A2, A3])
 @pytest.mark.parametrize("name, tp, most", FIGURES)
 def test_nodes_of_a_decode_layer(soc, name, tp, most) -> None:
-    with true_size(name, soc, tp=tp) as traces:
-        one, two = traces.decode_graph(1), traces.decode_graph(2)
+    one, two = (decode_graph(name, soc, layers, tp=tp) for layers in (1, 2))
     layer = per_layer(one, two)
     fixed = Counter(one.kernels)
     fixed.subtract(layer)
@@ -67,8 +75,7 @@ def test_prefill_sums_with_its_products_on_a2_and_decode_does_not() -> None:
 @pytest.mark.parametrize("soc", [A2, A3])
 @pytest.mark.parametrize("tp, replicas, ep", [(2, 1, 2), (4, 1, 4), (8, 1, 8), (4, 2, 2), (4, 2, 8), (8, 2, 16)])
 def test_collectives_of_dealt_experts(soc, tp, replicas, ep) -> None:
-    with true_size(MOE, soc, tp=tp, replicas=replicas, ep=ep) as traces:
-        one, two = traces.decode_graph(1), traces.decode_graph(2)
+    one, two = (decode_graph(MOE, soc, layers, tp=tp, replicas=replicas, ep=ep) for layers in (1, 2))
     layer = per_layer(one, two)
     collectives = Counter({kind: layer[kind] for kind in layer if kind in two.collectives})
     assert collectives.total() == (2 if replicas == 1 else 3), collectives
@@ -80,12 +87,13 @@ def test_collectives_of_dealt_experts(soc, tp, replicas, ep) -> None:
 @pytest.mark.parametrize("soc", [A2, A3])
 @pytest.mark.parametrize("name", [QWEN2_5, QWEN3, MOE])
 def test_half_precision_has_the_same_graph(soc, name) -> None:
-    graphs = []
-    for dtype in (torch.bfloat16, torch.float16):
-        with true_size(name, soc, tp=2, dtype=dtype) as traces:
-            graphs.append(traces.decode_graph(2).kernels)
-            assert traces.decode_calls(tensors=True).violations == []
-    assert graphs[0] == graphs[1]
+    assert SOCS[soc].dtypes[0] is torch.bfloat16
+    with true_size(name, soc, tp=2) as traces:
+        assert traces.decode_calls(tensors=True).violations == []
+    with true_size(name, soc, tp=2, dtype=torch.float16) as traces:
+        assert traces.decode_calls(tensors=True).violations == []
+        half = traces.decode_graph(2)
+    assert half.kernels == decode_graph(name, soc, 2, tp=2).kernels
 
 
 @pytest.mark.parametrize("name", [QWEN2_5, QWEN3, MOE])
@@ -122,9 +130,10 @@ def test_the_document_of_the_eager_chip() -> None:
 
 
 def test_what_a_chip_cannot_do_is_listed() -> None:
-    """A kernel's limit that a recipe breaks is found without the chip: blocks of 16 tokens are no multiple of 128."""
-    document = checked("qwen3_vl_2b.yaml", "scheduler_config.block_size=2048", "parallel_config.world_size=1")
-    assert not document["ok"] and any("block" in text for text in document["unsupported"])
+    """A kernel's limit that a recipe breaks is found without the chip: a block has at most 1024 tokens."""
+    tiny = ("model_config.model_path=models/tiny/qwen3_vl", "scheduler_config.max_model_len=2048")
+    document = checked("qwen3_vl_2b.yaml", *tiny, "scheduler_config.block_size=2048", "parallel_config.world_size=1")
+    assert not document["ok"] and any("block_size must be" in text for text in document["unsupported"])
 
 
 @pytest.mark.parametrize(

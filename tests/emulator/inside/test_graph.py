@@ -1,6 +1,7 @@
 """torchair's real conversion: decode layers as graphs of known size, collectives, and what cannot be converted."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,3 +221,10 @@ def test_torchairs_options_can_be_given(a2) -> None:
 
     assert graph.convert(lambda x: x + x, meta(4), configure=configure).kernels.total() == 1
     assert len(seen) == 1
+
+
+def test_no_thread_of_torch_npu_polls() -> None:
+    """A queue of launches would bring two threads, one of which looks for work 10,000 times a second."""
+    graph.convert(lambda x: torch_npu.npu_swiglu(x), meta(4, 64))
+    names = {(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
+    assert not names & {"acl_thread", "release_thread"}, names
