@@ -9,6 +9,7 @@ Answer: answer | reference | response, or a last message by the assistant.
 Opens no media: whether a file can be read is found when it is its turn; only its existence is checked here.
 """
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ from dataset.options import (
     with_system,
 )
 from dataset.sample import Sample, media_key
-from dataset.sources import dereference, folder_files, frames_of, media_kind, resolve
+from dataset.sources import dereference, folder_files, frames_of, media_kind, named_medium, resolve
 from executor.errors import ODD_DATA_ERRORS, UserError, nearest, printable
 from executor.prompt.messages import describe, normalise_messages
 
@@ -56,18 +57,24 @@ METADATA_KEYS = frozenset(
 UNSUPPORTED_KEYS: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "tool_choice": ("auto",),
-    "functions": (),
-    "logit_bias": (),
-    "bad_words": (),
-    "allowed_token_ids": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "continue_final_message": (),
-    "prompt_logprobs": (),
+    "function_call": ("auto",),
+    "best_of": (1,),
+    "num_beams": (1,),
+    "length_penalty": (1,),
+    "guidance_scale": (1,),
+    **dict.fromkeys(
+        ("functions", "logit_bias", "bad_words", "bad_words_ids", "force_words_ids", "allowed_token_ids"), ()
+    ),
+    **dict.fromkeys(("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
+    **dict.fromkeys(("continue_final_message", "prompt_logprobs", "top_logprobs", "echo", "suffix", "prefix"), ()),
+    **dict.fromkeys(("use_beam_search", "no_repeat_ngram_size", "min_length", "max_length", "typical_p", "top_a"), ()),
+    **dict.fromkeys(("logits_processors", "mm_processor_kwargs", "prompt_embeds", "truncate_prompt_tokens"), ()),
+    **dict.fromkeys(
+        ("enable_thinking", "thinking_budget", "reasoning_effort", "extra_body", "raw_fps", "lora_request"), ()
+    ),
 }
+# Other words for media that rows may hold beside ours: a medium under them must not be left out without a word.
+PLACE_KEYS = ("path", "url", "name", "source")
 KNOWN_KEYS = frozenset(
     (*TEXT_KEYS, *MEDIA_KEYS, *REFERENCE_KEYS, *OPTION_KEYS, *METADATA_KEYS, *UNSUPPORTED_KEYS, "audio", "audios")
 )
@@ -118,7 +125,7 @@ def _read(entry: Any, where: str, folder: Path, strict: bool, unused: Callable[[
         _refuse_unknown_keys(entry)
     named = str(entry["id"]) if isinstance(entry.get("id"), str | int) and entry["id"] != "" else None
     where = f"{where} ({named[:ID_CHARACTERS]})" if named else where
-    _report_unused(entry, unused)
+    _report_unused(entry, folder, unused)
     options = media_options_of(entry)
     messages, reference = _messages(entry, folder)
     messages = with_system(messages, entry)
@@ -182,16 +189,31 @@ def _refuse_unknown_keys(entry: Mapping[str, Any]) -> None:
             raise UserError(f"unknown key '{key}'{nearest(str(key), known)}; known: {', '.join(known)}")
 
 
-def _report_unused(entry: Mapping[str, Any], unused: Callable[[str], None]) -> None:
+def _report_unused(entry: Mapping[str, Any], folder: Path, unused: Callable[[str], None]) -> None:
     if entry.get("audio") or entry.get("audios"):
         raise UserError("audio is not supported; ask about pictures, videos and texts")
     for key, neutral in UNSUPPORTED_KEYS.items():
         value = entry.get(key)
         if value and value not in neutral:
             raise UserError(f"{key} is not supported in a row, and would change the answer: remove it")
+    _refuse_unread_media(entry, folder)
     texts = [key for key in TEXT_KEYS if entry.get(key) is not None]
     for key in (*texts[1:], *(key for key, value in entry.items() if key not in KNOWN_KEYS and value is not None)):
         unused(key)
+
+
+def _refuse_unread_media(entry: Mapping[str, Any], folder: Path) -> None:
+    """UserError for a medium under a key that is none of MEDIA_KEYS; those of PLACE_KEYS where there is no other."""
+    has_media = any(entry.get(key) for key in MEDIA_KEYS) or entry.get("type") in ("image", "video")
+    has_media = has_media or not any(isinstance(entry.get(key), str) for key in TEXT_KEYS)
+    for key, value in entry.items():
+        if key in KNOWN_KEYS and (has_media or key not in PLACE_KEYS):
+            continue
+        kind = named_medium(value, folder)
+        if kind:
+            raise UserError(
+                f"the {kind} under '{printable(str(key))[:60]}' would not be looked at: did you mean '{kind}'?"
+            )
 
 
 def _messages(entry: Mapping[str, Any], folder: Path) -> tuple[list[dict[str, Any]], str | None]:
@@ -202,9 +224,11 @@ def _messages(entry: Mapping[str, Any], folder: Path) -> tuple[list[dict[str, An
             f"there is no question: none of the keys {', '.join(TEXT_KEYS)}; got {', '.join(entry) or 'nothing'}"
         )
     value = entry[key]
+    value = _from_json_text(value, key)
     if key == "turns":
         value = _first_turn(value)
-    if key in ("messages", "conversations", "turns") and not isinstance(value, str):
+    are_messages = isinstance(value, list) and all(isinstance(item, Mapping) and _is_message(item) for item in value)
+    if key in ("messages", "conversations", "turns") and not isinstance(value, str) or value and are_messages:
         if not isinstance(value, list) or not value or not all(isinstance(message, Mapping) for message in value):
             raise UserError(f"{key} must be a list of messages with role and content")
         messages = [_message(message, f"{key}[{index}]", folder) for index, message in enumerate(value)]
@@ -219,6 +243,31 @@ def _messages(entry: Mapping[str, Any], folder: Path) -> tuple[list[dict[str, An
     if not any(message["role"] in ("user", "tool") for message in messages):
         raise UserError(f"{key} holds no question of a user")
     return messages, None if reference is None else str(reference)
+
+
+def _is_message(item: Mapping[str, Any]) -> bool:
+    return "role" in item and "content" in item or "from" in item and "value" in item
+
+
+def _from_json_text(value: Any, key: str) -> Any:
+    """Messages that were written as the text of their JSON, read; other values as they stand.
+
+    UserError for another text under a key that holds messages.
+    """
+    if not isinstance(value, str) or key == "turns" and value[:1] not in ("[", "{"):
+        return value
+    try:
+        read = json.loads(value) if value.lstrip()[:1] in ("[", "{") else None
+    except (ValueError, RecursionError):
+        read = None
+    read = [read] if isinstance(read, Mapping) else read
+    if isinstance(read, list) and read and all(isinstance(item, Mapping) and _is_message(item) for item in read):
+        return read
+    if key in ("messages", "conversations"):
+        raise UserError(
+            f"{key} must be a list of messages with role and content, or its JSON text; got {describe(value)}"
+        )
+    return value
 
 
 def _first_turn(turns: Any) -> Any:

@@ -119,13 +119,42 @@ def locate(source: Any, folder: Path) -> str | bytes | Path:
     return _locate_name(source, folder)
 
 
+def named_medium(value: Any, folder: Path) -> str | None:
+    """image or video where `value` (of a key that is none of ours) is plainly one: an existing file, a URL that ends
+    like one, a data: URL, an object with such a place, or a list with one of these; else None."""
+    if isinstance(value, Mapping):
+        value = [value.get(key) for key in SOURCE_KEYS if key not in ("bytes", "base64")]
+    if isinstance(value, list | tuple):
+        found = (named_medium(item, folder) for item in value if isinstance(item, str | Mapping))
+        return next((kind for kind in found if kind), None)
+    if not isinstance(value, str) or not value.strip():
+        return None
+    if _URL.match(value):
+        guess = value[5:11] if value[:5].lower() == "data:" else _guessed_type(value)
+        return next((kind for kind in ("image", "video") if guess.lower().startswith(kind)), None)
+    for place in _places(value, folder):
+        if os.path.isfile(place):
+            found = sniff(_head(place))
+            return found[0] if found else named_kind(value)
+    return None
+
+
+def _guessed_type(url: str) -> str:
+    return mimetypes.guess_type(url[:_NAME_AT_MOST].split("?")[0].split("#")[0])[0] or ""
+
+
+def _places(source: str, folder: Path) -> list[Path]:
+    """Where a file of this name may be."""
+    if len(source) > _NAME_AT_MOST:
+        return []
+    name = str(path_of_file_url(source)) if _FILE_URL.match(source) else source
+    given = Path(os.path.expanduser(name))
+    roots = (folder, folder / "images", Path.cwd(), REPO_ROOT)
+    return [given] if given.is_absolute() else [root / given for root in roots]
+
+
 def _locate_name(source: str, folder: Path) -> bytes | Path:
-    places = []
-    if len(source) <= _NAME_AT_MOST:
-        name = str(path_of_file_url(source)) if _FILE_URL.match(source) else source
-        given = Path(os.path.expanduser(name))
-        roots = (folder, folder / "images", Path.cwd(), REPO_ROOT)
-        places = [given] if given.is_absolute() else [root / given for root in roots]
+    places = _places(source, folder)
     for place in places:
         if os.path.exists(place):
             return Path(os.path.abspath(place))  # links keep the name that the user knows
@@ -158,8 +187,7 @@ def media_kind(source: str | bytes) -> str:
         found = sniff(source[:HEAD_BYTES])
         return found[0] if found else "image"
     if _URL.match(source):
-        guess = mimetypes.guess_type(source[:_NAME_AT_MOST].split("?")[0].split("#")[0])[0] or ""
-        is_video = guess.startswith("video/") or source[:11].lower() == "data:video/"
+        is_video = _guessed_type(source).startswith("video/") or source[:11].lower() == "data:video/"
         return "video" if is_video else "image"
     found = sniff(_head(Path(source)))
     return found[0] if found else named_kind(source) or "image"

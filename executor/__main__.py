@@ -51,7 +51,7 @@ def _run(argv: Sequence[str] | None) -> int:
         failed = False
     except UserError as error:
         if rank is None or rank.shows_mistakes:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}{error.more}", file=sys.stderr)
         document, status = {"command": command, "error": str(error)}, 2
     except KeyboardInterrupt as interrupt:
         words = f"interrupted{': ' if interrupt.args else ''}{interrupt}"

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from executor.errors import UserError, nearest
+from executor.errors import UserError, nearest, printable
 from executor.host.env import environment
 from executor.host.streams import print_document
 from executor.recipe.place import find_recipe, split_override
@@ -103,7 +105,15 @@ ANSWERED, REFUSED = 64, 65
 class _Parser(argparse.ArgumentParser):
     """Raises UserError where argparse would print its usage and exit."""
 
+    words: Sequence[str] = ()  # the command line
+
     def error(self, message: str) -> NoReturn:
+        flag = re.match(r"argument (--[a-z_-]+).*: expected (at least )?one argument", message)
+        if flag:  # a value that looks like a flag
+            spellings = {spelling for spelling in self._option_string_actions if spelling in self.words}
+            behind = [b for a, b in zip(self.words, self.words[1:]) if a in spellings and b[:1] == "-"]  # noqa: B905
+            values = [word for word in behind if word not in self._option_string_actions]
+            message += f"; write {flag[1]}={shlex.quote(values[0])}" if values else ""
         raise UserError(f"{message}\n{self.format_usage().strip()}")
 
 
@@ -113,11 +123,13 @@ class _Set(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if len(values) > 1 and values[-1] in COMMANDS:
             namespace.command_behind = values.pop()
+        for value in values:
+            _refuse_broken_text(value, value.partition("=")[0], option_string)
         namespace.overrides = [*namespace.overrides, *values]
 
 
 class _ShortForm(argparse.Action):
-    """A short flag becomes an override of its key, in the order of the command line: the last one wins."""
+    """A short flag becomes an override of its key; UserError where the key has another value from a flag already."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         key = SHORT_FORMS[self.option_strings[0][2:]]
@@ -126,21 +138,61 @@ class _ShortForm(argparse.Action):
             namespace.command_behind = values.pop()
         if not all(values):
             raise UserError(f"{option_string}: got an empty text (an unset variable of the shell?); give a value")
+        for value in values:
+            _refuse_broken_text(value, key, option_string)
         if key in LISTS:
+            before = namespace.flags.get(key)
+            namespace.overrides = [override for override in namespace.overrides if override != before]
             namespace.listed[key] = [*namespace.listed.get(key, ()), *values]
             value: Any = namespace.listed[key]
         else:
             value = values[0]
         # JSON is YAML that needs no thought about # , [ or quotes.
         text = json.dumps(value, ensure_ascii=False) if key in (*TEXTS, *LISTS) else value
+        if key not in LISTS and namespace.flags.get(key, f"{key}={text}") != f"{key}={text}":
+            raise _two_values(key, namespace.flags[key], f"{key}={text}")
+        namespace.flags[key] = f"{key}={text}"
         namespace.overrides = [*namespace.overrides, f"{key}={text}"]
+
+
+def _refuse_broken_text(text: str, key: str, flag: str | None) -> None:
+    """Names of files may be any bytes; other texts are read by a model or by YAML."""
+    if not key.endswith("_path") and key not in LISTS:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{flag} {printable(text)}: the text is no UTF-8; set the terminal to UTF-8 (LC_ALL=C.UTF-8), or write "
+                "the text into a file in UTF-8 (data_config.dataset: jsonl)"
+            ) from None
+
+
+def _value_of(override: str) -> Any:
+    """What an override says, alike for a flag (JSON) and for words as they stand."""
+    key, _, text = override.partition("=")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text.strip()
+    return [value] if key.strip() in LISTS and not isinstance(value, list) else value
+
+
+def _two_values(key: str, first: str, second: str) -> UserError:
+    shown = " and ".join(printable(repr(_value_of(override))) for override in (first, second))
+    return UserError(f"{key} is given twice, with two values: {shown}; give one of them")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line as (config, command, overrides, save). UserError for anything else."""
-    arguments, unknown = _parser().parse_known_intermixed_args(list(argv))
+    parser = _parser()
+    parser.words = list(argv)
+    arguments, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
         raise UserError(_unknown(unknown))
+    for override in arguments.overrides:
+        flag = arguments.flags.get(override.partition("=")[0].strip(), override)
+        if flag != override and _value_of(flag) != _value_of(override):
+            raise _two_values(override.partition("=")[0].strip(), flag, override)
     arguments.command = arguments.command or arguments.command_behind or "generate"
     if arguments.command not in {**COMMANDS, **extra_commands()}:
         known = f"{', '.join(COMMANDS)}{nearest(arguments.command, COMMANDS)}"
@@ -172,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(listed={}, command_behind=None, overrides=[])
+    parser.set_defaults(listed={}, flags={}, command_behind=None, overrides=[])
     parser.add_argument("config", metavar="CONFIG.yaml", help="the recipe, e.g. config/quickstart.yaml")
     parser.add_argument("command", metavar="COMMAND", nargs="?", help="see above")
     change = "change a value of the recipe; may be repeated; docs/recipe.md has every key"
@@ -228,7 +280,7 @@ def main(argv: Sequence[str]) -> int:
         command = arguments.command
         check(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{error.more}", file=sys.stderr)
         print_document({"command": command, "error": str(error)})
         return REFUSED
     except SystemExit:  # help was printed

@@ -12,7 +12,14 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """The user can mend it. The message says what, got, allowed, and what to do."""
+    """The user can mend it. The message says what, got, allowed, and what to do.
+
+    more: a long list for people, shown behind the message on the screen and left out of the JSON.
+    """
+
+    def __init__(self, message: str = "", *, more: str = "") -> None:
+        super().__init__(message)
+        self.more = more
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -48,9 +48,63 @@ def test_short_flags():
     assert (recipe.model.model_path, recipe.data.results_path) == ("./x: y", "null")
 
 
-def test_the_last_of_flag_and_override_wins():
-    assert recipe_of("--seed", "1", "--set", "generation_config.seed=2").generation.seed == 2
-    assert recipe_of("--set", "generation_config.seed=2", "--seed", "1").generation.seed == 1
+def test_the_last_of_two_overrides_wins():
+    assert recipe_of("--set", "generation_config.seed=1", "--set", "generation_config.seed=2").generation.seed == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--question", "x", "--question", "y"],
+        ["--question", "x", "--prompt=y"],
+        ["--model", "a", "--model_path", "b"],
+        ["--seed", "1", "--temperature", "0", "--seed", "2"],
+        ["--seed", "1", "--set", "generation_config.seed=2"],
+        ["--set", "generation_config.seed=2", "--seed", "1"],
+        ["--question", "x", "--set", "data_config.prompt=y"],
+        ["--image", "a.png", "--set", "data_config.media=b.png"],
+    ],
+)
+def test_two_values_of_one_flag_are_refused(words):
+    with pytest.raises(UserError, match=r"_config\.\w+ is given twice, with two values: .* and "):
+        parse([QUICK, *words])
+
+
+def test_one_value_of_a_flag_may_be_repeated():
+    recipe = recipe_of("--seed", "1", "--set", "generation_config.seed=1", "--question", "x", "--prompt", "x",
+                       "--image", "a", "--set", "data_config.prompt=x", "--video", "b")  # fmt: skip
+    assert (recipe.generation.seed, recipe.data.prompt, recipe.data.media) == (1, "x", ("a", "b"))
+
+
+@pytest.mark.parametrize("flag", ["--question", "--image", "--max-new-tokens"])
+def test_a_value_that_looks_like_a_flag(flag):
+    with pytest.raises(UserError, match=f"{flag}.*: expected (at least )?one argument; write {flag}=-x"):
+        parse([QUICK, flag, "-x"])
+    with pytest.raises(UserError) as error:
+        parse([QUICK, flag, "--seed", "1"])
+    assert "write" not in str(error.value)
+    assert parse([QUICK, "--question=-x"]).overrides == ['data_config.prompt="-x"']
+
+
+def test_a_text_that_is_no_utf8():
+    for words in (["--question", "a\udcff"], ["--set", "data_config.prompt=a\udcff"]):
+        with pytest.raises(UserError, match=r"a\\udcff: the text is no UTF-8"):
+            parse([QUICK, *words])
+    assert parse([QUICK, "--image", "a\udcff.png"]).overrides  # a file's name may be any bytes
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "config/quickstart", "elsewhere/quickstart.yaml"])
+def test_a_recipe_by_its_name_alone(name):
+    with pytest.raises(UserError, match=rf"no recipe {name} \(did you mean 'config/quickstart.yaml'\?\)"):
+        command_line.check(parse([name]))
+
+
+@pytest.mark.parametrize("name", ["config/zzz", "zzz"])
+def test_the_names_of_all_recipes_are_printed_once(name, capsys):
+    assert command_line.main([name]) == command_line.REFUSED
+    printed = capsys.readouterr()
+    assert printed.err.count("qwen2_5_vl_72b.yaml") == 1 and "qwen2_5_vl_72b" not in printed.out
+    assert f"there is no recipe {name}; config has " in printed.out
 
 
 @pytest.mark.parametrize("flag", ["--question", "--image", "--max-new-tokens"])

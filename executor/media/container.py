@@ -24,6 +24,7 @@ from executor.errors import UserError
 from executor.media.extent import missing_bytes
 from executor.media.formats import HEAD_BYTES, foreign
 from executor.media.media import MediaLimits
+from executor.media.structure import damaged_at
 from executor.media.timeline import Timeline
 from executor.media.track import choose_track
 
@@ -33,6 +34,8 @@ _DEMUXERS = (
 )
 # Half of the cores: running answers need the others. Each thread holds a frame, and FFmpeg advises against many.
 _DECODER_THREADS = min(8, max(1, (os.cpu_count() or 1) // 2))
+
+_HEADERS_BYTES = 2048  # of a container, in a frame and behind it, at most
 
 # Index into the timeline, the frame to show (None: no whole one yet), and whether it is the one that should be there.
 _Shown = tuple[int, av.VideoFrame | None, bool]
@@ -106,6 +109,12 @@ class ContainerFrames:
                 f"{self._source}: the video is damaged: {len(broken)} of the {len(indices)} frames looked at are "
                 f"broken, the first at {self._seconds(broken[0])}; a whole one beside each is shown in its place"
             )
+        elif self._damaged_at is not None and not self.warnings:
+            self.warnings.append(
+                f"{self._source}: the video is damaged: byte {self._damaged_at} of the file is no part of its format, "
+                f"frames behind it may be missing; the answer is from the {self.timeline.num_frames} frames that were "
+                f"found, {self.timeline.duration_s:.1f} seconds"
+            )
 
     def _open(self) -> None:
         self.close()
@@ -162,14 +171,22 @@ class ContainerFrames:
         self._is_shown: list[bool] = []  # not cut away by an edit list, or cut off
         self._keys: list[int] = []  # decode orders of the key frames
         self._broken: list[int] = []  # decode orders of packets that are known to be damaged, ascending
+        self._damaged_at = damaged_at(self._content)
+        was_behind, reach = False, -1  # the damage; where the last packet ends in the file, at most
         self._last_duration = 0
         self._demux_fault: str | None = None
         try:
             for packet in self._packets:
                 if packet.size == 0:  # the end marker
                     continue
-                if packet.is_corrupt:
+                is_behind = self._damaged_at is not None and self._damaged_at < (packet.pos or 0)
+                if is_behind and not was_behind and reach >= self._damaged_at:
+                    self._broken.append(len(self._pts) - 1)  # the damage may begin in the frame before
+                reach = (packet.pos or 0) + packet.size * 9 // 8 + _HEADERS_BYTES
+                # The first frame behind lost ones refers to them, unless it begins a group.
+                if packet.is_corrupt or is_behind and not was_behind and not packet.is_keyframe:
                     self._broken.append(len(self._pts))
+                was_behind = is_behind
                 if packet.is_keyframe:
                     self._keys.append(len(self._pts))
                 self._pts.append(packet.pts)
@@ -181,10 +198,15 @@ class ContainerFrames:
                     raise UserError(f"{self._source}: more than {limits.video_frames} frames; cut it into parts")
         except av.FFmpegError as error:  # what comes behind it is not to be had
             self._demux_fault = error.strerror
+        if self._damaged_at is not None and not was_behind and reach >= self._damaged_at:
+            self._broken.append(len(self._pts) - 1)
+        self._broken = sorted(set(self._broken))
         self._position = len(self._pts)
         self._drop_ends()
         if not any(self._is_shown):
-            raise UserError(f"{self._source}: the video is empty: no whole frame in it")
+            missing = missing_bytes(self._content)
+            cut = f"the file is cut short, {missing} bytes are missing, and " if missing else "the video is empty: "
+            raise UserError(f"{self._source}: {cut}no whole frame {'is ' if missing else ''}in it")
 
     def _drop_ends(self) -> None:
         """Takes cut frames at the end, and what comes before the first key frame, off what is shown."""
@@ -212,6 +234,8 @@ class ContainerFrames:
             promised = len(self._stream.index_entries) if "mp4" in self._container.format.name else 0
             of_all = f" of {promised}" if promised > self.timeline.num_frames else ""
             how = f"{missing} bytes are missing" if missing else self._demux_fault or "its last frame is not whole"
+            if not missing and self._damaged_at is not None:
+                how = f"byte {self._damaged_at} of the file is no part of its format"
             self.warnings.append(
                 f"{self._source}: the video is cut short ({how}); the answer is from its first "
                 f"{self.timeline.num_frames}{of_all} frames, {self.timeline.duration_s:.1f} seconds"

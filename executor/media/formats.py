@@ -62,8 +62,6 @@ _FOREIGN: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\xc5\xd0\xd3\xc6", "a PostScript document", "turn it into a picture: gs -sDEVICE=png16m -o OUTPUT.png INPUT"),
     (0, b"8BPS", "a Photoshop document", _MAGICK),
     (0, b"gimp xcf", "a GIMP document", _MAGICK),
-    (0, b"\0\0\x01\0", "a Windows icon", _MAGICK),
-    (0, b"\0\0\x02\0", "a Windows cursor", _MAGICK),
     (0, b"icns", "a macOS icon", _MAGICK),
     (0, b"DDS ", "a DirectDraw surface", _MAGICK),
     (0, b"\x76\x2f\x31\x01", "an OpenEXR picture", _MAGICK),
@@ -102,6 +100,8 @@ _FOREIGN: tuple[tuple[int, bytes, str, str], ...] = (
 )
 # MPEG audio, layers 2 and 3, and AAC. Not 0xFE, which begins UTF-16 text.
 _MPEG_SOUND = re.compile(rb"\xff(?:[\xe2\xe3\xf2\xf3\xfa-\xfd][\x10-\xef]|[\xf0\xf1\xf8\xf9])")
+
+_ICONS = {b"\0\0\x01\0": "a Windows icon", b"\0\0\x02\0": "a Windows cursor"}  # followed by their number, 16 bits
 
 
 def sniff(head: bytes) -> tuple[Kind, str] | None:
@@ -156,6 +156,10 @@ def foreign(head: bytes) -> str | None:
     for offset, magic, what, advice in _FOREIGN:
         if head[offset : offset + len(magic)] == magic:
             return _advise(what, advice)
+    if head[:4] in _ICONS and head[4:6] != b"\0\0":
+        return _advise(_ICONS[head[:4]], _MAGICK)
+    if _is_targa(head):
+        return _advise("a TGA (Targa) picture", _MAGICK)
     if head[:4] == b"RIFF" and head[8:12] == b"WAVE" or _MPEG_SOUND.match(head):
         return _advise(*_SOUND)
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
@@ -164,6 +168,17 @@ def foreign(head: bytes) -> str | None:
     if head and not head.strip(b"\0"):
         return _advise("nothing but zero bytes", "a download or copy of it was never finished; get the file again")
     return _foreign_text(head)
+
+
+def _is_targa(head: bytes) -> bool:
+    """Truevision TGA 2.0 has no signature: the header's fields must fit each other (colour map, type, size, depth)."""
+    if len(head) < 18 or head[1] > 1 or head[2] not in (1, 2, 3, 9, 10, 11):
+        return False
+    map_fits = any(head[5:7]) and head[7] in (15, 16, 24, 32) if head[1] else not any(head[3:8])
+    needs_map = head[2] in (1, 9)
+    is_sized = head[12:14] != b"\0\0" and head[14:16] != b"\0\0"
+    depths = (8, 16) if head[2] in (1, 3, 9, 11) else (15, 16, 24, 32)
+    return map_fits and is_sized and (head[1] or not needs_map) and head[16] in depths and head[17] < 64
 
 
 def _foreign_text(head: bytes) -> str | None:

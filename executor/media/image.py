@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from executor.errors import UserError
+from executor.media.checksums import damage
 from executor.media.formats import HEAD_BYTES, foreign, sniff
 from executor.media.media import DEFAULT_LIMITS, MediaLimits
 
@@ -60,8 +61,11 @@ def decode_image(
     picture = open_picture(content, source, limits)
     try:
         if isinstance(content, bytes | Path):
+            found = damage(content, first_frame=True)
+            if found:
+                raise OSError(found[1])
             picture.seek(0)
-        pixels = to_rgb(ImageOps.exif_transpose(picture))
+        pixels = upright(picture)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except DECODE_ERRORS as error:
@@ -95,6 +99,11 @@ def open_picture(content: bytes | Path | Image.Image, source: str, limits: Media
     if min(width, height) == 0:
         raise UserError(f"{source}: a picture of {width}x{height} pixels is empty")
     return picture
+
+
+def upright(picture: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3] of a picture, turned as its EXIF orientation says; errors as `to_rgb`."""
+    return to_rgb(ImageOps.exif_transpose(picture))
 
 
 def to_rgb(picture: Image.Image) -> np.ndarray:

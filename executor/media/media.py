@@ -164,8 +164,10 @@ def _from_path(path: Path, kind: Kind | None, limits: MediaLimits) -> Media:
             raise UserError(f"{path}: is a folder, not a picture or video; name a file in it, or ask for it as a video")
         if path.is_symlink() and not path.exists():
             raise UserError(f"{_short(path)}: is a link to {_short(os.readlink(path))}, which is not there")
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"{_short(path)}: no such file{_near(path)}")
+        if not path.is_file():
+            raise UserError(f"{_short(path)}: is no regular file (a pipe, socket or device); give the path of a file")
         num_bytes, head = path.stat().st_size, _head(path)
     except UserError:
         raise

@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 
 from executor.errors import UserError
+from executor.media.checksums import damage
 from executor.media.container import ContainerFrames
 from executor.media.extent import missing_bytes
 from executor.media.formats import HEAD_BYTES, sniff
-from executor.media.image import DECODE_ERRORS, decode_image, open_picture, resize, to_rgb
+from executor.media.image import DECODE_ERRORS, decode_image, open_picture, resize, upright
 from executor.media.media import DEFAULT_LIMITS, Media, MediaLimits
 from executor.media.sampling import Sampling
 from executor.media.timeline import Timeline
@@ -202,6 +203,7 @@ class _PictureFrames:
 
     def __init__(self, content: bytes | Path | Image.Image, source: str, limits: MediaLimits):
         whole, self._num_missing_bytes = _without_cut_frame(content)
+        whole, self._damage = _without_damaged_end(whole)
         self._picture = open_picture(whole, source, limits)
         self._owned = not isinstance(content, Image.Image)
         self._source, self.decoded_frames, self.warnings = source, 0, []
@@ -242,8 +244,13 @@ class _PictureFrames:
             delay_ms = self._picture.info.get("duration") or 0
             delays_s.append((delay_ms if delay_ms > _SHORTEST_DELAY_MS else _DEFAULT_DELAY_MS) / 1000)
         if not delays_s:
+            fault = self._damage or fault
             raise UserError(f"{self._source}: the picture is damaged or incomplete, no whole frame is in it ({fault})")
-        fault = fault or (f"{self._num_missing_bytes} bytes are missing" if self._num_missing_bytes else None)
+        fault = (
+            self._damage
+            or fault
+            or (f"{self._num_missing_bytes} bytes are missing" if self._num_missing_bytes else None)
+        )
         if fault:
             of_all = f" of {promised}" if promised else ""
             self.warnings.append(
@@ -258,7 +265,7 @@ class _PictureFrames:
                 self._show(index)
             except DECODE_ERRORS as error:
                 raise UserError(f"{self._source}: frame {index} is damaged or incomplete ({error})") from error
-            yield index, to_rgb(self._picture)
+            yield index, upright(self._picture)
 
     def close(self) -> None:
         if self._owned:
@@ -292,6 +299,15 @@ def _without_cut_frame(content: bytes | Path | Image.Image) -> tuple[bytes | Pat
     if last_whole == 12:
         return content, 0
     return data[:4] + (last_whole - 8).to_bytes(4, "little") + data[8:last_whole], missing
+
+
+def _without_damaged_end(content: bytes | Path | Image.Image) -> tuple[bytes | Path | Image.Image, str | None]:
+    """A PNG or JPEG up to where it is damaged, and what the damage is; other content as it stands, and None."""
+    found = None if isinstance(content, Image.Image) else damage(content, first_frame=False)
+    if found is None:
+        return content, None
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    return data[: found[0]], found[1]
 
 
 def _naming(source: str, message: str) -> str:

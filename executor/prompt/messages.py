@@ -22,6 +22,12 @@ SOURCE_KEYS = {  # where a part of this type keeps its picture or video
 }
 # Of a part: hints to caches and to clients, which change no answer.
 HARMLESS_PART_KEYS = ("uuid", "cache_control")
+UNSUPPORTED_MESSAGE_KEYS = {  # what no chat template here shows to a model, and what to do
+    "function_call": "write it as tool_calls",
+    "audio": "these models do not hear; remove it",
+    "prefix": "an answer cannot be begun for the model; remove it",
+    "partial": "an answer cannot be begun for the model; remove it",
+}
 DETAIL_PIXELS = {"auto": None, "high": None, "low": 512 * 512}  # OpenAI's `detail`: the picture's most pixels
 
 PIXELS = (1, 2**40, "a whole number of pixels above 0, at most 2**40")
@@ -87,6 +93,11 @@ def _normalise_message(message: Mapping[str, Any], where: str, media: list[Media
         raise UserError(f"{where}.reasoning_content must be a string, got {describe(given['reasoning_content'])}")
     if not given.get("reasoning_content", True):
         del given["reasoning_content"]
+    for key in UNSUPPORTED_MESSAGE_KEYS:
+        if given.get(key):
+            raise UserError(
+                f"{where}: {key} is not supported, and would change the answer; {UNSUPPORTED_MESSAGE_KEYS[key]}"
+            )
     calls = given.pop("tool_calls", None)
     if calls not in (None, []):
         if role != "assistant":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from executor.errors import UserError, nearest
-from executor.host.env import find_path
+from executor.host.env import REPO_ROOT, find_path
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -17,7 +17,7 @@ def find_recipe(path: str | Path) -> Path:
     if found.is_dir():
         raise UserError(f"{path} is a folder; a recipe is a YAML file, e.g. config/quickstart.yaml")
     if not found.exists():
-        raise UserError(f"there is no recipe {path}{_neighbours(found)}")
+        raise _missing(path, found)
     return found
 
 
@@ -34,9 +34,16 @@ def split_override(text: str) -> tuple[str, str]:
     return name.strip(), value
 
 
-def _neighbours(path: Path) -> str:
-    names = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-    close = nearest(path.name, names)
-    return close or (
-        f"; {path.parent} has {', '.join(names)}" if names else "; config/ has the ones that come with this"
-    )
+def _missing(path: str | Path, found: Path) -> UserError:
+    """Nearest is the recipe of this name without its folder or ending; then one of a name like it."""
+    folder = found.parent if found.parent.is_dir() and found.parent != Path() else REPO_ROOT / "config"
+    known = folder.relative_to(REPO_ROOT) if REPO_ROOT in folder.parents else folder
+    names = sorted(p.name for p in folder.glob("*.y*ml"))
+    same = next((name for name in names if found.name in (name, Path(name).stem)), None)
+    if same:
+        return UserError(f"there is no recipe {path} (did you mean '{known / same}'?)")
+    close = nearest(found.name, names)
+    more = f": {', '.join(names)}" if names and not close else ""
+    if not names:
+        return UserError(f"there is no recipe {path}; config/ has the ones that come with this")
+    return UserError(f"there is no recipe {path}{close or f'; {known} has {len(names)}'}", more=more)

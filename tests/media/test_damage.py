@@ -109,6 +109,44 @@ def test_damage_in_the_middle_freezes_the_picture_until_the_next_group(files, na
     assert shown[:10] == list(range(10)) and shown[20:] == list(range(20, 40))  # the other groups are untouched
 
 
+def overwritten(data: bytes, first: float, last: float, kind: str) -> bytes:
+    """`data` with a stretch of it, in shares of its length, set to zero or to random bytes."""
+    start, end = int(len(data) * first), int(len(data) * last)
+    filling = bytes(end - start) if kind == "zeros" else random.Random(1).randbytes(end - start)
+    return data[:start] + filling + data[end:]
+
+
+# MP4 lists its frames; raw H.264 cannot tell (docs/media.md); what ASF has behind 0.8 here are no frames.
+@pytest.mark.parametrize("kind", ["zeros", "random"])
+@pytest.mark.parametrize("name", [name for name in CONTAINERS if name not in ("raw.h264", "file.asf")])
+@pytest.mark.parametrize(("first", "last"), [(0.5, 1), (0.8, 1), (0.4, 0.6)])
+def test_overwritten_stretches_never_pass_without_a_word(files, name, first, last, kind):
+    data, every_frame = files[name]
+    try:
+        video = read_video(overwritten(data, first, last, kind), EVERY_FRAME, source="clip")
+    except UserError as error:
+        assert str(error).startswith("clip: the video is damaged: ")
+        return
+    assert video.warnings and all(warning.startswith("clip: the video is ") for warning in video.warnings)
+    shown = nearest(video, every_frame)
+    assert shown.count(None) <= (name == "file.ivf") and len(set(shown)) < 40
+
+
+@pytest.mark.parametrize("name", ["file.mkv", "file.avi", "front.mp4"])
+def test_padding_behind_a_whole_file_takes_no_frame(files, name):
+    data, every_frame = files[name]
+    video = read_video(data + bytes(5000), EVERY_FRAME, source="clip")
+    assert nearest(video, every_frame) == list(range(40)) and video.warnings == ()
+
+
+@pytest.mark.parametrize("name", ["file.mkv", "file.webm", "file.avi"])
+def test_a_cut_file_without_a_whole_frame_is_called_cut(files, name):
+    data = files[name][0]
+    position, size = packets(data)[0]
+    with pytest.raises(UserError, match=r"^clip: .*cut short, \d+ bytes are missing"):
+        read_video(data[: position + size // 2], EVERY_FRAME, source="clip")
+
+
 def test_what_is_broken_for_the_most_part_is_refused(files):
     data = bytearray(files["front.mp4"][0])
     draw = random.Random(0)
@@ -182,6 +220,62 @@ def test_a_picture_is_one_frame_and_refused_when_it_is_not_whole(image_format):
             decode_image(content, source="shot")
         with pytest.raises(UserError, match="^shot: .*damaged or incomplete"):
             read_video(content, EVERY_FRAME, source="shot")
+
+
+def png_chunks(data: bytes) -> list[tuple[bytes, int, int]]:
+    """(type, where its data begins, length) of every chunk."""
+    at, found = 8, []
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4])
+        found.append((data[at + 4 : at + 8], at + 8, length))
+        at += 12 + length
+    return found
+
+
+@pytest.mark.parametrize("where", ["data", "checksum", "last"])
+def test_a_png_with_a_wrong_checksum_is_refused(where, tmp_path):
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "PNG", compress_level=0)  # stored: a changed byte is a changed pixel
+    data = bytearray(buffer.getvalue())
+    _, start, length = next(chunk for chunk in png_chunks(data) if chunk[0] == b"IDAT")
+    at = {"data": start + length // 2, "checksum": start + length, "last": start + length - 1}[where]
+    data[at] ^= 1
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    for content in (bytes(data), path):
+        with pytest.raises(UserError, match="^shot: the picture is damaged or incomplete .*IDAT at byte"):
+            decode_image(content, source="shot")
+        with pytest.raises(UserError, match="^shot: the picture is damaged or incomplete"):
+            read_video(content, EVERY_FRAME, source="shot")
+
+
+def test_an_animated_png_with_a_wrong_checksum_is_answered_up_to_it():
+    buffer = io.BytesIO()
+    pictures = [Image.fromarray(frame) for frame in make_frames(6)]
+    pictures[0].save(buffer, "PNG", save_all=True, append_images=pictures[1:], duration=100)
+    data = bytearray(buffer.getvalue())
+    whole = read_video(bytes(data), EVERY_FRAME, source="clip")
+    _, start, length = [chunk for chunk in png_chunks(data) if chunk[0] == b"fdAT"][3]  # of the fifth frame
+    data[start + length] ^= 1
+    assert decode_image(bytes(data)).shape == (3, 32, 48)  # its first frame is whole
+    video = read_video(bytes(data), EVERY_FRAME, source="clip")
+    assert (video.frames == whole.frames[:4]).all()
+    (warning,) = video.warnings
+    assert "checksum of its part fdAT" in warning and "its first 4 of 6 frames" in warning
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_of_zero_bytes_from_its_middle_is_refused(progressive):
+    buffer = io.BytesIO()
+    Image.fromarray(make_frames(1, 256, 256)[0]).save(buffer, "JPEG", progressive=progressive)
+    data = buffer.getvalue()
+    assert decode_image(data + bytes(500)).shape == (3, 256, 256)  # padded behind its end
+    zeroed = data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+    with pytest.raises(UserError, match="^shot: the picture is damaged or incomplete .*zero bytes"):
+        decode_image(zeroed, source="shot")
+    with pytest.raises(UserError, match="^shot: .*damaged or incomplete"):
+        read_video(zeroed, EVERY_FRAME, source="shot")
 
 
 STILL = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")

@@ -14,6 +14,7 @@ from executor.media.image import decode_image
 from executor.media.media import load_media
 from executor.media.sampling import Sampling, spread
 from executor.media.video import read_video
+from tests.media.media_files import make_frames
 
 
 def zipped(name: str) -> bytes:
@@ -40,6 +41,7 @@ FOREIGN = {  # name: (bytes, what the message says)
     "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "PDF.*pdftoppm"),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "PostScript"),
     "psd": (b"8BPS\0\x01" + b"\0" * 30, "Photoshop"),
+    "cur": (b"\0\0\x02\0\x01\0\x10\x10" + b"\0" * 40, "cursor"),
     "ico": (b"\0\0\x01\0\x01\0\x10\x10" + b"\0" * 40, "icon"),
     "dicom": (b"\0" * 128 + b"DICM" + b"\0" * 40, "DICOM"),
     "mp3": (b"ID3\x04\0\0" + b"\0" * 40, "sound without pictures"),
@@ -136,4 +138,15 @@ def test_avif_without_its_plugin_says_so(monkeypatch):
     Image.new("RGB", (16, 16)).save(buffer, "AVIF")
     monkeypatch.delitem(Image.OPEN, "AVIF")
     with pytest.raises(UserError, match="^shot: .*AVIF needs Pillow 11.3"):
+        decode_image(buffer.getvalue(), source="shot")
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA"])
+@pytest.mark.parametrize("compression", [None, "tga_rle"])
+def test_targa_pictures_are_called_so(mode, compression):
+    buffer = io.BytesIO()
+    picture = Image.fromarray(make_frames(1)[0]).convert(mode)
+    picture.save(buffer, "TGA", compression=compression, id_section=b"made here")
+    assert foreign(buffer.getvalue()[:512]).startswith("it is a TGA (Targa) picture; save it as PNG or JPEG")
+    with pytest.raises(UserError, match="^shot: not a readable picture: it is a TGA"):
         decode_image(buffer.getvalue(), source="shot")

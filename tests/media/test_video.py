@@ -13,6 +13,7 @@ from av.stream import Disposition
 from PIL import Image
 
 from executor.errors import UserError
+from executor.media.image import decode_image
 from executor.media.media import MediaLimits, load_media
 from executor.media.sampling import Sampling, spread, strided
 from executor.media.video import SampledVideo, read_video
@@ -352,3 +353,26 @@ def test_threads_read_at_the_same_time(tmp_path: Path) -> None:
     for number, video in enumerate(together):
         assert torch.equal(video.frames, alone[number % 3].frames)
         assert video.warnings == () and video.timestamps_s == alone[number % 3].timestamps_s
+
+
+@pytest.mark.parametrize("suffix", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_asked_for_as_a_video_is_upright(suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(make_frames(1)[0]).save(buffer, suffix, exif=exif)
+    video = read_video(buffer.getvalue(), Sampling(spread, fps=10))
+    assert torch.equal(video.frames[0], decode_image(buffer.getvalue()))
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "WEBP"])
+def test_every_frame_of_an_animation_is_upright(suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames, buffer = make_frames(3), io.BytesIO()
+    pictures = [Image.fromarray(frame) for frame in frames]
+    lossless = {"lossless": True} if suffix == "WEBP" else {}
+    pictures[0].save(buffer, suffix, save_all=True, append_images=pictures[1:], duration=100, exif=exif, **lossless)
+    video = read_video(buffer.getvalue(), Sampling(spread, fps=10))
+    assert np.array_equal(video.frames.permute(0, 2, 3, 1).numpy(), np.rot90(frames, -1, axes=(1, 2)))

@@ -1,6 +1,6 @@
 """Rows for people: printed in the order of the data set, each as soon as all before it are there."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TextIO
 
 from executor.commands.generate.rows import Row
@@ -59,7 +59,12 @@ def _shorten(text: str) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text)} characters)"
 
 
-def print_summary(outputs: list[Row], num_failed: int, seconds: float, out: TextIO) -> None:
-    tokens = sum(row["completion_tokens"] or 0 for row in outputs)
+def print_summary(outputs: list[Row], before: Collection[int], seconds: float, out: TextIO) -> None:
+    """How many of the rows were answered now, and how many `before` (their indices); tokens and time are of now."""
+    new = [row for row in outputs if row["index"] not in before]
+    num_failed = sum(row["error"] is not None for row in new)
+    answered = f"{len(new) - num_failed} answered"
+    answered += f" now, {len(outputs) - len(new)} before" if before else ""
     failed = f", {num_failed} failed" if num_failed else ""
-    print(f"{len(outputs) - num_failed} answered{failed}, {tokens} tokens, {seconds:.1f} s", file=out, flush=True)
+    tokens = sum(row["completion_tokens"] or 0 for row in new)
+    print(f"{answered}{failed}, {tokens} tokens, {seconds:.1f} s", file=out, flush=True)

@@ -1,6 +1,7 @@
 """The JSONL of answers that a long run writes as it goes, and goes on from.
 
-Invariants: a row is whole or not there (a half-written last line is dropped); an answer stands beside the fingerprint
+Invariants: a row is whole or not there (a half-written last line is dropped); rows are checked by the types of their
+fields (a text that somebody edited into another text is believed); an answer stands beside the fingerprint
 of its question and settings, so that a file of another run is refused, never continued or overwritten; a file that was
 finished has one row for each request, in their order; one run at a time has the file (flock, which ends with its
 process).
@@ -12,18 +13,41 @@ import hashlib
 import json
 import logging
 import os
+import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from dataset.sample import Dataset, Sample
 from executor.errors import UserError
+from executor.prompt.messages import describe
 from executor.recipe.schema import Recipe
 
 logger = logging.getLogger(__name__)
 
 # Where things lie and how many are answered at once change no answer.
 _NOT_IN_ANSWERS = {"results_path", "limit", "dataset", "dataset_path", "prompt", "media"}
+
+_KINDS = {  # what a results_path may not be: nothing could be read back from it, or reading it never ends
+    stat.S_ISDIR: "a folder",
+    stat.S_ISFIFO: "a pipe",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
+_ROW_HEAD = b'{"index": 0, "id": "'  # how every row begins, but for the number
+_COUNT, _TIME, _TEXT = (int, type(None)), (int, float, type(None)), (str, type(None))
+_REQUIRED_FIELDS: dict[str, tuple[type, ...]] = {
+    **{"index": (int,), "id": (str,), "media": (list,), "prompt": (str,), "text": _TEXT, "error": _TEXT},
+    **{"fingerprint": (str,), "prompt_tokens": _COUNT, "vision_tokens": _COUNT, "completion_tokens": _COUNT},
+}
+_OTHER_FIELDS: dict[str, tuple[type, ...]] = {
+    **{"finish_reason": _TEXT, "ttft_ms": _TIME, "tpot_ms": _TIME, "e2e_ms": _TIME, "prepare_ms": _TIME},
+    **{"cached_tokens": _COUNT, "seed": _COUNT, "reference": _TEXT, "drawn": _TEXT},
+    **{"media_sizes": (list,), "warnings": (list,), "texts": (list,), "logprobs": (list,)},
+}
+_LISTS_OF_TEXTS = ("media", "warnings", "texts")
 
 
 def settings_of(recipe: Recipe) -> str:
@@ -42,6 +66,18 @@ def fingerprint(asked: str, settings: str) -> str:
     return hashlib.sha256(f"{asked} {settings}".encode()).hexdigest()[:16]
 
 
+def check_place(path: str | Path) -> None:
+    """UserError where `path` is there and no regular file; OSError where that cannot be found out."""
+    path = Path(path).expanduser()
+    mode = path.stat().st_mode if path.exists() else stat.S_IFREG
+    if not stat.S_ISREG(mode):
+        kind = next((words for is_kind, words in _KINDS.items() if is_kind(mode)), "something else")
+        raise UserError(
+            f"data_config.results_path: {path} cannot be written: it is {kind}, no regular file; "
+            "give the path of a file"
+        )
+
+
 class ResultsFile:
     """Append-only while a run goes on, rewritten in order when it is done. Use as a context manager."""
 
@@ -54,6 +90,7 @@ class ResultsFile:
         self.settings = settings
         self._samples = samples
         try:
+            check_place(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._locked()
         except OSError as error:
@@ -103,16 +140,20 @@ class ResultsFile:
                 continue
             try:
                 row = json.loads(line)
-                if type(row["index"]) is not int or row["index"] < 0:
-                    raise TypeError(row["index"])
-                row["fingerprint"], row["error"]  # noqa: B018 (a row of ours has them)
-                rows[row["index"]] = row
+                row["index"], row["fingerprint"], row["error"]  # noqa: B018 (a row of ours has them)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"data_config.results_path: {self.path} line {number} is no answer of an earlier run; "
                     "give another results_path"
                 ) from error
-        if content[whole:].strip() and not rows:
+            fault = _fault(row)
+            if fault:
+                raise UserError(
+                    f"data_config.results_path: {self.path} line {number} was changed: {fault}. Mend that line, delete "
+                    "it (its question is then answered again), or give another results_path"
+                )
+            rows[row["index"]] = row
+        if not rows and not _is_cut_row(content[whole:]):
             raise UserError(f"data_config.results_path: {self.path} is no file of answers; give another results_path")
         self._file.truncate(whole)
         return rows
@@ -149,6 +190,34 @@ class ResultsFile:
         with open(partial, "wb") as file:
             file.writelines(_line(self._rows[index]) for index in sorted(self._rows))
         os.replace(partial, self.path)
+
+
+def _is_cut_row(line: bytes) -> bool:
+    """Whether a line without its end is the beginning of a row of ours, or nothing."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        head = re.sub(rb'^(\{"index": )\d+', rb"\g<1>0", line[: 2 * len(_ROW_HEAD)])
+        return head.startswith(_ROW_HEAD) or _ROW_HEAD.startswith(head) or not line.strip()
+    return isinstance(row, dict) and row.keys() >= _REQUIRED_FIELDS.keys()
+
+
+def _fault(row: dict[str, Any]) -> str | None:
+    """What a row cannot hold when a run has written it; None for one that may be ours."""
+    for key, types in {**_REQUIRED_FIELDS, **_OTHER_FIELDS}.items():
+        if key not in row:
+            if key in _REQUIRED_FIELDS:
+                return f"there is no {key}"
+            continue
+        if type(row[key]) not in types:
+            return f"{key} is {describe(row[key])}"
+        if key in _LISTS_OF_TEXTS and not all(isinstance(item, str) for item in row[key]):
+            return f"{key} holds something else than texts"
+    if row["index"] < 0:
+        return f"index is {row['index']}"
+    if row["error"] is None and (row["text"] is None or row["completion_tokens"] is None):
+        return "there is neither an answer nor an error"
+    return None
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -17,7 +17,7 @@ from dataset.load import load_dataset
 from dataset.sample import Dataset
 from executor.commands.generate.loop import answer_all
 from executor.commands.generate.printer import Printer, print_summary
-from executor.commands.generate.results import ResultsFile, settings_of
+from executor.commands.generate.results import ResultsFile, check_place, settings_of
 from executor.commands.generate.rows import Row, check_drawing
 from executor.engine.params import check_params
 from executor.host.env import rank_place
@@ -42,6 +42,9 @@ def run(recipe: Recipe, build: Callable[..., Any] | None = None, out: TextIO | N
     if place.rank:
         _assist(prepare(recipe, place.local_world_size), build)
         return {"command": "generate"}, 0
+    if recipe.data.results_path:
+        with suppress(OSError):  # said when the file is opened
+            check_place(recipe.data.results_path)
     dataset = load_dataset(recipe.data)
     check_drawing(recipe)
     prepared = prepare(recipe, place.local_world_size)
@@ -53,6 +56,7 @@ def run(recipe: Recipe, build: Callable[..., Any] | None = None, out: TextIO | N
     with opened as results:
         rows = results.answered() if results else {}
         rows = {index: row for index, row in rows.items() if index < len(dataset)}
+        before = frozenset(rows)
         if rows:
             logger.info("%d of %d answers are in %s already", len(rows), len(dataset), recipe.data.results_path)
         started = time.monotonic()
@@ -65,7 +69,7 @@ def run(recipe: Recipe, build: Callable[..., Any] | None = None, out: TextIO | N
             results.sort()
     outputs = [rows[index] for index in sorted(rows)]
     num_failed = sum(row["error"] is not None for row in outputs)
-    print_summary(outputs, num_failed, time.monotonic() - started, out)
+    print_summary(outputs, before, time.monotonic() - started, out)
     document = {
         "command": "generate",
         "model": recipe.model.model_path,

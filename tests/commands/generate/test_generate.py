@@ -266,6 +266,8 @@ def test_results_are_saved_resumed_and_tried_again(tmp_path):
     assert (status, [row["error"] for row in found]) == (0, [None, None])
     assert results.read_text().splitlines()[0] == kept
     assert "[2/2]" in printed and "[1/2]" not in printed
+    now = found[1]["completion_tokens"]
+    assert f"\n1 answered now, 1 before, {now} tokens, " in printed
 
     # Everything is there: no engine is made.
     def no_engine(*opened):
@@ -277,6 +279,12 @@ def test_results_are_saved_resumed_and_tried_again(tmp_path):
     other = rows_file(tmp_path / "other.jsonl", [{"question": "Another?"}]) | {"results_path": str(results)}
     with pytest.raises(UserError, match="holds the answers of another run"):
         generate.run(recipe_of(data=other), build=no_engine, out=io.StringIO())
+
+
+def test_a_results_path_that_is_no_file_is_refused_before_anything_is_read(tmp_path):
+    data = {"dataset": "jsonl", "dataset_path": str(tmp_path / "nowhere.jsonl"), "results_path": "/dev/full"}
+    with pytest.raises(UserError, match="results_path: /dev/full cannot be written: it is a device, no regular file"):
+        generate.run(recipe_of(data=data))
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):

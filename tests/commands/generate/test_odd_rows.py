@@ -75,10 +75,59 @@ ANSWERED = [
     {"question": "What?", "response_format": {"type": "text"}, "tool_choice": "auto", "logit_bias": {}},
     {"type": "image", "path": [PICTURE], "question": "What?", "answer": "objects"},
     {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}], "system": ""},
+    {"messages": json.dumps([{"role": "user", "content": "What?"}])},
+    {"conversations": json.dumps([{"from": "human", "value": "<image>What?"}]), "image": PICTURE},
+    {"prompt": json.dumps([{"role": "user", "content": "What?"}]), "best_of": 1, "function_call": "auto"},
+    {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}]},
+    {"messages": [{"role": "user", "name": "Ada", "content": "What?"}]},
+    {
+        "question": '["is", "this", "JSON?"]',
+        "top_logprobs": 0,
+        "image_path": "nowhere.png",
+        "notes": "near.png is fine",
+    },
     "What do you see?",
 ]
 # What cannot be asked, with what its error says.
 REFUSED = [
+    *(
+        ({"question": "?", key: value}, f"the image under '{key}' would not be looked at: did you mean 'image'?")
+        for key, value in [
+            *(("image_path", PICTURE), ("img", "near.png"), ("images_path", ["near.png"]), ("pic", {"path": PICTURE})),
+            *(
+                ("image_urls", "https://example.com/a.jpg?b=1"),
+                ("file_name", f"file://{PICTURE}"),
+                ("path", "near.png"),
+            ),
+            ("photo", f"data:image/png;base64,{JPEG}"),
+        ]
+    ),
+    ({"question": "?", "image": PICTURE, "clip": CLIP}, "the video under 'clip' would not be looked at"),
+    *(
+        ({"question": "?", key: value}, f"{key} is not supported in a row")
+        for key, value in [
+            *(("function_call", {"name": "f"}), ("functions", [TOOL]), ("top_logprobs", 3), ("best_of", 4)),
+            *(("raw_fps", 24), ("num_beams", 2), ("enable_thinking", True), ("length_penalty", 0.5)),
+        ]
+    ),
+    (
+        {
+            "messages": [
+                *user("x"),
+                {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
+                *user("y"),
+            ]
+        },
+        "function_call is not supported",
+    ),
+    (
+        {"messages": "What?"},
+        "messages must be a list of messages with role and content, or its JSON text; got str 'What?'",
+    ),
+    ({"messages": '[{"role": "user"'}, "or its JSON text"),
+    ({"conversations": '["a", "b"]'}, "or its JSON text"),
+    ({"question": "?", "temperature": float("nan")}, "generation_config.temperature: got nan (number)"),
+    ({"question": "?", "generation_config": {"top_p": float("nan")}}, "generation_config.top_p: got nan (number)"),
     (7, "an entry is a text or an object, got a int"),
     (None, "an entry is a text or an object, got a NoneType"),
     ([], "an entry is a text or an object, got a list"),
@@ -133,7 +182,9 @@ REFUSED = [
     ({"question": "?", "chat_template_kwargs": {"tokenize": True}}, "may not set 'tokenize'"),
     ({"question": "?", "image": "https://example.com/a.png"}, "addresses are not read"),
     ({"question": "?", "image": "data:image/png;base64,@@"}, "not valid base64"),
-    ({"question": "?", "image": "pipe"}, "no such file"),
+    ({"question": "?", "image": "pipe"}, "is no regular file"),
+    ({"question": "?", "video": "/dev/zero"}, "is no regular file"),
+    ({"question": "?", "image": "/dev/null"}, "is no regular file"),
     ({"question": "?", "video": "unreadable.mp4"}, "cannot be read"),
 ]
 RAW = [

@@ -1,6 +1,8 @@
 """The JSONL of answers: whole rows only, resumed, refused when it is another run's."""
 
 import json
+import os
+import socket
 
 import pytest
 
@@ -16,7 +18,9 @@ def sample(text: str) -> Sample:
 
 
 def row(index: int, error: str | None = None) -> tuple[dict, str]:
-    return {"index": index, "text": f"answer {index}", "error": error}, SAMPLES[index].fingerprint()
+    counts = dict.fromkeys(("prompt_tokens", "vision_tokens", "completion_tokens"), 3)
+    head = {"index": index, "id": f"line {index}", "media": ["a.png"], "prompt": f"question {index}"}
+    return {**head, "text": f"answer {index}", **counts, "error": error}, SAMPLES[index].fingerprint()
 
 
 SAMPLES = [sample(f"question {index}") for index in range(4)]
@@ -65,13 +69,56 @@ def test_answers_of_another_run_are_refused_and_kept(path, settings, samples):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["not json\n", '{"a": 1}\n', "precious text without an end"])
+@pytest.mark.parametrize(
+    "content", ["not json\n", '{"a": 1}\n', "precious text without an end", '{"index": 1, "a": "b"}', '{"index": 1, "a']
+)
 def test_a_file_of_something_else_is_refused_and_kept(path, content):
     path.parent.mkdir()
     path.write_text(content)
     with pytest.raises(UserError, match="give another results_path"):
         ResultsFile(path, "s", SAMPLES)
     assert path.read_text() == content
+
+
+def test_a_first_row_cut_anywhere_is_answered_again(path):
+    with ResultsFile(path, "s", SAMPLES) as results:
+        results.append(*row(0))
+    line = path.read_bytes()
+    for length in range(len(line)):
+        path.write_bytes(line[:length])
+        with ResultsFile(path, "s", SAMPLES) as results:
+            assert results.answered() == {}
+        assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *(("text", 5), ("text", None), ("text", ["a"]), ("error", 7), ("index", True), ("index", -1), ("id", 4)),
+        *(("media", "a.png"), ("media", [1]), ("prompt", None), ("completion_tokens", "3"), ("vision_tokens", [])),
+        *(("warnings", [3]), ("texts", "a"), ("tpot_ms", "fast"), ("fingerprint", 0), ("finish_reason", {})),
+    ],
+)
+def test_a_row_with_fields_of_other_types_is_refused_and_kept(path, key, value):
+    with ResultsFile(path, "s", SAMPLES) as results:
+        results.append(*row(0))
+    changed = json.dumps({**json.loads(path.read_text()), key: value}) + "\n"
+    path.write_text(changed)
+    with pytest.raises(UserError, match=rf"line 1 was changed: .*({key}|neither an answer)"):
+        ResultsFile(path, "s", SAMPLES)
+    assert path.read_text() == changed
+
+
+def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/full")
+    with socket.socket(socket.AF_UNIX) as listener:
+        monkeypatch.chdir(tmp_path)
+        listener.bind("socket")
+        for name, kind in [("/dev/full", "device"), ("link", "device"), ("/dev/zero", "device"), ("pipe", "pipe"),
+                           (".", "folder"), ("socket", "socket")]:  # fmt: skip
+            with pytest.raises(UserError, match=f"cannot be written: it is a {kind}, no regular file"):
+                ResultsFile(name, "s", SAMPLES)
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
