@@ -157,11 +157,6 @@ def read_folder(folder: Path, name: str) -> tuple[Mapping[str, Any], str, ModelS
     return config, quantization, read_shapes(config, name)
 
 
-def check_supported(recipe: Recipe) -> None:
-    """Refuse what the schema knows and this release or this machine cannot start."""
-    refuse([*release_findings(recipe), *device_finding(recipe)])
-
-
 def release_findings(recipe: Recipe) -> list[str]:
     """What the schema knows and this release cannot start yet. The one place that decides it."""
     model, findings = recipe.model, []

@@ -11,7 +11,7 @@ from executor.recipe import settle as checks
 from executor.recipe.file import parse_override
 from executor.recipe.memory import GIB, estimate, kv_block_bytes
 from executor.recipe.schema import Recipe, build_recipe
-from executor.recipe.settle import check_chip, check_recipe, check_supported, prepare, resolve
+from executor.recipe.settle import check_chip, check_recipe, device_finding, prepare, refuse, release_findings, resolve
 from models.published import published_config
 from models.registry import read_shapes
 from tests.models.test_shapes import SHAPES
@@ -29,6 +29,10 @@ def shapes_of(name: str):
     return read_shapes(published_config(name), name)
 
 
+def refuse_unsupported(recipe):
+    refuse([*release_findings(recipe), *device_finding(recipe)])
+
+
 @pytest.mark.parametrize(
     "model, parallel, words",
     [
@@ -42,7 +46,7 @@ def shapes_of(name: str):
 def test_what_this_release_cannot_start(model, parallel, words, monkeypatch):
     monkeypatch.setattr(checks, "has_torch_npu", lambda: False)
     with pytest.raises(UserError) as error:
-        check_supported(recipe_of(model, parallel=parallel))
+        refuse_unsupported(recipe_of(model, parallel=parallel))
     for word in words:
         assert word in str(error.value)
 

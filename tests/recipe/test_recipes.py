@@ -13,10 +13,11 @@ from executor.parallel.groups import groups
 from executor.recipe import settle as checks
 from executor.recipe.memory import estimate, weights_bytes
 from executor.recipe.schema import Recipe, build_recipe, load_recipe
-from executor.recipe.settle import check_chip, check_recipe, check_supported, resolve
+from executor.recipe.settle import check_chip, check_recipe, resolve
 from models.published import published_config
 from models.registry import family_runner, read_shapes
 from tests.models.test_shapes import SHAPES
+from tests.recipe.test_checks import refuse_unsupported
 from tests.reference import REPO
 
 RECIPES = sorted(path.name for path in (REPO / "config").glob("*.yaml"))
@@ -114,7 +115,7 @@ def test_weights_of_a_rank_are_what_the_model_holds(model, degree, vision_parall
 def test_quick_starts_are_for_this_release(name):
     recipe = load_recipe(Path("config") / name)
     check_chip(recipe)
-    check_supported(recipe)
+    refuse_unsupported(recipe)
     assert recipe.generation.temperature == 0
 
 
@@ -125,10 +126,10 @@ def test_recipes_for_npus_say_what_runs_here(name, monkeypatch):
         pytest.skip("its backend is here")
     monkeypatch.setattr(checks, "has_torch_npu", lambda: False)
     with pytest.raises(UserError, match="needs torch_npu beside torch") as error:
-        check_supported(recipe)
+        refuse_unsupported(recipe)
     # What it says to try is a recipe of this release, but for quantized weights.
     advice = str(error.value).split("Try:")[1].split("--set ")[1:]
     changed = load_recipe(REPO / "config" / name, [override.strip() for override in advice])
     check_chip(changed)
     if changed.model.quantization == "auto":
-        check_supported(changed)
+        refuse_unsupported(changed)

@@ -39,9 +39,9 @@ def row_params(engine: Any, recipe: Recipe, params: SamplingParams, sample: Samp
     if not sample.generation:
         return params
     with _odd_data(sample):
-        own = sampling_params(recipe.generation, engine.processor.generation_config, sample.generation)
-        check_params(own, engine.vocab_size)
-        return own
+        of_row = sampling_params(recipe.generation, engine.processor.generation_config, sample.generation)
+        check_params(of_row, engine.vocab_size)
+        return of_row
 
 
 def row_prompt(processor: Any, recipe: Recipe, sample: Sample) -> Prompt:
