@@ -16,7 +16,7 @@ from executor.recipe.sizes import ModelShapes
 
 GIB = 2**30
 TORCH_BYTES = 240 << 20
-LIBRARY_BYTES = 64 << 20
+LIBRARY_BYTES = 40 << 20
 """What a process has once it has imported torch and the engine, and what it takes after that for the tokenizer, threads
 and code that runs the first time: measured with torch 2.13 for CPUs."""
 
