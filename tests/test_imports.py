@@ -22,6 +22,7 @@ RANKS = {
     "executor.recipe.settle": 4,
     "executor.parallel": 4,
     "executor.quant": 5,
+    "executor.quant.choose": 7,
     "executor.quant.sizes": 2,
     "executor.layers": 6,
     "executor.engine": 7,

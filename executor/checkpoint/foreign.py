@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from executor.checkpoint.description import read_description
 from executor.checkpoint.folder import read_json
 from executor.errors import UserError
 
@@ -84,9 +85,8 @@ def find_quantization(folder: Path, config: Mapping[str, Any]) -> str:
 
     UserError, naming the quantizer, for weights that another one made.
     """
-    for path in sorted(folder.glob("quant_model_description*.json")):
-        named = str(read_json(folder, path.name).get("model_quant_type", "FLOAT")).lower()
-        return "none" if named == "float" else named
+    if (description := read_description(folder)) is not None:
+        return description.label
     text = config.get("text_config")
     holders = {"config.json": config, "config.json: text_config": text if isinstance(text, Mapping) else {}}
     for where, holder in holders.items():

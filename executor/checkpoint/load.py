@@ -1,14 +1,14 @@
 """From a model's class and a checkpoint to a model that is ready to run on the bound device."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from executor.checkpoint.mapped import mapped_rows
-from executor.checkpoint.pull import finalize
+from executor.checkpoint.pull import deferred, finalize, materialise
 from executor.checkpoint.strangers import check_unread
 from executor.checkpoint.weights import Checkpoint, LoadReport, check_complete, load_weights
 from executor.device.ops import Ops
@@ -37,17 +37,24 @@ def build_on_meta(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Modu
 
 
 def load_model(
-    build: Callable[[], nn.Module], checkpoint: Checkpoint, device: Ops, dtype: torch.dtype
+    build: Callable[[], nn.Module],
+    checkpoint: Checkpoint,
+    device: Ops,
+    dtype: torch.dtype,
+    choose: Callable[[nn.Module], Iterable[str]] = lambda model: (),
 ) -> tuple[nn.Module, LoadReport]:
     """Build, read this rank's slices, and let every layer take the device's own layout.
 
+    `choose` hands layers their schemes before they have memory, and names the tensors that these leave knowingly.
     Raises UserError for a checkpoint that does not fit.
     """
-    with default_dtype(dtype), device.device:
-        model = build()
+    with default_dtype(dtype), deferred():
+        with device.device:
+            model = build()
+        ignore = [*choose(model), *(("lm_head.weight",) if model.config.tie_word_embeddings else ())]
+    materialise(model, device.device)
     pulls = list(model.pulls(checkpoint.catalog))
     check_complete(model, pulls)
-    ignore = ("lm_head.weight",) if model.config.tie_word_embeddings else ()
     check_unread(pulls, checkpoint, ignore)
     report = load_weights(pulls, checkpoint, ignore=ignore)
     del pulls  # they hold the plain weights, which every layer is about to give up

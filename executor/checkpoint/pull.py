@@ -3,7 +3,8 @@
 Weights are pulled: a layer lists its tensors, the loader reads just those slices.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ class Pull:
     `shape` is the whole tensor's as the model sees it, `index` slices that (missing trailing slices take all), and
     `into.shape` equals the slice's shape. `into` may be a view of a fused parameter, of any dtype and device.
     `transpose`: in the file the last two dims of `shape` are swapped; `shape` and `index` stay the model's.
+    `convert`: the slice as the file has it -> what goes into `into`, where that is not a plain copy: of another type,
+    or a single number that is meant for every row.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Pull:
     index: tuple[slice, ...]
     into: Tensor
     transpose: bool = False
+    convert: Callable[[Tensor], Tensor] | None = None
 
     @property
     def file_shape(self) -> tuple[int, ...]:
@@ -78,6 +82,32 @@ def local_bytes(pulls: Iterable[Pull]) -> int:
     return sum(pull.into.numel() * pull.into.element_size() for pull in pulls)
 
 
-def empty(*shape: int) -> nn.Parameter:
-    """An uninitialised parameter in the default dtype, on the default device."""
-    return nn.Parameter(torch.empty(*shape), requires_grad=False)
+def empty(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """An uninitialised parameter in the default dtype, on the default device; inside `deferred` without memory."""
+    device = "meta" if _is_deferred else None
+    return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
+
+
+_is_deferred = False
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """What `empty` makes inside has no memory before `materialise`: until then its scheme may still be chosen."""
+    global _is_deferred
+    before, _is_deferred = _is_deferred, True
+    try:
+        yield
+    finally:
+        _is_deferred = before
+
+
+def materialise(module: nn.Module, device: torch.device) -> None:
+    """Give the parameters that were made without memory theirs, uninitialised; what two layers share stays shared."""
+    made: dict[int, nn.Parameter] = {}
+    for layer in module.modules():
+        for name, parameter in layer.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.is_meta:
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+                setattr(layer, name, made[id(parameter)])

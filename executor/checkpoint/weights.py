@@ -115,6 +115,8 @@ def _read(file: Path, wishes: list[tuple[Pull, TensorInfo]]) -> Iterator[tuple[P
 def _copy(part: torch.Tensor, pull: Pull) -> None:
     """`part` is a view of the mapped file: this is the one copy."""
     into = pull.into
+    if pull.convert is not None:
+        part = pull.convert(part)
     narrows = into.dtype is torch.float16 and part.dtype is not torch.float16
     if pull.transpose:
         # Sent and cast first: a transposing copy that also converts takes an element at a time.
@@ -139,11 +141,13 @@ def _check_pull(pull: Pull, info: TensorInfo) -> None:
             f"{where} has shape {list(info.shape)}, but the model expects {list(pull.file_shape)}; "
             "check that config.json belongs to these weights"
         )
-    if not _converts(info.dtype, pull.into.dtype):
+    if pull.convert is None and not _converts(info.dtype, pull.into.dtype):
         wanted = str(pull.into.dtype).removeprefix("torch.")
         raise UserError(f"{where} has type {info.dtype_name}, which does not convert to {wanted}; {NO_SCHEME}")
     assert len(pull.index) <= len(pull.shape), f"{pull.name}: {len(pull.index)} slices of {pull.shape}"
     assert all(part.step in (None, 1) for part in pull.index), f"{pull.name}: a slice with a step"
+    if pull.convert is not None:
+        return
     sizes = tuple(part.stop - part.start for part in pull.file_index)
     sizes = swap_last_two(sizes) if pull.transpose else sizes
     assert tuple(pull.into.shape) == sizes, f"{pull.name}: slice {sizes} into {tuple(pull.into.shape)}"

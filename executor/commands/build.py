@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from executor.checkpoint.description import read_description
 from executor.checkpoint.load import load_model
 from executor.checkpoint.weights import Checkpoint
 from executor.device import ops
@@ -24,6 +25,7 @@ from executor.engine.step import ModelStep
 from executor.host.env import code_digest, rank_place
 from executor.parallel.groups import Parallel
 from executor.prompt.options import MediaOptions
+from executor.quant.choose import choose_schemes
 from executor.recipe.memory import estimate
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import Prepared, compute_bytes, device_settings, prepare
@@ -66,7 +68,13 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel, runner: A
     processor = runner.build_processor(prepared.folder, media_options(recipe))
     dtype = getattr(torch, recipe.model.dtype)
     checkpoint = Checkpoint(prepared.folder)
-    model, _ = load_model(lambda: runner.build_model(prepared.config, parallel), checkpoint, device, dtype)
+    model, _ = load_model(
+        lambda: runner.build_model(prepared.config, parallel),
+        checkpoint,
+        device,
+        dtype,
+        lambda model: choose_schemes(model, checkpoint.catalog, read_description(prepared.folder)),
+    )
     replica = runner.build_replica(model, parallel)
     dtype = device.compute_dtype(dtype)
     return join(recipe, num_blocks, model, processor, device, dtype, replica, runner.decode_graphs)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from executor.device.weights import Weight
+
 
 @dataclass(frozen=True)
 class KVLayer:
@@ -54,10 +56,23 @@ class Ops(ABC):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """`x [..., n] * rsqrt(mean(x²) + eps) * weight`, the mean in fp32."""
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """`(rms_norm(x + residual), x + residual)`; no residual before the first layer."""
+    def add_rms_norm(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        bias: Tensor | None = None,
+        reader: Callable[..., Tensor] | None = None,
+    ) -> tuple[Any, Tensor]:
+        """`(rms_norm(x + residual) + bias, x + residual)`; no residual before the first layer.
+
+        `reader`: what `prepare_linear` gave of the one linear that reads the first result. A backend may give that in
+        the form its linear takes, quantized already.
+        """
         total = x if residual is None else x + residual
-        return self.rms_norm(total, weight, eps), total
+        y = self.rms_norm(total, weight, eps)
+        return (y if bias is None else y + bias), total
 
     @abstractmethod
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor: ...
@@ -78,6 +93,10 @@ class Ops(ABC):
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """`[T, 2I] -> silu(first half) * second half [T, I]`."""
 
+    def gated_mlp(self, x: Any, gate_up: Callable[..., Tensor], down: Callable[..., Tensor]) -> Tensor:
+        """`down(swiglu(gate_up(x)))`, both as `prepare_linear` gave them; `x` as the norm before it gave it."""
+        return down(self.swiglu(gate_up(x)))
+
     @abstractmethod
     def gelu(self, x: Tensor, tanh: bool) -> Tensor: ...
 
@@ -87,9 +106,11 @@ class Ops(ABC):
 
     @abstractmethod
     def prepare_linear(
-        self, weight: Tensor, bias: Tensor | None, many_rows: bool = False
+        self, weight: Weight, bias: Tensor | None, many_rows: bool = False
     ) -> Callable[[Tensor], Tensor]:
         """`weight [out, in]` in the layout this device multiplies fastest, as a function of `x [T, in]`.
+
+        A quantized weight is quantized arithmetic, in the meaning of executor/device/weights.py.
 
         `many_rows`: T is hundreds and more whenever it is called, as in a vision encoder.
         """
@@ -103,7 +124,7 @@ class Ops(ABC):
         return False
 
     def prepare_summed_linear(
-        self, weight: Tensor, bias: Tensor | None, group: Any, many_rows: bool = False
+        self, weight: Weight, bias: Tensor | None, group: Any, many_rows: bool = False
     ) -> Callable[[Tensor], Tensor]:
         """prepare_linear where each rank of `group` (a parallel.groups.Group) has some inputs: results are summed."""
         multiply = self.prepare_linear(weight, bias, many_rows)
@@ -111,7 +132,7 @@ class Ops(ABC):
 
     @abstractmethod
     def prepare_experts(
-        self, gate_up: Tensor, down: Tensor, first: int = 0, num_experts: int | None = None
+        self, gate_up: Weight, down: Weight, first: int = 0, num_experts: int | None = None
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """Expert weights `[E, 2I, n]`, `[E, n, I]` as a function of `(x [T, n], ids [T, k], weights [T, k])`.
 

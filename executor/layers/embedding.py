@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from executor.checkpoint.pull import Catalog, Pull, empty
 from executor.device import ops
+from executor.layers.linear import Linear
 from executor.parallel.groups import Group
 from executor.parallel.partition import part
 
@@ -43,22 +44,21 @@ class Head(nn.Module):
 
     def __init__(self, vocab_size: int, hidden_size: int, group: Group, tied: Embedding | None) -> None:
         super().__init__()
-        self.shape = (vocab_size, hidden_size)
-        self.rows = part(vocab_size, group, "vocabulary")
         self.group = group
         self.tied = tied is not None
-        self.weight = tied.weight if tied is not None else empty(self.rows.stop - self.rows.start, hidden_size)
-        self._multiply: Callable[[Tensor], Tensor] | None = None
+        self.own = None if self.tied else Linear(hidden_size, vocab_size, shard="out", group=group)
+        self.weight = tied.weight if self.tied else None
+        self._multiply: Callable[[Tensor], Tensor] | None = self.own
 
     def pulls(self, catalog: Catalog, prefix: str) -> Iterator[Pull]:
-        if not self.tied:
-            yield Pull(f"{prefix}.weight", self.shape, (self.rows, slice(None)), self.weight)
+        if self.own is not None:
+            yield from self.own.pulls(catalog, prefix)
 
     def prepare(self) -> None:
-        device, weight = ops.bound(), self.weight.data
-        self._multiply = device.prepare_tied_head(weight) if self.tied else device.prepare_linear(weight, None)
-        del self.weight
-        self.weight = None
+        if self.tied:
+            self._multiply = ops.bound().prepare_tied_head(self.weight.data)
+            del self.weight
+            self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.group.all_gather(self._multiply(x)).to(torch.float32)

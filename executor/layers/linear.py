@@ -6,7 +6,8 @@ Legend: T tokens, n inputs, m outputs of this rank.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -45,22 +46,43 @@ class Linear(nn.Module):
         out = part(num_out, group, "linear outputs") if shard == "out" and not parts else slice(0, num_out)
         parts = parts or (Part(None, num_out, out),)
         self.share = LinearShare(num_in, columns, parts, shard, group if shard else _ALONE, bias, file_shape)
+        self.prefix = ""  # its name in checkpoints, from the first `pulls` on
         self.scheme = scheme
         self.many_rows = False  # whether every call has hundreds of rows: set by who knows, before `prepare`
-        self._names = keep(self, scheme.linear_tensors(self.share))
-        self._multiply: Callable[[Tensor], Tensor] | None = None
+        self.names = keep(self, scheme.linear_tensors(self.share))
+        self.product: Callable[[Any], Tensor] | None = None  # what the backend made of the weights
+
+    def take(self, scheme: Scheme, has_bias: bool) -> None:
+        """Another scheme, before anything is loaded; `has_bias`: whether the checkpoint has one beside the weight."""
+        drop(self, self.names)
+        self.scheme, self.share = scheme, replace(self.share, has_bias=has_bias)
+        self.names = keep(self, scheme.linear_tensors(self.share))
 
     def pulls(self, catalog: Catalog, prefix: str) -> Iterator[Pull]:
-        return self.scheme.pull_linear(self.share, kept(self, self._names), catalog, prefix)
+        self.prefix = prefix
+        return self.scheme.pull_linear(self.share, self.tensors, catalog, prefix)
+
+    @property
+    def tensors(self) -> dict[str, nn.Parameter | None]:
+        """The scheme's tensors by name, until `prepare`."""
+        return kept(self, self.names)
+
+    def map_dim(self, dim: Literal["out", "in"], change: Callable[[Tensor], Tensor]) -> None:
+        """Change the outputs or inputs of all loaded tensors: `change` takes and gives them with that dim first."""
+        for name, tensor in self.tensors.items():
+            places = self.scheme.dims.get(name, ())
+            if tensor is not None and dim in places:
+                place = places.index(dim)
+                changed = change(tensor.data.transpose(0, place)).transpose(0, place).contiguous()
+                setattr(self, name, nn.Parameter(changed, requires_grad=False))
 
     def prepare(self) -> None:
         """Hand the tensors to the backend in its own layout and drop the plain copies."""
-        tensors = kept(self, self._names)
-        self._multiply = self.scheme.prepare_linear(ops.bound(), self.share, tensors, self.many_rows)
-        drop(self, self._names)
+        self.product = self.scheme.prepare_linear(ops.bound(), self.share, self.tensors, self.many_rows)
+        drop(self, self.names)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._multiply(x)
+    def forward(self, x: Any) -> Tensor:
+        return self.product(x)
 
 
 def keep(layer: nn.Module, tensors: Mapping[str, nn.Parameter | None]) -> tuple[str, ...]:

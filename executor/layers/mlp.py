@@ -3,6 +3,8 @@
 Legend: T tokens, n hidden size, I intermediate size of this rank.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from executor.device import ops
@@ -19,8 +21,8 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=bias, shard="out", group=group, parts=parts)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, shard="in", group=group)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.bound().swiglu(self.gate_up_proj(x)))
+    def forward(self, x: Any) -> Tensor:
+        return ops.bound().gated_mlp(x, self.gate_up_proj.product, self.down_proj.product)
 
 
 class PlainMLP(nn.Module):

@@ -71,11 +71,19 @@ class Experts(nn.Module):
         experts = part(num_experts, parallel.expert_groups, "experts")
         columns = part(intermediate_size, parallel.expert_columns, "expert intermediate size")
         self.share = ExpertShare(num_experts, intermediate_size, hidden_size, experts, columns)
+        self.prefix = ""  # its name in checkpoints, from the first `pulls` on
         self.scheme = scheme
         self._names = keep(self, scheme.expert_tensors(self.share))
         self._run: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
+    def take(self, scheme: Scheme) -> None:
+        """Another scheme, before anything is loaded."""
+        drop(self, self._names)
+        self.scheme = scheme
+        self._names = keep(self, scheme.expert_tensors(self.share))
+
     def pulls(self, catalog: Catalog, prefix: str) -> Iterator[Pull]:
+        self.prefix = prefix
         return self.scheme.pull_experts(self.share, kept(self, self._names), catalog, prefix)
 
     def prepare(self) -> None:

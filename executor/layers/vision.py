@@ -92,9 +92,8 @@ class VisionAttention(nn.Module):
         if wide == self.head_dim:
             return
         # finalize() calls a module before its children: the linears prepare these widened weights for the device.
-        self.qkv.weight = _frozen(widen(self.qkv.weight, self.head_dim, wide))
-        self.qkv.bias = _frozen(widen(self.qkv.bias, self.head_dim, wide))
-        self.proj.weight = _frozen(widen(self.proj.weight.t(), self.head_dim, wide).t())
+        self.qkv.map_dim("out", lambda x: widen(x, self.head_dim, wide))
+        self.proj.map_dim("in", lambda x: widen(x, self.head_dim, wide))
         self.head_dim = wide
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -109,7 +108,3 @@ def widen(x: Tensor, head_dim: int, wide: int) -> Tensor:
     halves = x.unflatten(0, (-1, head_dim // 2))
     padding = (0, 0) * (halves.dim() - 2) + (0, (wide - head_dim) // 2)
     return F.pad(halves, padding).flatten(0, 1)
-
-
-def _frozen(x: Tensor) -> nn.Parameter:
-    return nn.Parameter(x.contiguous(), requires_grad=False)

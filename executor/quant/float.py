@@ -20,6 +20,8 @@ class Float:
     """Weights in the default dtype of the time when the layer is made."""
 
     name = "none"
+    dims = {"weight": ("out", "in"), "bias": ("out",)}
+    left = ()
 
     def linear_tensors(self, share: LinearShare) -> dict[str, nn.Parameter | None]:
         weight = empty(share.num_rows, share.num_columns)

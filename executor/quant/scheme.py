@@ -85,6 +85,8 @@ class Scheme(Protocol):
     """One way to store and multiply weights. `name` is the word of descriptions and recipes."""
 
     name: str
+    dims: Mapping[str, tuple[str, ...]]  # of a linear's tensors by name: "out" and "in" where they run over these
+    left: tuple[str, ...]  # suffixes of tensors that may stand in the checkpoint and say nothing more
 
     def linear_tensors(self, share: LinearShare) -> dict[str, nn.Parameter | None]:
         """Uninitialised tensors of a linear by name, None for one that this rank does not have.

@@ -71,9 +71,10 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, meta: ForwardMeta, kv: KVLayer, select: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        x, residual = self.input_layernorm.add(x, residual)
+        x, residual = self.input_layernorm.add(x, residual, self.self_attn.qkv_proj)
         x = self.self_attn(x, meta.cos, meta.sin, kv, meta.slots, meta.attention, select)
         if select is not None:
             residual = residual[select]
-        x, residual = self.post_attention_layernorm.add(x, residual)
+        reader = None if self.is_sparse else self.mlp.gate_up_proj
+        x, residual = self.post_attention_layernorm.add(x, residual, reader)
         return self.mlp(x, meta.padded_tokens) if self.is_sparse else self.mlp(x), residual

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from executor.device.cpu import int8
 from executor.device.cpu.capability import PACKED_FP16, REORDERED, Capability, capability
 from executor.device.cpu.linear import Expanded, PackedFp16, Plain, Reordered, Scratch, Shared, exact_scale
 from executor.device.cpu.threads import let_idle_threads_sleep
 from executor.device.ops import KVLayer, Ops
 from executor.device.table import DeviceSettings
+from executor.device.weights import Weight, experts_of
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +78,10 @@ class CpuOps(Ops):
         return self.capability.compute_dtype(dtype)
 
     def prepare_linear(
-        self, weight: Tensor, bias: Tensor | None, many_rows: bool = False
+        self, weight: Weight, bias: Tensor | None, many_rows: bool = False
     ) -> Callable[[Tensor], Tensor]:
+        if not isinstance(weight, Tensor):
+            return int8.prepare(weight, bias, many_rows)
         weight, form = weight.detach(), self.capability.form(weight.dtype)
         if weight.is_meta:
             return Plain(weight, bias)
@@ -98,11 +102,11 @@ class CpuOps(Ops):
         return self.capability.form(dtype) == PACKED_FP16
 
     def prepare_experts(
-        self, gate_up: Tensor, down: Tensor, first: int = 0, num_experts: int | None = None
+        self, gate_up: Weight, down: Weight, first: int = 0, num_experts: int | None = None
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        num_experts = num_experts or len(gate_up)
-        up_fns = [self.prepare_linear(w, None) for w in gate_up]
-        down_fns = [self.prepare_linear(w, None) for w in down]
+        up_fns = [self.prepare_linear(w, None) for w in experts_of(gate_up)]
+        down_fns = [self.prepare_linear(w, None) for w in experts_of(down)]
+        num_experts = num_experts or len(up_fns)
 
         def run(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
             out = torch.zeros_like(x)

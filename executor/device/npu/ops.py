@@ -62,10 +62,19 @@ class NpuOps(Ops):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return forms.RMS_NORM[self.calls["rms_norm"]](x, weight, eps)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        bias: Tensor | None = None,
+        reader: Callable[..., Tensor] | None = None,
+    ) -> tuple[Any, Tensor]:
         if residual is None or not len(x) or self.calls["add_rms_norm"] == COMPOSED:  # the fused op takes no empty x
-            return super().add_rms_norm(x, residual, weight, eps)
-        return forms.add_rms_norm(x, residual, weight, eps)
+            return super().add_rms_norm(x, residual, weight, eps, bias)
+        y, total = forms.add_rms_norm(x, residual, weight, eps)
+        return (y if bias is None else y + bias), total
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)

@@ -1,0 +1,23 @@
+"""W8A8_DYNAMIC: int8 weights by row, int8 activations by each row's own largest value."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from executor.device.weights import DynamicInt8
+from executor.quant.fields import OUT, WEIGHT, Field, FieldScheme, as_float
+from executor.quant.scheme import ExpertShare, LinearShare
+
+SCALE = Field("weight_scale", torch.float32, (OUT,), reader=as_float, extra_dim=True)
+OFFSET = Field("weight_offset", torch.float32, (OUT,), reader=as_float, extra_dim=True)
+
+
+class W8A8Dynamic(FieldScheme):
+    """weight_offset stands in the files and is zero: it is read, and must be."""
+
+    name = "w8a8_dynamic"
+    fields = (WEIGHT, SCALE, OFFSET)
+
+    def weight(self, share: LinearShare | ExpertShare, tensors: Mapping[str, Tensor]) -> DynamicInt8:
+        return DynamicInt8(tensors["weight"], tensors["weight_scale"])
