@@ -23,6 +23,7 @@ class Description:
     file: Path
     types: Mapping[str, str]
     said: str  # model_quant_type
+    kv_cache: str | None = None  # kv_cache_type, such as C8; None: keys and values stay float
 
     def type_of(self, name: str) -> str:
         return self.types.get(name, FLOAT_TYPE)
@@ -49,4 +50,6 @@ def read_description(folder: Path) -> Description | None:
         return None
     raw = read_json(folder, files[0].name)
     types = {canonical_name(name): kind for name, kind in raw.items() if isinstance(kind, str) and "." in name}
-    return Description(files[0], types, str(raw.get("model_quant_type", FLOAT_TYPE)))
+    kv_cache = raw.get("kv_cache_type") or raw.get("kv_quant_type")  # tools write both, or one of them
+    said = str(raw.get("model_quant_type", FLOAT_TYPE))
+    return Description(files[0], types, said, str(kv_cache).upper() if kv_cache else None)

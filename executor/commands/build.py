@@ -73,7 +73,9 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel, runner: A
         checkpoint,
         device,
         dtype,
-        lambda model: choose_schemes(model, checkpoint.catalog, read_description(prepared.folder)),
+        lambda model: choose_schemes(
+            model, checkpoint.catalog, read_description(prepared.folder), recipe.model.kv_cache_dtype == "int8"
+        ),
     )
     replica = runner.build_replica(model, parallel)
     dtype = device.compute_dtype(dtype)
@@ -123,13 +125,19 @@ def join(
     )
     kv = device.kv_cache(
         text.num_layers, num_blocks + spare, limits.block_size, attention.num_kv_heads, text.head_dim, dtype,
-        normed=attention.q_norm is not None,
+        normed=attention.q_norm is not None, scales=cache_scales(model),
     )  # fmt: skip
     sampler = Sampler(text.vocab_size, device.device, eos_token_ids=processor.eos_token_ids, dtype=dtype)
     runner = Runner(model, device, kv, limits.block_size, sampler, processor.picture, dtype, replica)
     if sizes:
         runner.graphs = _captured(recipe, runner.step, device, sizes, num_blocks, replica.parallel, decode_graphs)
     return Engine(processor, scheduler, runner, text.vocab_size)
+
+
+def cache_scales(model: torch.nn.Module) -> list[ops.KVScales]:
+    """Those of all layers of a model whose cache is int8; else none."""
+    found = [layer.self_attn.cache_scales for layer in model.language_model.layers]
+    return [scales for scales in found if scales is not None]
 
 
 def decode_rows(recipe: Recipe) -> int:

@@ -71,6 +71,6 @@ class ModelStep(nn.Module):
         `q_outs`: for each layer `[R, H * D]`, scratch that stays in place; one for all would be copied between layers.
         """
         attention = ops.bound().static_attention(kv_lens, block_table, self.block_size)
-        kv = [KVLayer(layer.k, layer.v, q_out) for layer, q_out in zip(self.kv, q_outs, strict=True)]
+        kv = [KVLayer(layer.k, layer.v, q_out, layer.scales) for layer, q_out in zip(self.kv, q_outs, strict=True)]
         cos, sin = self.model.rope(positions, self.dtype)
         return self.model(self.model.embed(token_ids), ForwardMeta(cos, sin, slots, attention, kv, None))

@@ -8,10 +8,12 @@ from torch import nn
 from executor.checkpoint.description import FLOAT_TYPE, Description
 from executor.checkpoint.pull import Catalog
 from executor.errors import UserError
+from executor.layers.attention import Attention
 from executor.layers.linear import Linear
 from executor.layers.moe import Experts
 from executor.layers.norm import RMSNorm
 from executor.quant.float import FLOAT
+from executor.quant.kv_cache import C8, UNUSABLE, faults, tensor_names
 from executor.quant.scheme import Scheme
 from executor.quant.w8a8 import W8A8
 from executor.quant.w8a8_dynamic import W8A8Dynamic
@@ -27,9 +29,12 @@ SCHEMES: dict[str, Scheme] = {
 """By the word of descriptions."""
 
 
-def choose_schemes(model: nn.Module, catalog: Catalog, description: Description | None) -> list[str]:
+def choose_schemes(
+    model: nn.Module, catalog: Catalog, description: Description | None, int8_cache: bool = False
+) -> list[str]:
     """Hand every layer the scheme of its tensors; the names of tensors that these leave knowingly.
 
+    `int8_cache`: the KV cache is to be what the description says of it (C8); else it stays float and its scales unread.
     Raises UserError for types that are unknown or do not fit together.
     """
     left: list[str] = []
@@ -52,7 +57,24 @@ def choose_schemes(model: nn.Module, catalog: Catalog, description: Description 
             layer.take(_scheme(names, description))
         elif isinstance(layer, RMSNorm) and f"{layer.prefix}.bias" in catalog:
             layer.add_bias()
-    return left
+    return left + _choose_cache(model, catalog, description, int8_cache)
+
+
+def _choose_cache(model: nn.Module, catalog: Catalog, description: Description, int8_cache: bool) -> list[str]:
+    attentions = {layer.name: layer for layer in model.modules() if isinstance(layer, Attention)}
+    if description.kv_cache is None:
+        return []  # scales that nothing announces are refused with all else that nobody reads
+    if not int8_cache:
+        return [name for attention in attentions for name in tensor_names(attention)]
+    if description.kv_cache != C8:
+        raise UserError(f"{description.file}: kv_cache_type is {description.kv_cache}; this release reads {C8}")
+    (channels,) = {layer.qkv_proj.share.parts[1].num_rows for layer in attentions.values()}
+    found = "; ".join(faults(catalog, attentions, channels))
+    if found:
+        raise UserError(f"{description.file}: {UNUSABLE.format(found)}")
+    for layer in attentions.values():
+        layer.quantize_cache()
+    return []
 
 
 def _scheme(names: list[str], description: Description) -> Scheme:

@@ -20,6 +20,7 @@ from executor.device.table import BACKENDS, CHIP_BYTES, DeviceSettings, having, 
 from executor.errors import UserError
 from executor.host.limits import host_memory_bytes, process_memory_bytes
 from executor.quant.sizes import FLOAT_BYTES
+from executor.recipe.kv_cache import cache_findings, has_cache_scales, scales_finding
 from executor.recipe.memory import MemoryEstimate, estimate
 from executor.recipe.schema import ModelSection, Recipe
 from executor.recipe.sizes import ModelShapes
@@ -62,7 +63,7 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     if found:
         folder, config, quantization, shapes = found
         try:
-            recipe = resolve(recipe, shapes, quantization)
+            recipe = resolve(recipe, shapes, quantization, has_cache_scales(folder))
             findings += release_findings(recipe)  # once more: the checkpoint may have brought a scheme
             findings += chip_findings(recipe)
         except UserError as error:
@@ -274,7 +275,7 @@ def chip_findings(recipe: Recipe) -> list[str]:
             f"model_config.quantization: w8a8sc weights are unpacked by atlas_300i_duo only, got soc {model.soc}; "
             "use w8a8 weights"
         )
-    return findings
+    return findings + cache_findings(recipe)
 
 
 def resolve_device(recipe: Recipe) -> Recipe:
@@ -286,11 +287,11 @@ def resolve_device(recipe: Recipe) -> Recipe:
     return recipe.replace(model={"device": device})
 
 
-def resolve(recipe: Recipe, shapes: ModelShapes, quantization: str = "none") -> Recipe:
+def resolve(recipe: Recipe, shapes: ModelShapes, quantization: str = "none", has_scales: bool = False) -> Recipe:
     """The recipe with every `auto` and null that the checkpoint settles filled in, and logged.
 
-    `quantization` is what the checkpoint says of itself. Raises UserError for a scheme the recipe contradicts, or a
-    context longer than the model was made for.
+    `quantization` and `has_scales` (of an int8 KV cache) are what the checkpoint says of itself. Raises UserError for a
+    scheme the recipe contradicts, or a context longer than the model was made for.
     """
     model, scheduler = recipe.model, recipe.scheduler
     settled: dict[str, dict[str, Any]] = {"model": {}, "parallel": {}, "scheduler": {}}
@@ -307,6 +308,9 @@ def resolve(recipe: Recipe, shapes: ModelShapes, quantization: str = "none") -> 
             f"model_config.quantization: the recipe says {model.quantization}, the checkpoint {model.model_path} is "
             f"{quantization}; set quantization: auto, or give the other checkpoint"
         )
+    if model.kv_cache_dtype == "auto":
+        settled["model"]["kv_cache_dtype"] = "int8" if has_scales else "float"
+    findings += scales_finding(model, has_scales)
     if recipe.parallel.attn_tp_size is None:
         settled["parallel"]["attn_tp_size"] = recipe.parallel.world_size
     if scheduler.max_model_len is None:
