@@ -36,6 +36,13 @@ def build_on_meta(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Modu
         return build()
 
 
+def quantize_caches(model: nn.Module) -> None:
+    """Let a model without memory have an int8 KV cache, as a checkpoint with scales would."""
+    with torch.device("meta"):
+        for layer in model.language_model.layers:
+            layer.self_attn.quantize_cache()
+
+
 def load_model(
     build: Callable[[], nn.Module],
     checkpoint: Checkpoint,

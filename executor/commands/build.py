@@ -21,7 +21,7 @@ from executor.engine.graphs import DecodeGraphs, batch_sizes, spare_blocks
 from executor.engine.replica import Replica
 from executor.engine.runner import Runner
 from executor.engine.sampler import Sampler
-from executor.engine.step import ModelStep
+from executor.engine.step import ModelStep, cache_scales
 from executor.host.env import code_digest, rank_place
 from executor.parallel.groups import Parallel
 from executor.prompt.options import MediaOptions
@@ -132,12 +132,6 @@ def join(
     if sizes:
         runner.graphs = _captured(recipe, runner.step, device, sizes, num_blocks, replica.parallel, decode_graphs)
     return Engine(processor, scheduler, runner, text.vocab_size)
-
-
-def cache_scales(model: torch.nn.Module) -> list[ops.KVScales]:
-    """Those of all layers of a model whose cache is int8; else none."""
-    found = [layer.self_attn.cache_scales for layer in model.language_model.layers]
-    return [scales for scales in found if scales is not None]
 
 
 def decode_rows(recipe: Recipe) -> int:

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from executor.checkpoint.folder import local_checkpoint
-from executor.checkpoint.load import build_on_meta
+from executor.checkpoint.load import build_on_meta, quantize_caches
 from executor.checkpoint.pull import finalize
 from executor.commands.build import decode_rows, graph_sizes
 from executor.device import ops
 from executor.engine.graphs import batch_sizes
 from executor.errors import UserError, nearest
 from executor.parallel.groups import SINGLE, Parallel, groups
+from executor.recipe.kv_cache import has_cache_scales
 from executor.recipe.memory import weights_bytes
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import check_chip, check_recipe, float_twin, read_folder, resolve
@@ -80,7 +81,8 @@ def settle(recipe: Recipe) -> tuple[Recipe, ModelShapes, Mapping[str, Any]]:
     check_chip(recipe)
     _refuse_quantized(recipe)
     config, quantization, shapes = find_config(recipe)
-    recipe = resolve(recipe, shapes, quantization)
+    folder = local_checkpoint(recipe.model.model_path, recipe.model.hub)
+    recipe = resolve(recipe, shapes, quantization, folder is not None and has_cache_scales(folder))
     _refuse_quantized(recipe)
     check_recipe(recipe, shapes)
     return recipe, shapes, config
@@ -143,6 +145,8 @@ def _examined(recipe: Recipe, config: Mapping[str, Any], save: Path | None) -> d
         family = family_runner(config)
         _say(f"building {recipe.model.model_path} at its size, without weights")
         model = build_on_meta(lambda: family.build_model(config, parallel), dtype)
+        if recipe.model.kv_cache_dtype == "int8":
+            quantize_caches(model)
         finalize(model)
         traces = Traces(model, device, dtype, batch, blocks, limits.block_size)
         in_graph = recipe.model.soc in GRAPH_CHIPS

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from executor.device import ops
-from executor.device.ops import KVLayer
+from executor.device.ops import KVLayer, KVScales
 from executor.engine.forward import DeepStack, ForwardMeta
 
 
@@ -21,6 +21,12 @@ class Visual:
 
     index: Tensor
     features: Tensor
+
+
+def cache_scales(model: nn.Module) -> list[KVScales]:
+    """Of every layer's int8 cache; none where the cache is float."""
+    found = (layer.self_attn.cache_scales for layer in model.language_model.layers)
+    return [scales for scales in found if scales is not None]
 
 
 class ModelStep(nn.Module):

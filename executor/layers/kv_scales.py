@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from executor.checkpoint.pull import Catalog, Pull, empty
+from executor.device import ops
 from executor.device.ops import KVScales
 from executor.parallel.partition import Part
 from executor.quant.kv_cache import SUFFIXES, checked
@@ -29,12 +30,12 @@ class CacheScales(nn.Module):
                 self.register_parameter(f"{name}_{suffix}", empty(part.num_local, dtype=torch.float32))
 
     def pulls(self, catalog: Catalog, prefix: str) -> Iterator[Pull]:
-        attention = prefix.rpartition(".")[0]
+        attention, takes_offsets = prefix.rpartition(".")[0], ops.bound().takes_cache_offsets
         for name, part in zip("kv", self.parts, strict=True):
             for suffix in SUFFIXES:
                 into = getattr(self, f"{name}_{suffix}")
                 full = f"{attention}.{part.name}.{suffix}"
-                yield Pull(full, (part.num_rows,), (part.rows,), into, convert=partial(checked, full))
+                yield Pull(full, (part.num_rows,), (part.rows,), into, convert=partial(checked, full, takes_offsets))
 
     @property
     def values(self) -> KVScales:

@@ -59,10 +59,11 @@ def _some(names: list[str]) -> str:
     return f"'{names[0]}'" if len(names) == 1 else f"'{names[0]}' and {len(names) - 1} more"
 
 
-def checked(name: str, x: Tensor) -> Tensor:
+def checked(name: str, takes_offsets: bool, x: Tensor) -> Tensor:
     """A scale or an offset as a file has it (offsets are integers in some) as float32.
 
-    Raises UserError for scales that are no positive numbers and offsets that are no whole numbers of int8.
+    Raises UserError for scales that are no positive numbers, offsets that are no whole numbers of int8, and any offset
+    where the device takes none.
     """
     x = x.float()
     if name.endswith(SUFFIXES[0]):
@@ -73,6 +74,12 @@ def checked(name: str, x: Tensor) -> Tensor:
         raise UserError(
             f"tensor '{name}' must hold {wanted}, got {x[~fine][0]:g}; quantize the model again, or set "
             "model_config.kv_cache_dtype: float, which leaves it"
+        )
+    if name.endswith(SUFFIXES[1]) and not takes_offsets and bool(x.any()):
+        raise UserError(
+            f"tensor '{name}' has offsets other than zero, and NPUs take an int8 KV cache without them here (no "
+            "page says which sign their attention gives an offset); quantize again with a symmetric cache, or set "
+            "model_config.kv_cache_dtype: float"
         )
     return x
 
@@ -99,7 +106,7 @@ class Extremes:
 def scales_of(low: Tensor, high: Tensor, symmetric: bool = True) -> tuple[Tensor, Tensor]:
     """(kv_cache_scale, kv_cache_offset), float32 `[C]` each, of channels that were seen between `low` and `high`.
 
-    Symmetric: `scale = max(|low|, |high|) / 127`, offset 0: what NPUs take (executor/device/npu/int8_attention.py).
+    Symmetric: `scale = max(|low|, |high|) / 127`, offset 0: what NPUs take (executor/device/npu/int8_cache.py).
     Else `scale = (high - low) / 255` and `offset = round(-low / scale) - 128`, over a range that holds zero.
     """
     if symmetric:

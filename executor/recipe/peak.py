@@ -7,6 +7,7 @@ Knows sizes and degrees, no tensor.
 Legend, in elements per token or patch: n hidden size, H and K query and key heads, D head dim, I intermediate size.
 """
 
+from executor.device.table import INT8_READ_TOKENS
 from executor.quant.sizes import FLOAT_BYTES
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
@@ -16,8 +17,6 @@ ENCODE_TOKENS = 4096
 LOOK_AHEAD = 2  # prompts that are ready beyond those being answered
 HEAP_BYTES = 32 << 20
 """glibc keeps freed blocks up to this size for itself: those of one phase then lie beside those of the next."""
-READ_TOGETHER = 8192
-"""Cached tokens of an int8 cache that an NPU's prefill turns into floats at a time; more where one prompt has more."""
 _NPU_HEADS = (64, 128)  # what vision heads are widened to there
 
 
@@ -121,7 +120,7 @@ def attention_scratch_bytes(recipe: Recipe, shapes: ModelShapes, size: int) -> f
     is_int8 = recipe.model.kv_cache_dtype == "int8"
     row = 2 * max(1, shapes.num_kv_heads // recipe.attn_tp_size) * shapes.head_dim * size if is_int8 else 0
     if recipe.model.device != "cpu":
-        return max(limits.max_model_len, READ_TOGETHER) * row * 1.5  # gathered as int8, and as floats
+        return max(limits.max_model_len, INT8_READ_TOKENS) * row * 1.5  # gathered as int8, and as floats
     repeated = 2 * limits.max_model_len * shapes.num_heads * shapes.head_dim / recipe.attn_tp_size * size
     chunk = min(limits.max_num_batched_tokens, limits.max_model_len)
     masked = limits.enable_prefix_caching or chunk < limits.max_model_len

@@ -14,7 +14,8 @@ from emulator.activate import activate
 from emulator.graph import fake_world
 from emulator.limits import FLOATS
 from emulator.traces import Traces
-from executor.checkpoint.load import build_on_meta, load_model
+from executor.checkpoint.description import read_description
+from executor.checkpoint.load import build_on_meta, load_model, quantize_caches
 from executor.checkpoint.pull import finalize
 from executor.checkpoint.weights import Checkpoint
 from executor.commands.build import join, media_options
@@ -27,6 +28,7 @@ from executor.device.ops import Ops
 from executor.engine.engine import Engine
 from executor.engine.replica import Replica
 from executor.parallel.groups import SINGLE, groups
+from executor.quant.choose import choose_schemes
 from executor.recipe.schema import build_recipe
 from executor.recipe.settle import prepare
 from models.published import published_config
@@ -72,7 +74,14 @@ def engine_on(
     ops.bind(device)
     family = family_runner(prepared.config)
     processor = family.build_processor(prepared.folder, media_options(recipe))
-    loaded, _ = load_model(lambda: family.build_model(prepared.config), Checkpoint(prepared.folder), device, dtype)
+    checkpoint, is_int8 = Checkpoint(prepared.folder), recipe.model.kv_cache_dtype == "int8"
+    loaded, _ = load_model(
+        lambda: family.build_model(prepared.config),
+        checkpoint,
+        device,
+        dtype,
+        lambda model: choose_schemes(model, checkpoint.catalog, read_description(prepared.folder), is_int8),
+    )
     replica = Replica(SINGLE, loaded.visual.cost, shares_experts=False)
     return join(recipe, prepared.memory.num_blocks, loaded, processor, device, dtype, replica)
 
@@ -105,6 +114,7 @@ def true_size(
     dtype: torch.dtype | None = None,
     layers: int = 2,
     calls: dict[str, str] | None = None,
+    int8_cache: bool = False,
 ) -> Iterator[Traces]:
     """A published model's first layers on a chip, traced as rank 0 of `tp * replicas` ranks, on meta tensors.
 
@@ -121,5 +131,7 @@ def true_size(
         parallel = groups(world_size, tp, ep, "tp", rank=0) if world_size > 1 else SINGLE
         model = build_on_meta(lambda: family_runner(config).build_model(config, parallel), dtype)
         model.language_model.layers = model.language_model.layers[:layers]
+        if int8_cache:
+            quantize_caches(model)
         finalize(model)
         yield Traces(model, device, dtype, batch=8, blocks=32, block_size=128)
