@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from executor.device import ops
 from executor.device.cpu.ops import CpuOps
 from executor.device.ops import KVScales
 from executor.errors import UserError
@@ -110,6 +111,7 @@ def test_scales_of_what_was_seen():
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_rank_reads_the_scales_of_its_heads(ranks):
     """Two KV heads: one each on two ranks, the same one twice on four."""
+    ops.bind(OPS)
     heads, dim = 2, 8
     file = {name: torch.rand(heads * dim) + 1 for name in tensor_names("a.self_attn")}
     file |= {name: torch.randint(-128, 128, (heads * dim,), dtype=torch.int32) for name in file if "offset" in name}

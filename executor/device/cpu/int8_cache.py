@@ -7,12 +7,29 @@ out. Those of values are subtracted, whole numbers of at most 255 that every flo
 Legend: T tokens, H query heads, K key/value heads, D head dim, L cached tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from executor.device.ops import KVScales
+
+
+@dataclass(eq=False)
+class RowBuffer:
+    """Memory that the rows of all layers are made floats in, one after the other. Not for several threads.
+
+    A tensor of its own for each long row is new pages each time, which take longer than the attention over it.
+    """
+
+    memory: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def filled(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`x [1, K, L, D]`, int8, in `dtype`; valid until the next call."""
+        if self.memory.numel() < x.numel() or self.memory.dtype != dtype:
+            self.memory = torch.empty(x.numel(), dtype=dtype)
+        _, heads, length, dim = x.shape
+        return self.memory[: x.numel()].view(1, length, heads, dim).transpose(1, 2).copy_(x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +39,12 @@ class Int8Cache:
     given: KVScales
     dtype: torch.dtype
     v_offset: Tensor | None  # [K, 1, D] in dtype; None where all are zero
+    buffers: tuple[RowBuffer, RowBuffer]  # of keys and values
 
     @staticmethod
-    def of(scales: KVScales, dtype: torch.dtype) -> "Int8Cache":
+    def of(scales: KVScales, dtype: torch.dtype, buffers: tuple[RowBuffer, RowBuffer]) -> "Int8Cache":
         offset = scales.v_offset.to(dtype).unsqueeze(1)
-        return Int8Cache(scales, dtype, offset if bool(scales.v_offset.any()) else None)
+        return Int8Cache(scales, dtype, offset if bool(scales.v_offset.any()) else None, buffers)
 
     def quantized(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """`[T, K, D]` each, as int8."""
@@ -40,8 +58,11 @@ class Int8Cache:
         return grouped.flatten(1, 2).to(self.dtype)
 
     def widened(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """A row's keys and values `[1, K, L, D]` as whole numbers in the type that attention computes in."""
-        k, v = k.to(self.dtype), v.to(self.dtype)
+        """A row's keys and values `[1, K, L, D]` as whole numbers in the type that attention computes in.
+
+        Valid until the next row's.
+        """
+        k, v = (buffer.filled(x, self.dtype) for buffer, x in zip(self.buffers, (k, v), strict=True))
         return k, v if self.v_offset is None else v.sub_(self.v_offset)
 
     def scaled_values(self, out: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from executor.device.cpu import int8
 from executor.device.cpu.capability import PACKED_FP16, REORDERED, Capability, capability
-from executor.device.cpu.int8_cache import Int8Cache
+from executor.device.cpu.int8_cache import Int8Cache, RowBuffer
 from executor.device.cpu.linear import Expanded, PackedFp16, Plain, Reordered, Scratch, Shared, exact_scale
 from executor.device.cpu.threads import let_idle_threads_sleep
 from executor.device.ops import KVLayer, KVScales, Ops
@@ -138,7 +138,8 @@ class CpuOps(Ops):
         normed: bool = False, scales: Sequence[KVScales] = (),
     ) -> list[KVLayer]:  # fmt: skip
         shape = (num_blocks, block_size, heads, dim)
-        forms = [Int8Cache.of(each, dtype) for each in scales] or [None] * num_layers
+        buffers = RowBuffer(), RowBuffer()
+        forms = [Int8Cache.of(each, dtype, buffers) for each in scales] or [None] * num_layers
         held = torch.int8 if scales else dtype
         # Never zeroed: only written slots are read, and an idle cache takes no memory.
         return [
