@@ -58,8 +58,8 @@ class Field:
             return count // at_once
         name = "output" if dim == OUT else "input"
         raise UserError(
-            f"quantized weights: one element of {self.suffix} is for {at_once} {name}s, and a rank's part would begin "
-            f"or end inside of one, at {name} {count}; choose parallel_config.attn_tp_size and moe_ep_size with parts "
+            f"quantized weights: one element holds {at_once} {name}s ({self.suffix}), and a rank's part would begin or "
+            f"end inside of one, at {name} {count}; choose parallel_config.attn_tp_size and moe_ep_size with parts "
             f"that are multiples of {at_once}"
         )
 
