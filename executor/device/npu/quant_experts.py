@@ -1,0 +1,239 @@
+"""The products of quantized experts on a chip: int8 and four-bit weights over quantized rows, int8 over float ones.
+
+Which call serves which stands in soc.py; sorting and summing rows are experts.py's. Limits are those of the calls'
+pages: aclnnGroupedMatmulV4 and aclnnGroupedMatmulSwigluQuantV2 (A2, A3), aclnnQuantGroupedMatmulDequant (300I DUO).
+Legend: n hidden size, E experts of this rank, I intermediate size on this rank, R rows.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch_npu
+from torch import Tensor, nn
+
+from executor.device.npu import layout
+from executor.device.npu.experts import Product, grouped
+from executor.device.npu.linear import frozen
+from executor.device.npu.soc import GROUPED_SWIGLU, Soc
+from executor.device.weights import (
+    DynamicInt4,
+    DynamicInt8,
+    MixedInt8,
+    QuantizedWeight,
+    WeightInt8,
+    expert_form,
+    unpack_int4,
+)
+from executor.errors import UserError
+
+_FUSED_COLUMNS = 10240  # of gate and up together, in the product that is fused with its activation
+_GROUP = 256  # inputs of four-bit weights come in multiples of this
+_MOST_INPUTS = 18432  # of four-bit weights
+_WORD = 8  # outputs of four-bit weights to an int32
+_ALIGNED = 16  # 300I DUO
+_CONVERT = "quantize the experts as W8A8_DYNAMIC, or use the float checkpoint of the same model"
+
+
+def check(soc: Soc, form: type, hidden_size: int, intermediate_size: int) -> None:
+    """UserError where `soc` has no product of experts of such weights, or none of these sizes."""
+    if issubclass(form, Tensor):
+        return
+    form = DynamicInt8 if form is MixedInt8 else form
+    served = (DynamicInt8, DynamicInt4, WeightInt8) if soc.routes_ranges else (DynamicInt8,)
+    if form not in served:
+        allowed = ", ".join(each.__name__ for each in served)
+        raise UserError(
+            f"model_config.soc: {soc.name} has no kernel for experts of {form.__name__} weights, allowed {allowed}; "
+            f"{_CONVERT}"
+        )
+    if form is DynamicInt4:
+        fits = intermediate_size % _GROUP == 0 and intermediate_size <= _MOST_INPUTS and hidden_size % _GROUP == 0
+        wanted = f"multiples of {_GROUP}, at most {_MOST_INPUTS}"
+    else:
+        fits = soc.routes_ranges or (hidden_size % _ALIGNED == 0 and intermediate_size % _ALIGNED == 0)
+        wanted = f"multiples of {_ALIGNED}"
+    if not fits:
+        raise UserError(
+            f"model_config.soc: experts of {form.__name__} weights on {soc.name} want a hidden size and, on each rank, an "
+            f"intermediate size that are {wanted}; got {hidden_size} and {intermediate_size}. Deal whole experts to the "
+            "ranks (parallel_config.moe_ep_size) rather than slices of them"
+        )
+
+
+def product(
+    gate_up: QuantizedWeight,
+    down: QuantizedWeight,
+    soc: Soc,
+    calls: Mapping[str, str],
+    nz: bool,
+    swiglu: Callable[[Tensor], Tensor],
+) -> Product:
+    """What `soc` multiplies with, `calls` as its table chose them. Raises UserError, see `check`."""
+    gate_up, down = expert_form(gate_up), expert_form(down)
+    hidden, inner = _sizes(gate_up)
+    check(soc, type(gate_up), hidden, inner)
+    if isinstance(gate_up, WeightInt8):
+        return WeightInt8Product(gate_up, down, swiglu)
+    if not soc.routes_ranges:
+        return DequantProduct(gate_up, down, swiglu)
+    is_int4 = isinstance(gate_up, DynamicInt4)
+    fits = nz and 2 * inner <= _FUSED_COLUMNS
+    fused = fits and calls["int4_experts" if is_int4 else "int8_experts"] == GROUPED_SWIGLU
+    kind = Int4Product if is_int4 else Int8Product
+    return kind(gate_up, down, swiglu, nz, fused)
+
+
+def _sizes(gate_up: QuantizedWeight) -> tuple[int, int]:
+    """`(n, I)`."""
+    if isinstance(gate_up, DynamicInt4):
+        return gate_up.packed.shape[-1], gate_up.packed.shape[-2]
+    values = getattr(gate_up, "values", None)
+    return (0, 0) if values is None else (values.shape[-1], values.shape[-2] // 2)
+
+
+class ByType(nn.Module):
+    """A scale in every type that a kernel may want it in, by the activations' type, which no weight knows."""
+
+    def __init__(self, scale: Tensor, of_halves: torch.dtype) -> None:
+        """`of_halves`: the scale's type beside float16; beside bfloat16 it is bfloat16 in every kernel."""
+        super().__init__()
+        self.halves, self.brain = frozen(scale.to(of_halves)), frozen(scale.to(torch.bfloat16))
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        return self.brain if dtype is torch.bfloat16 else self.halves
+
+
+class Int8Product(nn.Module):
+    """A2 and A3, DynamicInt8. `fused`: the first product, its activation and the next quantization are one kernel."""
+
+    takes_int8 = True
+
+    def __init__(
+        self, gate_up: DynamicInt8, down: DynamicInt8, swiglu: Callable[[Tensor], Tensor], nz: bool, fused: bool
+    ) -> None:
+        super().__init__()
+        self.gate_up, self.down = (frozen(layout.weight(w.values, nz)) for w in (gate_up, down))
+        self.gate_up_scale = frozen(gate_up.scale) if fused else ByType(gate_up.scale, torch.float32)
+        self.down_scale = ByType(down.scale, torch.float32)
+        self.num_experts, self.swiglu, self.fused = len(gate_up.values), swiglu, fused
+
+    def forward(self, rows: Tensor, scales: Tensor, groups: Tensor, kind: int, dtype: torch.dtype) -> Tensor:
+        if self.fused:
+            rows, scales = torch_npu.npu_grouped_matmul_swiglu_quant_v2(
+                rows, [self.gate_up], [self.gate_up_scale], scales, groups, group_list_type=kind
+            )
+        else:
+            y = _dequantized(rows, self.gate_up, self.gate_up_scale(dtype), scales, groups, kind, dtype)
+            rows, scales = torch_npu.npu_dynamic_quant(self.swiglu(y))
+        return _dequantized(rows, self.down, self.down_scale(dtype), scales, groups, kind, dtype)
+
+
+class Int4Product(nn.Module):
+    """A2 and A3, DynamicInt4. The kernels multiply the two halves of each int8 activation by four-bit weights and need
+    `8 * sum(weights) * scale` of each output for that. Eight outputs are an int32; scales are float32 bits in an int64.
+    """
+
+    takes_int8 = True
+
+    def __init__(
+        self, gate_up: DynamicInt4, down: DynamicInt4, swiglu: Callable[[Tensor], Tensor], nz: bool, fused: bool
+    ) -> None:
+        super().__init__()
+        self.gate_up, self.down = (frozen(_words(w.packed, nz)) for w in (gate_up, down))
+        self.gate_up_sums, self.down_sums = (frozen(_eightfold_sums(w)) for w in (gate_up, down))
+        self.gate_up_scale, self.down_scale = (frozen(_bits(w.scale)) for w in (gate_up, down))
+        self.num_experts, self.swiglu, self.fused = len(gate_up.packed), swiglu, fused
+
+    def forward(self, rows: Tensor, scales: Tensor, groups: Tensor, kind: int, dtype: torch.dtype) -> Tensor:
+        if self.fused:
+            rows, scales = torch_npu.npu_grouped_matmul_swiglu_quant_v2(
+                rows,
+                [self.gate_up],
+                [self.gate_up_scale],
+                scales,
+                groups,
+                weight_assist_matrix=[self.gate_up_sums],
+                group_list_type=kind,
+            )
+        else:
+            y = self._multiply(rows, self.gate_up, self.gate_up_scale, self.gate_up_sums, scales, groups, kind, dtype)
+            rows, scales = torch_npu.npu_dynamic_quant(self.swiglu(y))
+        return self._multiply(rows, self.down, self.down_scale, self.down_sums, scales, groups, kind, dtype)
+
+    def _multiply(
+        self, rows: Tensor, w: Tensor, scale: Tensor, sums: Tensor, scales: Tensor, groups: Tensor, kind: int,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        # One group of inputs: a scale by output.
+        return grouped(
+            rows, w, groups, kind,
+            scale=[scale.unsqueeze(1)], bias=[sums], per_token_scale=[scales], output_dtype=dtype,
+        )  # fmt: skip
+
+
+class WeightInt8Product(nn.Module):
+    """A2 and A3, WeightInt8 by row: activations stay float. Plain: no page has these weights in NZ."""
+
+    takes_int8 = False
+
+    def __init__(self, gate_up: WeightInt8, down: WeightInt8, swiglu: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        if gate_up.scale.shape[-1] > 1 or down.scale.shape[-1] > 1:
+            raise UserError(f"int8 weights of experts with scales by groups of inputs have no kernel; {_CONVERT}")
+        self.gate_up, self.down = (frozen(layout.weight(w.values, nz=False)) for w in (gate_up, down))
+        self.gate_up_scale, self.down_scale = (ByType(w.scale.squeeze(-1), torch.float16) for w in (gate_up, down))
+        # The kernel adds its offset, and its page knows none that is left out.
+        offsets = (torch.zeros_like(w.scale) if w.offset is None else -w.offset for w in (gate_up, down))
+        self.gate_up_offset, self.down_offset = (ByType(x.squeeze(-1), torch.float16) for x in offsets)
+        self.num_experts, self.swiglu = len(gate_up.values), swiglu
+
+    def forward(self, rows: Tensor, scales: None, groups: Tensor, kind: int, dtype: torch.dtype) -> Tensor:
+        scale, offset = [self.gate_up_scale(dtype)], [self.gate_up_offset(dtype)]
+        y = grouped(rows, self.gate_up, groups, kind, antiquant_scale=scale, antiquant_offset=offset)
+        scale, offset = [self.down_scale(dtype)], [self.down_offset(dtype)]
+        return grouped(self.swiglu(y), self.down, groups, kind, antiquant_scale=scale, antiquant_offset=offset)
+
+
+class DequantProduct(nn.Module):
+    """300I DUO, DynamicInt8: the product quantizes its rows by itself. Weights `[E, out, in]`; groups by totals."""
+
+    takes_int8 = False
+
+    def __init__(self, gate_up: DynamicInt8, down: DynamicInt8, swiglu: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate_up, self.down = (
+            frozen(torch_npu.npu_format_cast(w.values.contiguous(), layout.NZ)) for w in (gate_up, down)
+        )
+        self.gate_up_scale, self.down_scale = frozen(gate_up.scale), frozen(down.scale)
+        self.num_experts, self.swiglu = len(gate_up.values), swiglu
+
+    def forward(self, rows: Tensor, scales: None, groups: Tensor, kind: int, dtype: torch.dtype) -> Tensor:
+        multiply = torch_npu.npu_quant_grouped_matmul_dequant
+        y = multiply(rows, self.gate_up, self.gate_up_scale, groups, quant_mode="pertoken")
+        return multiply(self.swiglu(y), self.down, self.down_scale, groups, quant_mode="pertoken")
+
+
+def _dequantized(
+    rows: Tensor, w: Tensor, scale: Tensor, scales: Tensor, groups: Tensor, kind: int, dtype: torch.dtype
+) -> Tensor:
+    return grouped(rows, w, groups, kind, scale=[scale], per_token_scale=[scales], output_dtype=dtype)
+
+
+def _words(packed: Tensor, nz: bool) -> Tensor:
+    """`[E, out / 2, in]` of two outputs to a byte -> int32 `[E, in, out / 8]`, as npu_convert_weight_to_int4pack has it.
+
+    In NZ a strip is 32 bytes whatever they hold: cast as bytes, then read as words.
+    """
+    assert packed.shape[1] % (_WORD // 2) == 0, f"{2 * packed.shape[1]} outputs are no whole words"
+    return layout.weight(packed, nz).view(torch.int32)
+
+
+def _eightfold_sums(weight: DynamicInt4) -> Tensor:
+    """float32 `[E, out]`; one expert at a time, as its unpacked weights take twice the memory."""
+    sums = [unpack_int4(packed).sum(-1, dtype=torch.int32) for packed in weight.packed]
+    return 8 * torch.stack(sums).float() * weight.scale
+
+
+def _bits(scale: Tensor) -> Tensor:
+    """The bits of a float32 in an int64."""
+    return scale.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
