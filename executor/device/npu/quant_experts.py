@@ -54,9 +54,9 @@ def check(soc: Soc, form: type, hidden_size: int, intermediate_size: int) -> Non
         wanted = f"multiples of {_ALIGNED}"
     if not fits:
         raise UserError(
-            f"model_config.soc: experts of {form.__name__} weights on {soc.name} want a hidden size and, on each rank, an "
-            f"intermediate size that are {wanted}; got {hidden_size} and {intermediate_size}. Deal whole experts to the "
-            "ranks (parallel_config.moe_ep_size) rather than slices of them"
+            f"model_config.soc: experts of {form.__name__} weights on {soc.name} want a hidden size and, on each rank, "
+            f"an intermediate size that are {wanted}; got {hidden_size} and {intermediate_size}. Deal whole experts to "
+            "the ranks (parallel_config.moe_ep_size) rather than slices of them"
         )
 
 
@@ -220,7 +220,7 @@ def _dequantized(
 
 
 def _words(packed: Tensor, nz: bool) -> Tensor:
-    """`[E, out / 2, in]` of two outputs to a byte -> int32 `[E, in, out / 8]`, as npu_convert_weight_to_int4pack has it.
+    """`[E, out / 2, in]` of two outputs to a byte -> int32 `[E, in, out / 8]`, as npu_convert_weight_to_int4pack packs.
 
     In NZ a strip is 32 bytes whatever they hold: cast as bytes, then read as words.
     """
