@@ -3,6 +3,8 @@
 The model is built as if its weights were float and has no memory yet; a layer that is quantized takes another scheme.
 """
 
+import re
+
 from torch import nn
 
 from executor.checkpoint.description import FLOAT_TYPE, Description
@@ -11,6 +13,7 @@ from executor.errors import UserError
 from executor.layers.linear import Linear
 from executor.layers.moe import Experts
 from executor.layers.norm import RMSNorm
+from executor.quant.assumed import assumed_type
 from executor.quant.fields import EXPERT_LINEARS, is_stacked
 from executor.quant.float import FLOAT
 from executor.quant.scheme import Scheme
@@ -88,6 +91,44 @@ def _refuse(names: list[str], scheme: Scheme, catalog: Catalog, description: Des
 
 
 _BIAS = "experts have no biases here; quantize them without shifting activations (smoothing with symmetric: True)"
+
+
+def assume_schemes(model: nn.Module, quantization: str) -> None:
+    """The same where there is no folder: what the vendor quantizes by default under a recipe's `quantization`.
+
+    Raises UserError for a type that this release has no scheme for.
+    """
+    if quantization == "none":
+        return
+    for _ in model.pulls({}):
+        pass  # from here on layers know their names
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            names = [name for name, _, _ in layer.share.named(layer.prefix)]
+            scheme = _assumed(names[0], quantization)
+            if scheme is not FLOAT:
+                layer.take(scheme, layer.share.has_bias)
+        elif isinstance(layer, Experts):
+            layer.take(_assumed(layer.prefix, quantization))
+
+
+def schemes_of(model: nn.Module) -> dict[str, list[str]]:
+    """Names of schemes, each with the linears and experts that have it; a layer's number is left out of the names."""
+    found: dict[str, set[str]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear | Experts):
+            found.setdefault(layer.scheme.name, set()).add(re.sub(r"\.\d+(?=\.|$)", "", name))
+    return {scheme: sorted(names) for scheme, names in sorted(found.items())}
+
+
+def _assumed(name: str, quantization: str) -> Scheme:
+    kind = assumed_type(name, quantization)
+    if kind not in SCHEMES:
+        raise UserError(
+            f"model_config.quantization: {quantization} weights have {name} as {kind}, which is not part of this "
+            f"release yet; it reads {', '.join(SCHEMES)}"
+        )
+    return SCHEMES[kind]
 
 
 def _scheme(names: list[str], description: Description) -> Scheme:

@@ -23,8 +23,8 @@ class Product(Protocol):
     num_experts: int
     takes_int8: bool  # rows come quantized, each by its own largest value
 
-    def __call__(self, rows: Tensor, scales: Tensor | None, groups: Tensor, kind: int, dtype: torch.dtype) -> Tensor:
-        """`rows [R, n]` sorted by expert -> `[R, n]` of `dtype`; rows of no group are undefined.
+    def __call__(self, rows: Tensor, scales: Tensor | None, groups: Tensor, kind: int) -> Tensor:
+        """`rows [R, n]` sorted by expert -> `[R, n]` of the model's type; rows of no group are undefined.
 
         scales: float32 [R] of quantized rows. groups: int64 [E], counts or running totals by `kind`.
         """
@@ -64,7 +64,7 @@ class Experts(nn.Module):
         )
         # A list of counts must be longer than one; a single count is its own running total.
         kind = COUNTS if count > 1 else TOTALS
-        y = self.product(rows, scales if self.product.takes_int8 else None, counts.to(torch.int64), kind, x.dtype)
+        y = self.product(rows, scales if self.product.takes_int8 else None, counts.to(torch.int64), kind)
         if self.is_whole:
             return _summed(y, places, weights, drop_pad_mode=2)
         # Each routed row is an expert of capacity 1, and -1 is the place of another rank's.
@@ -96,7 +96,7 @@ class LocalExperts(Experts):
             expert_tokens_num_flag=True,
         )
         totals = totals[:count].to(torch.int64)
-        y = self.product(rows, None, totals, TOTALS, x.dtype)
+        y = self.product(rows, None, totals, TOTALS)
         if others is not None:
             behind = torch.arange(len(y), device=y.device) >= totals[-1]
             y = y.masked_fill(behind.unsqueeze(-1), 0)
@@ -114,7 +114,7 @@ class FloatProduct(nn.Module):
         self.swiglu = swiglu
         self.num_experts = len(gate_up)
 
-    def forward(self, rows: Tensor, scales: None, groups: Tensor, kind: int, dtype: torch.dtype) -> Tensor:
+    def forward(self, rows: Tensor, scales: None, groups: Tensor, kind: int) -> Tensor:
         y = grouped(rows, self.gate_up, groups, kind)
         return grouped(self.swiglu(y), self.down, groups, kind)
 

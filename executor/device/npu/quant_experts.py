@@ -5,7 +5,9 @@ pages: aclnnGroupedMatmulV4 and aclnnGroupedMatmulSwigluQuantV2 (A2, A3), aclnnQ
 Legend: n hidden size, E experts of this rank, I intermediate size on this rank, R rows.
 """
 
-from collections.abc import Callable, Mapping
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch_npu
@@ -25,6 +27,9 @@ from executor.device.weights import (
     unpack_int4,
 )
 from executor.errors import UserError
+
+if TYPE_CHECKING:
+    from executor.device.npu.ops import NpuOps
 
 _FUSED_COLUMNS = 10240  # of gate and up together, in the product that is fused with its activation
 _GROUP = 256  # inputs of four-bit weights come in multiples of this
@@ -60,27 +65,19 @@ def check(soc: Soc, form: type, hidden_size: int, intermediate_size: int) -> Non
         )
 
 
-def product(
-    gate_up: QuantizedWeight,
-    down: QuantizedWeight,
-    soc: Soc,
-    calls: Mapping[str, str],
-    nz: bool,
-    swiglu: Callable[[Tensor], Tensor],
-) -> Product:
-    """What `soc` multiplies with, `calls` as its table chose them. Raises UserError, see `check`."""
+def product(gate_up: QuantizedWeight, down: QuantizedWeight, device: NpuOps) -> Product:
+    """What `device` multiplies with, as its table chose. Raises UserError, see `check`."""
     gate_up, down = expert_form(gate_up), expert_form(down)
     hidden, inner = _sizes(gate_up)
-    check(soc, type(gate_up), hidden, inner)
+    check(device.soc, type(gate_up), hidden, inner)
     if isinstance(gate_up, WeightInt8):
-        return WeightInt8Product(gate_up, down, swiglu)
-    if not soc.routes_ranges:
-        return DequantProduct(gate_up, down, swiglu)
+        return WeightInt8Product(gate_up, down, device)
+    if not device.soc.routes_ranges:
+        return DequantProduct(gate_up, down, device)
     is_int4 = isinstance(gate_up, DynamicInt4)
-    fits = nz and 2 * inner <= _FUSED_COLUMNS
-    fused = fits and calls["int4_experts" if is_int4 else "int8_experts"] == GROUPED_SWIGLU
-    kind = Int4Product if is_int4 else Int8Product
-    return kind(gate_up, down, swiglu, nz, fused)
+    fits = device.weight_nz and 2 * inner <= _FUSED_COLUMNS
+    fused = fits and device.calls["int4_experts" if is_int4 else "int8_experts"] == GROUPED_SWIGLU
+    return (Int4Product if is_int4 else Int8Product)(gate_up, down, device, fused)
 
 
 def _sizes(gate_up: QuantizedWeight) -> tuple[int, int]:
@@ -91,60 +88,71 @@ def _sizes(gate_up: QuantizedWeight) -> tuple[int, int]:
     return (0, 0) if values is None else (values.shape[-1], values.shape[-2] // 2)
 
 
-class ByType(nn.Module):
-    """A scale in every type that a kernel may want it in, by the activations' type, which no weight knows."""
+class _Product(nn.Module):
+    """What they have in common. Sizes and types are those of the rank and the model."""
 
-    def __init__(self, scale: Tensor, of_halves: torch.dtype) -> None:
-        """`of_halves`: the scale's type beside float16; beside bfloat16 it is bfloat16 in every kernel."""
+    takes_int8 = False
+
+    def __init__(self, num_experts: int, device: NpuOps) -> None:
         super().__init__()
-        self.halves, self.brain = frozen(scale.to(of_halves)), frozen(scale.to(torch.bfloat16))
+        self.num_experts, self.dtype, self.swiglu = num_experts, device.dtype, device.swiglu
 
-    def forward(self, dtype: torch.dtype) -> Tensor:
-        return self.brain if dtype is torch.bfloat16 else self.halves
+    def _dequantized(
+        self, rows: Tensor, w: Tensor, scale: Tensor, scales: Tensor, groups: Tensor, kind: int, **more: list[Tensor]
+    ) -> Tensor:
+        """Quantized rows by the weights of each group, in the model's type."""
+        return grouped(
+            rows, w, groups, kind, scale=[scale], per_token_scale=[scales], output_dtype=self.dtype, **more
+        )  # fmt: skip
+
+    def _activated(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch_npu.npu_dynamic_quant(self.swiglu(y))
 
 
-class Int8Product(nn.Module):
-    """A2 and A3, DynamicInt8. `fused`: the first product, its activation and the next quantization are one kernel."""
+class Int8Product(_Product):
+    """A2 and A3, DynamicInt8. `fused`: the first product, its activation and the next quantization are one kernel.
+
+    Beside bfloat16 the kernel that gives floats takes scales of that type.
+    """
 
     takes_int8 = True
 
-    def __init__(
-        self, gate_up: DynamicInt8, down: DynamicInt8, swiglu: Callable[[Tensor], Tensor], nz: bool, fused: bool
-    ) -> None:
-        super().__init__()
-        self.gate_up, self.down = (frozen(layout.weight(w.values, nz)) for w in (gate_up, down))
-        self.gate_up_scale = frozen(gate_up.scale) if fused else ByType(gate_up.scale, torch.float32)
-        self.down_scale = ByType(down.scale, torch.float32)
-        self.num_experts, self.swiglu, self.fused = len(gate_up.values), swiglu, fused
+    def __init__(self, gate_up: DynamicInt8, down: DynamicInt8, device: NpuOps, fused: bool) -> None:
+        super().__init__(len(gate_up.values), device)
+        typed = torch.bfloat16 if self.dtype is torch.bfloat16 else torch.float32
+        self.gate_up, self.down = (frozen(layout.weight(w.values, device.weight_nz)) for w in (gate_up, down))
+        self.gate_up_scale = frozen(gate_up.scale if fused else gate_up.scale.to(typed))
+        self.down_scale = frozen(down.scale.to(typed))
+        self.fused = fused
 
-    def forward(self, rows: Tensor, scales: Tensor, groups: Tensor, kind: int, dtype: torch.dtype) -> Tensor:
+    def forward(self, rows: Tensor, scales: Tensor, groups: Tensor, kind: int) -> Tensor:
         if self.fused:
             rows, scales = torch_npu.npu_grouped_matmul_swiglu_quant_v2(
                 rows, [self.gate_up], [self.gate_up_scale], scales, groups, group_list_type=kind
             )
         else:
-            y = _dequantized(rows, self.gate_up, self.gate_up_scale(dtype), scales, groups, kind, dtype)
-            rows, scales = torch_npu.npu_dynamic_quant(self.swiglu(y))
-        return _dequantized(rows, self.down, self.down_scale(dtype), scales, groups, kind, dtype)
+            y = self._dequantized(rows, self.gate_up, self.gate_up_scale, scales, groups, kind)
+            rows, scales = self._activated(y)
+        return self._dequantized(rows, self.down, self.down_scale, scales, groups, kind)
 
 
-class Int4Product(nn.Module):
+class Int4Product(_Product):
     """A2 and A3, DynamicInt4. The kernels multiply the two halves of each int8 activation by four-bit weights and need
     `8 * sum(weights) * scale` of each output for that. Eight outputs are an int32; scales are float32 bits in an int64.
     """
 
     takes_int8 = True
 
-    def __init__(
-        self, gate_up: DynamicInt4, down: DynamicInt4, swiglu: Callable[[Tensor], Tensor], nz: bool, fused: bool
-    ) -> None:
-        super().__init__()
-        self.gate_up, self.down = (frozen(_words(w.packed, nz)) for w in (gate_up, down))
+    def __init__(self, gate_up: DynamicInt4, down: DynamicInt4, device: NpuOps, fused: bool) -> None:
+        super().__init__(len(gate_up.packed), device)
+        self.gate_up, self.down = (frozen(_words(w.packed, device.weight_nz)) for w in (gate_up, down))
         self.gate_up_sums, self.down_sums = (frozen(_eightfold_sums(w)) for w in (gate_up, down))
-        self.gate_up_scale, self.down_scale = (frozen(_bits(w.scale)) for w in (gate_up, down))
-        self.num_experts, self.swiglu, self.fused = len(gate_up.packed), swiglu, fused
+        # The one kernel takes a scale by output, the other by group of inputs and output: one group.
+        self.gate_up_scale = frozen(_bits(gate_up.scale if fused else gate_up.scale.unsqueeze(1)))
+        self.down_scale = frozen(_bits(down.scale.unsqueeze(1)))
+        self.fused = fused
 
-    def forward(self, rows: Tensor, scales: Tensor, groups: Tensor, kind: int, dtype: torch.dtype) -> Tensor:
+    def forward(self, rows: Tensor, scales: Tensor, groups: Tensor, kind: int) -> Tensor:
         if self.fused:
             rows, scales = torch_npu.npu_grouped_matmul_swiglu_quant_v2(
                 rows,
@@ -156,67 +164,46 @@ class Int4Product(nn.Module):
                 group_list_type=kind,
             )
         else:
-            y = self._multiply(rows, self.gate_up, self.gate_up_scale, self.gate_up_sums, scales, groups, kind, dtype)
-            rows, scales = torch_npu.npu_dynamic_quant(self.swiglu(y))
-        return self._multiply(rows, self.down, self.down_scale, self.down_sums, scales, groups, kind, dtype)
-
-    def _multiply(
-        self, rows: Tensor, w: Tensor, scale: Tensor, sums: Tensor, scales: Tensor, groups: Tensor, kind: int,
-        dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        # One group of inputs: a scale by output.
-        return grouped(
-            rows, w, groups, kind,
-            scale=[scale.unsqueeze(1)], bias=[sums], per_token_scale=[scales], output_dtype=dtype,
-        )  # fmt: skip
+            sums = [self.gate_up_sums]
+            y = self._dequantized(rows, self.gate_up, self.gate_up_scale, scales, groups, kind, bias=sums)
+            rows, scales = self._activated(y)
+        return self._dequantized(rows, self.down, self.down_scale, scales, groups, kind, bias=[self.down_sums])
 
 
-class WeightInt8Product(nn.Module):
+class WeightInt8Product(_Product):
     """A2 and A3, WeightInt8 by row: activations stay float. Plain: no page has these weights in NZ."""
 
-    takes_int8 = False
-
-    def __init__(self, gate_up: WeightInt8, down: WeightInt8, swiglu: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
+    def __init__(self, gate_up: WeightInt8, down: WeightInt8, device: NpuOps) -> None:
+        super().__init__(len(gate_up.values), device)
         if gate_up.scale.shape[-1] > 1 or down.scale.shape[-1] > 1:
             raise UserError(f"int8 weights of experts with scales by groups of inputs have no kernel; {_CONVERT}")
         self.gate_up, self.down = (frozen(layout.weight(w.values, nz=False)) for w in (gate_up, down))
-        self.gate_up_scale, self.down_scale = (ByType(w.scale.squeeze(-1), torch.float16) for w in (gate_up, down))
+        self.gate_up_scale, self.down_scale = (frozen(w.scale.squeeze(-1).to(self.dtype)) for w in (gate_up, down))
         # The kernel adds its offset, and its page knows none that is left out.
         offsets = (torch.zeros_like(w.scale) if w.offset is None else -w.offset for w in (gate_up, down))
-        self.gate_up_offset, self.down_offset = (ByType(x.squeeze(-1), torch.float16) for x in offsets)
-        self.num_experts, self.swiglu = len(gate_up.values), swiglu
+        self.gate_up_offset, self.down_offset = (frozen(x.squeeze(-1).to(self.dtype)) for x in offsets)
 
-    def forward(self, rows: Tensor, scales: None, groups: Tensor, kind: int, dtype: torch.dtype) -> Tensor:
-        scale, offset = [self.gate_up_scale(dtype)], [self.gate_up_offset(dtype)]
+    def forward(self, rows: Tensor, scales: None, groups: Tensor, kind: int) -> Tensor:
+        scale, offset = [self.gate_up_scale], [self.gate_up_offset]
         y = grouped(rows, self.gate_up, groups, kind, antiquant_scale=scale, antiquant_offset=offset)
-        scale, offset = [self.down_scale(dtype)], [self.down_offset(dtype)]
+        scale, offset = [self.down_scale], [self.down_offset]
         return grouped(self.swiglu(y), self.down, groups, kind, antiquant_scale=scale, antiquant_offset=offset)
 
 
-class DequantProduct(nn.Module):
+class DequantProduct(_Product):
     """300I DUO, DynamicInt8: the product quantizes its rows by itself. Weights `[E, out, in]`; groups by totals."""
 
-    takes_int8 = False
-
-    def __init__(self, gate_up: DynamicInt8, down: DynamicInt8, swiglu: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
+    def __init__(self, gate_up: DynamicInt8, down: DynamicInt8, device: NpuOps) -> None:
+        super().__init__(len(gate_up.values), device)
         self.gate_up, self.down = (
-            frozen(torch_npu.npu_format_cast(w.values.contiguous(), layout.NZ)) for w in (gate_up, down)
+            frozen(layout.weight(w.values.transpose(-1, -2), device.weight_nz)) for w in (gate_up, down)
         )
         self.gate_up_scale, self.down_scale = frozen(gate_up.scale), frozen(down.scale)
-        self.num_experts, self.swiglu = len(gate_up.values), swiglu
 
-    def forward(self, rows: Tensor, scales: None, groups: Tensor, kind: int, dtype: torch.dtype) -> Tensor:
+    def forward(self, rows: Tensor, scales: None, groups: Tensor, kind: int) -> Tensor:
         multiply = torch_npu.npu_quant_grouped_matmul_dequant
         y = multiply(rows, self.gate_up, self.gate_up_scale, groups, quant_mode="pertoken")
         return multiply(self.swiglu(y), self.down, self.down_scale, groups, quant_mode="pertoken")
-
-
-def _dequantized(
-    rows: Tensor, w: Tensor, scale: Tensor, scales: Tensor, groups: Tensor, kind: int, dtype: torch.dtype
-) -> Tensor:
-    return grouped(rows, w, groups, kind, scale=[scale], per_token_scale=[scales], output_dtype=dtype)
 
 
 def _words(packed: Tensor, nz: bool) -> Tensor:
