@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executor.calibrate.files import Entry, Made, Stored
 from executor.calibrate.linears import LinearSource, linears_of, read_tensor
 from executor.calibrate.observe import ChannelRange, Histogram, Observed, Products
 from executor.calibrate.rounding import (
@@ -37,6 +36,7 @@ from executor.calibrate.work import Work
 from executor.checkpoint.load import default_dtype
 from executor.checkpoint.pull import deferred, finalize, materialise, pull_all
 from executor.checkpoint.weights import Checkpoint, fill
+from executor.checkpoint.writing import Entry, copied_entry, tensor_entry
 from executor.errors import UserError
 from executor.layers.linear import Linear
 from executor.layers.vision import VisionAttention
@@ -85,7 +85,7 @@ def _pulls(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> list:
 
 
 def linears_of_stage(model: Any, stage: Stage, checkpoint: Checkpoint) -> list[LinearSource]:
-    """The stage's linears, of a model that may be without memory."""
+    """The stage's linears, of a model whose weights have not been given to the device: it has no memory for them."""
     found: list[LinearSource] = []
     for prefix, module in stage.modules(model):
         _pulls(module, checkpoint, prefix)  # from here on layers know their names
@@ -94,11 +94,10 @@ def linears_of_stage(model: Any, stage: Stage, checkpoint: Checkpoint) -> list[L
 
 
 @torch.inference_mode()
-def run_stage(job: Job, stage: Stage, number: int, work: Work, names: list[str]) -> None:
+def run_stage(job: Job, stage: Stage, number: int, work: Work, names: list[str], linears: list[LinearSource]) -> None:
     """Run it for every sample, keep their states for the next, and write its tensors (`names`, all it has)."""
     is_run = stage.run is not None and job.settings.needs_activations
     model = load_stage(job, stage) if is_run else _without_memory(job)
-    linears = linears_of_stage(model, stage, job.checkpoint)
     looked = Looked({}, {}, {})
     if is_run:
         looked = _look(job, stage, number, work, model, linears)
@@ -200,37 +199,30 @@ def _look_again(
     return Looked(looked.ranges, histograms, products)
 
 
-def _narrowed(x: Tensor, width: int) -> Tensor:
-    """`x [T, k]` without the zeros that a device has widened vision heads with."""
-    if x.shape[-1] == width:
-        return x
-    raise NotImplementedError(f"inputs of {x.shape[-1]}, weights of {width}")
-
-
 # ---- what is written
 
 
 def entries_of(
     job: Job, names: list[str], linears: list[LinearSource], looked: Looked, folding: Folding
-) -> tuple[dict[str, Entry], dict[str, str]]:
+) -> tuple[list[Entry], dict[str, str]]:
     """The stage's tensors by the source's own names, and the type of each."""
     catalog = job.checkpoint.catalog
     by_tensor: dict[str, list[LinearSource]] = {}
     for source in linears:
         if job.kinds[source.name] != FLOAT:
             by_tensor.setdefault(source.tensor, []).append(source)
-    entries: dict[str, Entry] = {}
+    entries: list[Entry] = []
     kinds: dict[str, str] = {}
     for name in names:
         info = catalog[name]
         if name not in by_tensor:
-            entries[info.original_name] = _kept(job, name, folding)
+            entries.append(_kept(job, name, folding))
             kinds[info.original_name] = FLOAT
             continue
         for source in by_tensor[name]:
             base, kind = source.original(catalog), job.kinds[source.name]
             for suffix, tensor in _quantized(job, source, kind, looked, folding).items():
-                entries[f"{base}.{suffix}"] = Made(tensor.contiguous())
+                entries.append(tensor_entry(f"{base}.{suffix}", tensor))
                 kinds[f"{base}.{suffix}"] = kind
     return entries, kinds
 
@@ -239,11 +231,11 @@ def _kept(job: Job, name: str, folding: Folding) -> Entry:
     """A tensor that stays float, in its own type: what is folded into it are powers of two."""
     info = job.checkpoint.catalog[name]
     base, _, suffix = name.rpartition(".")
-    if not folding.touches(base):
-        return Stored(info)
+    if not folding.touches(base) or suffix not in ("weight", "bias"):
+        return copied_entry(info)
     tensor = read_tensor(info)
     folded = folding.weight(base, tensor.float()) if tensor.dim() > 1 else folding.vector(base, tensor.float())
-    return Made(folded.to(tensor.dtype)) if suffix in ("weight", "bias") else Stored(info)
+    return tensor_entry(info.original_name, folded.to(tensor.dtype))
 
 
 def _quantized(job: Job, source: LinearSource, kind: str, looked: Looked, folding: Folding) -> dict[str, Tensor]:

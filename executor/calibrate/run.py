@@ -17,15 +17,17 @@ import torch
 from tqdm import tqdm
 
 from executor.calibrate.layer import Job, linears_of_stage, run_stage
+from executor.calibrate.linears import LinearSource
 from executor.calibrate.plan import plan
 from executor.calibrate.sample import MOST_PIXELS, check_count, fingerprint, open_calibration, pieces_of, prompts
 from executor.calibrate.settings import Settings
 from executor.calibrate.stages import Bench, Stage, stages_of, tensors_of, with_cache
 from executor.calibrate.work import Work
-from executor.calibrate.write import copy_files, pack
+from executor.calibrate.write import is_other_file, pack
 from executor.checkpoint.load import default_dtype
 from executor.checkpoint.pull import deferred
 from executor.checkpoint.weights import Checkpoint
+from executor.checkpoint.writing import copy_files
 from executor.device import ops
 from executor.device.ops import Ops
 from executor.errors import UserError
@@ -67,8 +69,8 @@ def quantize(source: Source, out: Path, settings: Settings, calibration: Path | 
         model = job.build()
     stages = stages_of(model)
     names = tensors_of(stages, checkpoint.catalog)
-    linears = [linear for stage in stages for linear in linears_of_stage(model, stage, checkpoint)]
-    job = replace(job, kinds=plan(linears, settings))
+    linears = [linears_of_stage(model, stage, checkpoint) for stage in stages]
+    job = replace(job, kinds=plan([linear for held in linears for linear in held], settings))
     data = _calibration(settings, calibration)
     digest = settings.digest(checkpoint, "" if data is None else fingerprint(data, settings))
     work = Work(out, digest, asdict(settings))
@@ -79,10 +81,10 @@ def quantize(source: Source, out: Path, settings: Settings, calibration: Path | 
         longest = max(len(sample.token_ids) for _, sample in work.samples())
         job = replace(job, bench=with_cache(bench, model, longest))
     del model
-    _run_stages(job, stages, names, work)
+    _run_stages(job, stages, names, linears, work)
     types = Counter(job.kinds.values())
     pack(work, len(stages), out, settings.kinds.linears, _metadata(settings))
-    copy_files(source.folder, out)
+    copy_files(source.folder, out, is_other_file)
     work.remove()
     written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     seconds = time.monotonic() - started
@@ -116,7 +118,9 @@ def _gather(job: Job, source: Source, work: Work, data: Any, path: Path) -> None
     work.samples_are_kept(count)
 
 
-def _run_stages(job: Job, stages: list[Stage], names: list[list[str]], work: Work) -> None:
+def _run_stages(
+    job: Job, stages: list[Stage], names: list[list[str]], linears: list[list[LinearSource]], work: Work
+) -> None:
     on_terminal = sys.stderr.isatty()
     if work.done:
         logger.info("going on with stage %d of %d", work.done + 1, len(stages))
@@ -124,7 +128,7 @@ def _run_stages(job: Job, stages: list[Stage], names: list[list[str]], work: Wor
     with bar:
         for number in range(work.done, len(stages)):
             started = time.monotonic()
-            run_stage(job, stages[number], number, work, names[number])
+            run_stage(job, stages[number], number, work, names[number], linears[number])
             bar.update()
             if not on_terminal:
                 logger.info(

@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from executor.calibrate.files import Entry, Made, Stored, stored_tensors, write_json, write_tensors
+from executor.calibrate.files import put_json, put_tensors
 from executor.calibrate.sample import Sample, sample_of
+from executor.checkpoint.headers import TensorInfo, read_header
+from executor.checkpoint.writing import Entry
 from executor.errors import UserError
 
 NAME = ".quantize"
@@ -59,7 +61,7 @@ class Work:
 
     def _save(self) -> None:
         content = {"digest": self.digest, "settings": self.settings}
-        write_json(self.folder / "manifest.json", {**content, "done": self.done, "num_samples": self.num_samples})
+        put_json(self.folder / "manifest.json", {**content, "done": self.done, "num_samples": self.num_samples})
 
     # ---- samples and their states
 
@@ -86,15 +88,15 @@ class Work:
 
     def _keep(self, path: Path, tensors: dict[str, Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {name: Made(tensor) for name, tensor in tensors.items()}, is_lasting=False)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
     # ---- what is written
 
-    def finish_stage(self, stage: int, entries: dict[str, Entry], kinds: dict[str, str]) -> None:
+    def finish_stage(self, stage: int, entries: list[Entry], kinds: dict[str, str]) -> None:
         """The stage's tensors and their types; from here on it is done, and what led to it is dropped."""
         (self.folder / "stages").mkdir(exist_ok=True)
-        write_json(self.folder / "stages" / f"{stage:04d}.json", kinds)
-        write_tensors(self.stage_file(stage), entries)
+        put_json(self.folder / "stages" / f"{stage:04d}.json", kinds)
+        put_tensors(self.stage_file(stage), entries)
         self.done = stage + 1
         self._save()
         shutil.rmtree(self.folder / "states" / f"{stage:04d}", ignore_errors=True)
@@ -105,8 +107,8 @@ class Work:
     def stage_kinds(self, stage: int) -> dict[str, str]:
         return json.loads((self.folder / "stages" / f"{stage:04d}.json").read_text())
 
-    def stage_tensors(self, stage: int) -> dict[str, Stored]:
-        return stored_tensors(self.stage_file(stage))
+    def stage_tensors(self, stage: int) -> list[TensorInfo]:
+        return read_header(self.stage_file(stage))
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)

@@ -6,18 +6,17 @@ and all files of the source that are no weights: config.json, tokenizer, templat
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from executor.calibrate.files import Entry, shards, write_json, write_tensors
+from executor.calibrate.files import put_json, put_tensors, shards
 from executor.calibrate.work import Work
 from executor.checkpoint.headers import OTHER_FORMATS
+from executor.checkpoint.writing import Entry, copied_entry
 
 STEM = "quant_model_weights"
 SHARD_BYTES = 4 << 30
 VERSION = "1.0.0"  # of the description's form
-FOLDERS = ("additional_chat_templates",)
 _WEIGHT_FILES = (".safetensors", ".index.json", ".part", ".lock", *OTHER_FORMATS)
 
 
@@ -29,41 +28,30 @@ def pack(work: Work, num_stages: int, out: Path, said: str, metadata: dict[str, 
     weight_map: dict[str, str] = {}
     types: dict[str, str] = {}
     for name, group in zip(names, groups, strict=True):
-        entries: dict[str, Entry] = {}
+        entries: list[Entry] = []
         for stage in group:
             if work.stage_file(stage).is_file():
-                entries |= work.stage_tensors(stage)
+                entries += map(copied_entry, work.stage_tensors(stage))
             types |= work.stage_kinds(stage)
             weight_map |= dict.fromkeys(work.stage_kinds(stage), name)
         if not (out / name).is_file():
-            write_tensors(out / name, entries)
+            put_tensors(out / name, entries)
         for stage in group:
             work.stage_file(stage).unlink(missing_ok=True)
     total = sum(sum(tensors.values()) for tensors in sizes)
-    write_json(out / f"{STEM}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    put_json(out / f"{STEM}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     head = {"version": VERSION, "model_quant_type": said, "metadata": metadata, "group_size": 0, "optional": {}}
-    write_json(out / "quant_model_description.json", head | types)
+    put_json(out / "quant_model_description.json", head | types)
 
 
 def _plan(work: Work, out: Path, stage: int) -> dict[str, int]:
     """Bytes of a stage's tensors by name; kept beside it, because packing drops its file."""
     plan = work.folder / "stages" / f"{stage:04d}.sizes.json"
     if not plan.is_file():
-        write_json(plan, {name: tensor.num_bytes for name, tensor in work.stage_tensors(stage).items()})
+        put_json(plan, {info.original_name: info.num_bytes for info in work.stage_tensors(stage)})
     return json.loads(plan.read_text())
 
 
-def copy_files(source: Path, out: Path) -> list[str]:
-    """Copy every file of a checkpoint that is no weights; their names."""
-    copied = []
-    for path in sorted(source.iterdir()):
-        if path.name.startswith(".") or path.name.endswith(_WEIGHT_FILES):
-            continue
-        if path.is_dir() and path.name in FOLDERS:
-            shutil.copytree(path, out / path.name, dirs_exist_ok=True)
-        elif path.is_file():
-            shutil.copyfile(path, out / path.name)
-        else:
-            continue
-        copied.append(path.name)
-    return copied
+def is_other_file(name: Path) -> bool:
+    """Whether a file of a checkpoint is no weights: it goes along as it is."""
+    return not name.name.endswith(_WEIGHT_FILES)
