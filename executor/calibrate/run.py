@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from executor.calibrate.layer import Job, linears_of_stage, run_stage
 from executor.calibrate.linears import LinearSource
+from executor.calibrate.memory import check_memory, most_bytes, patches_of_longest
 from executor.calibrate.plan import plan
 from executor.calibrate.sample import MOST_PIXELS, check_count, fingerprint, open_calibration, pieces_of, prompts
 from executor.calibrate.settings import Settings
@@ -31,6 +32,7 @@ from executor.checkpoint.writing import copy_files
 from executor.device import ops
 from executor.device.ops import Ops
 from executor.errors import UserError
+from executor.host.limits import host_memory_bytes, process_memory_bytes
 from executor.prompt.options import MediaOptions
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Report:
-    """What was done. kinds: linears of each type. peak_bytes: the process's most resident memory so far."""
+    """What was done. kinds: linears of each type.
+
+    peak_bytes: the most memory that the process has held; bound_bytes: what it was to hold at most.
+    """
 
     kinds: dict[str, int]
     source_bytes: int
@@ -46,6 +51,7 @@ class Report:
     num_samples: int
     seconds: float
     peak_bytes: int
+    bound_bytes: int
 
 
 @dataclass(frozen=True)
@@ -75,11 +81,19 @@ def quantize(source: Source, out: Path, settings: Settings, calibration: Path | 
     digest = settings.digest(checkpoint, "" if data is None else fingerprint(data, settings))
     work = Work(out, digest, asdict(settings))
     work.open()
+    num_tokens = num_patches = 0
     if data is not None:
         if work.num_samples is None:
             _gather(job, source, work, data, calibration)
-        longest = max(len(sample.token_ids) for _, sample in work.samples())
-        job = replace(job, bench=with_cache(bench, model, longest))
+        num_tokens = max(len(sample.token_ids) for _, sample in work.samples())
+        num_patches = patches_of_longest([grid for _, sample in work.samples() for grid in sample.grids])
+    weight_bytes = bench.dtype.itemsize
+    more = most_bytes(stages, names, linears, checkpoint.catalog, settings, num_tokens, num_patches, weight_bytes)
+    bound = process_memory_bytes() + more
+    check_memory(more, host_memory_bytes(), source.folder.name)
+    logger.info("memory: at most %.2f GB, of which this process holds %.2f", bound / 1e9, (bound - more) / 1e9)
+    if num_tokens:
+        job = replace(job, bench=with_cache(bench, model, num_tokens))
     del model
     _run_stages(job, stages, names, linears, work)
     types = Counter(job.kinds.values())
@@ -88,7 +102,7 @@ def quantize(source: Source, out: Path, settings: Settings, calibration: Path | 
     work.remove()
     written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     seconds = time.monotonic() - started
-    return Report(dict(types), checkpoint.total_bytes, written, work.num_samples or 0, seconds, peak_bytes())
+    return Report(dict(types), checkpoint.total_bytes, written, work.num_samples or 0, seconds, peak_bytes(), bound)
 
 
 def _calibration(settings: Settings, path: Path | None) -> Any:

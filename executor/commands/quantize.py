@@ -73,7 +73,7 @@ def quantize(told: argparse.Namespace) -> Document:
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.kinds.items()))
     print(
         f"{out}: {kinds}; {report.source_bytes / 1e9:.2f} GB became {report.written_bytes / 1e9:.2f} GB in "
-        f"{report.seconds:.0f} s; peak memory {report.peak_bytes / 1e9:.2f} GB"
+        f"{report.seconds:.0f} s; peak memory {report.peak_bytes / 1e9:.2f} GB (bound {report.bound_bytes / 1e9:.2f})"
     )
     return {"save_directory": str(out), "scheme": told.scheme, **asdict(report)}
 
