@@ -23,6 +23,7 @@ RANKS = {
     "executor.parallel": 4,
     "executor.quant": 5,
     "executor.quant.choose": 7,
+    "executor.quant.check": 7,
     "executor.quant.sizes": 2,
     "executor.layers": 6,
     "executor.engine": 7,

@@ -66,6 +66,7 @@ class Checkpoint:
         found = find_weights(self.folder)
         index_file, weight_map = found.index_file, found.weight_map
         self.files: tuple[Path, ...] = found.files
+        self.is_described = found.is_described
         self.ignored: tuple[Path, ...] = found.ignored
         self.catalog: dict[str, TensorInfo] = _merge_headers(self.files, weight_map)
         if weight_map is not None:
