@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from executor.checkpoint.headers import Checkpoint, canonical_name, read_header
+from executor.checkpoint.headers import Checkpoint, read_header
+from executor.checkpoint.names import canonical_name
 from executor.checkpoint.weights import Pull, check_complete, load_weights, poison, unwritten
 from executor.errors import UserError
 
