@@ -1,4 +1,4 @@
-"""The numbers of a quantized linear: msmodelslim's own formulas, bit for bit, and rounding that is better than nearest."""
+"""The numbers of a quantized linear: msmodelslim's formulas, bit for bit, and rounding better than to nearest."""
 
 import math
 from collections import Counter
