@@ -11,6 +11,7 @@ from pathlib import Path
 
 from executor.checkpoint.folder import read_json
 from executor.checkpoint.headers import canonical_name
+from executor.checkpoint.parts import first_part
 
 FLOAT_TYPE = "FLOAT"
 PATTERN = "quant_model_description*.json"
@@ -44,6 +45,7 @@ class Description:
 
 def read_description(folder: Path) -> Description | None:
     """The folder's description; None for float weights without one."""
+    folder = first_part(folder)
     files = sorted(folder.glob(PATTERN))
     if not files:
         return None

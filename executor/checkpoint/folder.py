@@ -122,7 +122,7 @@ def _is_whole(folder: Path) -> bool:
         return False
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        return any(folder.glob("*.safetensors"))
+        return any(folder.glob("*.safetensors")) or any(folder.glob("part*-of-*/*.safetensors"))
     weight_map = read_json(folder, index.name).get("weight_map")
     shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else {index.stem}
     return all((folder / shard).is_file() for shard in shards)

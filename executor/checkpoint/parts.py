@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from executor.checkpoint.headers import Checkpoint
 from executor.checkpoint.pull import Pull, swap_last_two
 from executor.errors import UserError
 
@@ -69,6 +70,16 @@ def size_finding(folder: Path, is_compressed: bool, size: int) -> str | None:
         f"{made_for}; set attn_tp_size: {made_for}, or compress the w8a8s weights again for {size} (torchrun "
         f"--nproc_per_node {size} -m executor.commands.compress)"
     )
+
+
+def open_checkpoint(folder: Path, rank: int, size: int) -> Checkpoint:
+    """What rank `rank` of a tensor parallel group of `size` reads: its part, or the folder. UserError: another size."""
+    parts = part_folders(folder)
+    if not parts:
+        return Checkpoint(folder)
+    if finding := size_finding(folder, True, size):
+        raise UserError(finding)
+    return Checkpoint(parts[rank], is_part=True)
 
 
 def taken(pulls: Iterable[Pull]) -> dict[str, tuple[tuple[Bounds, ...], ...]]:

@@ -15,6 +15,7 @@ from executor.quant.float import FLOAT
 from executor.quant.scheme import Scheme
 from executor.quant.w8a8 import W8A8
 from executor.quant.w8a8_dynamic import W8A8Dynamic
+from executor.quant.w8a8sc import compressed_scheme
 from executor.quant.w8a16 import W8A16
 
 SCHEMES: dict[str, Scheme] = {
@@ -24,7 +25,8 @@ SCHEMES: dict[str, Scheme] = {
     "W8A8_DYNAMIC": W8A8Dynamic(),
     "W8A16": W8A16(),
 }
-"""By the word of descriptions."""
+"""By the word of descriptions. W8A8SC has a scheme for every linear: see compressed_scheme."""
+COMPRESSED_TYPE = "W8A8SC"
 
 
 def choose_schemes(model: nn.Module, catalog: Catalog, description: Description | None) -> list[str]:
@@ -40,7 +42,9 @@ def choose_schemes(model: nn.Module, catalog: Catalog, description: Description 
     for layer in model.modules():
         if isinstance(layer, Linear):
             names = [name for name, _, _ in layer.share.named(layer.prefix)]
-            scheme = _scheme([f"{name}.weight" for name in names], description)
+            kind = _kind([f"{name}.weight" for name in names], description)
+            is_compressed = kind == COMPRESSED_TYPE
+            scheme = compressed_scheme(layer.share, names, catalog) if is_compressed else SCHEMES[kind]
             if scheme is not FLOAT:
                 layer.take(scheme, any(f"{name}.bias" in catalog for name in names))
                 left += (f"{name}.{suffix}" for name in names for suffix in scheme.left)
@@ -49,13 +53,14 @@ def choose_schemes(model: nn.Module, catalog: Catalog, description: Description 
         elif isinstance(layer, Experts):
             expert = f"{layer.prefix}.0"
             names = [f"{expert}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
-            layer.take(_scheme(names, description))
+            layer.take(SCHEMES[_kind(names, description)])
         elif isinstance(layer, RMSNorm) and f"{layer.prefix}.bias" in catalog:
             layer.add_bias()
     return left
 
 
-def _scheme(names: list[str], description: Description) -> Scheme:
+def _kind(names: list[str], description: Description) -> str:
+    """The type of linears that are multiplied together."""
     kinds = {name: description.type_of(name) for name in names}
     if len(set(kinds.values())) > 1:
         named = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
@@ -64,6 +69,7 @@ def _scheme(names: list[str], description: Description) -> Scheme:
             "model again with one type for all of them"
         )
     kind = kinds[names[0]]
-    if kind not in SCHEMES:
-        raise UserError(f"{description.file}: '{names[0]}' is {kind}; this release reads {', '.join(SCHEMES)}")
-    return SCHEMES[kind]
+    known = SCHEMES if ".experts." in names[0] else (*SCHEMES, COMPRESSED_TYPE)
+    if kind not in known:
+        raise UserError(f"{description.file}: '{names[0]}' is {kind}; this release reads {', '.join(known)}")
+    return kind

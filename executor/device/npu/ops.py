@@ -14,10 +14,11 @@ import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
-from executor.device.npu import attention, experts, forms, graph, layout, linear
+from executor.device.npu import attention, compressed, experts, forms, graph, layout, linear
 from executor.device.npu.soc import COMPOSED, SOCS, Soc, chip_named, choose, soc_of
 from executor.device.ops import HeadNorms, Heads, KVLayer, Ops
 from executor.device.table import DeviceSettings
+from executor.device.weights import CompressedInt8, Weight
 from executor.errors import UserError
 from executor.host.env import environment
 
@@ -101,14 +102,16 @@ class NpuOps(Ops):
         return F.gelu(x, approximate="tanh" if tanh else "none")
 
     def prepare_linear(
-        self, weight: Tensor, bias: Tensor | None, many_rows: bool = False
+        self, weight: Weight, bias: Tensor | None, many_rows: bool = False
     ) -> Callable[[Tensor], Tensor]:
+        if isinstance(weight, CompressedInt8):
+            return compressed.prepare(weight, self.soc)
         return linear.Linear(layout.weight(weight.detach(), self.weight_nz), bias)
 
     def prepare_summed_linear(
-        self, weight: Tensor, bias: Tensor | None, group: Any, many_rows: bool = False
+        self, weight: Weight, bias: Tensor | None, group: Any, many_rows: bool = False
     ) -> Callable[[Tensor], Tensor]:
-        if not self._sums_fused(group):
+        if isinstance(weight, CompressedInt8) or not self._sums_fused(group):
             return linear.SummedLinear(self.prepare_linear(weight, bias), group)
         rows = self.decode_rows if self.calls["summed_linear_in_decode"] == COMPOSED else 0
         return linear.FusedSummedLinear(layout.weight(weight.detach(), self.weight_nz), bias, group, rows)

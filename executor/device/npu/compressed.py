@@ -1,0 +1,47 @@
+"""Linears whose weight stays compressed (W8A8SC), on the 300I DUO: the product unpacks it as it goes.
+
+Legend: T tokens, k inputs, n outputs of one of the linears that are fused, m their sum.
+"""
+
+import torch
+import torch_npu
+from torch import Tensor, nn
+
+from executor.device.npu.linear import frozen
+from executor.device.npu.soc import Soc
+from executor.device.weights import CompressedInt8
+from executor.errors import UserError
+
+_CALL = "npu_matmul_compress_dequant"
+
+
+class CompressedLinear(nn.Module):
+    """`x [T, k] -> [T, m]` fp16: x is quantized once, the fused linears are multiplied one by one."""
+
+    def __init__(self, weight: CompressedInt8) -> None:
+        super().__init__()
+        self.values = nn.ParameterList(map(frozen, weight.values))
+        self.index = nn.ParameterList(map(frozen, weight.index))
+        packed = torch_npu.npu_trans_quant_param(weight.deq_scale)
+        self.scale = nn.ParameterList(frozen(x.unsqueeze(0)) for x in packed.split(weight.num_out))
+        self.bias = nn.ParameterList(frozen(x.unsqueeze(0)) for x in weight.quant_bias.split(weight.num_out))
+        self.input_scale = frozen(weight.input_scale)
+        self.input_offset = frozen(weight.input_offset.to(torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        xq = torch_npu.npu_quantize(x, self.input_scale, self.input_offset, torch.qint8, -1, True)
+        each = zip(self.values, self.index, self.bias, self.scale, strict=True)
+        results = [torch_npu.npu_matmul_compress_dequant(xq, *weight) for weight in each]
+        return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
+
+
+def prepare(weight: CompressedInt8, soc: Soc) -> CompressedLinear:
+    """Raises UserError on a chip that does not unpack weights, and for a torch_npu without the call."""
+    if soc.name != "atlas_300i_duo":
+        raise UserError(
+            f"model_config.quantization: w8a8sc weights are unpacked by atlas_300i_duo only, and this chip is "
+            f"{soc.name}; use w8a8 weights"
+        )
+    if not hasattr(torch.ops.npu, _CALL):
+        raise UserError(f"the installed torch_npu has no {_CALL}, which w8a8sc weights need; use w8a8s weights")
+    return CompressedLinear(weight)
