@@ -19,5 +19,5 @@ class W8A16(FieldScheme):
         return WeightInt8(
             tensors["weight"],
             tensors["weight_scale"].unsqueeze(-1),
-            offset.unsqueeze(-1) if bool(offset.any()) else None,
+            None if offset.is_meta or not bool(offset.any()) else offset.unsqueeze(-1),
         )
