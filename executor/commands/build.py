@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from executor.checkpoint.description import read_description
 from executor.checkpoint.load import load_model
 from executor.checkpoint.parts import open_checkpoint
 from executor.device import ops
@@ -73,7 +72,7 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel, runner: A
         checkpoint,
         device,
         dtype,
-        lambda model: choose_schemes(model, checkpoint.catalog, read_description(prepared.folder)),
+        lambda model: choose_schemes(model, checkpoint.catalog, prepared.description),
     )
     replica = runner.build_replica(model, parallel)
     dtype = device.compute_dtype(dtype)

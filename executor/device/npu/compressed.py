@@ -8,6 +8,7 @@ import torch_npu
 from torch import Tensor, nn
 
 from executor.device.npu.linear import frozen
+from executor.device.npu.quant import packed
 from executor.device.npu.soc import Soc
 from executor.device.weights import CompressedInt8
 from executor.errors import UserError
@@ -22,13 +23,16 @@ class CompressedLinear(nn.Module):
         super().__init__()
         self.values = nn.ParameterList(map(frozen, weight.values))
         self.index = nn.ParameterList(map(frozen, weight.index))
-        packed = torch_npu.npu_trans_quant_param(weight.deq_scale)
-        self.scale = nn.ParameterList(frozen(x.unsqueeze(0)) for x in packed.split(weight.num_out))
+        scales = packed(weight.deq_scale).split(weight.num_out)
+        self.scale = nn.ParameterList(frozen(x.unsqueeze(0)) for x in scales)
+        self.num_out = len(weight.deq_scale)
         self.bias = nn.ParameterList(frozen(x.unsqueeze(0)) for x in weight.quant_bias.split(weight.num_out))
         self.input_scale = frozen(weight.input_scale)
         self.input_offset = frozen(weight.input_offset.to(torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not len(x):  # the kernels take no empty tensor
+            return x.new_empty(0, self.num_out)
         xq = torch_npu.npu_quantize(x, self.input_scale, self.input_offset, torch.qint8, -1, True)
         each = zip(self.values, self.index, self.bias, self.scale, strict=True)
         results = [torch_npu.npu_matmul_compress_dequant(xq, *weight) for weight in each]
