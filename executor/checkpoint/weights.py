@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,14 +63,10 @@ def load_weights(
     Raises UserError for missing tensors, wrong shapes and types that cannot be loaded, before anything is copied.
     """
     pulls = list(pulls)
-    missing = sorted({pull.name for pull in pulls} - checkpoint.catalog.keys())
-    if missing:
-        raise UserError(checkpoint.describe_missing(missing))
-    refuse_unmerged(checkpoint)
+    check_pulls(pulls, checkpoint)
     by_file: dict[Path, list[tuple[Pull, TensorInfo]]] = defaultdict(list)
     for pull in pulls:
         info = checkpoint.catalog[pull.name]
-        _check_pull(pull, info)
         if pull.into.numel():
             by_file[info.file].append((pull, info))
     planned_bytes = sum(_slice_bytes(pull, info) for wishes in by_file.values() for pull, info in wishes)
@@ -93,6 +89,16 @@ def load_weights(
         shown = ", ".join(unread[:5]) + (", ..." if len(unread) > 5 else "")
         logger.warning("%s: %d tensors were not used: %s", checkpoint.folder, len(unread), shown)
     return report
+
+
+def check_pulls(pulls: Sequence[Pull], checkpoint: Checkpoint) -> None:
+    """UserError for tensors that are missing, of another shape or of a type that cannot be loaded."""
+    missing = sorted({pull.name for pull in pulls} - checkpoint.catalog.keys())
+    if missing:
+        raise UserError(checkpoint.describe_missing(missing))
+    refuse_unmerged(checkpoint)
+    for pull in pulls:
+        _check_pull(pull, checkpoint.catalog[pull.name])
 
 
 def _read(file: Path, wishes: list[tuple[Pull, TensorInfo]]) -> Iterator[tuple[Pull, TensorInfo]]:

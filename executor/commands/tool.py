@@ -5,6 +5,8 @@ status 0 done, 2 the user's mistake, 1 anything else.
 """
 
 import argparse
+import contextlib
+import io
 import logging
 import sys
 import traceback
@@ -34,12 +36,18 @@ class ToolParser(argparse.ArgumentParser):
         raise UserError(f"{message}\n{self.format_usage().strip()}")
 
 
-def run_tool(command: str, work: Callable[[Sequence[str]], Document], argv: Sequence[str] | None = None) -> int:
-    """Do `work` of the words of the command line; returns the exit status. Everything it raises ends here."""
+def run_tool(
+    command: str, work: Callable[[Sequence[str]], Document], argv: Sequence[str] | None = None, is_shown: bool = True
+) -> int:
+    """Do `work` of the words of the command line; returns the exit status. Everything it raises ends here.
+
+    `is_shown`: whether this process speaks for the job; of several ranks one does.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s", stream=sys.stderr)
     try:
-        document, status = _outcome(command, work, list(sys.argv[1:] if argv is None else argv))
-        print_document({"command": command, **document})
+        with contextlib.nullcontext() if is_shown else contextlib.redirect_stdout(io.StringIO()):
+            document, status = _outcome(work, list(sys.argv[1:] if argv is None else argv), is_shown)
+            print_document({"command": command, **document})
         return status
     except BrokenPipeError:
         if not reader_is_gone():
@@ -48,11 +56,12 @@ def run_tool(command: str, work: Callable[[Sequence[str]], Document], argv: Sequ
         return READER_GONE
 
 
-def _outcome(command: str, work: Callable[[Sequence[str]], Document], argv: Sequence[str]) -> tuple[Document, int]:
+def _outcome(work: Callable[[Sequence[str]], Document], argv: Sequence[str], is_shown: bool) -> tuple[Document, int]:
     try:
         return work(argv), 0
     except UserError as error:
-        print(f"error: {error}{error.more}", file=sys.stderr)
+        if is_shown:
+            print(f"error: {error}{error.more}", file=sys.stderr)
         return {"error": str(error)}, 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -60,7 +69,8 @@ def _outcome(command: str, work: Callable[[Sequence[str]], Document], argv: Sequ
     except BrokenPipeError:
         raise
     except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if is_shown:
+            print(f"error: {error}", file=sys.stderr)
         return {"error": str(error)}, 1
     except Exception as error:
         traceback.print_exc()
