@@ -55,9 +55,14 @@ def whole(name: str, into: Tensor) -> Pull:
     return Pull(name, tuple(into.shape), (slice(None),) * into.dim(), into)
 
 
-def elsewhere(name: str, shape: tuple[int, ...]) -> Pull:
-    """Nothing of the tensor: another rank holds it. The checkpoint is still held to have it, in this shape."""
-    return Pull(name, shape, (slice(0, 0),), torch.empty(0, *shape[1:], device="cpu"))
+def elsewhere(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None = None,
+    convert: Callable[[Tensor], Tensor] | None = None,
+) -> Pull:
+    """Nothing of the tensor: another rank holds it. The checkpoint is still held to have it, in this shape and type."""
+    return Pull(name, shape, (slice(0, 0),), torch.empty(0, *shape[1:], dtype=dtype, device="cpu"), convert=convert)
 
 
 def pull_all(module: nn.Module, catalog: Catalog, prefix: str) -> Iterator[Pull]:

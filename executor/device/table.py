@@ -85,7 +85,7 @@ BACKENDS: dict[str, Backend] = {
             "cpu",
             dtypes=("float32", "bfloat16", "float16"),
             exe_modes=("eager",),
-            quantization=("none", "w8a8", "w8a8s", "w8a8_dynamic", "w8a16"),
+            quantization=("none", "w8a8", "w8a8s", "w8a8_dynamic", "w8a16", "w4a8_dynamic"),
             opener="executor.device.cpu.ops:open_cpu",
             compute_dtype="executor.device.cpu.ops:computes_in",
         ),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from executor.checkpoint.pull import Catalog, Pull
 from executor.device import ops
+from executor.device.weights import pack_int4, unpack_int4
 from executor.parallel.groups import Group
 from executor.parallel.partition import Part, part
 from executor.quant.float import FLOAT
@@ -73,8 +74,10 @@ class Linear(nn.Module):
             places = self.scheme.dims.get(name, ())
             if tensor is not None and dim in places:
                 place = places.index(dim)
-                changed = change(tensor.data.transpose(0, place)).transpose(0, place).contiguous()
-                setattr(self, name, nn.Parameter(changed, requires_grad=False))
+                is_packed = name in self.scheme.packed
+                values = unpack_int4(tensor.data) if is_packed else tensor.data
+                changed = change(values.transpose(0, place)).transpose(0, place).contiguous()
+                setattr(self, name, nn.Parameter(pack_int4(changed) if is_packed else changed, requires_grad=False))
 
     def prepare(self) -> None:
         """Hand the tensors to the backend in its own layout and drop the plain copies."""

@@ -22,6 +22,9 @@ class Float:
     name = "none"
     dims = {"weight": ("out", "in"), "bias": ("out",)}
     left = ()
+    refused = {}
+    packed = ()
+    form = Tensor
 
     def linear_tensors(self, share: LinearShare) -> dict[str, nn.Parameter | None]:
         weight = empty(share.num_rows, share.num_columns)
@@ -73,7 +76,7 @@ def _stacked(share: ExpertShare, tensors: Tensors, catalog: Catalog, prefix: str
     num_experts, inner, hidden = share.num_experts, share.intermediate_size, share.hidden_size
     up_name, down_name = f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
     up_shape, down_shape = (num_experts, 2 * inner, hidden), (num_experts, hidden, inner)
-    up_swapped, down_swapped = _swapped(catalog, up_name, up_shape), _swapped(catalog, down_name, down_shape)
+    up_swapped, down_swapped = swapped(catalog, up_name, up_shape), swapped(catalog, down_name, down_shape)
     for half in (0, 1):
         rows = slice(half * inner + share.columns.start, half * inner + share.columns.stop)
         into = gate_up[:, half * share.num_columns : (half + 1) * share.num_columns]
@@ -98,7 +101,7 @@ def _unstacked(share: ExpertShare, tensors: Tensors, catalog: Catalog, prefix: s
         yield Pull(down_name, down_shape, (_EVERY, share.columns), down[place])
 
 
-def _swapped(catalog: Catalog, name: str, shape: tuple[int, int, int]) -> bool:
+def swapped(catalog: Catalog, name: str, shape: tuple[int, int, int]) -> bool:
     """Whether the checkpoint stores `name` with its last two dims swapped. Raises UserError where neither form fits."""
     if name not in catalog:
         return False  # the loader reports it missing

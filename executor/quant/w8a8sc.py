@@ -44,6 +44,7 @@ class W8A8SC(FieldScheme):
     sizes: tuple[tuple[int, int], ...]
 
     name = "w8a8sc"
+    form = CompressedInt8
     fields = tuple(replace(field, added_once=False) for field in STATIC_FIELDS)
     takes_bias = False
     left = W8A8.left
@@ -66,6 +67,8 @@ class W8A8SC(FieldScheme):
         """Raises UserError for parts that were compressed for other sizes, or calibrated apart."""
         count = range(len(self.sizes))
         for number, part in zip(count, share.parts, strict=True):
+            if tensors[f"info_{number}"].is_meta:
+                continue
             found = tuple(tensors[f"info_{number}"].tolist())
             wanted = weight_info(share.num_columns, part.num_local, found[:2])
             if found != wanted:
@@ -82,6 +85,12 @@ class W8A8SC(FieldScheme):
             one_of_all(tensors["input_scale"], share, "input_scale"),
             one_of_all(tensors["input_offset"], share, "input_offset"),
         )
+
+
+def uncompressed_sizes(share: LinearShare) -> W8A8SC:
+    """The scheme of a linear whose weights are not here: as many bytes as without compression."""
+    k = share.num_columns
+    return W8A8SC(tuple((part.num_local * k, index_bytes(k, part.num_local)) for part in share.parts))
 
 
 def compressed_scheme(share: LinearShare, names: Sequence[str], catalog: Catalog) -> W8A8SC:

@@ -263,6 +263,7 @@ def test_every_type_inside_must_be_one_that_the_device_has(tmp_path, monkeypatch
     folder = described(tmp_path / "Qwen3-VL-8B-Instruct-W8A8", "W8A8", *MIXED)
     monkeypatch.setitem(BACKENDS, "cpu", replace(BACKENDS["cpu"], quantization=("none", "w8a8")))
     monkeypatch.setitem(BACKENDS, "npu", replace(BACKENDS["npu"], quantization=("none", "w8a8", "w8a8_dynamic")))
+    monkeypatch.setitem(BACKENDS, "npu_emulated", replace(BACKENDS["npu_emulated"], quantization=("none", "w8a8")))
     with pytest.raises(UserError) as error:
         prepared(folder, quantization=word)
     (line,) = str(error.value).splitlines()

@@ -8,7 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from executor.device.weights import DynamicInt8, MixedInt8, QuantizedWeight, StaticInt8, WeightInt8
+from executor.device.weights import (
+    DynamicInt4,
+    DynamicInt8,
+    MixedInt8,
+    QuantizedWeight,
+    StaticInt8,
+    WeightInt8,
+    unpack_int4,
+)
 from executor.errors import UserError
 
 
@@ -18,6 +26,8 @@ def prepare(weight: QuantizedWeight, bias: Tensor | None, many_rows: bool) -> Ca
         return Static(weight)
     if isinstance(weight, DynamicInt8):
         return Dynamic(weight, bias)
+    if isinstance(weight, DynamicInt4):
+        return Dynamic(DynamicInt8(unpack_int4(weight.packed), weight.scale), bias)
     if isinstance(weight, WeightInt8):
         return WeightOnly(weight, bias)
     if isinstance(weight, MixedInt8):
