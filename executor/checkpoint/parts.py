@@ -107,10 +107,10 @@ def of_part(pulls: Iterable[Pull]) -> Iterator[Pull]:
     pulls = list(pulls)
     held: Mapping[str, tuple[tuple[Bounds, ...], ...]] = taken(pulls)
     for pull in pulls:
-        if not pull.into.numel():
-            continue
         if pull.name.startswith(WHOLE):
             yield pull
+            continue
+        if not pull.into.numel():  # another rank's part has it
             continue
         shape, index = [], []
         for piece, seen in zip(pull.file_index, held[pull.name], strict=True):

@@ -121,8 +121,8 @@ def compress(executable: Path, weight: Tensor, name: str, folder: Path) -> Packe
     if (tile_n, tile_k) != (TILE, TILE) or size != len(values) or len(index) != index_bytes(k, n):
         raise RuntimeError(
             f"{NAME} gave for {name} [{n}, {k}] {len(values)} bytes, {len(index)} of index and info "
-            f"{tile_n, tile_k, size}; the index must have {index_bytes(k, n)} and info be {TILE, TILE, len(values)}: is "
-            f"it built of msmodelslim 26.1.0?{_said(done)}"
+            f"{tile_n, tile_k, size}; the index must have {index_bytes(k, n)}, and info be {TILE, TILE, len(values)}. "
+            f"Is it built of msmodelslim 26.1.0?{_said(done)}"
         )
     for path in made:
         path.unlink()
