@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from executor.host.env import find_path
 from executor.host.streams import READER_GONE, print_document, reader_is_gone, write_to_nobody
 
 Document = dict[str, Any]
+FAREWELL_S = 2.0
+"""How long a failed rank that does not speak stays: torchrun ends all others once one has ended, the speaker too."""
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -48,6 +51,8 @@ def run_tool(
         with contextlib.nullcontext() if is_shown else contextlib.redirect_stdout(io.StringIO()):
             document, status = _outcome(work, list(sys.argv[1:] if argv is None else argv), is_shown)
             print_document({"command": command, **document})
+        if status and not is_shown:
+            time.sleep(FAREWELL_S)
         return status
     except BrokenPipeError:
         if not reader_is_gone():

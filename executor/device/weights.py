@@ -78,6 +78,7 @@ class CompressedInt8:
 
     values: tuple[Tensor, ...]  # int8 [c], of each of them
     index: tuple[Tensor, ...]  # int8, 8 bytes for a tile of 256 inputs by 128 outputs
+    num_in: int
     num_out: tuple[int, ...]  # outputs of each; m is their sum
     deq_scale: Tensor  # float32 [m]
     quant_bias: Tensor  # int32 [m]

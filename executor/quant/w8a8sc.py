@@ -79,6 +79,7 @@ class W8A8SC(FieldScheme):
         return CompressedInt8(
             tuple(tensors[f"weight_{number}"] for number in count),
             tuple(tensors[f"index_{number}"] for number in count),
+            share.num_columns,
             tuple(part.num_local for part in share.parts),
             tensors["deq_scale"],
             tensors["quant_bias"],

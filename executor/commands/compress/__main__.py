@@ -8,6 +8,7 @@ them, and the vision encoder whole.
 """
 
 import argparse
+import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,23 +36,32 @@ from executor.quant.compressor import find_executable
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model")
 NOT_COPIED = (CONFIG, PATTERN, "*.safetensors.index.json")
+logger = logging.getLogger(__name__)
 Bytes = dict[str, list[int]]  # [plain, compressed] by the name of a linear
 
 
 def work(argv: Sequence[str]) -> Document:
     told = _parse(argv)
     place = rank_place()
-    source, target = checkpoint_folder(told.model_path), Path(told.save_directory).expanduser()
-    size = _size(told.tp, place)
-    compressor = Compressor(find_executable(told.executable), told.multiprocess_num)
-    check_empty(target)
-    job = open_job(source, size)
-    ranks = range(size) if place.world_size == 1 else (place.rank,)
-    shares = [share_of(job, rank, job.checkpoint, job.description) for rank in ranks]
-    found = compress_all(job, shares, compressor, target, Ranks(place))
+    target, size = Path(told.save_directory).expanduser(), _size(told.tp, place)
+    parts = range(size) if place.world_size == 1 else (place.rank,)
+    opened: list[tuple[Job, list[Share], Compressor]] = []
+
+    def prepare() -> None:
+        source = checkpoint_folder(told.model_path)
+        check_empty(target)
+        job = open_job(source, size)
+        shares = [share_of(job, rank, job.checkpoint, job.description) for rank in parts]
+        opened.append((job, shares, Compressor(find_executable(told.executable), told.multiprocess_num)))
+
+    ranks = Ranks(place)
+    ranks.together("opened", prepare)
+    found = compress_all(*opened[0], target, ranks)
     for rank, each in enumerate(found):
         _print_ratios(f"part {rank}", each)
     plain, small = (sum(column) for column in zip(*(row for each in found for row in each.values()), strict=True))
+    if small >= plain:
+        logger.warning("the weights became no smaller: they are not sparse; was the calibration one for w8a8s?")
     print(f"{target}: {small / 2**20:.1f} of {plain / 2**20:.1f} MiB, ratio {small / plain:.3f}, for {size} rank(s)")
     document = {"save_directory": str(target), "tp": size, "ratio": round(small / plain, 4)}
     layers = _ratios_by_layer({f"{rank}/{name}": row for rank, each in enumerate(found) for name, row in each.items()})
@@ -73,7 +83,6 @@ def compress_all(job: Job, shares: Sequence[Share], compressor: Compressor, targ
         return [write_part(job, share, compressor, staging) for share in shares]
 
     try:
-        ranks.together("checked", lambda: check_empty(target))
         ranks.together("begun", begin)
         found = [each for of_rank in ranks.together("written", write) for each in of_rank]
         ranks.together("finished", lambda: finish_folder(target) if ranks.leads else None)

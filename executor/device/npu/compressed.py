@@ -8,7 +8,7 @@ import torch_npu
 from torch import Tensor, nn
 
 from executor.device.npu.linear import frozen
-from executor.device.npu.quant import packed
+from executor.device.npu.quant import QuantizedRows, StaticInput, packed
 from executor.device.npu.soc import Soc
 from executor.device.weights import CompressedInt8
 from executor.errors import UserError
@@ -16,30 +16,24 @@ from executor.errors import UserError
 _CALL = "npu_matmul_compress_dequant"
 
 
-class CompressedLinear(nn.Module):
+class CompressedLinear(StaticInput):
     """`x [T, k] -> [T, m]` fp16: x is quantized once, the fused linears are multiplied one by one."""
 
-    def __init__(self, weight: CompressedInt8) -> None:
-        super().__init__()
+    def __init__(self, weight: CompressedInt8, dtype: torch.dtype) -> None:
+        super().__init__(weight.num_in, sum(weight.num_out), weight.input_scale, weight.input_offset, dtype)
         self.values = nn.ParameterList(map(frozen, weight.values))
         self.index = nn.ParameterList(map(frozen, weight.index))
         scales = packed(weight.deq_scale).split(weight.num_out)
         self.scale = nn.ParameterList(frozen(x.unsqueeze(0)) for x in scales)
-        self.num_out = len(weight.deq_scale)
         self.bias = nn.ParameterList(frozen(x.unsqueeze(0)) for x in weight.quant_bias.split(weight.num_out))
-        self.input_scale = frozen(weight.input_scale)
-        self.input_offset = frozen(weight.input_offset.to(torch.int32))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not len(x):  # the kernels take no empty tensor
-            return x.new_empty(0, self.num_out)
-        xq = torch_npu.npu_quantize(x, self.input_scale, self.input_offset, torch.qint8, -1, True)
+    def multiply(self, rows: QuantizedRows) -> Tensor:
         each = zip(self.values, self.index, self.bias, self.scale, strict=True)
-        results = [torch_npu.npu_matmul_compress_dequant(xq, *weight) for weight in each]
+        results = [torch_npu.npu_matmul_compress_dequant(rows.values, *weight) for weight in each]
         return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
 
 
-def prepare(weight: CompressedInt8, soc: Soc) -> CompressedLinear:
+def prepare(weight: CompressedInt8, soc: Soc, dtype: torch.dtype) -> CompressedLinear:
     """Raises UserError on a chip that does not unpack weights, and for a torch_npu without the call."""
     if soc.name != "atlas_300i_duo":
         raise UserError(
@@ -48,4 +42,4 @@ def prepare(weight: CompressedInt8, soc: Soc) -> CompressedLinear:
         )
     if not hasattr(torch.ops.npu, _CALL):
         raise UserError(f"the installed torch_npu has no {_CALL}, which w8a8sc weights need; use w8a8s weights")
-    return CompressedLinear(weight)
+    return CompressedLinear(weight, dtype)

@@ -78,7 +78,7 @@ class NpuOps(Ops):
         if residual is None or not len(x):  # the fused ops take no empty x
             return super().add_rms_norm(x, residual, weight, eps, bias)
         product = quant.reader_of(reader, len(x))
-        if isinstance(product, quant.StaticLinear) and self._has("add_rms_norm_static"):
+        if isinstance(product, quant.StaticInput) and self._has("add_rms_norm_static"):
             return quant.add_rms_norm_static(x, residual, weight, eps, bias, product)
         if isinstance(product, quant.DynamicLinear) and self._has("add_rms_norm_dynamic"):
             return quant.add_rms_norm_dynamic(x, residual, weight, eps, bias)
@@ -126,7 +126,7 @@ class NpuOps(Ops):
         self, weight: Weight, bias: Tensor | None, many_rows: bool = False
     ) -> Callable[[Tensor], Tensor]:
         if isinstance(weight, CompressedInt8):
-            return compressed.prepare(weight, self.soc)
+            return compressed.prepare(weight, self.soc, self.dtype)
         if not isinstance(weight, Tensor):
             return self._products.linear(weight, bias)
         return linear.Linear(layout.weight(weight.detach(), self.weight_nz), bias)
