@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from executor.checkpoint.mapped import mapped_rows
-from executor.checkpoint.parts import of_part
+from executor.checkpoint.part_pulls import of_part
 from executor.checkpoint.pull import Pull, deferred, finalize, materialise
 from executor.checkpoint.strangers import check_unread
 from executor.checkpoint.weights import Checkpoint, LoadReport, check_complete, load_weights
@@ -54,6 +54,9 @@ def load_model(
             model = build()
         ignore = [*choose(model), *(("lm_head.weight",) if model.config.tie_word_embeddings else ())]
     materialise(model, device.device)
+    if checkpoint.ignored:
+        names = ", ".join(file.relative_to(checkpoint.folder).as_posix() for file in checkpoint.ignored)
+        logger.warning("%s: beside the quantized weights, and not read: %s", checkpoint.folder, names)
     pulls = list(model.pulls(checkpoint.catalog))
     check_complete(model, pulls)
     pulls = in_files(pulls, checkpoint)

@@ -5,7 +5,7 @@ Weights are pulled: a layer lists its tensors, the loader reads just those slice
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,11 @@ def swap_last_two(dims: tuple) -> tuple:
 def whole(name: str, into: Tensor) -> Pull:
     """The whole tensor, as it is."""
     return Pull(name, tuple(into.shape), (slice(None),) * into.dim(), into)
+
+
+def zeros(beside: Pull, into: Tensor) -> Pull:
+    """Zeros, for a tensor that the checkpoint need not have. `beside`: the pull of one that it has, which is read."""
+    return replace(beside, into=into, transpose=False, convert=lambda x: torch.zeros((), dtype=into.dtype))
 
 
 def elsewhere(

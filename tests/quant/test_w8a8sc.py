@@ -9,7 +9,8 @@ import torch
 
 from emulator.kernels.compressed import unzip_weight, zip_weight
 from executor.checkpoint.headers import TensorInfo
-from executor.checkpoint.parts import of_part, open_checkpoint, part_folders, size_finding, taken
+from executor.checkpoint.part_pulls import of_part, open_checkpoint, taken
+from executor.checkpoint.parts import part_folders, size_finding
 from executor.checkpoint.pull import Pull, elsewhere
 from executor.errors import UserError
 from executor.parallel.groups import Group

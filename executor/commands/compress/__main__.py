@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from executor.checkpoint.description import PATTERN
+from executor.checkpoint.files import DESCRIPTIONS
 from executor.checkpoint.writing import (
     CONFIG,
     STAGING,
@@ -35,7 +35,7 @@ from executor.host.env import RankPlace, rank_place
 from executor.quant.compressor import find_executable
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model")
-NOT_COPIED = (CONFIG, PATTERN, "*.safetensors.index.json")
+NOT_COPIED = (CONFIG, DESCRIPTIONS, "*.safetensors.index.json")
 logger = logging.getLogger(__name__)
 Bytes = dict[str, list[int]]  # [plain, compressed] by the name of a linear
 

@@ -12,7 +12,8 @@ from executor.checkpoint.description import Description, read_description
 from executor.checkpoint.folder import read_json
 from executor.checkpoint.headers import Checkpoint
 from executor.checkpoint.load import build_on_meta, default_dtype, in_files
-from executor.checkpoint.parts import WHOLE, Bounds, part_folders, taken
+from executor.checkpoint.part_pulls import WHOLE, Bounds, taken
+from executor.checkpoint.parts import part_folders
 from executor.checkpoint.strangers import check_unread
 from executor.checkpoint.weights import check_pulls
 from executor.errors import UserError

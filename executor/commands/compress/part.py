@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from executor.checkpoint.description import FLOAT_TYPE, read_description
 from executor.checkpoint.headers import Checkpoint, TensorInfo
-from executor.checkpoint.parts import Bounds, part_name
+from executor.checkpoint.part_pulls import Bounds
+from executor.checkpoint.parts import part_name
 from executor.checkpoint.writing import Entry, computed_entry, tensor_entry, write_json, write_safetensors
 from executor.commands.compress.job import DTYPE, Job, Share, share_of
 from executor.errors import UserError

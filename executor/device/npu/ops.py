@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
-from executor.device.npu import attention, compressed, experts, forms, graph, layout, linear, quant
+from executor.device.npu import attention, compressed, experts, forms, graph, layout, linear, quant, quant_experts
 from executor.device.npu.soc import COMPOSED, SOCS, Soc, chip_named, choose, soc_of
 from executor.device.ops import HeadNorms, Heads, KVLayer, Ops
 from executor.device.table import DeviceSettings
@@ -160,11 +160,18 @@ class NpuOps(Ops):
         return group.handle is self._domain
 
     def prepare_experts(
-        self, gate_up: Tensor, down: Tensor, first: int = 0, num_experts: int | None = None
+        self, gate_up: Weight, down: Weight, first: int = 0, num_experts: int | None = None
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        weights = (layout.weight(w.detach(), self.weight_nz) for w in (gate_up, down))
+        if isinstance(gate_up, Tensor):
+            weights = (layout.weight(w.detach(), self.weight_nz) for w in (gate_up, down))
+            product = experts.FloatProduct(*weights, self.swiglu)
+        else:
+            product = quant_experts.product(gate_up, down, self)
         kind = experts.Experts if self.soc.routes_ranges else experts.LocalExperts
-        return kind(*weights, self.swiglu, first, num_experts or len(gate_up))
+        return kind(product, first, num_experts or product.num_experts)
+
+    def check_experts(self, form: type, hidden_size: int, intermediate_size: int) -> None:
+        quant_experts.check(self.soc, form, hidden_size, intermediate_size)
 
     def gate_topk(self, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
         """The softmax is the op's own, in fp32 inside; ids int32."""
