@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emulator import chips
 from emulator.kernels.quant import dynamic_quantize, quantize
-from emulator.limits import FLOATS, refuse, require, require_dtype, require_rank, require_shape
+from emulator.limits import FLOATS, refuse, require, require_dtype, require_rank, require_same_dtype, require_shape
 from emulator.registry import kernel
 
 
@@ -57,22 +57,20 @@ def _check_fused(
     require(round_mode in (None, 0), "round_mode must be 0", round_mode)
     groups = 1 if group_index is None else group_index.shape[0]
     if x.dtype == torch.int32:
-        require(
-            weight_scale is not None and activation_scale is not None,
-            "an int32 x needs weight_scale and activation_scale",
-        )
+        require(weight_scale is not None, "an int32 x needs weight_scale")
         require_dtype("weight_scale", weight_scale, (torch.float32,))
-        require_dtype("activation_scale", activation_scale, (torch.float32,))
         require(
             weight_scale.numel() == groups * x.shape[-1],
             f"weight_scale must have shape [{groups}, {x.shape[-1]}]",
             list(weight_scale.shape),
         )
-        require(
-            activation_scale.numel() == x[..., 0].numel(),
-            f"activation_scale must have one value per row of x {list(x.shape)}",
-            list(activation_scale.shape),
-        )
+        if activation_scale is not None:
+            require_dtype("activation_scale", activation_scale, (torch.float32,))
+            require(
+                activation_scale.numel() == x[..., 0].numel(),
+                f"activation_scale must have one value per row of x {list(x.shape)}",
+                list(activation_scale.shape),
+            )
     else:
         refuse(weight_scale=weight_scale, activation_scale=activation_scale, bias=bias)
     if bias is not None:
@@ -80,7 +78,11 @@ def _check_fused(
         require(bias.numel() == x.shape[-1], f"bias must have {x.shape[-1]} values", list(bias.shape))
     if quant_scale is not None:
         require_dtype("quant_scale", quant_scale, FLOATS)
-    require(quant_mode == 1 or quant_scale is not None, "static quantization needs quant_scale")
+    if quant_mode == 0:
+        given = quant_scale is not None and quant_offset is not None
+        require(given, "static quantization needs quant_scale and quant_offset")
+        require_same_dtype("quant_scale", quant_scale, quant_offset=quant_offset)
+        require_shape("quant_offset", quant_offset, *quant_scale.shape)
     if group_index is not None:
         refuse(bias=bias, quant_offset=quant_offset)
         _check_groups(x, group_index, quant_scale, quant_mode)
@@ -121,7 +123,8 @@ def npu_dequant_swiglu_quant(
     groups = _group_of_row(group_index, rows.shape[0])
     wide = (rows if bias is None else rows + bias.view(1, -1)).float()
     if x.dtype == torch.int32:
-        wide = wide * weight_scale.view(-1, x.shape[-1])[groups] * activation_scale.view(-1, 1)
+        wide = wide * weight_scale.view(-1, x.shape[-1])[groups]
+        wide = wide if activation_scale is None else wide * activation_scale.view(-1, 1)
     if swiglu_mode == 1:
         y = _clamped_swiglu(wide, clamp_limit, glu_alpha, glu_bias)
     else:

@@ -1,17 +1,14 @@
 """What a recipe and its checkpoint say about the type of the KV cache, and what keeps it from being int8."""
 
-from pathlib import Path
-
-from executor.checkpoint.description import read_description
+from executor.checkpoint.description import Description
 from executor.device.table import named
 from executor.recipe.schema import ModelSection, Recipe
 
 _ROWS = 32  # tokens of a block that an NPU's attention over int8 keys wants whole multiples of
 
 
-def has_cache_scales(folder: Path) -> bool:
+def has_cache_scales(description: Description | None) -> bool:
     """Whether the checkpoint's description speaks of an int8 KV cache."""
-    description = read_description(folder)
     return description is not None and description.kv_cache is not None
 
 

@@ -298,12 +298,12 @@ def test_unusable_scales_are_refused_before_loading(family, tmp_path):
     """As the real tool leaves them today: the description says C8, and there is nothing of use."""
     folder = tmp_path / "announced"
     shutil.copytree(family.source, folder)
-    write_description(folder, {"kv_cache_type": "C8"})
+    write_description(folder, {"lm_head.weight": "FLOAT", "kv_cache_type": "C8"})
     with pytest.raises(
         UserError, match=r"says C8 .* not usable: .*0.self_attn.k_proj.kv_cache_scale' and \d+ more are miss"
     ):
         engine_over(folder)
-    write_description(folder, {"kv_quant_type": "C4"})
+    write_description(folder, {"lm_head.weight": "FLOAT", "kv_quant_type": "C4"})
     with pytest.raises(UserError, match=r"kv_cache_type is C4; this release reads C8"):
         engine_over(folder)
     description = family.folder / "quant_model_description.json"
