@@ -16,7 +16,7 @@ from torch import Tensor
 from executor.errors import UserError
 
 C8 = "C8"
-SUFFIXES = ("kv_cache_scale", "kv_cache_offset")
+SCALE, OFFSET = SUFFIXES = ("kv_cache_scale", "kv_cache_offset")
 _LEAST_SCALE = 2.0**-23  # of a channel that is always zero, as msmodelslim has it for weights
 
 
@@ -38,20 +38,18 @@ def faults(catalog: Mapping[str, Any], attentions: Iterable[str], channels: int)
     missing = [name for name in wanted if name not in catalog]
     strangers = sorted(name for name in catalog if is_cache_tensor(name) and name not in set(wanted))
     if missing:
-        beside = f"; beside that there are {_some(strangers)}, which belong to no attention layer" if strangers else ""
-        yield f"{_some(missing)} are missing{beside}"
-    elif strangers:
-        yield f"{_some(strangers)} belong to no attention layer"
+        yield f"missing: {_some(missing)}"
+    if strangers:
+        yield f"of no attention layer: {_some(strangers)}"
     odd = [name for name in wanted if name in catalog and tuple(catalog[name].shape) != (channels,)]
     if odd:
         shape = list(catalog[odd[0]].shape)
-        yield f"{_some(odd)} must have shape [{channels}], a number for every channel of all heads; got {shape}"
+        yield f"of shape {shape} instead of [{channels}], a number for every channel of all heads: {_some(odd)}"
 
 
 UNUSABLE = (
     "the description says C8 (int8 KV cache), and its tensors are not usable: {}. msmodelslim (to 26.1.0) writes none "
-    "or empty ones for vision-language models. Quantize without C8, make the scales with  python -m "
-    "executor.commands.quantize, or set model_config.kv_cache_dtype: float, which leaves them"
+    "or empty ones for vision-language models. Quantize without C8"
 )
 
 
@@ -66,7 +64,7 @@ def checked(name: str, takes_offsets: bool, x: Tensor) -> Tensor:
     where the device takes none.
     """
     x = x.float()
-    if name.endswith(SUFFIXES[0]):
+    if name.endswith(SCALE):
         fine, wanted = torch.isfinite(x) & (x > 0), "positive numbers"
     else:
         fine, wanted = (x == x.round()) & (x >= -128) & (x <= 127), "whole numbers from -128 to 127"
@@ -75,7 +73,7 @@ def checked(name: str, takes_offsets: bool, x: Tensor) -> Tensor:
             f"tensor '{name}' must hold {wanted}, got {x[~fine][0]:g}; quantize the model again, or set "
             "model_config.kv_cache_dtype: float, which leaves it"
         )
-    if name.endswith(SUFFIXES[1]) and not takes_offsets and bool(x.any()):
+    if name.endswith(OFFSET) and not takes_offsets and bool(x.any()):
         raise UserError(
             f"tensor '{name}' has offsets other than zero, and NPUs take an int8 KV cache without them here (no "
             "page says which sign their attention gives an offset); quantize again with a symmetric cache, or set "

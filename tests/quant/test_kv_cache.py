@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from executor.commands.check_folder import check_folder
 from executor.device import ops
 from executor.device.cpu.ops import CpuOps
 from executor.device.ops import KVScales
@@ -163,12 +165,13 @@ def test_tensors_that_are_none_are_told():
         f"{attentions[0]}.v_proj.k_proj.kv_cache_scale": empty,
         "model.visual.blocks.0.attn.qkv.k_proj.kv_cache_offset": empty,
     }
-    (found,) = faults(v0, attentions, 16)
-    assert found.startswith(f"'{attentions[0]}.k_proj.kv_cache_scale' and 7 more are missing; beside that there are '")
+    missing, strange = faults(v0, attentions, 16)
+    assert missing == f"missing: '{attentions[0]}.k_proj.kv_cache_scale' and 7 more"
+    assert strange == f"of no attention layer: '{attentions[0]}.v_proj.k_proj.kv_cache_scale' and 1 more"
     (found,) = faults(good | {tensor_names(attentions[1])[2]: empty}, attentions, 16)
-    assert found.endswith("must have shape [16], a number for every channel of all heads; got [0]")
+    assert found.startswith("of shape [0] instead of [16], a number for every channel of all heads: '")
     (found,) = faults(good | v0, attentions, 16)
-    assert found.endswith("and 1 more belong to no attention layer")
+    assert found == strange
 
 
 # ---- whole models
@@ -300,7 +303,7 @@ def test_unusable_scales_are_refused_before_loading(family, tmp_path):
     shutil.copytree(family.source, folder)
     write_description(folder, {"lm_head.weight": "FLOAT", "kv_cache_type": "C8"})
     with pytest.raises(
-        UserError, match=r"says C8 .* not usable: .*0.self_attn.k_proj.kv_cache_scale' and \d+ more are miss"
+        UserError, match=r"says C8 .* not usable: missing: '.*0.self_attn.k_proj.kv_cache_scale' and \d+ more"
     ):
         engine_over(folder)
     write_description(folder, {"lm_head.weight": "FLOAT", "kv_quant_type": "C4"})
@@ -315,8 +318,27 @@ def test_unusable_scales_are_refused_before_loading(family, tmp_path):
         engine_over(silent)
 
 
+def test_a_folder_is_judged_without_loading_it(family, tmp_path):
+    """What `quantize --check` says: nothing, a warning of what NPUs do not take, and faults."""
+    report = check_folder(family.folder)
+    assert not report.faults and not any("kv_cache" in warning for warning in report.warnings)
+    shifted = add_scales(tmp_path / "shifted", family.source, family.seen, symmetric=False)
+    report = check_folder(shifted)
+    (warning,) = [each for each in report.warnings if "kv_cache" in each]
+    assert not report.faults and "6 tensors" in warning and "symmetric scales only" in warning
+    file = shifted / "model.safetensors"
+    tensors = load_file(file)
+    name = next(each for each in tensors if each.endswith("layers.1.self_attn.v_proj.kv_cache_scale"))
+    save_file(tensors | {name: -tensors[name]}, file, metadata={"format": "pt"})
+    (fault,) = check_folder(shifted).faults
+    assert "layers.1.self_attn.v_proj.kv_cache_scale' must hold positive numbers" in fault
+    save_file({each: x for each, x in tensors.items() if each != name}, file, metadata={"format": "pt"})
+    (fault,) = check_folder(shifted).faults
+    assert "not usable: missing: 'model.language_model.layers.1.self_attn.v_proj.kv_cache_scale'." in fault
+
+
 def test_one_layer_without_scales(family, tmp_path):
-    with pytest.raises(UserError, match=r"layers.2.self_attn.k_proj.kv_cache_scale' and 3 more are missing"):
+    with pytest.raises(UserError, match=r"missing: '.*layers.2.self_attn.k_proj.kv_cache_scale' and 3 more"):
         engine_over(add_scales(tmp_path / "c8", family.source, family.seen[:2]))
 
 
