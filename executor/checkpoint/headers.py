@@ -52,11 +52,13 @@ class Checkpoint:
     """A local folder of `*.safetensors`, with or without an index. Reads headers only.
 
     `catalog` maps canonical names (`model.visual.*`, `model.language_model.*`, `lm_head.*`) to `TensorInfo`, in the
-    order of the files. Raises UserError for a folder that is no complete safetensors checkpoint.
+    order of the files. `is_part`: it holds what one rank reads and no more (executor/checkpoint/parts.py).
+    Raises UserError for a folder that is no complete safetensors checkpoint.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, is_part: bool = False):
         self.folder = Path(folder).expanduser()
+        self.is_part = is_part
         found = find_weights(self.folder)
         index_file, weight_map = found.index_file, found.weight_map
         self.files: tuple[Path, ...] = found.files

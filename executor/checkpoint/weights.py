@@ -80,6 +80,12 @@ def load_weights(
     return report
 
 
+def check_pulls(pulls: Iterable[Pull], checkpoint: Checkpoint) -> None:
+    """UserError with all that `pull_faults` finds."""
+    if faults := pull_faults(pulls, checkpoint):
+        raise UserError("\n".join(faults))
+
+
 @torch.no_grad()
 def fill(pulls: Iterable[Pull], checkpoint: Checkpoint, *, progress: bool | None = False) -> int:
     """Copies the slices of some layers into place; the bytes read. `load_weights` is for a whole model.
@@ -87,8 +93,7 @@ def fill(pulls: Iterable[Pull], checkpoint: Checkpoint, *, progress: bool | None
     Raises UserError as it does.
     """
     pulls = list(pulls)
-    if faults := pull_faults(pulls, checkpoint):
-        raise UserError("\n".join(faults))
+    check_pulls(pulls, checkpoint)
     by_file: dict[Path, list[tuple[Pull, TensorInfo]]] = defaultdict(list)
     for pull in pulls:
         info = checkpoint.catalog[pull.name]

@@ -323,8 +323,10 @@ def _file_shape(field: Field, sizes: Mapping[str, int], catalog: Catalog, name: 
     shape = field.shape(sizes) + ((1,) if field.extra_dim else ())
     if field.reader is not None and len(field.dims) == 1 and name in catalog:
         found = tuple(catalog[name].shape)
-        if found in ((1,), (1, 1), shape[:1], (*shape[:1], 1)):
+        if found in ((1,), (1, 1)):
             return found
+        if found[1:] in ((), (1,)):  # how many rows there are is the loader's to check: it may be a rank's part
+            return (*shape[:1], *found[1:])
     return shape
 
 
