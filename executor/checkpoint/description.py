@@ -12,7 +12,7 @@ from pathlib import Path
 
 from executor.checkpoint.files import DESCRIPTIONS
 from executor.checkpoint.folder import read_json
-from executor.checkpoint.headers import canonical_name
+from executor.checkpoint.names import canonical_name
 from executor.checkpoint.parts import first_part
 from executor.errors import UserError
 

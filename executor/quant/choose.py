@@ -163,11 +163,14 @@ def assume_schemes(model: nn.Module, quantization: str) -> None:
 
 
 def schemes_of(model: nn.Module) -> dict[str, list[str]]:
-    """Names of schemes, each with the linears and experts that have it; a layer's number is left out of the names."""
+    """Names of schemes, each with the linears and experts that have it, as checkpoints name them, without numbers.
+
+    For a model that has listed its pulls.
+    """
     found: dict[str, set[str]] = {}
-    for name, layer in model.named_modules():
+    for layer in model.modules():
         if isinstance(layer, Linear | Experts):
-            found.setdefault(layer.scheme.name, set()).add(re.sub(r"\.\d+(?=\.|$)", "", name))
+            found.setdefault(layer.scheme.name, set()).add(re.sub(r"^model\.|\.\d+(?=\.|$)", "", layer.prefix))
     return {scheme: sorted(names) for scheme, names in sorted(found.items())}
 
 

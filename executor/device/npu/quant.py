@@ -166,15 +166,15 @@ class StaticLinear(StaticInput):
         self.bias = frozen(weight.quant_bias)
 
     def multiply(self, rows: QuantizedRows) -> Tensor:
-        scale = self.scale if self.packed_scale is None else self.packed_scale
-        weight = self.weight.t() if self.by_rows else self.weight
-        return torch_npu.npu_quant_matmul(rows.values, weight, scale, bias=self.bias, output_dtype=self.dtype)
+        return self._product(rows, self.scale if self.packed_scale is None else self.packed_scale, self.dtype)
 
     def sums(self, rows: QuantizedRows) -> Tensor:
         """Without the scale: int32 `[T, m]`, the bias in it."""
-        return torch_npu.npu_quant_matmul(
-            rows.values, self.weight, self.scale, bias=self.bias, output_dtype=torch.int32
-        )
+        return self._product(rows, self.scale, torch.int32)
+
+    def _product(self, rows: QuantizedRows, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        weight = self.weight.t() if self.by_rows else self.weight
+        return torch_npu.npu_quant_matmul(rows.values, weight, scale, bias=self.bias, output_dtype=dtype)
 
 
 class DynamicLinear(Int8Linear):
