@@ -11,7 +11,7 @@ from typing import Any
 
 from executor.calibrate.files import put_json, put_tensors, shards
 from executor.calibrate.work import Work
-from executor.checkpoint.headers import OTHER_FORMATS
+from executor.checkpoint.files import OTHER_FORMATS
 from executor.checkpoint.writing import Entry, copied_entry
 
 STEM = "quant_model_weights"

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from executor.checkpoint.files import DESCRIPTIONS
 from executor.checkpoint.folder import read_json
-from executor.checkpoint.headers import canonical_name
+from executor.checkpoint.names import canonical_name
+from executor.checkpoint.parts import first_part
 from executor.errors import UserError
 
 FLOAT_TYPE = "FLOAT"
-PATTERN = "quant_model_description*.json"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def read_description(folder: Path) -> Description | None:
 
     Raises UserError for one that is damaged, and for several that say different things.
     """
-    files = sorted(folder.glob(PATTERN))
+    folder = first_part(folder)
+    files = sorted(folder.glob(DESCRIPTIONS))
     if not files:
         return None
     contents = [read_json(folder, file.name) for file in files]

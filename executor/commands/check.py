@@ -144,7 +144,8 @@ def _examined(recipe: Recipe, config: Mapping[str, Any], save: Path | None) -> d
         family = family_runner(config)
         _say(f"building {recipe.model.model_path} at its size, without weights")
         model = build_on_meta(lambda: _quantized(recipe, family.build_model(config, parallel)), dtype)
-        schemes, size = schemes_of(model), local_bytes(model.pulls({}))
+        size = local_bytes(model.pulls({}))
+        schemes = schemes_of(model)
         finalize(model)
         traces = Traces(model, device, dtype, batch, blocks, limits.block_size)
         in_graph = recipe.model.soc in GRAPH_CHIPS

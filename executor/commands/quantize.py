@@ -42,11 +42,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add("keep_float", nargs="+", default=[], metavar="PATTERN", help="linears that stay float as well")
     parser.add("quantize", nargs="+", default=[], metavar="PATTERN", help="linears that do not stay float by default")
     parser.add("quantize_vision", action=argparse.BooleanOptionalAction, default=True, help="the vision encoder")
+    parser.add("check", metavar="FOLDER", help="judge this quantized checkpoint, and make none")
     return parser.parse_args(list(argv))
 
 
 def work(argv: Sequence[str]) -> Document:
     told = parse(argv)
+    if told.check is not None:
+        from executor.commands.check_folder import run_check
+
+        calm_threads()
+        return run_check(told.check)
     for name in ("model_path", "save_directory", "scheme"):
         if getattr(told, name) is None:
             raise UserError(f"--{name} is missing: --model_path FLOAT --save_directory OUT --scheme SCHEME, or --check")

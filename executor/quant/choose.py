@@ -4,6 +4,7 @@ The model is built as if its weights were float and has no memory yet; a layer t
 """
 
 import re
+from functools import cache
 
 from torch import nn
 
@@ -20,17 +21,25 @@ from executor.quant.scheme import Scheme
 from executor.quant.w4a8_dynamic import W4A8Dynamic
 from executor.quant.w8a8 import W8A8
 from executor.quant.w8a8_dynamic import W8A8Dynamic
+from executor.quant.w8a8_mix import W8A8Mix
+from executor.quant.w8a8sc import compressed_scheme, uncompressed_sizes
 from executor.quant.w8a16 import W8A16
+from executor.quant.wint8 import WInt8
 
 SCHEMES: dict[str, Scheme] = {
     FLOAT_TYPE: FLOAT,
     "W8A8": W8A8("w8a8"),
     "W8A8S": W8A8("w8a8s"),
     "W8A8_DYNAMIC": W8A8Dynamic(),
+    "W8A8_MIX": W8A8Mix(),
     "W8A16": W8A16(),
     "W4A8_DYNAMIC": W4A8Dynamic(),
 }
-"""By the word of descriptions."""
+"""By the word of descriptions. W8A8SC has a scheme for every linear: see compressed_scheme."""
+COMPRESSED_TYPE = "W8A8SC"
+MADE: dict[str, Scheme] = {"wint8": WInt8()}
+"""By the word of recipes: those of executor/quant/sizes.py:MADE_AT_LOAD."""
+_grouped = cache(W8A16)
 
 
 def choose_schemes(model: nn.Module, catalog: Catalog, description: Description | None) -> list[str]:
@@ -46,20 +55,57 @@ def choose_schemes(model: nn.Module, catalog: Catalog, description: Description 
     for layer in model.modules():
         if isinstance(layer, Linear):
             names = [name for name, _, _ in layer.share.named(layer.prefix)]
-            scheme = _scheme([f"{name}.weight" for name in names], description)
+            weights = [f"{name}.weight" for name in names]
+            if _kind(weights, description) == COMPRESSED_TYPE:
+                scheme = compressed_scheme(layer.share, names, catalog)
+            else:
+                scheme = _fitting(_scheme(weights, description), names, catalog)
+            has_bias = layer.share.has_bias or any(f"{name}.bias" in catalog for name in names)
             if scheme is not FLOAT:
                 _refuse(
                     [f"{name}.{suffix}" for name in names for suffix in scheme.refused], scheme, catalog, description
                 )
-                layer.take(scheme, any(f"{name}.bias" in catalog for name in names))
+                layer.take(scheme, has_bias)
                 left += (f"{name}.{suffix}" for name in names for suffix in scheme.left)
-            elif not layer.share.has_bias and f"{names[0]}.bias" in catalog:
+            elif has_bias and not layer.share.has_bias:
                 layer.take(FLOAT, True)
         elif isinstance(layer, Experts):
             left += _choose_experts(layer, catalog, description)
         elif isinstance(layer, RMSNorm) and f"{layer.prefix}.bias" in catalog:
             layer.add_bias()
     return left
+
+
+def make_schemes(model: nn.Module, quantization: str) -> list[str]:
+    """Hand text linears and experts a scheme of MADE; vision, routers, embedding and head stay float.
+
+    Gives what `choose_schemes` does: float checkpoints leave no tensor.
+    """
+    scheme = MADE[quantization]
+    for _ in model.pulls({}):
+        pass  # from here on layers know their names
+    for layer in model.modules():
+        if isinstance(layer, Linear) and _TEXT.search(layer.prefix):
+            layer.take(scheme, layer.share.has_bias)
+        elif isinstance(layer, Experts):
+            layer.take(scheme)
+    return []
+
+
+_TEXT = re.compile(r"^model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(?!gate$)")
+
+
+def _fitting(scheme: Scheme, linears: list[str], catalog: Catalog) -> Scheme:
+    """The scheme in the form that the checkpoint's shapes have: W8A16 by row, or by groups of a row."""
+    scale, weight = (catalog.get(f"{linears[0]}.{suffix}") for suffix in ("weight_scale", "weight"))
+    if not isinstance(scheme, W8A16) or scale is None or weight is None or len(scale.shape) != 2 or scale.shape[1] < 2:
+        return scheme
+    if weight.shape[1] % scale.shape[1]:
+        raise UserError(
+            f"'{linears[0]}.weight_scale' has {scale.shape[1]} scales for the {weight.shape[1]} inputs of a row, which "
+            "are no equal groups; quantize the model again"
+        )
+    return _grouped(weight.shape[1] // scale.shape[1])
 
 
 def _choose_experts(layer: Experts, catalog: Catalog, description: Description) -> list[str]:
@@ -73,7 +119,7 @@ def _choose_experts(layer: Experts, catalog: Catalog, description: Description) 
     else:
         linears = [f"{prefix}.{expert}.{name}" for expert in range(layer.share.num_experts) for name in EXPERT_LINEARS]
         weights = [f"{linear}.weight" for linear in linears]
-    scheme = _scheme(weights, description)
+    scheme = _fitting(_scheme(weights, description), linears, catalog)
     suffixes = [*scheme.refused, *(() if "bias" in scheme.left else ("bias",))]
     beside = [f"{linear}{dot}{suffix}" for linear in linears for suffix in suffixes for dot in "._"]
     _refuse(beside, scheme, catalog, description)
@@ -100,12 +146,16 @@ def assume_schemes(model: nn.Module, quantization: str) -> None:
     """
     if quantization == "none":
         return
+    if quantization in MADE:
+        make_schemes(model, quantization)
+        return
     for _ in model.pulls({}):
         pass  # from here on layers know their names
     for layer in model.modules():
         if isinstance(layer, Linear):
             names = [name for name, _, _ in layer.share.named(layer.prefix)]
-            scheme = _assumed(names[0], quantization)
+            is_compressed = assumed_type(names[0], quantization) == COMPRESSED_TYPE
+            scheme = uncompressed_sizes(layer.share) if is_compressed else _assumed(names[0], quantization)
             if scheme is not FLOAT:
                 layer.take(scheme, layer.share.has_bias)
         elif isinstance(layer, Experts):
@@ -113,11 +163,14 @@ def assume_schemes(model: nn.Module, quantization: str) -> None:
 
 
 def schemes_of(model: nn.Module) -> dict[str, list[str]]:
-    """Names of schemes, each with the linears and experts that have it; a layer's number is left out of the names."""
+    """Names of schemes, each with the linears and experts that have it, as checkpoints name them, without numbers.
+
+    For a model that has listed its pulls.
+    """
     found: dict[str, set[str]] = {}
-    for name, layer in model.named_modules():
+    for layer in model.modules():
         if isinstance(layer, Linear | Experts):
-            found.setdefault(layer.scheme.name, set()).add(re.sub(r"\.\d+(?=\.|$)", "", name))
+            found.setdefault(layer.scheme.name, set()).add(re.sub(r"^model\.|\.\d+(?=\.|$)", "", layer.prefix))
     return {scheme: sorted(names) for scheme, names in sorted(found.items())}
 
 
@@ -131,7 +184,8 @@ def _assumed(name: str, quantization: str) -> Scheme:
     return SCHEMES[kind]
 
 
-def _scheme(names: list[str], description: Description) -> Scheme:
+def _kind(names: list[str], description: Description) -> str:
+    """The type of linears that are multiplied together."""
     kinds = {name: description.type_of(name) for name in names}
     if len(set(kinds.values())) > 1:
         firsts = {kind: name for name, kind in reversed(kinds.items())}  # one of each type
@@ -140,7 +194,11 @@ def _scheme(names: list[str], description: Description) -> Scheme:
             f"{description.file}: linears that are multiplied together have different types: {named}; quantize the "
             "model again with one type for all of them"
         )
-    kind = kinds[names[0]]
+    return kinds[names[0]]
+
+
+def _scheme(names: list[str], description: Description) -> Scheme:
+    kind = _kind(names, description)
     if kind not in SCHEMES:
         raise UserError(f"{description.file}: '{names[0]}' is {kind}; this release reads {', '.join(SCHEMES)}")
     return SCHEMES[kind]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from executor.checkpoint.pull import Catalog, Pull, elsewhere, empty
+from executor.checkpoint.pull import Catalog, Pull, elsewhere, empty, zeros
 from executor.device.ops import Ops
 from executor.device.weights import QuantizedWeight
 from executor.errors import UserError
@@ -21,6 +21,9 @@ from executor.quant.scheme import ExpertShare, LinearShare, Tensors
 
 OUT, IN, EACH = "out", "in", "each"
 Reader = Callable[[Tensor], Tensor]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+NUMBERS = (*FLOATS, torch.int8, torch.int32, torch.int64)
+SCALE_BITS = (torch.float32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,10 @@ class Field:
     """One tensor of a linear: `NAME.suffix` in the checkpoint.
 
     dtype: in memory; None: the model's own. added_once: zero on the ranks whose results are added to another's.
-    reader: turns what the file has into values of `dtype`, with as many rows or a single one (see Pull.convert).
-    extra_dim: a dim of size 1 that the file has behind these. packed: so many outputs to one element.
+    reader: turns what the file has, of a type in `accepts`, into values of `dtype`, with as many rows or a single one
+    (see Pull.convert).
+    extra_dim: a dim of size 1 that the file has behind these. packed: so many outputs to one element; grouped: so many
+    inputs.
     """
 
     suffix: str
@@ -39,6 +44,8 @@ class Field:
     reader: Reader | None = None
     extra_dim: bool = False
     packed: int = 1
+    grouped: int = 1
+    accepts: tuple[torch.dtype, ...] = ()
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Of a tensor with these sizes by label. Raises UserError where an element would be cut."""
@@ -51,12 +58,14 @@ class Field:
         )
 
     def _elements(self, dim: str, count: int) -> int:
-        if dim != OUT or count % self.packed == 0:
-            return count // self.packed if dim == OUT else count
+        at_once = {OUT: self.packed, IN: self.grouped}.get(dim, 1)
+        if count % at_once == 0:
+            return count // at_once
+        name = "output" if dim == OUT else "input"
         raise UserError(
-            f"quantized weights: one element holds {self.packed} outputs, and a rank's part would begin or end inside "
-            f"of one, at output {count}; choose parallel_config.attn_tp_size and moe_ep_size with parts that are "
-            f"multiples of {self.packed}"
+            f"quantized weights: one element holds {at_once} {name}s ({self.suffix}), and a rank's part would begin or "
+            f"end inside of one, at {name} {count}; choose parallel_config.attn_tp_size and moe_ep_size with parts "
+            f"that are multiples of {at_once}"
         )
 
 
@@ -98,6 +107,11 @@ class FieldScheme:
     def dims(self) -> dict[str, tuple[str, ...]]:
         return {field.suffix: field.dims for field in (*self.fields, BIAS)}
 
+    @property
+    def group_sizes(self) -> dict[str, int]:
+        """Inputs to one element, of the tensors that have such groups."""
+        return {field.suffix: field.grouped for field in self.fields if field.grouped > 1}
+
     def weight(self, share: LinearShare | ExpertShare, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         """The loaded tensors as a value for the backend; experts' have a dim more in front."""
         raise NotImplementedError
@@ -122,13 +136,17 @@ class FieldScheme:
             wanted = {OUT: part.rows, IN: share.columns, EACH: slice(0, 1)}
             places = {OUT: rows, IN: slice(0, share.num_columns), EACH: slice(number, number + 1)}
             for field in self.linear_fields(share):
-                tensor = tensors.get(field.suffix)
-                if tensor is None:
-                    shape = _file_shape(field, sizes, catalog, f"{name}.{field.suffix}")
-                    yield elsewhere(f"{name}.{field.suffix}", shape, field.dtype, field.reader)
-                    continue
-                into = tensor[field.index(places)]
-                yield _pull(field, f"{name}.{field.suffix}", sizes, wanted, into, catalog)
+                full, tensor = f"{name}.{field.suffix}", tensors.get(field.suffix)
+                into = None if tensor is None else tensor[field.index(places)]
+                if field is BIAS and share.gains_bias and full not in catalog:
+                    if into is not None:
+                        yield zeros(_pull(self.fields[0], f"{name}.weight", sizes, wanted, into, catalog), into)
+                elif into is None:
+                    yield elsewhere(
+                        full, _file_shape(field, sizes, catalog, full), field.dtype, field.reader, field.accepts
+                    )
+                else:
+                    yield _pull(field, full, sizes, wanted, into, catalog)
 
     def prepare_linear(
         self, device: Ops, share: LinearShare, tensors: Tensors, many_rows: bool
@@ -165,7 +183,7 @@ class FieldScheme:
                     tensor = tensors.get(f"{linear.half}_{field.suffix}") if is_local else None
                     if tensor is None:
                         shape = _file_shape(field, linear.sizes, catalog, name)
-                        yield elsewhere(name, shape, field.dtype, field.reader)
+                        yield elsewhere(name, shape, field.dtype, field.reader, field.accepts)
                         continue
                     into = tensor[place][field.index(linear.places)]
                     yield _pull(field, name, linear.sizes, linear.wanted, into, catalog)
@@ -177,7 +195,8 @@ class FieldScheme:
                 name = stacked_name(catalog, prefix, linear.half, field.suffix)
                 tensor = tensors.get(f"{linear.half}_{field.suffix}")
                 if tensor is None:
-                    yield elsewhere(name, (share.num_experts, *field.shape(whole.sizes)), field.dtype, field.reader)
+                    whole_shape = (share.num_experts, *field.shape(whole.sizes))
+                    yield elsewhere(name, whole_shape, field.dtype, field.reader, field.accepts)
                     continue
                 into = tensor[(slice(None), *field.index(linear.places))]
                 yield _pull_of_all(field, name, share, whole, into, catalog)
@@ -302,10 +321,12 @@ def stacked_name(catalog: Catalog, prefix: str, half: str, suffix: str) -> str:
 def _file_shape(field: Field, sizes: Mapping[str, int], catalog: Catalog, name: str) -> tuple[int, ...]:
     """Of the whole tensor: by the labels; a single number for all rows where the checkpoint has that."""
     shape = field.shape(sizes) + ((1,) if field.extra_dim else ())
-    if field.reader is not None and name in catalog:
+    if field.reader is not None and len(field.dims) == 1 and name in catalog:
         found = tuple(catalog[name].shape)
-        if found in ((1,), (1, 1), shape[:1], (*shape[:1], 1)):
+        if found in ((1,), (1, 1)):
             return found
+        if found[1:] in ((), (1,)):  # how many rows there are is the loader's to check: it may be a rank's part
+            return (*shape[:1], *found[1:])
     return shape
 
 
@@ -320,11 +341,14 @@ def _pull(
     shape = _file_shape(field, sizes, catalog, name)
     if field.reader is None:
         return Pull(name, shape, field.index(wanted), into)
+    if len(field.dims) > 1:
+        return Pull(name, shape, field.index(wanted), into, convert=field.reader, accepts=field.accepts)
     # One number a row, or one for all: read flat, spread over the rows.
     single = shape[0] == 1
     index = (slice(0, 1),) if single else (wanted[field.dims[0]],)
     reader = field.reader
-    return Pull(name, shape, index, into, convert=lambda x: reader(x).reshape(-1 if not single else 1))
+    flat = 1 if single else -1
+    return Pull(name, shape, index, into, convert=lambda x: reader(x).reshape(flat), accepts=field.accepts)
 
 
 def _pull_of_all(field: Field, name: str, share: ExpertShare, linear: _Linear, into: Tensor, catalog: Catalog) -> Pull:
@@ -346,4 +370,5 @@ def _pull_of_all(field: Field, name: str, share: ExpertShare, linear: _Linear, i
     }
     found = tuple(catalog[name].shape) if name in catalog else ()
     found = found if found in forms else (num, rows, 1)
-    return Pull(name, found, forms[found], into, convert=lambda x: reader(x).reshape(len(into), -1))
+    spread = len(into)
+    return Pull(name, found, forms[found], into, convert=lambda x: reader(x).reshape(spread, -1), accepts=field.accepts)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from executor.checkpoint.pull import Catalog, Pull, elsewhere, empty
+from executor.checkpoint.pull import Catalog, Pull, elsewhere, empty, zeros
 from executor.device.ops import Ops
 from executor.errors import UserError
 from executor.quant.scheme import ExpertShare, LinearShare, Scheme, Tensors
@@ -21,6 +21,7 @@ class Float:
 
     name = "none"
     dims = {"weight": ("out", "in"), "bias": ("out",)}
+    group_sizes = {}
     left = ()
     refused = {}
     packed = ()
@@ -35,11 +36,15 @@ class Float:
         for name, part, rows in share.named(prefix):
             if share.file_shape:
                 index = (_EVERY,) * len(share.file_shape)
-                yield Pull(f"{name}.weight", share.file_shape, index, weight.view(share.file_shape))
+                values = Pull(f"{name}.weight", share.file_shape, index, weight.view(share.file_shape))
             else:
                 shape = (part.num_rows, share.num_in)
-                yield Pull(f"{name}.weight", shape, (part.rows, share.columns), weight[rows])
-            if bias is not None:
+                values = Pull(f"{name}.weight", shape, (part.rows, share.columns), weight[rows])
+            yield values
+            if share.gains_bias and f"{name}.bias" not in catalog:
+                if bias is not None:
+                    yield zeros(values, bias[rows])
+            elif bias is not None:
                 yield Pull(f"{name}.bias", (part.num_rows,), (part.rows,), bias[rows])
             elif share.has_bias:
                 yield elsewhere(f"{name}.bias", (part.num_rows,))

@@ -8,11 +8,10 @@ from collections.abc import Collection, Mapping
 from typing import get_args
 
 from executor.device.table import BACKENDS, having
+from executor.quant.sizes import MADE_AT_LOAD
 from executor.recipe.schema import ModelSection, Quantization
 from models.published import published_shapes
 
-MADE_AT_LOAD = ("wint8",)
-"""Schemes that are made of float weights while they are loaded, rather than read."""
 WORDS = tuple(word for word in get_args(Quantization) if word not in ("auto", "none"))
 
 
@@ -44,7 +43,7 @@ def type_findings(model: ModelSection, types: Mapping[str, str]) -> list[str]:
 
 def agrees(word: str, label: str, types: Collection[str]) -> bool:
     """Whether a recipe's word fits a folder that calls itself `label` and holds `types`."""
-    return label == "none" if word in MADE_AT_LOAD else word == label or word in types
+    return word == label or word in types or (word in MADE_AT_LOAD and label == "none")
 
 
 def disagreement(model: ModelSection, label: str, types: Collection[str]) -> str:

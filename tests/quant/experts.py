@@ -4,6 +4,7 @@ The formula is written down once more here, from the format's description, and s
 Legend: E experts, n hidden size, I intermediate size, T tokens, k experts per token.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +18,8 @@ KINDS = ("W8A8", "W8A8_DYNAMIC", "W4A8_DYNAMIC", "W8A16")
 
 def pack(values: Tensor) -> Tensor:
     """int8 `[m, n]` as `[m / 2, n]`: row 2i in the low four bits of a byte, row 2i + 1 in the high ones."""
-    out = torch.empty(len(values) // 2, values.shape[1], dtype=torch.int16)
-    for row in range(len(out)):
-        low, high = (values[2 * row + place].to(torch.int16) % 16 for place in (0, 1))
-        out[row] = low + 16 * high
+    low, high = (values[place::2].to(torch.int16) % 16 for place in (0, 1))
+    out = low + 16 * high
     return torch.where(out > 127, out - 256, out).to(torch.int8)
 
 
@@ -141,6 +140,7 @@ class Made:
         return values @ (x / (step if step else 1)).round() * step * scale
 
 
+@functools.cache
 def make(kind: str, num_experts: int, hidden: int, inner: int, seed: int = 0) -> Made:
     g = torch.Generator().manual_seed(seed)
 

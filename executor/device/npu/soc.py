@@ -67,6 +67,8 @@ _TRAINED = ("atlas_800i_a2", "atlas_800i_a3")
 _DUO = ("atlas_300i_duo",)
 _ALL = (*_TRAINED, *_DUO)
 COMPOSED = "composed"
+GROUPED, GROUPED_SWIGLU = "npu_grouped_matmul", "npu_grouped_matmul_swiglu_quant_v2"
+GROUPED_DEQUANT = "npu_quant_grouped_matmul_dequant"
 
 # op of the surface, chips, dtypes, layout of its operands, calls (best first; "composed" is plain torch)
 TABLE = (
@@ -93,6 +95,11 @@ TABLE = (
     ),
     ("gate_topk", _ALL, "bf16 fp16", "[T, E]", ("npu_moe_gating_top_k_softmax", COMPOSED)),
     ("experts", _ALL, "bf16 fp16", "[E, n, 2I], [E, I, n]", ("npu_grouped_matmul",)),
+    # The first in NZ and 2I <= 10240 only; else the second, with an activation and a quantization between the products.
+    ("int8_experts", _TRAINED, "bf16 fp16", "[E, n, 2I], [E, I, n] int8", (GROUPED_SWIGLU, GROUPED)),
+    ("int8_experts", _DUO, "fp16", "[E, 2I, n], [E, n, I] int8, multiples of 16", (GROUPED_DEQUANT,)),
+    ("int4_experts", _TRAINED, "bf16 fp16", "[E, n, 2I], [E, I, n] int4, I % 256 == 0", (GROUPED_SWIGLU, GROUPED)),
+    ("weight_int8_experts", _TRAINED, "bf16 fp16", "[E, n, 2I], [E, I, n] int8, plain", (GROUPED,)),
     ("static_linear", _ALL, "bf16 fp16", "int8 [in, out]; 300I DUO: [out, in] transposed", ("npu_quant_matmul",)),
     ("dynamic_linear", _TRAINED, "bf16 fp16", "int8 [in, out]", ("npu_quant_matmul",)),
     ("dynamic_linear", _DUO, "fp16", "int8 [out, in], both in tiles of 16", ("npu_quant_matmul_dequant",)),

@@ -27,12 +27,14 @@ from executor.device.ops import Ops
 from executor.engine.engine import Engine
 from executor.engine.replica import Replica
 from executor.parallel.groups import SINGLE, groups
+from executor.quant.choose import SCHEMES, assume_schemes
 from executor.recipe.schema import build_recipe
 from executor.recipe.settle import prepare
 from models.published import published_config
 from models.registry import family_runner
 
 A2, A3, DUO = SOCS
+WHOLLY_STATIC = "w8a8, down_proj as well"
 # The reference computes in the type it is asked for, on every CPU; the products are those of fast_products.
 CPU = CpuOps(Capability(isa="other", vectors="", reorders=frozenset(), packs_fp16=False))
 _products = torch.library.Library("aten", "IMPL")  # lives as long as the process
@@ -105,21 +107,32 @@ def true_size(
     dtype: torch.dtype | None = None,
     layers: int = 2,
     calls: dict[str, str] | None = None,
+    quantization: str = "none",
 ) -> Iterator[Traces]:
     """A published model's first layers on a chip, traced as rank 0 of `tp * replicas` ranks, on meta tensors.
 
-    `calls`: ops that another call of the table serves.
+    `calls`: ops that another call of the table serves. `quantization`: a recipe's word, for the vendor's choice of
+    layers; WHOLLY_STATIC: every linear of the layers is static.
     """
     activate(soc)
     dtype = dtype or SOCS[soc].dtypes[0]
-    device = NpuOps(SOCS[soc], torch.device("meta"))
+    device = NpuOps(SOCS[soc], torch.device("meta"), dtype=dtype)
     device.calls |= calls or {}
     ops.bind(device)
     config = published_config(name)
     world_size = tp * replicas
     with fake_world(world_size) if world_size > 1 else contextlib.nullcontext():
         parallel = groups(world_size, tp, ep, "tp", rank=0) if world_size > 1 else SINGLE
-        model = build_on_meta(lambda: family_runner(config).build_model(config, parallel), dtype)
-        model.language_model.layers = model.language_model.layers[:layers]
+        model = build_on_meta(lambda: _built(config, parallel, layers, quantization), dtype)
         finalize(model)
         yield Traces(model, device, dtype, batch=8, blocks=32, block_size=128)
+
+
+def _built(config: Any, parallel: Any, layers: int, quantization: str) -> torch.nn.Module:
+    model = family_runner(config).build_model(config, parallel)
+    model.language_model.layers = model.language_model.layers[:layers]
+    assume_schemes(model, "w8a8" if quantization == WHOLLY_STATIC else quantization)
+    if quantization == WHOLLY_STATIC:
+        for layer in model.language_model.layers:
+            layer.mlp.down_proj.take(SCHEMES["W8A8"], False)
+    return model
