@@ -17,7 +17,10 @@ from executor.errors import UserError
 from executor.host.env import calm_threads, find_path
 
 SCHEMES = ("w8a8", "w8a8_dynamic", "w8a8_mix", "w8a16", "w4a8_dynamic", "w8a8s")
-DEFAULT_SMOOTH = 0.5
+DEFAULT_SMOOTH = {"w8a16": 0.0}
+"""Schemes whose activations stay float need none; half for the others."""
+DEFAULT_ROUNDING = {"w8a8s": "gptq"}
+"""Its steps are eight times as wide as other schemes': there it is worth its time."""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -31,15 +34,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add("dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="and in which type")
     parser.add("smooth", type=float, help="SmoothQuant's alpha, 0 for none (default 0.5 where activations are int8)")
     parser.add("percentile", type=float, default=100.0, help="of its values that an activation's scale covers")
-    parser.add("rounding", choices=("nearest", "gptq"), default="nearest", help="of weights")
+    parser.add("rounding", choices=("auto", "nearest", "gptq"), default="auto", help="of weights: gptq for w8a8s")
     parser.add("keep_float", nargs="+", default=[], metavar="PATTERN", help="linears that stay float as well")
     parser.add("quantize", nargs="+", default=[], metavar="PATTERN", help="linears that do not stay float by default")
     parser.add("quantize_vision", action=argparse.BooleanOptionalAction, default=True, help="the vision encoder")
+    parser.add("check", metavar="FOLDER", help="judge this quantized checkpoint, and make none")
     return parser.parse_args(list(argv))
 
 
 def work(argv: Sequence[str]) -> Document:
     told = parse(argv)
+    if told.check is not None:
+        from executor.commands.check_folder import run_check
+
+        calm_threads()
+        return run_check(told.check)
     for name in ("model_path", "save_directory", "scheme"):
         if getattr(told, name) is None:
             raise UserError(f"--{name} is missing: --model_path FLOAT --save_directory OUT --scheme SCHEME, or --check")
@@ -55,12 +64,12 @@ def quantize(told: argparse.Namespace) -> Document:
     device, dtype = open_device(told, source.dtype)
     smooth = told.smooth
     if smooth is None:
-        smooth = 0.0 if told.scheme == "w8a16" else DEFAULT_SMOOTH
+        smooth = DEFAULT_SMOOTH.get(told.scheme, 0.5)
     settings = Settings(
         scheme=told.scheme,
         smooth=smooth,
         percentile=told.percentile,
-        rounding=told.rounding,
+        rounding=DEFAULT_ROUNDING.get(told.scheme, "nearest") if told.rounding == "auto" else told.rounding,
         keep_float=tuple(told.keep_float),
         quantize=tuple(told.quantize),
         quantize_vision=told.quantize_vision,

@@ -16,6 +16,7 @@ from executor.checkpoint.folder import find_checkpoint, is_hub_id, local_checkpo
 from executor.checkpoint.foreign import find_quantization, refuse_adapter
 from executor.checkpoint.generation import read_generation_config
 from executor.checkpoint.head import settle_head
+from executor.checkpoint.parts import size_finding
 from executor.checkpoint.settings import read_max_pixels
 from executor.device.table import BACKENDS, CHIP_BYTES, DeviceSettings, having, named
 from executor.errors import UserError
@@ -71,6 +72,8 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
         except UserError as error:
             findings.append(str(error))
         findings += degree_findings(recipe, shapes)
+        compressed = size_finding(folder, quantization == "w8a8sc", recipe.attn_tp_size)
+        findings += [compressed] if compressed else []
         missing = [finding + _too_large_for_cpu(recipe, shapes) for finding in missing]
     refuse([*findings, *missing])
     assert found, "without a checkpoint there is a finding"

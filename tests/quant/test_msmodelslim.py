@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from executor.checkpoint.description import read_description
-from executor.checkpoint.headers import Checkpoint, canonical_name
+from executor.checkpoint.headers import Checkpoint
 from executor.checkpoint.load import build_on_meta
+from executor.checkpoint.names import canonical_name
 from executor.layers.linear import Linear
 from executor.layers.norm import RMSNorm
 from executor.quant.choose import choose_schemes
