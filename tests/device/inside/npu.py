@@ -14,7 +14,6 @@ from emulator.activate import activate
 from emulator.graph import fake_world
 from emulator.limits import FLOATS
 from emulator.traces import Traces
-from executor.checkpoint.description import read_description
 from executor.checkpoint.load import build_on_meta, load_model
 from executor.checkpoint.pull import finalize
 from executor.checkpoint.weights import Checkpoint
@@ -28,7 +27,7 @@ from executor.device.ops import Ops
 from executor.engine.engine import Engine
 from executor.engine.replica import Replica
 from executor.parallel.groups import SINGLE, groups
-from executor.quant.choose import SCHEMES, assume_schemes, choose_schemes
+from executor.quant.choose import SCHEMES, assume_schemes
 from executor.recipe.schema import build_recipe
 from executor.recipe.settle import prepare
 from models.published import published_config
@@ -75,14 +74,7 @@ def engine_on(
     ops.bind(device)
     family = family_runner(prepared.config)
     processor = family.build_processor(prepared.folder, media_options(recipe))
-    checkpoint = Checkpoint(prepared.folder)
-    loaded, _ = load_model(
-        lambda: family.build_model(prepared.config),
-        checkpoint,
-        device,
-        dtype,
-        lambda model: choose_schemes(model, checkpoint.catalog, read_description(prepared.folder)),
-    )
+    loaded, _ = load_model(lambda: family.build_model(prepared.config), Checkpoint(prepared.folder), device, dtype)
     replica = Replica(SINGLE, loaded.visual.cost, shares_experts=False)
     return join(recipe, prepared.memory.num_blocks, loaded, processor, device, dtype, replica)
 
