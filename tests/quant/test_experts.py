@@ -124,6 +124,44 @@ def test_a_slice_never_cuts_a_byte(tmp_path, form) -> None:
         load(tmp_path, tensors_of(made, form), "W4A8_DYNAMIC", parallel, inner=6)
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+def test_an_older_writer_has_one_weight_to_a_byte(tmp_path, columns) -> None:
+    """v0 of msmodelslim, without a version in its description: int8 as wide as the linear, no scale_bias."""
+    made = make("W4A8_DYNAMIC", E, N, INNER)
+    tensors = {name: x for name, x in made.unstacked(PREFIX).items() if not name.endswith("scale_bias")}
+    tensors |= {
+        f"{PREFIX}.{expert}.{name}.weight": part["values"]
+        for expert, linears in enumerate(made.linears)
+        for name, part in linears.items()
+    }
+    x, ids, weights = routed(5, E, 2, N)
+    layer = load(tmp_path, tensors, "W4A8_DYNAMIC", Parallel(expert_columns=Group(columns - 1, columns)))
+    assert error(layer(x, ids, weights), made.formula(x, ids, weights, columns=layer.share.columns)) < CLOSE
+    tensors[f"{PREFIX}.1.up_proj.weight"] = torch.full((INNER, N), 8, dtype=torch.int8)
+    with pytest.raises(UserError, match="1.up_proj.weight' has one weight to a byte and weights outside of -8 to 7"):
+        load(tmp_path, tensors, "W4A8_DYNAMIC")
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_scales_by_groups_of_inputs(tmp_path, columns) -> None:
+    """W8A16: a row's second half has twice the first one's scale, as if its weights were twice as large."""
+    made, size = make("W8A16", E, INNER, INNER), INNER // 2
+    tensors, doubled = made.unstacked(PREFIX), []
+    for expert, linears in enumerate(made.linears):
+        doubled.append({})
+        for name, part in linears.items():
+            scale, full = part["weight_scale"], f"{PREFIX}.{expert}.{name}"
+            tensors[f"{full}.weight_scale"] = torch.stack((scale, 2 * scale), 1)
+            tensors[f"{full}.weight_offset"] = torch.zeros(len(scale), 2)
+            wide = torch.cat((part["values"][:, :size], part["values"][:, size:].int() * 2), 1)
+            doubled[-1][name] = {"values": wide, "weight_scale": scale, "weight_offset": torch.zeros(len(scale))}
+    x, ids, weights = routed(5, E, 2, INNER)
+    parallel = Parallel(expert_columns=Group(columns - 1, columns))
+    layer = load(tmp_path, tensors, "W8A16", parallel, hidden=INNER)
+    wanted = Made("W8A16", INNER, INNER, doubled).formula(x, ids, weights, columns=layer.share.columns)
+    assert error(layer(x, ids, weights), wanted) < CLOSE
+
+
 def test_scale_bias_is_what_the_weights_say() -> None:
     """It is left in the file because it follows from them: eight times each row's sum, in parts for 16 ranks."""
     made = make("W4A8_DYNAMIC", 1, N, INNER)
@@ -162,7 +200,7 @@ def test_what_does_not_fit_is_named(tmp_path) -> None:
         ("W8A8", {"2.up_proj.input_scale": torch.tensor([0.5])}, {}, "expert 2: gate_proj 0.04, up_proj 0.5"),
         ("W8A8_DYNAMIC", {}, {f"{PREFIX}.3.down_proj.weight": "FLOAT"}, "different types.*3.down_proj.weight is FLOAT"),
         ("W8A8_DYNAMIC", {"1.up_proj.weight": torch.ones(INNER, N + 1, dtype=torch.int8)}, {}, "1.up_proj.weight"),
-        ("W4A8_DYNAMIC", {"1.up_proj.weight": torch.ones(INNER, N, dtype=torch.int8)}, {}, "1.up_proj.weight"),
+        ("W4A8_DYNAMIC", {"1.up_proj.weight": torch.ones(INNER, N - 1, dtype=torch.int8)}, {}, "1.up_proj.weight"),
     )
     for kind, changes, types, message in cases:
         with pytest.raises(UserError, match=message):
