@@ -1,5 +1,7 @@
 """Quantized experts from files to products: every form of the tensors, dealt over ranks and sliced, on the CPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -215,6 +217,16 @@ def test_experts_of_two_forms_take_the_dynamic_one() -> None:
     x, ids, weights = routed(5, E, 2, N)
     got = CpuOps().prepare_experts(*mixed)(x, ids, weights)
     assert error(got, made.formula(x, ids, weights)) < CLOSE
+
+
+def test_a_description_that_names_stacked_experts_counts_them() -> None:
+    """By the linear's own name, as float checkpoints have them, or by the weight's."""
+    for end in ("", ".weight"):
+        types = {f"{PREFIX}.gate_up_proj{end}": "W8A8_DYNAMIC", "lm_head.weight": "FLOAT"}
+        description = Description(Path("quant_model_description.json"), types, "W8A8_DYNAMIC")
+        assert description.label == "w8a8_dynamic" and dict(description.samples) == {
+            "w8a8_dynamic": f"{PREFIX}.gate_up_proj{end}"
+        }
 
 
 def test_a_quantized_router_is_a_linear_like_any(tmp_path) -> None:
