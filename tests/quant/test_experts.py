@@ -209,7 +209,27 @@ def test_what_does_not_fit_is_named(tmp_path) -> None:
             load(tmp_path, broken(kind, **changes), kind, **types)
 
 
-def test_experts_of_two_forms_take_the_dynamic_one() -> None:
+@pytest.mark.parametrize("form", ["unstacked", "swapped"])
+def test_experts_of_two_forms_are_read_and_take_the_dynamic_one(tmp_path, form) -> None:
+    static = make("W8A8", E, N, INNER)
+    both, dynamic = [], []
+    for linears in static.linears:
+        more = {
+            name: {
+                "weight_scale": part["deq_scale"] / part["input_scale"],
+                "weight_offset": torch.zeros(len(part["values"])),
+            }
+            for name, part in linears.items()
+        }
+        both.append({name: part | more[name] for name, part in linears.items()})
+        dynamic.append({name: {"values": part["values"], **more[name]} for name, part in linears.items()})
+    layer = load(tmp_path, tensors_of(Made("W8A8_MIX", N, INNER, both), form), "W8A8_MIX")
+    x, ids, weights = routed(5, E, 2, N)
+    wanted = Made("W8A8_DYNAMIC", N, INNER, dynamic).formula(x, ids, weights)
+    assert error(layer(x, ids, weights), wanted) < CLOSE
+
+
+def test_mixed_experts_take_the_dynamic_form() -> None:
     """W8A8_MIX: static where rows are few, dynamic where they are many; an expert's are few in every step."""
     made, static = make("W8A8_DYNAMIC", E, N, INNER), make("W8A8", E, N, INNER)
     mixed = [MixedInt8(s, d) for s, d in zip(static.weights(), made.weights(), strict=True)]
