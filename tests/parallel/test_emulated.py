@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from emulator.activate import available
+from tests.msmodelslim.folders import FOLDERS
 from tests.parallel.jobs import case, run_ranks
 
 CASES = {
@@ -18,11 +19,17 @@ CASES = {
     "duo_tp2": ("qwen3_vl", {"vision_parallel": "data"}, "atlas_300i_duo", {}),
     # Its routing knows no range of experts: each rank counts its own from 0.
     "duo_moe_ep2": ("qwen3_vl_moe", {"moe_ep_size": 2}, "atlas_300i_duo", {}),
+    # Static, with a float down_proj; and dynamic, with biases that one rank adds.
+    "a3_graph_w8a8_tp2": ("qwen3_vl_w8a8", {}, "atlas_800i_a3", {"exe_mode": "ge_graph", "strict_graph": True}),
+    "duo_w8a8_dynamic_tp2": ("qwen3_vl_w8a8_dynamic", {}, "atlas_300i_duo", {}),
 }
 
 
-def emulated(family: str, parallel: dict[str, Any], soc: str, model: dict[str, Any]) -> dict[str, Any]:
+def emulated(
+    family: str, parallel: dict[str, Any], soc: str, model: dict[str, Any], folder: dict[str, Any]
+) -> dict[str, Any]:
     told = case(family, 2, **parallel)
+    told["model_config"] |= folder
     told["model_config"] |= {"device": "npu_emulated", "soc": soc, "dtype": "auto", **model}
     told["scheduler_config"] |= {"block_size": 128, "max_num_batched_tokens": 512}
     told["generation_config"]["ignore_eos"] = False
@@ -30,14 +37,18 @@ def emulated(family: str, parallel: dict[str, Any], soc: str, model: dict[str, A
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory) -> dict[str, dict[str, Any]]:
+def answers(tmp_path_factory, msmodelslim) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("emulated")
-    alone = [case(family) for family, *_ in CASES.values()]
-    for told in alone:
+    models = [family for family, *_ in CASES.values()]
+    folders = [{"model_path": str(msmodelslim(name))} if name in FOLDERS else {} for name in models]
+    alone = [case(family) for family in models]
+    for told, quantized in zip(alone, folders, strict=True):
         told["generation_config"]["ignore_eos"] = False
+        told["model_config"] |= quantized
     wanted = run_ranks(1, alone, folder)
     # All in the same two processes, which change the chip in between: importing torch_npu is most of the cost.
-    found = run_ranks(2, [emulated(*each) for each in CASES.values()], folder)
+    chips = [emulated(*each, quantized) for each, quantized in zip(CASES.values(), folders, strict=True)]
+    found = run_ranks(2, chips, folder)
     return {
         name: {"found": ours, "wanted": theirs["answers"]}
         for name, ours, theirs in zip(CASES, found, wanted, strict=True)
