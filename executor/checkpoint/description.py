@@ -12,7 +12,8 @@ from pathlib import Path
 
 from executor.checkpoint.files import DESCRIPTIONS
 from executor.checkpoint.folder import read_json
-from executor.checkpoint.headers import canonical_name
+from executor.checkpoint.names import canonical_name
+from executor.checkpoint.parts import first_part
 from executor.errors import UserError
 
 FLOAT_TYPE = "FLOAT"
@@ -55,6 +56,7 @@ def read_description(folder: Path) -> Description | None:
 
     Raises UserError for one that is damaged, and for several that say different things.
     """
+    folder = first_part(folder)
     files = sorted(folder.glob(DESCRIPTIONS))
     if not files:
         return None

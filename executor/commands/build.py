@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from executor.checkpoint.description import Description
+from executor.checkpoint.headers import Checkpoint
 from executor.checkpoint.load import load_model
-from executor.checkpoint.weights import Checkpoint
+from executor.checkpoint.part_pulls import open_checkpoint
 from executor.device import ops
 from executor.device.table import BACKENDS
 from executor.engine.engine import Engine
@@ -61,13 +62,15 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel, runner: A
     memory = prepared.memory
     if free_bytes is not None:
         size = compute_bytes(recipe)
-        memory = estimate(recipe, prepared.shapes, free_bytes, size, picture_tokens=prepared.picture_tokens)
+        memory = estimate(
+            recipe, prepared.shapes, free_bytes, size, picture_tokens=prepared.picture_tokens, stored=prepared.stored
+        )
     logger.info("%s", memory)
     # One scheduler plans for all of them.
     (num_blocks,) = parallel.control.min(memory.num_blocks)
     processor = runner.build_processor(prepared.folder, media_options(recipe))
     dtype = getattr(torch, recipe.model.dtype)
-    checkpoint = Checkpoint(prepared.folder)
+    checkpoint = open_checkpoint(prepared.folder, parallel.text.rank, parallel.text.size)
     model, _ = load_model(
         lambda: runner.build_model(prepared.config, parallel),
         checkpoint,

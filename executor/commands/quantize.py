@@ -6,6 +6,7 @@ activations of one calibration sample. Stopped and started again with the same w
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,8 +17,13 @@ from executor.commands.tool import Document, ToolParser, checkpoint_folder, run_
 from executor.errors import UserError
 from executor.host.env import calm_threads, find_path
 
+logger = logging.getLogger(__name__)
+
 SCHEMES = ("w8a8", "w8a8_dynamic", "w8a8_mix", "w8a16", "w4a8_dynamic", "w8a8s")
-DEFAULT_SMOOTH = 0.5
+DEFAULT_SMOOTH = {"w8a16": 0.0}
+"""Schemes whose activations stay float need none; half for the others."""
+DEFAULT_ROUNDING = {"w8a8s": "gptq"}
+"""Its steps are eight times as wide as other schemes': there it is worth its time."""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -26,20 +32,27 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add("save_directory", metavar="FOLDER", help="where the quantized one goes: empty, or not there yet")
     parser.add("scheme", choices=SCHEMES, help="how weights and activations are stored and multiplied")
     parser.add("calibration", metavar="PATH", help="a folder of pictures and videos, or rows (JSONL)")
+    parser.add("tool", choices=("auto", "msmodelslim", "builtin"), default="auto", help="what makes it")
     parser.add("samples", type=int, default=32, help="of the calibration set, at most (default 32)")
     parser.add("device", choices=("auto", "cpu", "npu"), default="auto", help="what the calibration is computed on")
     parser.add("dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="and in which type")
     parser.add("smooth", type=float, help="SmoothQuant's alpha, 0 for none (default 0.5 where activations are int8)")
     parser.add("percentile", type=float, default=100.0, help="of its values that an activation's scale covers")
-    parser.add("rounding", choices=("nearest", "gptq"), default="nearest", help="of weights")
+    parser.add("rounding", choices=("auto", "nearest", "gptq"), default="auto", help="of weights: gptq for w8a8s")
     parser.add("keep_float", nargs="+", default=[], metavar="PATTERN", help="linears that stay float as well")
     parser.add("quantize", nargs="+", default=[], metavar="PATTERN", help="linears that do not stay float by default")
     parser.add("quantize_vision", action=argparse.BooleanOptionalAction, default=True, help="the vision encoder")
+    parser.add("check", metavar="FOLDER", help="judge this quantized checkpoint, and make none")
     return parser.parse_args(list(argv))
 
 
 def work(argv: Sequence[str]) -> Document:
     told = parse(argv)
+    if told.check is not None:
+        from executor.commands.check_folder import run_check
+
+        calm_threads()
+        return run_check(told.check)
     for name in ("model_path", "save_directory", "scheme"):
         if getattr(told, name) is None:
             raise UserError(f"--{name} is missing: --model_path FLOAT --save_directory OUT --scheme SCHEME, or --check")
@@ -48,34 +61,85 @@ def work(argv: Sequence[str]) -> Document:
 
 
 def quantize(told: argparse.Namespace) -> Document:
+    source = open_source(told.model_path)
+    out = Path(told.save_directory).expanduser()
+    calibration = None if told.calibration is None else find_path(told.calibration)
+    command = vendor_command(told, source, calibration)
+    if command is not None:
+        return by_vendor(told, command, source, out, calibration)
     from executor.calibrate.run import quantize as run
+
+    device, dtype = open_device(told, source.dtype)
+    report = run(source, out, settings_of(told, dtype), calibration, device)
+    verify(out)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.kinds.items()))
+    print(
+        f"{out}: {kinds}; {report.source_bytes / 1e9:.2f} GB became {report.written_bytes / 1e9:.2f} GB in "
+        f"{report.seconds:.0f} s; peak memory {report.peak_bytes / 1e9:.2f} GB (bound {report.bound_bytes / 1e9:.2f})"
+    )
+    return {"save_directory": str(out), "scheme": told.scheme, "tool": "builtin", **asdict(report)}
+
+
+def settings_of(told: argparse.Namespace, dtype: str, default_smooth: float = 0.5) -> Any:
+    """What the words ask for, with the scheme's own choice where they leave one."""
     from executor.calibrate.settings import Settings
 
-    source = open_source(told.model_path)
-    device, dtype = open_device(told, source.dtype)
-    smooth = told.smooth
-    if smooth is None:
-        smooth = 0.0 if told.scheme == "w8a16" else DEFAULT_SMOOTH
-    settings = Settings(
+    return Settings(
         scheme=told.scheme,
-        smooth=smooth,
+        smooth=DEFAULT_SMOOTH.get(told.scheme, default_smooth) if told.smooth is None else told.smooth,
         percentile=told.percentile,
-        rounding=told.rounding,
+        rounding=DEFAULT_ROUNDING.get(told.scheme, "nearest") if told.rounding == "auto" else told.rounding,
         keep_float=tuple(told.keep_float),
         quantize=tuple(told.quantize),
         quantize_vision=told.quantize_vision,
         samples=told.samples,
         dtype=dtype,
     )
-    calibration = None if told.calibration is None else find_path(told.calibration)
-    out = Path(told.save_directory).expanduser()
-    report = run(source, out, settings, calibration, device)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.kinds.items()))
-    print(
-        f"{out}: {kinds}; {report.source_bytes / 1e9:.2f} GB became {report.written_bytes / 1e9:.2f} GB in "
-        f"{report.seconds:.0f} s; peak memory {report.peak_bytes / 1e9:.2f} GB (bound {report.bound_bytes / 1e9:.2f})"
-    )
-    return {"save_directory": str(out), "scheme": told.scheme, **asdict(report)}
+
+
+def vendor_command(told: argparse.Namespace, source: Any, calibration: Path | None) -> str | None:
+    """The command of msmodelslim where it is wanted, there and able; None for the built-in calibrator."""
+    if told.tool == "builtin":
+        return None
+    from executor.calibrate.vendor import COMMAND, find_tool, refusal
+
+    command = find_tool()
+    reason = refusal(source.config, settings_of(told, "float32"))
+    if calibration is None:
+        reason = reason or "it wants a calibration set for every scheme"
+    if command is None:
+        reason = f"the command {COMMAND} is not on the PATH (docs/quantization.md says how to install it)"
+    if reason is None:
+        return command
+    if told.tool == "msmodelslim":
+        raise UserError(f"--tool msmodelslim: {reason}; --tool builtin makes it without")
+    logger.info("the built-in calibrator, not msmodelslim: %s", reason)
+    return None
+
+
+def by_vendor(told: argparse.Namespace, command: str, source: Any, out: Path, calibration: Path) -> Document:
+    from executor.calibrate.vendor import ALPHA, drive
+    from executor.device.table import BACKENDS
+
+    device = told.device
+    if device == "auto":
+        device = "npu" if BACKENDS["npu"].is_installed else "cpu"
+    settings = settings_of(told, source.dtype, ALPHA)
+    count = drive(command, source.folder, source.config, out, settings, calibration, device)
+    verify(out)
+    print(f"{out}: {told.scheme}, made by {command} from {count} pictures")
+    return {"save_directory": str(out), "scheme": told.scheme, "tool": "msmodelslim", "num_samples": count}
+
+
+def verify(out: Path) -> None:
+    """The folder as any reader meets it: headers against files, index against headers, each tensor's type."""
+    from executor.checkpoint.description import read_description
+    from executor.checkpoint.headers import Checkpoint
+
+    checkpoint, description = Checkpoint(out), read_description(out)
+    odd = sorted(checkpoint.catalog.keys() ^ description.types.keys())
+    if odd:
+        raise RuntimeError(f"{out}: tensors and description differ, such as in {odd[0]}: do not use this folder")
 
 
 def open_source(model_path: str) -> Any:

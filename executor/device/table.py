@@ -73,7 +73,7 @@ def _function(place: str) -> Any:
 
 _NPU = {
     "exe_modes": ("eager", "ge_graph", "npugraph_ex"),
-    "quantization": ("none", "w8a8", "w8a8s", "w8a8_dynamic", "w8a8_mix", "w8a16", "wint8", "w4a8_dynamic"),
+    "quantization": ("none", "w8a8", "w8a8s", "w8a8sc", "w8a8_dynamic", "w8a8_mix", "w8a16", "wint8", "w4a8_dynamic"),
     "opener": "executor.device.npu.ops:open_chip",
     "package": "torch_npu",
     "is_npu": True,

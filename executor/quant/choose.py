@@ -22,6 +22,7 @@ from executor.quant.w4a8_dynamic import W4A8Dynamic
 from executor.quant.w8a8 import W8A8
 from executor.quant.w8a8_dynamic import W8A8Dynamic
 from executor.quant.w8a8_mix import W8A8Mix
+from executor.quant.w8a8sc import compressed_scheme, uncompressed_sizes
 from executor.quant.w8a16 import W8A16
 from executor.quant.wint8 import WInt8
 
@@ -34,7 +35,8 @@ SCHEMES: dict[str, Scheme] = {
     "W8A16": W8A16(),
     "W4A8_DYNAMIC": W4A8Dynamic(),
 }
-"""By the word of descriptions."""
+"""By the word of descriptions. W8A8SC has a scheme for every linear: see compressed_scheme."""
+COMPRESSED_TYPE = "W8A8SC"
 MADE: dict[str, Scheme] = {"wint8": WInt8()}
 """By the word of recipes: those of executor/quant/sizes.py:MADE_AT_LOAD."""
 _grouped = cache(W8A16)
@@ -53,7 +55,11 @@ def choose_schemes(model: nn.Module, catalog: Catalog, description: Description 
     for layer in model.modules():
         if isinstance(layer, Linear):
             names = [name for name, _, _ in layer.share.named(layer.prefix)]
-            scheme = _fitting(_scheme([f"{name}.weight" for name in names], description), names, catalog)
+            weights = [f"{name}.weight" for name in names]
+            if _kind(weights, description) == COMPRESSED_TYPE:
+                scheme = compressed_scheme(layer.share, names, catalog)
+            else:
+                scheme = _fitting(_scheme(weights, description), names, catalog)
             has_bias = layer.share.has_bias or any(f"{name}.bias" in catalog for name in names)
             if scheme is not FLOAT:
                 _refuse(
@@ -148,7 +154,8 @@ def assume_schemes(model: nn.Module, quantization: str) -> None:
     for layer in model.modules():
         if isinstance(layer, Linear):
             names = [name for name, _, _ in layer.share.named(layer.prefix)]
-            scheme = _assumed(names[0], quantization)
+            is_compressed = assumed_type(names[0], quantization) == COMPRESSED_TYPE
+            scheme = uncompressed_sizes(layer.share) if is_compressed else _assumed(names[0], quantization)
             if scheme is not FLOAT:
                 layer.take(scheme, layer.share.has_bias)
         elif isinstance(layer, Experts):
@@ -177,7 +184,8 @@ def _assumed(name: str, quantization: str) -> Scheme:
     return SCHEMES[kind]
 
 
-def _scheme(names: list[str], description: Description) -> Scheme:
+def _kind(names: list[str], description: Description) -> str:
+    """The type of linears that are multiplied together."""
     kinds = {name: description.type_of(name) for name in names}
     if len(set(kinds.values())) > 1:
         firsts = {kind: name for name, kind in reversed(kinds.items())}  # one of each type
@@ -186,7 +194,11 @@ def _scheme(names: list[str], description: Description) -> Scheme:
             f"{description.file}: linears that are multiplied together have different types: {named}; quantize the "
             "model again with one type for all of them"
         )
-    kind = kinds[names[0]]
+    return kinds[names[0]]
+
+
+def _scheme(names: list[str], description: Description) -> Scheme:
+    kind = _kind(names, description)
     if kind not in SCHEMES:
         raise UserError(f"{description.file}: '{names[0]}' is {kind}; this release reads {', '.join(SCHEMES)}")
     return SCHEMES[kind]

@@ -1,13 +1,17 @@
 """The NPU backend over two ranks: emulated chips answer as one CPU rank does, eagerly and from decode graphs."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from emulator.activate import available
+from executor.commands.compress.__main__ import work
 from tests.msmodelslim.folders import FOLDERS
 from tests.parallel.jobs import case, run_ranks
+from tests.quant.compressing import stand_in
 
+SPARSE = ("qwen3_vl_w8a8s",)
 CASES = {
     "a2_graph_tp2": ("qwen2_5_vl", {}, "atlas_800i_a2", {"exe_mode": "ge_graph", "strict_graph": True}),
     "a3_graph_moe_dp2_ep2": (
@@ -20,35 +24,45 @@ CASES = {
     # Its routing knows no range of experts: each rank counts its own from 0.
     "duo_moe_ep2": ("qwen3_vl_moe", {"moe_ep_size": 2}, "atlas_300i_duo", {}),
     # Static, with a float down_proj; and dynamic, with biases that one rank adds.
-    "a3_graph_w8a8_tp2": ("qwen3_vl_w8a8", {}, "atlas_800i_a3", {"exe_mode": "ge_graph", "strict_graph": True}),
-    "duo_w8a8_dynamic_tp2": ("qwen3_vl_w8a8_dynamic", {}, "atlas_300i_duo", {}),
+    "a3_graph_w8a8_tp2": (
+        "qwen3_vl",
+        {},
+        "atlas_800i_a3",
+        {"exe_mode": "ge_graph", "strict_graph": True, "model_path": "qwen3_vl_w8a8"},
+    ),
+    "duo_w8a8_dynamic_tp2": ("qwen3_vl", {}, "atlas_300i_duo", {"model_path": "qwen3_vl_w8a8_dynamic"}),
+    # Each rank reads its own part of compressed weights; one CPU rank reads the weights that they were made of.
+    "duo_w8a8sc_tp2": ("qwen3_vl", {}, "atlas_300i_duo", {"model_path": "qwen3_vl_w8a8s"}),
 }
 
 
-def emulated(
-    family: str, parallel: dict[str, Any], soc: str, model: dict[str, Any], folder: dict[str, Any]
-) -> dict[str, Any]:
+def emulated(family: str, parallel: dict[str, Any], soc: str, model: dict[str, Any]) -> dict[str, Any]:
     told = case(family, 2, **parallel)
-    told["model_config"] |= folder
     told["model_config"] |= {"device": "npu_emulated", "soc": soc, "dtype": "auto", **model}
     told["scheduler_config"] |= {"block_size": 128, "max_num_batched_tokens": 512}
     told["generation_config"]["ignore_eos"] = False
     return told
 
 
+def compressed(source: Path, folder: Path) -> Path:
+    options = ["--tp", "2", "--executable", str(stand_in(folder))]
+    work(["--model_path", str(source), "--save_directory", str(folder / "parts"), *options])
+    return folder / "parts"
+
+
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory, msmodelslim) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("emulated")
-    models = [family for family, *_ in CASES.values()]
-    folders = [{"model_path": str(msmodelslim(name))} if name in FOLDERS else {} for name in models]
-    alone = [case(family) for family in models]
-    for told, quantized in zip(alone, folders, strict=True):
-        told["generation_config"]["ignore_eos"] = False
-        told["model_config"] |= quantized
+    alone, together = [case(family) for family, *_ in CASES.values()], [emulated(*each) for each in CASES.values()]
+    for one, two in zip(alone, together, strict=True):
+        one["generation_config"]["ignore_eos"] = False
+        if (path := two["model_config"]["model_path"]) in FOLDERS:
+            quantized = msmodelslim(path)
+            one["model_config"]["model_path"] = str(quantized)
+            two["model_config"]["model_path"] = str(compressed(quantized, folder) if path in SPARSE else quantized)
     wanted = run_ranks(1, alone, folder)
     # All in the same two processes, which change the chip in between: importing torch_npu is most of the cost.
-    chips = [emulated(*each, quantized) for each, quantized in zip(CASES.values(), folders, strict=True)]
-    found = run_ranks(2, chips, folder)
+    found = run_ranks(2, together, folder)
     return {
         name: {"found": ours, "wanted": theirs["answers"]}
         for name, ours, theirs in zip(CASES, found, wanted, strict=True)

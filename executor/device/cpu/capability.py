@@ -3,7 +3,7 @@
 Invariants: what stands in a `Capability` has been computed here and was right. Knows no recipe but its key cpu_isa.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -11,12 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from executor.device.cpu.int8_products import DIGITS, EXPANDED, ONE_CALL, PRODUCTS
 from executor.errors import UserError
 
 REORDERED, PACKED_FP16, PLAIN = "reordered", "packed fp16", "plain"
 """How a linear's weight is kept: oneDNN's own layout in its own type; FBGEMM's fp16 panels, multiplied with fp32
 activations; as the checkpoint has it."""
 
+_INT8_WORDS = {
+    ONE_CALL: "by oneDNN in one product (32-bit sums)",
+    DIGITS: "by FBGEMM in two products of digits (no VNNI)",
+    EXPANDED: "made float32 block by block (no int8 product here is exact)",
+}
 _TRIED = (33, 48)  # outputs and inputs of the tried products
 
 
@@ -31,6 +37,7 @@ class Capability:
     vectors: str  # what torch says of itself, such as AVX2
     reorders: frozenset[torch.dtype]  # types that oneDNN reorders and multiplies here
     packs_fp16: bool
+    int8: str = EXPANDED  # how whole numbers of int8 are multiplied: ONE_CALL, DIGITS or EXPANDED
 
     def form(self, dtype: torch.dtype) -> str:
         """How weights of `dtype` are kept: one of REORDERED, PACKED_FP16, PLAIN."""
@@ -49,7 +56,7 @@ class Capability:
         line += {REORDERED: "in oneDNN's layout", PACKED_FP16: "in 16 bits (packed)", PLAIN: "as they are"}[
             self.form(dtype)
         ]
-        return f"{line}, activations and KV cache in {computed}"
+        return f"{line}, activations and KV cache in {computed}; int8 weights {_INT8_WORDS[self.int8]}"
 
 
 def capability(cpu_isa: str = "auto") -> Capability:
@@ -61,7 +68,7 @@ def capability(cpu_isa: str = "auto") -> Capability:
     if cpu_isa in ("auto", found.isa):
         return found
     if cpu_isa == "avx2" and found.isa == "avx512":
-        return replace(found, isa="avx2")
+        return replace(found, isa="avx2", int8=_exact_int8((DIGITS, EXPANDED)))
     raise UserError(
         f"model_config.cpu_isa: {cpu_isa} is forced, and this machine has not what it takes: torch reports "
         f"{found.vectors}, and oneDNN multiplies {_names(found.reorders)} here (python -m executor.commands.doctor "
@@ -76,7 +83,8 @@ def _found() -> Capability:
     isa = "avx2" if packs_fp16 else "other"  # FBGEMM is for x86-64 with AVX2 only
     if packs_fp16 and torch.bfloat16 in reorders and _multiplies_bfloat16():
         isa = "avx512"
-    return Capability(isa, torch.backends.cpu.get_cpu_capability(), reorders, packs_fp16)
+    int8 = _exact_int8((ONE_CALL, DIGITS, EXPANDED))
+    return Capability(isa, torch.backends.cpu.get_cpu_capability(), reorders, packs_fp16, int8)
 
 
 def _multiplies_bfloat16() -> bool:
@@ -86,6 +94,31 @@ def _multiplies_bfloat16() -> bool:
     """
     asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name)() for name in asked if hasattr(torch.cpu, name))
+
+
+def _exact_int8(forms: Sequence[str]) -> str:
+    """The first of `forms` whose sums are right here, for every sign and for the largest numbers that int8 has."""
+    return next(form for form in forms if _sums_are_exact(form))
+
+
+def _sums_are_exact(form: str) -> bool:
+    """Without VNNI libraries add pairs of products in 16 bits, with saturation and without a word: largest numbers in
+    neighbouring places show it. One row and many are multiplied by different code.
+    """
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-128, 128, (_TRIED[0], 4 * _TRIED[1]), generator=generator, dtype=torch.int8)
+    values[0], values[1] = -128, 127
+    try:
+        with torch.inference_mode():
+            product = PRODUCTS[form](values)
+            for rows in (1, 2, 40):
+                x = torch.randint(-128, 128, (rows, values.shape[1]), generator=generator).float()
+                for tried in (x, torch.full_like(x, -128), torch.full_like(x, 127)):
+                    if not torch.equal(product.sums(tried).double(), tried.double() @ values.double().t()):
+                        return False
+    except (RuntimeError, AttributeError):  # refused; or this build of torch has no such op
+        return False
+    return True
 
 
 def _works(product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> bool:

@@ -8,6 +8,7 @@ Cache layout: [blocks, block_size, K, D]; a row whose blocks are consecutive is 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +40,14 @@ class _Row:
 
 
 class CpuOps(Ops):
-    """`found`: what the CPU can do; None asks it."""
+    """`found`: what the CPU can do; None asks it. `decode_rows`: the most rows of a decode step."""
 
     name = "cpu"
     device = torch.device("cpu")
 
-    def __init__(self, found: Capability | None = None) -> None:
+    def __init__(self, found: Capability | None = None, decode_rows: int = 16) -> None:
         self.capability = found or capability()
+        self.decode_rows = decode_rows
         self.scratch = Scratch()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -71,6 +73,13 @@ class CpuOps(Ops):
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
+    def gated_mlp(self, x: Tensor, gate_up: Callable[..., Tensor], down: Callable[..., Tensor]) -> Tensor:
+        """Of many rows one tile after the other where both are int8: what lies between them stays near the CPU."""
+        if not (isinstance(gate_up, int8.Int8Linear) and isinstance(down, int8.Int8Linear)):
+            return super().gated_mlp(x, gate_up, down)
+        tiles = [down(self.swiglu(gate_up(tile))) for tile in x.split(gate_up.tile_rows)]
+        return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+
     def gelu(self, x: Tensor, tanh: bool) -> Tensor:
         return F.gelu(x, approximate="tanh" if tanh else "none")
 
@@ -81,7 +90,7 @@ class CpuOps(Ops):
         self, weight: Weight, bias: Tensor | None, many_rows: bool = False
     ) -> Callable[[Tensor], Tensor]:
         if not isinstance(weight, Tensor):
-            return int8.prepare(weight, bias, many_rows)
+            return int8.prepare(weight, bias, self.capability.int8, self.decode_rows)
         weight, form = weight.detach(), self.capability.form(weight.dtype)
         if weight.is_meta:
             return Plain(weight, bias)
@@ -91,6 +100,14 @@ class CpuOps(Ops):
             return Plain(weight, bias)
         scale = None if many_rows else exact_scale(weight)
         return Expanded(weight, bias, self.scratch) if scale is None else PackedFp16(weight, bias, scale)
+
+    def prepare_summed_linear(
+        self, weight: Weight, bias: Tensor | None, group: Any, many_rows: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        multiply = self.prepare_linear(weight, bias, many_rows)
+        if isinstance(multiply, int8.Int8Linear):
+            return int8.Summed(multiply, group)
+        return lambda x: group.all_reduce(multiply(x))
 
     def prepare_tied_head(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """Read where the embedding has it; FBGEMM's panels are worth a copy, as plain weights are far slower there."""
@@ -208,7 +225,7 @@ def open_cpu(settings: DeviceSettings) -> CpuOps:
     found = capability(settings.cpu_isa)
     let_idle_threads_sleep(torch.get_num_threads())
     logger.info("device: cpu, %s", found.describe(getattr(torch, settings.dtype)))
-    return CpuOps(found)
+    return CpuOps(found, settings.decode_rows)
 
 
 def computes_in(settings: DeviceSettings) -> str:

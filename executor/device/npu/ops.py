@@ -14,11 +14,11 @@ import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
-from executor.device.npu import attention, experts, forms, graph, layout, linear, quant, quant_experts
+from executor.device.npu import attention, compressed, experts, forms, graph, layout, linear, quant, quant_experts
 from executor.device.npu.soc import COMPOSED, SOCS, Soc, chip_named, choose, soc_of
 from executor.device.ops import HeadNorms, Heads, KVLayer, Ops
 from executor.device.table import DeviceSettings
-from executor.device.weights import Weight
+from executor.device.weights import CompressedInt8, Weight
 from executor.errors import UserError
 from executor.host.env import environment
 
@@ -78,7 +78,7 @@ class NpuOps(Ops):
         if residual is None or not len(x):  # the fused ops take no empty x
             return super().add_rms_norm(x, residual, weight, eps, bias)
         product = quant.reader_of(reader, len(x))
-        if isinstance(product, quant.StaticLinear) and self._has("add_rms_norm_static"):
+        if isinstance(product, quant.StaticInput) and self._has("add_rms_norm_static"):
             return quant.add_rms_norm_static(x, residual, weight, eps, bias, product)
         if isinstance(product, quant.DynamicLinear) and self._has("add_rms_norm_dynamic"):
             return quant.add_rms_norm_dynamic(x, residual, weight, eps, bias)
@@ -125,6 +125,8 @@ class NpuOps(Ops):
     def prepare_linear(
         self, weight: Weight, bias: Tensor | None, many_rows: bool = False
     ) -> Callable[[Tensor], Tensor]:
+        if isinstance(weight, CompressedInt8):
+            return compressed.prepare(weight, self.soc, self.dtype)
         if not isinstance(weight, Tensor):
             return self._products.linear(weight, bias)
         return linear.Linear(layout.weight(weight.detach(), self.weight_nz), bias)

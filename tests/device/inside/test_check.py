@@ -62,6 +62,24 @@ def test_nodes_of_a_quantized_decode_layer(name, quantization, tp, most) -> None
     assert layer["QuantBatchMatmulV3"] + layer["WeightQuantBatchMatmulV2"] == 4 - plain
 
 
+EXPERTS = [("w8a8", 2, 17), ("w4a8_dynamic", 2, 21)]
+
+
+@pytest.mark.parametrize("quantization, ranks, most", EXPERTS)
+def test_nodes_of_a_layer_of_quantized_experts(quantization, ranks, most) -> None:
+    """Experts dealt to the ranks; two nodes more are collectives. Of four-bit weights three nodes are GE's change of a
+    weight's type, which torchair writes down where CANN is older than 8.5 or absent, as here.
+    """
+    with true_size(MOE, A3, tp=ranks, ep=ranks, quantization=quantization) as traces:
+        assert traces.decode_calls(tensors=True).violations == []
+        layer = per_layer(traces.decode_graph(1), traces.decode_graph(2))
+    assert layer.total() <= most, layer
+    assert layer["HcomAllReduce"] == 2 and layer.total() - 2 <= 19
+    assert layer["MatMul"] == 1, "the router alone is float"
+    fused, products = layer["GroupedMatmulSwigluQuantV2"], layer["GroupedMatmul"]
+    assert (fused, products, layer["SwiGlu"], layer["DynamicQuant"]) == (1, 1, 0, 0), layer
+
+
 @pytest.mark.parametrize("name, tp, nodes, fused", [(QWEN2_5, 2, 12, 2), (MOE, 2, 16, 1)])
 def test_what_the_table_can_give_a_decode_layer_of_a2(name, tp, nodes, fused) -> None:
     """Sums in one kernel with their products, which is documented for prefill only: that many nodes less."""
