@@ -35,6 +35,10 @@ PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
                    "video_preprocessor_config.json", "generation_config.json", "merges.txt", "vocab.json")  # fmt: skip
 
 
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "1"}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def source(msmodelslim) -> Path:
     return msmodelslim("qwen3_vl_w8a8s")
@@ -225,6 +229,13 @@ def float_description(folder):
     file.write_text(json.dumps(types))
 
 
+def sparse_vision_alone(folder):
+    file = folder / "quant_model_description.json"
+    types = json.loads(file.read_text())
+    types |= {name: "FLOAT" for name in types if name.startswith((TEXT, "lm_head"))}
+    file.write_text(json.dumps(types))
+
+
 def wide_float(folder):
     file = folder / "quant_model_weight_w8a8s.safetensors"
     held = load_file(file)
@@ -254,6 +265,7 @@ def without_scale(folder):
         (drop("preprocessor_config.json"), (), "preprocessor_config.json"),
         (drop("quant_model_description.json"), (), "float weights|scheme"),
         (float_description, (), "has float weights; what is compressed are w8a8s weights"),
+        (sparse_vision_alone, (), "weights in the vision encoder alone"),
         (without_scale, (), "'model.language_model.layers.1.mlp.up_proj.input_scale' is missing"),
         (wide_float, (), "norm.weight' of .* has values that float16 cannot hold"),
         (lambda folder: (folder / "part0-of-1").mkdir(), (), "is compressed already"),
@@ -384,6 +396,21 @@ def test_a_rank_that_fails_fails_all(source, executable, tmp_path, monkeypatch):
     words = "No space left on device; what was written of it has been removed"
     assert [str(error) for error in found] == [f"rank 1: {tmp_path / 'out'} cannot be written: {words}"] * 2
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "variables, words_of",
+    [
+        ({"RANK": "0"}, "RANK is set, but not WORLD_SIZE"),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "MASTER_ADDR": "one"}, "one of several tasks of Slurm"),
+        (TORCHRUN, "--tp: got 3, and torchrun started 2 processes"),
+    ],
+)
+def test_other_launchers_are_refused(source, tmp_path, executable, monkeypatch, variables, words_of):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words_of):
+        work(words(source, tmp_path / "out", executable, "--tp", "3"))
 
 
 @pytest.mark.long
