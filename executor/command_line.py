@@ -71,7 +71,7 @@ FOREIGN = {  # flags of vLLM, MindIE, PaddleMIX and others -> what stands for th
     "enable-prefix-caching": "--set scheduler_config.enable_prefix_caching=true",
     "enforce-eager": "--set model_config.exe_mode=eager",
     "quantization": "--set model_config.quantization=auto (read from the checkpoint)",
-    "quant-type": "--set model_config.quantization=auto (read from the checkpoint)",
+    "quant-type": "--set model_config.quantization=wint8 (for weight_only_int8, with the float checkpoint)",
     "served-model-name": "--set server_config.served_model_name=NAME",
     "api-key": "--set server_config.api_key=KEY",
     "model-name-or-path": "--model PATH",

@@ -131,6 +131,7 @@ def _watch(model: Any, stage: Stage, look: Callable[[str, Tensor], None], wanted
         for layer in module.modules():
             if isinstance(layer, Linear) and layer.prefix in wanted:
                 product = layer.product.product if isinstance(layer.product, Observed) else layer.product
+                del layer.product  # which may be a module: only another could stand in its place
                 narrow = partial(_narrowed, layer.share.num_in, heads.get(layer.prefix))
                 layer.product = Observed(product, partial(_shown, look, layer.prefix, narrow))
 

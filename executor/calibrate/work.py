@@ -31,7 +31,7 @@ class Work:
 
     def __init__(self, folder: Path, digest: str, settings: dict[str, Any]) -> None:
         self.folder = folder / NAME
-        self.digest, self.settings = digest, settings
+        self.digest, self.settings = digest, json.loads(json.dumps(settings))  # as the manifest gives them back
         self.done = 0  # stages
         self.num_samples: int | None = None  # None: not gathered yet
 

@@ -15,6 +15,7 @@ from executor.calibrate.stages import Bench, stages_of, tensors_of, with_cache
 from executor.checkpoint.folder import read_json
 from executor.checkpoint.headers import Checkpoint
 from executor.checkpoint.load import build_on_meta
+from executor.commands import quantize
 from executor.device import ops
 from executor.device.cpu.ops import CpuOps
 from executor.schedule.request import SamplingParams
@@ -133,6 +134,30 @@ def test_others_read_the_same_weights(family, made, tmp_path):
         save_file(plain, target / "model.safetensors", metadata={"format": "pt"})
         logits, _ = answered(engine_over(target, num_blocks=64))
         assert error(logits, wanted) < (0.1 if scheme == "w4a8_dynamic" else 0.015), scheme
+
+
+class WideOps(CpuOps):
+    """A device as NPUs are: vision heads are widened with zeros, and products are modules."""
+
+    def vision_head_dim(self, head_dim: int) -> int:
+        return 96
+
+    def prepare_linear(self, weight, bias, many_rows=False):
+        product = super().prepare_linear(weight, bias, many_rows)
+        module = torch.nn.Module()
+        module.forward = product
+        return module
+
+
+def test_a_device_with_wider_heads_sees_the_same_activations(calibration, tmp_path, monkeypatch):
+    quantized(tiny("qwen3_vl"), tmp_path / "plain", "w8a8", calibration)
+    monkeypatch.setattr(quantize, "open_device", lambda told, own: (WideOps(), "float32"))
+    quantized(tiny("qwen3_vl"), tmp_path / "wide", "w8a8", calibration, "--percentile", "100", "--rounding", "gptq")
+    plain, wide = (read(tmp_path / name)[0] for name in ("plain", "wide"))
+    assert plain.keys() == wide.keys()
+    for name in plain:
+        if name.endswith(("input_scale", "norm1.weight", "input_layernorm.weight")):
+            torch.testing.assert_close(wide[name], plain[name], rtol=1e-3, atol=0)
 
 
 def test_float_tensors_keep_their_type_and_smoothing_is_exact(made, family):
