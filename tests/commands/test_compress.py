@@ -162,9 +162,9 @@ def test_the_report_counts_what_is_stored(made, source):
 # Before it is loaded
 
 
-def settled(folder, world_size=1, **model):
+def settled(folder, world_size=1, vision="tp", **model):
     model = {"model_path": str(folder), "device": "npu_emulated", "soc": "atlas_300i_duo"} | model
-    sections = {"model_config": model, "parallel_config": {"world_size": world_size}}
+    sections = {"model_config": model, "parallel_config": {"world_size": world_size, "vision_parallel": vision}}
     return prepare(build_recipe(sections | {"scheduler_config": {"max_model_len": 512, "num_blocks": 64}}))
 
 
@@ -174,6 +174,24 @@ def test_a_folder_is_for_its_number_of_ranks(made):
     other = 3 - size
     with pytest.raises(UserError, match=f"attn_tp_size: the recipe has {other}, and .* compressed for {size}; set "):
         settled(folder, other)
+
+
+@pytest.mark.parametrize("vision", ["tp", "data"])
+def test_memory_is_counted_from_the_part(made, vision):
+    """A rank's weights are its part: of the vision encoder all, or a slice but for what is whole on every rank."""
+    size, folder, _ = made
+    prepared = settled(folder, size, vision)
+    assert prepared.recipe.parallel.vision_parallel == vision
+    scales = ("deq_scale", "info")  # kept as float32; read once
+    held = [
+        {name: x.numel() * (4 if name.endswith(scales) else x.element_size()) for name, x in part.items()}
+        for part in parts_of(folder, size)
+    ]
+    seen = sum(count for name, count in held[0].items() if name.startswith("model.visual."))
+    whole = prepared.shapes.replicated_vision_parameters * 2
+    kept = whole + (seen - whole) / (size if vision == "tp" else 1)
+    text = max(sum(part.values()) for part in held) - seen
+    assert prepared.memory.weights_bytes == pytest.approx(text + kept, abs=2)
 
 
 def test_other_devices_refuse_it(made_for):
