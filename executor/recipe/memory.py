@@ -66,6 +66,7 @@ def weights_bytes(recipe: Recipe, shapes: ModelShapes, stored: StoredSizes | Non
 
     if stored is not None:
         ranks = {KV: kv_tp, ATTENTION: tp, MLP: tp, EXPERTS: recipe.parallel.world_size, VOCABULARY: tp, WHOLE: 1}
+        ranks = dict.fromkeys(ranks, 1) if stored.is_part else ranks
         held = sum(stored.bytes(place, size) / degree for place, degree in ranks.items())
         return round(held + vision_bytes(stored.bytes(VISION, size)))
     linear_size = weight_bytes(recipe.model.quantization, recipe.model.dtype)
