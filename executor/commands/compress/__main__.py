@@ -11,8 +11,9 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from executor.checkpoint.files import DESCRIPTIONS
 from executor.checkpoint.writing import (
@@ -23,6 +24,7 @@ from executor.checkpoint.writing import (
     check_empty,
     copy_files,
     finish_folder,
+    not_written,
     with_dtype,
     write_json,
 )
@@ -73,19 +75,26 @@ def compress_all(job: Job, shares: Sequence[Share], compressor: Compressor, targ
     was_there = target.exists()
 
     def begin() -> None:
-        if ranks.leads:
-            staging = begin_folder(target)
-            copy_files(job.folder, staging, _is_copied)
-            write_json(staging / CONFIG, with_dtype(config_of(job), str(DTYPE).removeprefix("torch.")))
+        staging = begin_folder(target)
+        copy_files(job.folder, staging, _is_copied)
+        write_json(staging / CONFIG, with_dtype(config_of(job), str(DTYPE).removeprefix("torch.")))
 
     def write() -> list[Bytes]:
-        staging = target / STAGING
-        return [write_part(job, share, compressor, staging) for share in shares]
+        return [write_part(job, share, compressor, target / STAGING) for share in shares]
+
+    def together(step: str, act: Callable[[], Any]) -> list[Any]:
+        def writing() -> Any:
+            try:
+                return act()
+            except OSError as error:
+                raise not_written(target, error) from error
+
+        return ranks.together(step, writing)
 
     try:
-        ranks.together("begun", begin)
-        found = [each for of_rank in ranks.together("written", write) for each in of_rank]
-        ranks.together("finished", lambda: finish_folder(target) if ranks.leads else None)
+        together("begun", lambda: begin() if ranks.leads else None)
+        found = [each for of_rank in together("written", write) for each in of_rank]
+        together("finished", lambda: finish_folder(target) if ranks.leads else None)
         return found
     finally:
         if ranks.leads:
