@@ -28,6 +28,15 @@ NOT_KERNELS = frozenset(
 _EXECUTING = re.compile(
     r"call_function\[target=torch\.ops\.(?P<target>[\w.]+)\](?:\(args = \((?P<wrapped>(?:npu|atb|air)\.[\w.]+))?"
 )
+# CANN's operators that torchair has no function for and asks CANN's registry about: inputs, outputs and attributes by
+# name, as CANN's own headers declare them (op_proto/inc, REG_OP).
+OPERATORS = {
+    "AddRmsNormQuant": (
+        ("x1", "x2", "gamma", "scales1", "scales2", "zero_points1", "zero_points2", "beta"),
+        ("y1", "y2", "x"),
+        ("axis", "epsilon", "div_mode", "dst_type"),
+    ),
+}
 _COLLECTIVES = ("Hcom", "MatmulAllReduce", "AllGatherMatmul", "MatmulReduceScatter", "MoeDistribute")
 
 
@@ -83,9 +92,14 @@ def install() -> None:
     Generating the code that a chip would keep on disk is tried as well; nothing is kept.
     """
     from torchair._ge_concrete_graph import compat_ir, fx2ge_converter
+    from torchair.core import _torchair
 
     concrete = fx2ge_converter.GeConcreteGraph
     export, generate = concrete.__call__, concrete.codegen
+    registered = _torchair.get_registered_ir_def
+    _torchair.get_registered_ir_def = lambda name: (
+        ("SUCCESS", *({key: "" for key in keys} for keys in OPERATORS[name])) if name in OPERATORS else registered(name)
+    )
     fx2ge_converter.initialize_graph_engine = lambda *_, **__: None
     compat_ir.is_cann_compat = lambda *_, **__: ""
 

@@ -1,6 +1,9 @@
 """Before any test module is imported: transformers must find torchvision, or never will. And the order of the files."""
 
 import gc
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +48,12 @@ def torchvision() -> None:
     reason = torchvision_reference.missing()
     if reason:
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def msmodelslim(tmp_path_factory) -> Callable[[str], Path]:
+    """A quantized folder of tests/msmodelslim by its name, complete and read-only by custom: it is shared."""
+    from tests.msmodelslim.folders import unpack
+
+    root = tmp_path_factory.mktemp("msmodelslim")
+    return lru_cache(maxsize=None)(lambda name: unpack(name, root))

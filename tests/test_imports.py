@@ -34,8 +34,9 @@ RANKS = {
     "executor.serve": 8,
     "executor.launch": 8,
     "executor.command_line": 9,
-    "executor.commands": 9,
-    "executor.__main__": 10,
+    "executor.calibrate": 9,
+    "executor.commands": 10,
+    "executor.__main__": 11,
 }
 SOURCES = ("executor", "models", "dataset", "emulator")
 SCRIPTS = ("executor/scripts", "models/tiny")  # run by themselves; no module of the product imports them

@@ -57,22 +57,20 @@ def _check_fused(
     require(round_mode in (None, 0), "round_mode must be 0", round_mode)
     groups = 1 if group_index is None else group_index.shape[0]
     if x.dtype == torch.int32:
-        require(
-            weight_scale is not None and activation_scale is not None,
-            "an int32 x needs weight_scale and activation_scale",
-        )
+        require(weight_scale is not None, "an int32 x needs weight_scale")
         require_dtype("weight_scale", weight_scale, (torch.float32,))
-        require_dtype("activation_scale", activation_scale, (torch.float32,))
         require(
             weight_scale.numel() == groups * x.shape[-1],
             f"weight_scale must have shape [{groups}, {x.shape[-1]}]",
             list(weight_scale.shape),
         )
-        require(
-            activation_scale.numel() == x[..., 0].numel(),
-            f"activation_scale must have one value per row of x {list(x.shape)}",
-            list(activation_scale.shape),
-        )
+        if activation_scale is not None:
+            require_dtype("activation_scale", activation_scale, (torch.float32,))
+            require(
+                activation_scale.numel() == x[..., 0].numel(),
+                f"activation_scale must have one value per row of x {list(x.shape)}",
+                list(activation_scale.shape),
+            )
     else:
         refuse(weight_scale=weight_scale, activation_scale=activation_scale, bias=bias)
     if bias is not None:
@@ -121,7 +119,8 @@ def npu_dequant_swiglu_quant(
     groups = _group_of_row(group_index, rows.shape[0])
     wide = (rows if bias is None else rows + bias.view(1, -1)).float()
     if x.dtype == torch.int32:
-        wide = wide * weight_scale.view(-1, x.shape[-1])[groups] * activation_scale.view(-1, 1)
+        wide = wide * weight_scale.view(-1, x.shape[-1])[groups]
+        wide = wide if activation_scale is None else wide * activation_scale.view(-1, 1)
     if swiglu_mode == 1:
         y = _clamped_swiglu(wide, clamp_limit, glu_alpha, glu_bias)
     else:

@@ -1,7 +1,9 @@
 """npu_grouped_matmul: one product per expert, over rows that routing has sorted or over lists of inputs.
 
 Semantics and limits: the op's docstring in the torch_npu wheel: plain, per-channel and per-token quantized, and int8
-weights with scales per channel, int4 ones also per group; group_list as a tensor or as a list.
+weights with scales per channel, int4 ones also per group; group_list as a tensor or as a list. int8 rows by int4
+weights: the page of aclnnGroupedMatmulV4 beneath it, symmetric; scales by groups of 256 rows, or one group as in public
+serving code.
 """
 
 import torch
@@ -9,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from emulator import chips
-from emulator.kernels.int4 import columns_of, rows_of, unpack_matrix
+from emulator.kernels.int4 import PER_WORD, columns_of, is_transposed, rows_of, unpack_matrix
 from emulator.kernels.matmul import DTYPES, int_product
 from emulator.kernels.quant import quantize, scale_of_param
 from emulator.limits import FLOATS, HALF, refuse, require, require_dtype, require_rank, require_shape
 from emulator.registry import kernel
 
 _INNER = 65536
+_GROUP_INT4, _INNER_INT4 = 256, 18432
 _ACTIVATIONS = {0: None, 1: F.relu, 2: lambda x: F.gelu(x, approximate="tanh"), 4: F.gelu, 5: F.silu}
 Tensors = list[Tensor] | None
 
@@ -72,6 +75,11 @@ def _check(
     target = _dtype(output_dtype)
     if chips.current().soc == "atlas_300i_duo":
         _check_duo(x, weight, group_type, scale, per_token_scale, antiquant_scale, act_type)
+    if x[0].dtype == torch.int8 and weight[0].dtype == torch.int32:
+        _check_int8_by_int4(x, weight, bias, scale, per_token_scale, group_list, group_list_type, target)
+        require(act_type == 0, "act_type must be 0 for an int4 weight", act_type)
+        refuse(antiquant_scale=antiquant_scale or None, antiquant_offset=antiquant_offset or None)
+        return
     _check_dtypes(x, weight, bias or [], scale or [], per_token_scale or [], target, antiquant_scale or [])
     for part, of in zip(antiquant_offset or [], antiquant_scale or [None] * 128, strict=False):
         fits = of is not None and (part.dtype, part.shape) == (of.dtype, of.shape)
@@ -236,6 +244,50 @@ def _check_int8(
         require_shape("per_token_scale", t, part.shape[0])
 
 
+def _check_int8_by_int4(
+    x: list[Tensor],
+    weight: list[Tensor],
+    bias: Tensors,
+    scale: Tensors,
+    tokens: Tensors,
+    group_list: Tensor | list[int] | None,
+    kind: int,
+    target: torch.dtype | None,
+) -> None:
+    one = len(x) == len(weight) == len(bias or []) == len(scale or []) == len(tokens or []) == 1
+    require(one, "x, weight, bias, scale and per_token_scale must be one tensor each for an int4 weight")
+    w, rows = weight[0], x[0].shape[1]
+    require_rank("weight", w, 3)
+    require(not is_transposed(w), "an int4 weight must not be transposed", w.stride())
+    require(target in HALF, "output_dtype must be bfloat16 or float16 for an int4 weight", target)
+    require(rows % _GROUP_INT4 == 0, f"x's columns must be a multiple of {_GROUP_INT4} for an int4 weight", rows)
+    require(rows <= _INNER_INT4, f"x must have at most {_INNER_INT4} columns for an int4 weight", rows)
+    require(columns_of(w) % PER_WORD == 0, f"the output's columns must be a multiple of {PER_WORD}", columns_of(w))
+    require_dtype("scale", scale[0], (torch.int64,))
+    shapes = [(len(w), groups, columns_of(w)) for groups in (1, rows // _GROUP_INT4)]
+    require(tuple(scale[0].shape) in shapes, f"scale must have shape {list(shapes[0])}", list(scale[0].shape))
+    require_dtype("bias", bias[0], (torch.float32,))
+    require_shape("bias", bias[0], len(w), columns_of(w))
+    require_dtype("per_token_scale", tokens[0], (torch.float32,))
+    require_shape("per_token_scale", tokens[0], x[0].shape[0])
+    single = isinstance(group_list, Tensor) and len(group_list) == 1
+    require(kind == 1 or single, "group_list_type must be 1 (counts) for an int4 weight: it is not looked at", kind)
+
+
+def product_by_halves(x: Tensor, w: Tensor, scale: Tensor, assist: Tensor) -> Tensor:
+    """`x [m, k]` int8 by `w [k, n]` of int4, fp32: the high and the low four bits of x apart, the low ones less 8.
+
+    `scale [n]`, or `[g, n]` by equal groups of rows; `assist [n]` is `8 * sum(w) * scale`, which makes up for the 8.
+    """
+    scale = scale.view(-1, w.shape[1])
+    high, low = x.int().div(16, rounding_mode="floor"), (x.int() & 0xF) - 8
+    wide = torch.zeros(len(x), w.shape[1])
+    for index, rows in enumerate(torch.arange(len(w)).chunk(len(scale))):
+        parts = (int_product(half[:, rows].to(torch.int8), w[rows]).float() for half in (high, low))
+        wide += (next(parts) * 16 + next(parts)) * scale[index]
+    return wide + assist
+
+
 def _run(
     x: list[Tensor],
     weight: list[Tensor],
@@ -261,7 +313,11 @@ def _run(
     out = _dtype(output_dtype) or x[0].dtype
     parts, tokens = _parts(x, len(matrices), group_list, group_list_type or 0, per_token_scale)
     extras = zip(matrices, _per_group(bias, len(matrices)), _per_group(scale, len(matrices)), strict=True)
-    ys = [_product(part, *extra, t, act_type or 0, out) for part, t, extra in zip(parts, tokens, extras, strict=True)]
+    is_int4 = x[0].dtype == torch.int8 and weight[0].dtype == torch.int32
+    ys = [
+        _product(part, *extra, t, act_type or 0, out, is_int4)
+        for part, t, extra in zip(parts, tokens, extras, strict=True)
+    ]
     if split_item in (0, 1):
         return ys
     y = torch.cat(ys)
@@ -302,8 +358,12 @@ def _widened(w: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
 
 
 def _product(
-    x: Tensor, w: Tensor, bias: Tensor | None, scale: Tensor | None, tokens: Tensor | None, act: int, out: torch.dtype
-) -> Tensor:
+    x: Tensor, w: Tensor, bias: Tensor | None, scale: Tensor | None, tokens: Tensor | None, act: int, out: torch.dtype,
+    is_int4: bool,
+) -> Tensor:  # fmt: skip
+    if is_int4:
+        wide = product_by_halves(x, w, scale_of_param(scale)[0], bias)
+        return (wide * tokens.unsqueeze(-1)).to(out)
     if x.dtype != torch.int8:
         y = x.float() @ w.float()
         return (y if bias is None else y + bias.float()).to(out)

@@ -91,6 +91,14 @@ def _check_add_quant(
     require_same_dtype("x1", x1, beta=beta)
     require_same_dtype("scales1", scales1, scales2=scales2)
     require_dtype("scales1", scales1, (torch.float32, torch.bfloat16))
+    # The page of aclnnAddRmsNormQuant and the operator's definition: these pairs, the second beside bfloat16 x1 only.
+    zero = torch.int32 if scales1.dtype == torch.float32 else torch.bfloat16
+    require(
+        scales1.dtype == torch.float32 or x1.dtype == torch.bfloat16, "bfloat16 scales need a bfloat16 x1", x1.dtype
+    )
+    require(div_mode, "div_mode must be True", div_mode)
+    if chips.current().soc == "atlas_300i_duo":
+        require(gamma.numel() * gamma.element_size() >= 32, "gamma must have at least 32 bytes", list(gamma.shape))
     for name, x in (
         ("scales1", scales1),
         ("zero_points1", zero_points1),
@@ -100,7 +108,7 @@ def _check_add_quant(
     ):
         require_shape(name, x, *gamma.shape)
         if x is not None and name.startswith("zero"):
-            require_dtype(name, x, (torch.int32, torch.bfloat16))
+            require(x.dtype == zero, f"{name} must be {zero} beside scales of {scales1.dtype}", x.dtype)
 
 
 @kernel("npu_add_rms_norm_quant", _check_add_quant)

@@ -7,13 +7,15 @@ experts, W4A8 folders call themselves FLOAT.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from executor.checkpoint.files import DESCRIPTIONS
 from executor.checkpoint.folder import read_json
 from executor.checkpoint.headers import canonical_name
+from executor.errors import UserError
 
 FLOAT_TYPE = "FLOAT"
-PATTERN = "quant_model_description*.json"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ class Description:
         """How many weights there are of each type."""
         return Counter(kind for name, kind in self.types.items() if name.endswith(".weight"))
 
+    @cached_property
+    def samples(self) -> Mapping[str, str]:
+        """The types inside but float, in the recipe's words, each with the name of a weight that has it."""
+        weights = ((kind, name) for name, kind in self.types.items() if name.endswith(".weight"))
+        return {kind.lower(): name for kind, name in weights if kind != FLOAT_TYPE}
+
     @property
     def label(self) -> str:
         """The recipe's word for the folder: what it says itself where it has such weights, else its most frequent."""
@@ -43,10 +51,32 @@ class Description:
 
 
 def read_description(folder: Path) -> Description | None:
-    """The folder's description; None for float weights without one."""
-    files = sorted(folder.glob(PATTERN))
+    """The folder's description; None for float weights without one.
+
+    Raises UserError for one that is damaged, and for several that say different things.
+    """
+    files = sorted(folder.glob(DESCRIPTIONS))
     if not files:
         return None
-    raw = read_json(folder, files[0].name)
-    types = {canonical_name(name): kind for name, kind in raw.items() if isinstance(kind, str) and "." in name}
-    return Description(files[0], types, str(raw.get("model_quant_type", FLOAT_TYPE)))
+    contents = [read_json(folder, file.name) for file in files]
+    if any(content != contents[0] for content in contents[1:]):
+        names = ", ".join(file.name for file in files)
+        raise UserError(
+            f"{folder}: {len(files)} descriptions of quantized weights that differ: {names}; keep the one that was "
+            "written with these weights, and move the others out of the folder"
+        )
+    return _parsed(files[0], contents[0])
+
+
+def _parsed(file: Path, raw: Mapping[str, object]) -> Description:
+    """Entries whose name has a dot are tensors; the others are about the whole model."""
+    entries = {name: kind for name, kind in raw.items() if "." in name}
+    odd = next((name for name, kind in entries.items() if not isinstance(kind, str)), None)
+    if odd is not None or not entries:
+        found = f"the type of '{odd}' is {entries[odd]!r}" if odd else "it names no tensor"
+        raise UserError(
+            f"{file}: damaged: {found}; it must give every tensor a type, such as "
+            '"lm_head.weight": "FLOAT". Copy it again from where the weights came'
+        )
+    types = {canonical_name(name): kind for name, kind in entries.items()}
+    return Description(file, types, str(raw.get("model_quant_type", FLOAT_TYPE)))

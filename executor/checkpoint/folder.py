@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from executor.checkpoint.files import find_weights
 from executor.errors import UserError, nearest
 from executor.host.env import find_path, hub_offline
 
@@ -120,12 +121,11 @@ def _is_whole(folder: Path) -> bool:
     """An interrupted download leaves a folder without its config, or with an index and not all of its shards."""
     if not (folder / "config.json").is_file():
         return False
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return any(folder.glob("*.safetensors"))
-    weight_map = read_json(folder, index.name).get("weight_map")
-    shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else {index.stem}
-    return all((folder / shard).is_file() for shard in shards)
+    try:
+        find_weights(folder)
+    except UserError:
+        return False
+    return True
 
 
 def _not_here(hub_id: str, reason: str, command: str) -> str:

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from executor.checkpoint.files import find_weights
+from executor.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 HEAD = "lm_head.weight"
@@ -34,13 +37,10 @@ def settle_head(folder: Path, config: Mapping[str, Any], tied: bool) -> Mapping[
 
 def _names_head(folder: Path) -> bool:
     """Whether a file of the folder names a head."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
     try:
-        if indices:
-            names = set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"])
-        else:
-            names = set().union(*(_header_names(file) for file in folder.glob("*.safetensors")))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error):
+        found = find_weights(folder)
+        names = found.weight_map or set().union(*(_header_names(file) for file in found.files))
+    except (UserError, OSError, ValueError, KeyError, TypeError, RecursionError, struct.error):
         return False  # reading the checkpoint says what is wrong with it
     return any(name.endswith(HEAD) for name in names)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from executor.checkpoint.files import find_weights
 from executor.errors import UserError, nearest
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
@@ -38,7 +39,6 @@ WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)((_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module)\.)+"
     r"((module|base_model\.model)\.)*"
 )
-OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx")
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,10 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
-        _check_folder(self.folder)
-        index_file = _find_index(self.folder)
-        weight_map = _read_index(index_file) if index_file else None
-        files = _shards_of_index(index_file, weight_map) if weight_map is not None else _shards_of_folder(self.folder)
-        self.files: tuple[Path, ...] = tuple(files)
+        found = find_weights(self.folder)
+        index_file, weight_map = found.index_file, found.weight_map
+        self.files: tuple[Path, ...] = found.files
+        self.ignored: tuple[Path, ...] = found.ignored
         self.catalog: dict[str, TensorInfo] = _merge_headers(self.files, weight_map)
         if weight_map is not None:
             _check_index_against_files(index_file, weight_map, self.catalog)
@@ -114,74 +113,6 @@ def canonical_name(name: str) -> str:
         if name.startswith(legacy):
             return current + name.removeprefix(legacy)
     return name
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.exists():
-        raise UserError(f"checkpoint folder '{folder}' does not exist; set model_config.model_path to a local folder")
-    if not folder.is_dir():
-        raise UserError(f"checkpoint '{folder}' is a file; give the folder that holds config.json and *.safetensors")
-
-
-def _find_index(folder: Path) -> Path | None:
-    usual = folder / "model.safetensors.index.json"
-    if usual.exists():
-        return usual
-    found = sorted(folder.glob("*.safetensors.index.json"))
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise UserError(f"{folder}: more than one index ({names}); keep the one of the weights to load")
-    return found[0] if found else None
-
-
-def _read_index(index_file: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-        entries = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index_file}: not an index with a 'weight_map' ({error!r}); download it again") from error
-    outside = sorted({file for file in entries.values() if Path(file).name != file})
-    if outside:
-        raise UserError(f"{index_file}: names '{outside[0]}', which is not a file name in the same folder")
-    return entries
-
-
-def _shards_of_index(index_file: Path, weight_map: Mapping[str, str]) -> list[Path]:
-    files = [index_file.parent / name for name in sorted(set(weight_map.values()))]
-    _refuse_missing(index_file, [file.name for file in files if not file.exists()], len(files))
-    return files
-
-
-def _shards_of_folder(folder: Path) -> list[Path]:
-    single = folder / "model.safetensors"
-    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(_describe_no_weights(folder))
-    names = {file.name for file in files}
-    for name in sorted(names):
-        numbered = re.fullmatch(r"(.*-)(\d{5})(-of-)(\d{5})(\.safetensors)", name)
-        if numbered:
-            stem, _, of, count, suffix = numbered.groups()
-            wanted = [f"{stem}{number:05d}{of}{count}{suffix}" for number in range(1, int(count) + 1)]
-            _refuse_missing(folder, [name for name in wanted if name not in names], len(wanted))
-    return files
-
-
-def _refuse_missing(source: Path, missing: list[str], num_files: int) -> None:
-    if missing:
-        shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
-        raise UserError(f"{source}: {len(missing)} of {num_files} shards are missing: {shown}; download them again")
-
-
-def _describe_no_weights(folder: Path) -> str:
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in OTHER_FORMATS)
-    if others:
-        return (
-            f"{folder}: no *.safetensors, but '{others[0]}'; only safetensors are read. Convert to safetensors: "
-            f"AutoModelForImageTextToText.from_pretrained('{folder}').save_pretrained('NEW_FOLDER') of transformers"
-        )
-    held = sorted(path.name for path in folder.iterdir())[:8]
-    return f"{folder}: no *.safetensors; the folder holds {', '.join(held) or 'nothing'}. Is the download complete?"
 
 
 def _merge_headers(files: Iterable[Path], weight_map: Mapping[str, str] | None) -> dict[str, TensorInfo]:

@@ -53,6 +53,9 @@ def load_model(
             model = build()
         ignore = [*choose(model), *(("lm_head.weight",) if model.config.tie_word_embeddings else ())]
     materialise(model, device.device)
+    if checkpoint.ignored:
+        names = ", ".join(file.relative_to(checkpoint.folder).as_posix() for file in checkpoint.ignored)
+        logger.warning("%s: beside the quantized weights, and not read: %s", checkpoint.folder, names)
     pulls = list(model.pulls(checkpoint.catalog))
     check_complete(model, pulls)
     check_unread(pulls, checkpoint, ignore)

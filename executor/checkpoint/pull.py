@@ -5,7 +5,7 @@ Weights are pulled: a layer lists its tensors, the loader reads just those slice
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,9 +55,19 @@ def whole(name: str, into: Tensor) -> Pull:
     return Pull(name, tuple(into.shape), (slice(None),) * into.dim(), into)
 
 
-def elsewhere(name: str, shape: tuple[int, ...]) -> Pull:
-    """Nothing of the tensor: another rank holds it. The checkpoint is still held to have it, in this shape."""
-    return Pull(name, shape, (slice(0, 0),), torch.empty(0, *shape[1:], device="cpu"))
+def zeros(beside: Pull, into: Tensor) -> Pull:
+    """Zeros, for a tensor that the checkpoint need not have. `beside`: the pull of one that it has, which is read."""
+    return replace(beside, into=into, transpose=False, convert=lambda x: torch.zeros((), dtype=into.dtype))
+
+
+def elsewhere(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None = None,
+    convert: Callable[[Tensor], Tensor] | None = None,
+) -> Pull:
+    """Nothing of the tensor: another rank holds it. The checkpoint is still held to have it, in this shape and type."""
+    return Pull(name, shape, (slice(0, 0),), torch.empty(0, *shape[1:], dtype=dtype, device="cpu"), convert=convert)
 
 
 def pull_all(module: nn.Module, catalog: Catalog, prefix: str) -> Iterator[Pull]:

@@ -63,24 +63,9 @@ def load_weights(
     Raises UserError for missing tensors, wrong shapes and types that cannot be loaded, before anything is copied.
     """
     pulls = list(pulls)
-    missing = sorted({pull.name for pull in pulls} - checkpoint.catalog.keys())
-    if missing:
-        raise UserError(checkpoint.describe_missing(missing))
     refuse_unmerged(checkpoint)
-    by_file: dict[Path, list[tuple[Pull, TensorInfo]]] = defaultdict(list)
-    for pull in pulls:
-        info = checkpoint.catalog[pull.name]
-        _check_pull(pull, info)
-        if pull.into.numel():
-            by_file[info.file].append((pull, info))
-    planned_bytes = sum(_slice_bytes(pull, info) for wishes in by_file.values() for pull, info in wishes)
-
     start = time.perf_counter()
-    with _Progress(planned_bytes, progress) as bar:
-        for file in checkpoint.files:
-            wishes = sorted(by_file[file], key=lambda wish: wish[1].offset)
-            for pull, info in _read(file, wishes):
-                bar.advance(_slice_bytes(pull, info))
+    planned_bytes = fill(pulls, checkpoint, progress=progress)
     seconds = time.perf_counter() - start
 
     unread = unread_names(pulls, checkpoint, ignore)
@@ -93,6 +78,32 @@ def load_weights(
         shown = ", ".join(unread[:5]) + (", ..." if len(unread) > 5 else "")
         logger.warning("%s: %d tensors were not used: %s", checkpoint.folder, len(unread), shown)
     return report
+
+
+@torch.no_grad()
+def fill(pulls: Iterable[Pull], checkpoint: Checkpoint, *, progress: bool | None = False) -> int:
+    """Copies the slices of some layers into place; the bytes read. `load_weights` is for a whole model.
+
+    Raises UserError as it does.
+    """
+    pulls = list(pulls)
+    missing = sorted({pull.name for pull in pulls} - checkpoint.catalog.keys())
+    if missing:
+        raise UserError(checkpoint.describe_missing(missing))
+    by_file: dict[Path, list[tuple[Pull, TensorInfo]]] = defaultdict(list)
+    for pull in pulls:
+        info = checkpoint.catalog[pull.name]
+        _check_pull(pull, info)
+        if pull.into.numel():
+            by_file[info.file].append((pull, info))
+    planned_bytes = sum(_slice_bytes(pull, info) for wishes in by_file.values() for pull, info in wishes)
+
+    with _Progress(planned_bytes, progress) as bar:
+        for file in checkpoint.files:
+            wishes = sorted(by_file[file], key=lambda wish: wish[1].offset)
+            for pull, info in _read(file, wishes):
+                bar.advance(_slice_bytes(pull, info))
+    return planned_bytes
 
 
 def _read(file: Path, wishes: list[tuple[Pull, TensorInfo]]) -> Iterator[tuple[Pull, TensorInfo]]:

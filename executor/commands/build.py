@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from executor.checkpoint.description import read_description
+from executor.checkpoint.description import Description
 from executor.checkpoint.load import load_model
 from executor.checkpoint.weights import Checkpoint
 from executor.device import ops
@@ -25,7 +25,7 @@ from executor.engine.step import ModelStep
 from executor.host.env import code_digest, rank_place
 from executor.parallel.groups import Parallel
 from executor.prompt.options import MediaOptions
-from executor.quant.choose import choose_schemes
+from executor.quant.choose import MADE, choose_schemes, make_schemes
 from executor.recipe.memory import estimate
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import Prepared, compute_bytes, device_settings, prepare
@@ -73,11 +73,18 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel, runner: A
         checkpoint,
         device,
         dtype,
-        lambda model: choose_schemes(model, checkpoint.catalog, read_description(prepared.folder)),
+        lambda model: _choose(model, recipe, checkpoint, prepared.description),
     )
     replica = runner.build_replica(model, parallel)
     dtype = device.compute_dtype(dtype)
     return join(recipe, num_blocks, model, processor, device, dtype, replica, runner.decode_graphs)
+
+
+def _choose(model: Any, recipe: Recipe, checkpoint: Checkpoint, description: Description | None) -> list[str]:
+    """Schemes that are made of float weights, or those of the folder's description."""
+    if recipe.model.quantization in MADE:
+        return make_schemes(model, recipe.model.quantization)
+    return choose_schemes(model, checkpoint.catalog, description)
 
 
 def open_device(recipe: Recipe) -> ops.Ops:

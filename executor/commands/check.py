@@ -15,17 +15,19 @@ from typing import Any
 
 import torch
 
+from executor.checkpoint.description import read_description
 from executor.checkpoint.folder import local_checkpoint
 from executor.checkpoint.load import build_on_meta
-from executor.checkpoint.pull import finalize
+from executor.checkpoint.pull import finalize, local_bytes
+from executor.checkpoint.weights import Checkpoint
 from executor.commands.build import decode_rows, graph_sizes
 from executor.device import ops
 from executor.engine.graphs import batch_sizes
 from executor.errors import UserError, nearest
 from executor.parallel.groups import SINGLE, Parallel, groups
-from executor.recipe.memory import weights_bytes
+from executor.quant.choose import assume_schemes, choose_schemes, schemes_of
 from executor.recipe.schema import Recipe
-from executor.recipe.settle import check_chip, check_recipe, float_twin, read_folder, resolve
+from executor.recipe.settle import check_chip, check_recipe, read_folder, resolve
 from executor.recipe.sizes import ModelShapes
 from models.published import published_config, published_shapes
 from models.registry import family_runner, read_shapes
@@ -60,8 +62,8 @@ def run(recipe: Recipe, save: Path | None = None) -> tuple[dict[str, Any], int]:
         "attn_tp_size": recipe.attn_tp_size,
         "moe_ep_size": recipe.parallel.moe_ep_size,
         "layers": shapes.num_layers,
+        "quantization": model.quantization,
         **report,
-        "weights_bytes": weights_bytes(recipe, shapes),
         "ok": not report["unsupported"],
     }
     _print(document, time.monotonic() - started)
@@ -78,20 +80,10 @@ def settle(recipe: Recipe) -> tuple[Recipe, ModelShapes, Mapping[str, Any]]:
     # Whatever device the recipe is for, the question is the chip's.
     recipe = recipe.replace(model={"device": "npu_emulated"})
     check_chip(recipe)
-    _refuse_quantized(recipe)
     config, quantization, shapes = find_config(recipe)
     recipe = resolve(recipe, shapes, quantization)
-    _refuse_quantized(recipe)
     check_recipe(recipe, shapes)
     return recipe, shapes, config
-
-
-def _refuse_quantized(recipe: Recipe) -> None:
-    if recipe.model.quantization not in ("auto", "none"):
-        raise UserError(
-            f"model_config.quantization: check knows float weights in this release, got {recipe.model.quantization}; "
-            f"use the float checkpoint of the same model:  {float_twin(recipe.model)}"
-        )
 
 
 def find_config(recipe: Recipe) -> tuple[Mapping[str, Any], str, ModelShapes]:
@@ -100,15 +92,24 @@ def find_config(recipe: Recipe) -> tuple[Mapping[str, Any], str, ModelShapes]:
     folder = local_checkpoint(path, recipe.model.hub)
     if folder is not None:
         return read_folder(folder, path)
-    name = path.rstrip("/").rpartition("/")[2]
-    if name not in published_shapes():
+    folder_name = path.rstrip("/").rpartition("/")[2]
+    name = max((each for each in published_shapes() if folder_name.startswith(each)), key=len, default=None)
+    if name is None:
         raise UserError(
             f"model_config.model_path: {path} is not on this machine, and the sizes that check has by itself are those "
-            f"of {', '.join(published_shapes())}{nearest(name, published_shapes())}"
+            f"of {', '.join(published_shapes())}{nearest(folder_name, published_shapes())}"
         )
-    logger.info("%s is not on this machine: its published sizes are taken", path)
+    quantization = "none" if folder_name == name else recipe.model.quantization
+    if quantization == "auto":
+        raise UserError(
+            f"model_config.quantization: {path} is not on this machine and its name is not that of a published float "
+            f"model, so check cannot know how its weights are quantized; name it, as in  "
+            "--set model_config.quantization=w8a8 (none for float weights)"
+        )
+    assumed = "" if quantization == "none" else f", and the vendor's choice of what is {quantization}"
+    logger.info("%s is not on this machine: its published sizes are taken%s", path, assumed)
     config = published_config(name)
-    return config, "none", read_shapes(config, name)
+    return config, quantization, read_shapes(config, name)
 
 
 @contextlib.contextmanager
@@ -134,7 +135,7 @@ def _examined(recipe: Recipe, config: Mapping[str, Any], save: Path | None) -> d
     limits, dtype = recipe.scheduler, getattr(torch, recipe.model.dtype)
     device = NpuOps(
         soc_of(recipe.model.soc), torch.device("meta"), weight_nz=recipe.model.enable_weight_nz,
-        decode_rows=decode_rows(recipe),
+        decode_rows=decode_rows(recipe), dtype=dtype,
     )  # fmt: skip
     ops.bind(device)
     batch = max(graph_sizes(recipe) or batch_sizes(limits.max_num_seqs))
@@ -142,7 +143,8 @@ def _examined(recipe: Recipe, config: Mapping[str, Any], save: Path | None) -> d
     with fake_ranks(recipe) as parallel:
         family = family_runner(config)
         _say(f"building {recipe.model.model_path} at its size, without weights")
-        model = build_on_meta(lambda: family.build_model(config, parallel), dtype)
+        model = build_on_meta(lambda: _quantized(recipe, family.build_model(config, parallel)), dtype)
+        schemes, size = schemes_of(model), local_bytes(model.pulls({}))
         finalize(model)
         traces = Traces(model, device, dtype, batch, blocks, limits.block_size)
         in_graph = recipe.model.soc in GRAPH_CHIPS
@@ -162,6 +164,8 @@ def _examined(recipe: Recipe, config: Mapping[str, Any], save: Path | None) -> d
     violations = [f"{step}: {text}" for step, recorded in traced.items() for text in recorded.violations]
     return {
         **counts,
+        "schemes": schemes,
+        "weights_bytes": size,
         "decode_from": "ge_graph" if in_graph else "traced step",
         "vision_nodes_per_block": sum(block.values()),
         "vision_ops_per_block": dict(block),
@@ -171,6 +175,16 @@ def _examined(recipe: Recipe, config: Mapping[str, Any], save: Path | None) -> d
         "undocumented": [f"{s.op}: {s.source}" for s in undocumented],
         "note": NOTE,
     }
+
+
+def _quantized(recipe: Recipe, model: torch.nn.Module) -> torch.nn.Module:
+    """The model with its schemes: by the folder's description, or the vendor's choice where the folder is not here."""
+    folder = local_checkpoint(recipe.model.model_path, recipe.model.hub)
+    if folder is None:
+        assume_schemes(model, recipe.model.quantization)
+    else:
+        choose_schemes(model, Checkpoint(folder).catalog, read_description(folder))
+    return model
 
 
 def _say(step: str) -> None:
@@ -237,6 +251,7 @@ def _print(document: dict[str, Any], seconds: float) -> None:
         ("ranks", f"{document['world_size']}, attention over {document['attn_tp_size']}, "
                   f"experts in {document['moe_ep_size']} groups"),
         ("weights", f"{document['weights_bytes'] / 2**30:.2f} GiB per rank"),
+        *((scheme, ", ".join(names)) for scheme, names in document["schemes"].items() if scheme != "none"),
         ("decode", f"{document['kernel_nodes_per_layer']} kernels per layer, {document['collectives_per_layer']} of "
                    f"them collectives, {document['kernel_nodes_fixed']} outside ({document['decode_from']})"),
         ("layer", listed(document["ops_per_layer"])),

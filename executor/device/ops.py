@@ -139,6 +139,13 @@ class Ops(ABC):
         They are experts `first` to `first + E` of `num_experts` (None: all there are): the others add nothing.
         """
 
+    def check_experts(self, form: type, hidden_size: int, intermediate_size: int) -> None:
+        """UserError where this device has no experts of weights `form` (device/weights.py) with these sizes of a rank.
+
+        Asked before anything is loaded.
+        """
+        return
+
     @abstractmethod
     def gate_topk(self, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
         """Softmax in fp32 over `[T, E]`, the k best: `(weights [T, k] in logits' dtype, ids [T, k])`.

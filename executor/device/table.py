@@ -73,7 +73,7 @@ def _function(place: str) -> Any:
 
 _NPU = {
     "exe_modes": ("eager", "ge_graph", "npugraph_ex"),
-    "quantization": ("none",),
+    "quantization": ("none", "w8a8", "w8a8s", "w8a8_dynamic", "w8a8_mix", "w8a16", "wint8", "w4a8_dynamic"),
     "opener": "executor.device.npu.ops:open_chip",
     "package": "torch_npu",
     "is_npu": True,
@@ -85,7 +85,7 @@ BACKENDS: dict[str, Backend] = {
             "cpu",
             dtypes=("float32", "bfloat16", "float16"),
             exe_modes=("eager",),
-            quantization=("none", "w8a8", "w8a8s", "w8a8_dynamic", "w8a16"),
+            quantization=("none", "w8a8", "w8a8s", "w8a8_dynamic", "w8a8_mix", "w8a16", "w4a8_dynamic", "wint8"),
             opener="executor.device.cpu.ops:open_cpu",
             compute_dtype="executor.device.cpu.ops:computes_in",
         ),

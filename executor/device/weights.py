@@ -4,8 +4,10 @@ Arithmetic as msmodelslim's files mean it; rounding is to nearest, ties to even;
 Legend: m outputs and n inputs of this rank. Of experts every tensor has a first dim more, E experts of this rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor
 
 
@@ -57,7 +59,11 @@ class WeightInt8:
 
 @dataclass(frozen=True, eq=False)
 class DynamicInt4:
-    """W4A8_DYNAMIC: as DynamicInt8, over weights of -8 to 7, two to a byte along m: row 2i in the low four bits."""
+    """W4A8_DYNAMIC: as DynamicInt8, over weights of -8 to 7, two to a byte along m: row 2i in the low four bits.
+
+    What files call scale_bias, `8 * sum(weights) * scale` of each row, is an operand of the chips' kernel, which splits
+    activations into halves of four bits; it follows from the weights: a backend that needs it calculates it.
+    """
 
     packed: Tensor  # int8 [m / 2, n]
     scale: Tensor  # float32 [m]
@@ -84,7 +90,37 @@ def experts_of(weight: Weight) -> list[Weight]:
     """The experts of stacked weights, one by one, as views."""
     if isinstance(weight, Tensor):
         return list(weight)
+    count = len(next(iter(_tensors(weight))))
+    return [_mapped(weight, lambda x, index=index: x[index]) for index in range(count)]
+
+
+def expert_form(weight: Weight) -> Weight:
+    """What experts are multiplied by: of W8A8_MIX the dynamic form, as an expert's rows are few in any step."""
+    return weight.dynamic if isinstance(weight, MixedInt8) else weight
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """`[..., m / 2, n]` of two rows to a byte (see DynamicInt4) as int8 `[..., m, n]`."""
+    return torch.stack(((packed << 4) >> 4, packed >> 4), dim=-2).flatten(-3, -2)
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """int8 `[..., m, n]` of -8 to 7, m even, as `[..., m / 2, n]`: the inverse of unpack_int4."""
+    low, high = values.unflatten(-2, (-1, 2)).unbind(-2)
+    return (low & 0xF) | (high << 4)
+
+
+def _tensors(weight: QuantizedWeight) -> list[Tensor]:
+    held = [getattr(weight, field.name) for field in fields(weight)]
+    return [x for x in held if isinstance(x, Tensor)] or _tensors(held[0])
+
+
+def _mapped(weight: QuantizedWeight, change: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+    """The same weight with every tensor changed, those of nested weights as well."""
     held = {field.name: getattr(weight, field.name) for field in fields(weight)}
-    stacked = {name: x for name, x in held.items() if isinstance(x, Tensor)}
-    count = len(next(iter(stacked.values())))
-    return [replace(weight, **{name: x[index] for name, x in stacked.items()}) for index in range(count)]
+    changed = {
+        name: change(x) if isinstance(x, Tensor) else _mapped(x, change)
+        for name, x in held.items()
+        if isinstance(x, Tensor | QuantizedWeight)
+    }
+    return replace(weight, **changed)

@@ -82,7 +82,7 @@ def encode_items(
     """
     features: list[Tensor | None] = [None] * len(media)
     for batch in passes(media, most_tokens):
-        encoded = model.encode(_patches(batch, form, dtype, device), [piece.grid for piece in batch])
+        encoded = model.encode(patches_of(batch, form, dtype, device), [piece.grid for piece in batch])
         start = 0
         for piece in batch:
             if features[piece.number] is None:
@@ -94,7 +94,7 @@ def encode_items(
     return features
 
 
-def _patches(batch: Sequence[Piece], form: PixelSettings, dtype: torch.dtype, device: torch.device) -> Tensor:
+def patches_of(batch: Sequence[Piece], form: PixelSettings, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Normalised patches `[P, C*tp*p*p]` of all pieces, one after another. Float32 stands beside it for a slab only."""
     counts = [t * h * w for t, h, w in (piece.grid for piece in batch)]
     width = batch[0].item.pixels.shape[1] * form.temporal_patch_size * form.patch_size**2

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from executor.checkpoint.pull import Catalog, Pull
 from executor.device import ops
+from executor.device.weights import pack_int4, unpack_int4
+from executor.errors import UserError
 from executor.parallel.groups import Group
 from executor.parallel.partition import Part, part
 from executor.quant.float import FLOAT
@@ -55,7 +57,8 @@ class Linear(nn.Module):
     def take(self, scheme: Scheme, has_bias: bool) -> None:
         """Another scheme, before anything is loaded; `has_bias`: whether the checkpoint has one beside the weight."""
         drop(self, self.names)
-        self.scheme, self.share = scheme, replace(self.share, has_bias=has_bias)
+        gains = has_bias and (self.share.gains_bias or not self.share.has_bias)
+        self.scheme, self.share = scheme, replace(self.share, has_bias=has_bias, gains_bias=gains)
         self.names = keep(self, scheme.linear_tensors(self.share))
 
     def pulls(self, catalog: Catalog, prefix: str) -> Iterator[Pull]:
@@ -68,13 +71,23 @@ class Linear(nn.Module):
         return kept(self, self.names)
 
     def map_dim(self, dim: Literal["out", "in"], change: Callable[[Tensor], Tensor]) -> None:
-        """Change the outputs or inputs of all loaded tensors: `change` takes and gives them with that dim first."""
+        """Change the outputs or inputs of all loaded tensors: `change` takes and gives them with that dim first.
+
+        Raises UserError where groups of inputs have scales in common, which would then hold for others.
+        """
+        if dim == "in" and self.scheme.group_sizes:
+            raise UserError(
+                f"quantized weights: {self.prefix} has scales for groups of inputs, and this device rearranges its "
+                "inputs; quantize the vision encoder by channel, or leave it float"
+            )
         for name, tensor in self.tensors.items():
             places = self.scheme.dims.get(name, ())
             if tensor is not None and dim in places:
                 place = places.index(dim)
-                changed = change(tensor.data.transpose(0, place)).transpose(0, place).contiguous()
-                setattr(self, name, nn.Parameter(changed, requires_grad=False))
+                is_packed = name in self.scheme.packed
+                values = unpack_int4(tensor.data) if is_packed else tensor.data
+                changed = change(values.transpose(0, place)).transpose(0, place).contiguous()
+                setattr(self, name, nn.Parameter(pack_int4(changed) if is_packed else changed, requires_grad=False))
 
     def prepare(self) -> None:
         """Hand the tensors to the backend in its own layout and drop the plain copies."""

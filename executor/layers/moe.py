@@ -77,7 +77,8 @@ class Experts(nn.Module):
         self._run: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def take(self, scheme: Scheme) -> None:
-        """Another scheme, before anything is loaded."""
+        """Another scheme, before anything is loaded. Raises UserError where the device has no such experts."""
+        ops.bound().check_experts(scheme.form, self.share.hidden_size, self.share.num_columns)
         drop(self, self._names)
         self.scheme = scheme
         self._names = keep(self, scheme.expert_tensors(self.share))

@@ -3,6 +3,9 @@
 The model is built as if its weights were float and has no memory yet; a layer that is quantized takes another scheme.
 """
 
+import re
+from functools import cache
+
 from torch import nn
 
 from executor.checkpoint.description import FLOAT_TYPE, Description
@@ -11,20 +14,30 @@ from executor.errors import UserError
 from executor.layers.linear import Linear
 from executor.layers.moe import Experts
 from executor.layers.norm import RMSNorm
+from executor.quant.assumed import assumed_type
+from executor.quant.fields import EXPERT_LINEARS, is_stacked
 from executor.quant.float import FLOAT
 from executor.quant.scheme import Scheme
+from executor.quant.w4a8_dynamic import W4A8Dynamic
 from executor.quant.w8a8 import W8A8
 from executor.quant.w8a8_dynamic import W8A8Dynamic
+from executor.quant.w8a8_mix import W8A8Mix
 from executor.quant.w8a16 import W8A16
+from executor.quant.wint8 import WInt8
 
 SCHEMES: dict[str, Scheme] = {
     FLOAT_TYPE: FLOAT,
     "W8A8": W8A8("w8a8"),
     "W8A8S": W8A8("w8a8s"),
     "W8A8_DYNAMIC": W8A8Dynamic(),
+    "W8A8_MIX": W8A8Mix(),
     "W8A16": W8A16(),
+    "W4A8_DYNAMIC": W4A8Dynamic(),
 }
 """By the word of descriptions."""
+MADE: dict[str, Scheme] = {"wint8": WInt8()}
+"""By the word of recipes: those of executor/quant/sizes.py:MADE_AT_LOAD."""
+_grouped = cache(W8A16)
 
 
 def choose_schemes(model: nn.Module, catalog: Catalog, description: Description | None) -> list[str]:
@@ -35,30 +48,137 @@ def choose_schemes(model: nn.Module, catalog: Catalog, description: Description 
     left: list[str] = []
     if description is None:
         return left
-    for _ in model.pulls(catalog):
+    for _ in model.pulls({}):
         pass  # from here on layers know their names
     for layer in model.modules():
         if isinstance(layer, Linear):
             names = [name for name, _, _ in layer.share.named(layer.prefix)]
-            scheme = _scheme([f"{name}.weight" for name in names], description)
+            scheme = _fitting(_scheme([f"{name}.weight" for name in names], description), names, catalog)
+            has_bias = layer.share.has_bias or any(f"{name}.bias" in catalog for name in names)
             if scheme is not FLOAT:
-                layer.take(scheme, any(f"{name}.bias" in catalog for name in names))
+                _refuse(
+                    [f"{name}.{suffix}" for name in names for suffix in scheme.refused], scheme, catalog, description
+                )
+                layer.take(scheme, has_bias)
                 left += (f"{name}.{suffix}" for name in names for suffix in scheme.left)
-            elif not layer.share.has_bias and f"{names[0]}.bias" in catalog:
+            elif has_bias and not layer.share.has_bias:
                 layer.take(FLOAT, True)
         elif isinstance(layer, Experts):
-            expert = f"{layer.prefix}.0"
-            names = [f"{expert}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
-            layer.take(_scheme(names, description))
+            left += _choose_experts(layer, catalog, description)
         elif isinstance(layer, RMSNorm) and f"{layer.prefix}.bias" in catalog:
             layer.add_bias()
     return left
 
 
+def make_schemes(model: nn.Module, quantization: str) -> list[str]:
+    """Hand text linears and experts a scheme of MADE; vision, routers, embedding and head stay float.
+
+    Gives what `choose_schemes` does: float checkpoints leave no tensor.
+    """
+    scheme = MADE[quantization]
+    for _ in model.pulls({}):
+        pass  # from here on layers know their names
+    for layer in model.modules():
+        if isinstance(layer, Linear) and _TEXT.search(layer.prefix):
+            layer.take(scheme, layer.share.has_bias)
+        elif isinstance(layer, Experts):
+            layer.take(scheme)
+    return []
+
+
+_TEXT = re.compile(r"^model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(?!gate$)")
+
+
+def _fitting(scheme: Scheme, linears: list[str], catalog: Catalog) -> Scheme:
+    """The scheme in the form that the checkpoint's shapes have: W8A16 by row, or by groups of a row."""
+    scale, weight = (catalog.get(f"{linears[0]}.{suffix}") for suffix in ("weight_scale", "weight"))
+    if not isinstance(scheme, W8A16) or scale is None or weight is None or len(scale.shape) != 2 or scale.shape[1] < 2:
+        return scheme
+    if weight.shape[1] % scale.shape[1]:
+        raise UserError(
+            f"'{linears[0]}.weight_scale' has {scale.shape[1]} scales for the {weight.shape[1]} inputs of a row, which "
+            "are no equal groups; quantize the model again"
+        )
+    return _grouped(weight.shape[1] // scale.shape[1])
+
+
+def _choose_experts(layer: Experts, catalog: Catalog, description: Description) -> list[str]:
+    """Hand it the one scheme of all its experts; patterns of tensors that are left."""
+    prefix, stacked = layer.prefix, is_stacked(catalog, layer.prefix)
+    if stacked:
+        halves = ("gate_up", "down")
+        linears = [f"{prefix}.{half}_proj" for half in halves]
+        # A description may call the weight by its linear's name or by its own, as checkpoints do.
+        weights = [name if name in description.types else f"{name}.weight" for name in linears]
+    else:
+        linears = [f"{prefix}.{expert}.{name}" for expert in range(layer.share.num_experts) for name in EXPERT_LINEARS]
+        weights = [f"{linear}.weight" for linear in linears]
+    scheme = _fitting(_scheme(weights, description), linears, catalog)
+    suffixes = [*scheme.refused, *(() if "bias" in scheme.left else ("bias",))]
+    beside = [f"{linear}{dot}{suffix}" for linear in linears for suffix in suffixes for dot in "._"]
+    _refuse(beside, scheme, catalog, description)
+    if scheme is not FLOAT:
+        layer.take(scheme)
+    return [f"{prefix}.*[._]{suffix}" for suffix in scheme.left]
+
+
+def _refuse(names: list[str], scheme: Scheme, catalog: Catalog, description: Description) -> None:
+    """UserError for a tensor that changes what is computed and that nothing would read."""
+    found = next((name for name in names if name in catalog), None)
+    if found is not None:
+        why = next((why for suffix, why in scheme.refused.items() if found.endswith(suffix)), _BIAS)
+        raise UserError(f"{description.file}: '{found}' stands beside {scheme.name} weights, and is not read: {why}")
+
+
+_BIAS = "experts have no biases here; quantize them without shifting activations (smoothing with symmetric: True)"
+
+
+def assume_schemes(model: nn.Module, quantization: str) -> None:
+    """The same where there is no folder: what the vendor quantizes by default under a recipe's `quantization`.
+
+    Raises UserError for a type that this release has no scheme for.
+    """
+    if quantization == "none":
+        return
+    if quantization in MADE:
+        make_schemes(model, quantization)
+        return
+    for _ in model.pulls({}):
+        pass  # from here on layers know their names
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            names = [name for name, _, _ in layer.share.named(layer.prefix)]
+            scheme = _assumed(names[0], quantization)
+            if scheme is not FLOAT:
+                layer.take(scheme, layer.share.has_bias)
+        elif isinstance(layer, Experts):
+            layer.take(_assumed(layer.prefix, quantization))
+
+
+def schemes_of(model: nn.Module) -> dict[str, list[str]]:
+    """Names of schemes, each with the linears and experts that have it; a layer's number is left out of the names."""
+    found: dict[str, set[str]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear | Experts):
+            found.setdefault(layer.scheme.name, set()).add(re.sub(r"\.\d+(?=\.|$)", "", name))
+    return {scheme: sorted(names) for scheme, names in sorted(found.items())}
+
+
+def _assumed(name: str, quantization: str) -> Scheme:
+    kind = assumed_type(name, quantization)
+    if kind not in SCHEMES:
+        raise UserError(
+            f"model_config.quantization: {quantization} weights have {name} as {kind}, which is not part of this "
+            f"release yet; it reads {', '.join(SCHEMES)}"
+        )
+    return SCHEMES[kind]
+
+
 def _scheme(names: list[str], description: Description) -> Scheme:
     kinds = {name: description.type_of(name) for name in names}
     if len(set(kinds.values())) > 1:
-        named = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
+        firsts = {kind: name for name, kind in reversed(kinds.items())}  # one of each type
+        named = ", ".join(f"{name} is {kind}" for kind, name in reversed(firsts.items()))
         raise UserError(
             f"{description.file}: linears that are multiplied together have different types: {named}; quantize the "
             "model again with one type for all of them"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from executor.checkpoint.pull import Catalog, Pull, elsewhere, empty
+from executor.checkpoint.pull import Catalog, Pull, elsewhere, empty, zeros
 from executor.device.ops import Ops
 from executor.errors import UserError
 from executor.quant.scheme import ExpertShare, LinearShare, Scheme, Tensors
@@ -21,7 +21,11 @@ class Float:
 
     name = "none"
     dims = {"weight": ("out", "in"), "bias": ("out",)}
+    group_sizes = {}
     left = ()
+    refused = {}
+    packed = ()
+    form = Tensor
 
     def linear_tensors(self, share: LinearShare) -> dict[str, nn.Parameter | None]:
         weight = empty(share.num_rows, share.num_columns)
@@ -32,11 +36,15 @@ class Float:
         for name, part, rows in share.named(prefix):
             if share.file_shape:
                 index = (_EVERY,) * len(share.file_shape)
-                yield Pull(f"{name}.weight", share.file_shape, index, weight.view(share.file_shape))
+                values = Pull(f"{name}.weight", share.file_shape, index, weight.view(share.file_shape))
             else:
                 shape = (part.num_rows, share.num_in)
-                yield Pull(f"{name}.weight", shape, (part.rows, share.columns), weight[rows])
-            if bias is not None:
+                values = Pull(f"{name}.weight", shape, (part.rows, share.columns), weight[rows])
+            yield values
+            if share.gains_bias and f"{name}.bias" not in catalog:
+                if bias is not None:
+                    yield zeros(values, bias[rows])
+            elif bias is not None:
                 yield Pull(f"{name}.bias", (part.num_rows,), (part.rows,), bias[rows])
             elif share.has_bias:
                 yield elsewhere(f"{name}.bias", (part.num_rows,))
@@ -73,7 +81,7 @@ def _stacked(share: ExpertShare, tensors: Tensors, catalog: Catalog, prefix: str
     num_experts, inner, hidden = share.num_experts, share.intermediate_size, share.hidden_size
     up_name, down_name = f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
     up_shape, down_shape = (num_experts, 2 * inner, hidden), (num_experts, hidden, inner)
-    up_swapped, down_swapped = _swapped(catalog, up_name, up_shape), _swapped(catalog, down_name, down_shape)
+    up_swapped, down_swapped = swapped(catalog, up_name, up_shape), swapped(catalog, down_name, down_shape)
     for half in (0, 1):
         rows = slice(half * inner + share.columns.start, half * inner + share.columns.stop)
         into = gate_up[:, half * share.num_columns : (half + 1) * share.num_columns]
@@ -98,7 +106,7 @@ def _unstacked(share: ExpertShare, tensors: Tensors, catalog: Catalog, prefix: s
         yield Pull(down_name, down_shape, (_EVERY, share.columns), down[place])
 
 
-def _swapped(catalog: Catalog, name: str, shape: tuple[int, int, int]) -> bool:
+def swapped(catalog: Catalog, name: str, shape: tuple[int, int, int]) -> bool:
     """Whether the checkpoint stores `name` with its last two dims swapped. Raises UserError where neither form fits."""
     if name not in catalog:
         return False  # the loader reports it missing

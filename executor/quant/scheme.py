@@ -35,6 +35,7 @@ class LinearShare:
     group: Group
     has_bias: bool
     file_shape: tuple[int, ...] | None = None  # of the weight in the checkpoint, where it is not [outputs, inputs]
+    gains_bias: bool = False  # the architecture has none: a quantizer gave some of the parts one, others have zeros
 
     @property
     def num_rows(self) -> int:
@@ -86,7 +87,11 @@ class Scheme(Protocol):
 
     name: str
     dims: Mapping[str, tuple[str, ...]]  # of a linear's tensors by name: "out" and "in" where they run over these
+    form: type  # of the weights that a device is handed
+    group_sizes: Mapping[str, int]  # of the tensors whose elements hold for so many inputs each
     left: tuple[str, ...]  # suffixes of tensors that may stand in the checkpoint and say nothing more
+    refused: Mapping[str, str]  # suffixes of tensors that may not stand there, as nothing reads them: why
+    packed: tuple[str, ...]  # of its tensors, those that hold two outputs to a byte (device/weights.py:unpack_int4)
 
     def linear_tensors(self, share: LinearShare) -> dict[str, nn.Parameter | None]:
         """Uninitialised tensors of a linear by name, None for one that this rank does not have.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from executor.device.weights import StaticInt8
 from executor.quant.fields import EACH, OUT, WEIGHT, Field, FieldScheme, as_float, one_of_all, scale_of_bits
-from executor.quant.scheme import LinearShare
+from executor.quant.scheme import ExpertShare, LinearShare
 
 STATIC_FIELDS = (
     Field("deq_scale", torch.float32, (OUT,), reader=scale_of_bits),
@@ -19,7 +19,7 @@ STATIC_FIELDS = (
 )
 
 
-def static_weight(share: LinearShare, tensors: Mapping[str, Tensor]) -> StaticInt8:
+def static_weight(share: LinearShare | ExpertShare, tensors: Mapping[str, Tensor]) -> StaticInt8:
     """Raises UserError where fused parts have other input scales or offsets."""
     return StaticInt8(
         tensors["weight"],
@@ -36,9 +36,10 @@ class W8A8(FieldScheme):
     fields = (WEIGHT, *STATIC_FIELDS)
     takes_bias = False
     left = ("bias", "weight_scale", "weight_offset")
+    form = StaticInt8
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def weight(self, share: LinearShare, tensors: Mapping[str, Tensor]) -> StaticInt8:
+    def weight(self, share: LinearShare | ExpertShare, tensors: Mapping[str, Tensor]) -> StaticInt8:
         return static_weight(share, tensors)

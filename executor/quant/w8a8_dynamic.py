@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from executor.device.weights import DynamicInt8
-from executor.quant.fields import OUT, WEIGHT, Field, FieldScheme, as_float
+from executor.quant.fields import OUT, WEIGHT, Field, FieldScheme, as_float, require_symmetric
 from executor.quant.scheme import ExpertShare, LinearShare
 
 SCALE = Field("weight_scale", torch.float32, (OUT,), reader=as_float, extra_dim=True)
@@ -18,6 +18,8 @@ class W8A8Dynamic(FieldScheme):
 
     name = "w8a8_dynamic"
     fields = (WEIGHT, SCALE, OFFSET)
+    form = DynamicInt8
 
     def weight(self, share: LinearShare | ExpertShare, tensors: Mapping[str, Tensor]) -> DynamicInt8:
+        require_symmetric(tensors["weight_offset"], self.name)
         return DynamicInt8(tensors["weight"], tensors["weight_scale"])

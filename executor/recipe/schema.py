@@ -20,7 +20,9 @@ Soc = Literal["atlas_800i_a2", "atlas_800i_a3", "atlas_300i_duo"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ExeMode = Literal["eager", "ge_graph", "npugraph_ex", "compile"]
 CpuIsa = Literal["auto", "avx2", "avx512"]
-Quantization = Literal["auto", "none", "w8a8", "w8a8_dynamic", "w8a16", "w4a16", "w4a8_dynamic", "w8a8s", "w8a8sc"]
+Quantization = Literal[
+    "auto", "none", "w8a8", "w8a8_dynamic", "w8a8_mix", "w8a16", "w4a16", "w4a8_dynamic", "w8a8s", "w8a8sc", "wint8"
+]
 
 
 def _as_list(value: Any) -> Any:
@@ -67,7 +69,8 @@ class ModelSection(Section):
     strict_graph: bool = False
     """true: a graph that cannot be captured is an error, not a warning and eager steps."""
     quantization: Quantization = "auto"
-    """Scheme of the weights. auto: what the checkpoint's own description says."""
+    """Scheme of the weights. auto: what the checkpoint's own description says. wint8: text layers in int8, made of
+    float weights while they are loaded. Another word must be what the checkpoint calls itself, or a type in it."""
     enable_weight_nz: bool = True
     """Keep linear weights in the NPU's tiled layout."""
     cpu_isa: CpuIsa = "auto"

@@ -6,11 +6,12 @@ and read no weights.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from executor.checkpoint.description import Description, read_description
 from executor.checkpoint.folder import find_checkpoint, is_hub_id, local_checkpoint, read_json
 from executor.checkpoint.foreign import find_quantization, refuse_adapter
 from executor.checkpoint.generation import read_generation_config
@@ -22,8 +23,8 @@ from executor.host.limits import host_memory_bytes, process_memory_bytes
 from executor.quant.sizes import FLOAT_BYTES
 from executor.recipe.memory import MemoryEstimate, estimate
 from executor.recipe.schema import ModelSection, Recipe
+from executor.recipe.schemes import agrees, disagreement, float_twin, has_scheme, type_findings, word_findings
 from executor.recipe.sizes import ModelShapes
-from models.published import published_shapes
 from models.registry import parse_config, read_shapes
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Prepared:
     picture_tokens: int | None  # of the largest picture that the settings let through, None: they name no bound
     config: Mapping[str, Any] = field(repr=False)  # config.json, with a tie_word_embeddings that the weights bear out
     generation_config: dict[str, Any] = field(repr=False)  # generation_config.json, {} without one
+    description: Description | None = field(default=None, repr=False)  # of quantized weights
 
 
 def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
@@ -60,11 +62,12 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     missing = device_finding(recipe)
     found = _checkpoint(recipe, findings, may_download=not missing)
     if found:
-        folder, config, quantization, shapes = found
+        folder, config, quantization, shapes, description = found
+        types = description.samples if description else {}
+        findings += type_findings(recipe.model, types)
         try:
-            recipe = resolve(recipe, shapes, quantization)
-            findings += release_findings(recipe)  # once more: the checkpoint may have brought a scheme
-            findings += chip_findings(recipe)
+            recipe = resolve(recipe, shapes, quantization, types)
+            findings += chip_findings(recipe)  # once more: the checkpoint may have brought a type or a scheme
         except UserError as error:
             findings.append(str(error))
         findings += degree_findings(recipe, shapes)
@@ -83,7 +86,7 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
         process_bytes=process_bytes,
     )
     generation_config = read_generation_config(folder)
-    return Prepared(recipe, folder, shapes, memory, picture_tokens, config, generation_config)
+    return Prepared(recipe, folder, shapes, memory, picture_tokens, config, generation_config, description)
 
 
 def _memory_bytes(recipe: Recipe, local_ranks: int) -> int:
@@ -125,8 +128,10 @@ def refuse(findings: Sequence[str]) -> None:
 
 def _checkpoint(
     recipe: Recipe, findings: list[str], may_download: bool
-) -> tuple[Path, Mapping[str, Any], str, ModelShapes] | None:
-    """The checkpoint's folder, its config.json, its scheme and its sizes; None, and a finding, where it has none.
+) -> tuple[Path, Mapping[str, Any], str, ModelShapes, Description | None] | None:
+    """The checkpoint's folder, its config.json, its scheme, sizes and description of quantized weights.
+
+    None, and a finding, where there is no such checkpoint.
 
     Nothing is downloaded for a recipe that cannot start.
     """
@@ -136,7 +141,7 @@ def _checkpoint(
         folder = find_checkpoint(path, hub) if may_download or not is_hub_id(path) else local_checkpoint(path, hub)
         if folder is None:
             return None
-        return folder, *read_folder(folder, path)
+        return folder, *read_folder(folder, path), read_description(folder)
     except UserError as error:
         findings.append(str(error))
         return None
@@ -170,20 +175,7 @@ def release_findings(recipe: Recipe) -> list[str]:
             f"model_config.exe_mode: {model.exe_mode} is not part of this release yet; eager is. "
             f"Try:  {_that_runs(recipe)}"
         )
-    if model.quantization != "auto" and not having("quantization", model.quantization):
-        findings.append(
-            f"model_config.quantization: {model.quantization} weights are not part of this release yet; "
-            f"use the float checkpoint of the same model:  {float_twin(model)}"
-        )
-    return findings
-
-
-def float_twin(model: ModelSection) -> str:
-    """The overrides that take the float checkpoint of a quantized one, found by the published name."""
-    folder = model.model_path.rstrip("/").rpartition("/")[2]
-    name = next((name for name in published_shapes() if folder.startswith(name)), None)
-    path = f"--set model_config.model_path=Qwen/{name} " if name and folder != name else ""
-    return f"{path}--set model_config.quantization=auto"
+    return findings + word_findings(model)
 
 
 def device_finding(recipe: Recipe) -> list[str]:
@@ -201,9 +193,12 @@ def device_finding(recipe: Recipe) -> list[str]:
 def _too_large_for_cpu(recipe: Recipe, shapes: ModelShapes) -> str:
     """A warning where the advice to take the CPU would lead to another refusal, for want of memory."""
     alone = {"world_size": 1, "attn_tp_size": 1, "moe_ep_size": 1}
-    model = {"device": "cpu", "soc": None, "dtype": "auto", "exe_mode": "eager", "quantization": "none"}
+    scheme = recipe.model.quantization
+    scheme = scheme if scheme != "auto" and has_scheme("cpu", scheme) else "none"
+    model = {"device": "cpu", "soc": None, "dtype": "auto", "exe_mode": "eager", "quantization": scheme}
     try:
-        estimate(resolve(recipe.replace(model=model, parallel=alone), shapes), shapes, host_memory_bytes())
+        resolved = resolve(recipe.replace(model=model, parallel=alone), shapes, scheme, (scheme,))
+        estimate(resolved, shapes, host_memory_bytes())
     except UserError:
         return f"  (but {shapes.name} is too large for this machine's memory as it is: a smaller model, or an NPU)"
     return ""
@@ -230,7 +225,8 @@ def _that_runs(recipe: Recipe) -> str:
     changes["parallel_config.world_size=1"] = not stays and recipe.parallel.world_size > 1
     changes["parallel_config.attn_tp_size=1"] = not stays and (recipe.parallel.attn_tp_size or 1) > 1
     changes["parallel_config.moe_ep_size=1"] = not stays and recipe.parallel.moe_ep_size > 1
-    twin = [] if model.quantization in ("auto", "none") else [float_twin(model)]
+    lacks = not has_scheme(model.device if stays else "cpu", model.quantization)
+    twin = [float_twin(model)] if model.quantization != "auto" and lacks else []
     return " ".join([*(f"--set {change}" for change, needed in changes.items() if needed), *twin])
 
 
@@ -286,11 +282,11 @@ def resolve_device(recipe: Recipe) -> Recipe:
     return recipe.replace(model={"device": device})
 
 
-def resolve(recipe: Recipe, shapes: ModelShapes, quantization: str = "none") -> Recipe:
+def resolve(recipe: Recipe, shapes: ModelShapes, quantization: str = "none", types: Collection[str] = ()) -> Recipe:
     """The recipe with every `auto` and null that the checkpoint settles filled in, and logged.
 
-    `quantization` is what the checkpoint says of itself. Raises UserError for a scheme the recipe contradicts, or a
-    context longer than the model was made for.
+    `quantization` is what the checkpoint says of itself, `types` what its weights have (both in the recipe's words).
+    Raises UserError for a scheme the recipe contradicts, or a context longer than the model was made for.
     """
     model, scheduler = recipe.model, recipe.scheduler
     settled: dict[str, dict[str, Any]] = {"model": {}, "parallel": {}, "scheduler": {}}
@@ -302,11 +298,8 @@ def resolve(recipe: Recipe, shapes: ModelShapes, quantization: str = "none") -> 
     findings = []
     if model.quantization == "auto":
         settled["model"]["quantization"] = quantization
-    elif model.quantization != quantization:
-        findings.append(
-            f"model_config.quantization: the recipe says {model.quantization}, the checkpoint {model.model_path} is "
-            f"{quantization}; set quantization: auto, or give the other checkpoint"
-        )
+    elif not agrees(model.quantization, quantization, types):
+        findings.append(disagreement(model, quantization, types))
     if recipe.parallel.attn_tp_size is None:
         settled["parallel"]["attn_tp_size"] = recipe.parallel.world_size
     if scheduler.max_model_len is None:

@@ -26,10 +26,16 @@ class Text(nn.Module):
         """Embeddings `[T, n]` -> the normalised hidden states of the selected tokens `[R, n]`."""
         residual = None
         last = len(self.layers) - 1
-        for index, (layer, kv) in enumerate(zip(self.layers, meta.kv, strict=True)):
+        for index in range(len(self.layers)):
             # Behind its attention the last layer computes what is asked for, and no other token.
-            x, residual = layer(x, residual, meta, kv, meta.select if index == last else None)
+            x, residual = self.layer(index, x, residual, meta, meta.select if index == last else None)
         return self.norm.add(x, residual)[0]
+
+    def layer(
+        self, index: int, x: Tensor, residual: Tensor | None, meta: ForwardMeta, select: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One layer; `select`: the tokens that are computed to the end."""
+        return self.layers[index](x, residual, meta, meta.kv[index], select)
 
 
 class Layer(nn.Module):

@@ -6,6 +6,7 @@ Source: the Qwen2.5-VL technical report (arXiv 2502.13923); names of tensors as 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -31,6 +32,16 @@ from models.qwen2_5_vl.config import VisionConfig
 _EPS = 1e-6
 
 
+@dataclass(frozen=True)
+class Place:
+    """What the blocks take beside the patches: cosines and sines `[P, D]`, and the lengths of what attends together."""
+
+    cos: Tensor
+    sin: Tensor
+    frames: list[int]
+    windows: list[int]
+
+
 class Vision(nn.Module):
     def __init__(self, config: VisionConfig, group: Group) -> None:
         super().__init__()
@@ -42,20 +53,42 @@ class Vision(nn.Module):
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """`patches [P, C*tp*p*p]` of all pictures, packed -> `[M, 1, m]`."""
+        x = self.embed(patches, grids)
+        place = self.place(x, grids)
+        for layer in range(len(self.blocks)):
+            x = self.block(layer, x, place)
+        return self.gather(self.merger(x), (), grids)
+
+    tapped_layers = ()  # DeepStack belongs to Qwen3-VL
+
+    def embed(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """What the first block takes, `[P, n]`, in window order."""
+        return self._in_windows(self.patch_embed.proj(patches), grids)
+
+    def place(self, x: Tensor, grids: Sequence[Grid]) -> Place:
+        """What all blocks take beside `x [P, n]`."""
         config = self.config
-        unit = config.merge_size**2
-        order, window_lengths = window_order(tuple(grids), config.window_size // config.patch_size, config.merge_size)
-        order = order.to(patches.device)
-        x = self.patch_embed.proj(patches)
-        x = x.unflatten(0, (-1, unit)).index_select(0, order).flatten(0, 1)
         positions = torch.cat([patch_positions(grid, config.merge_size) for grid in grids]).to(x.device)
-        positions = positions.unflatten(0, (-1, unit)).index_select(0, order).flatten(0, 1)
-        cos, sin = rotary(positions, config.hidden_size // config.num_heads, x.dtype)
-        frames = frame_lengths(grids)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, frames if layer in config.full_attention_layers else window_lengths)
-        merged = self.merger(x)
+        cos, sin = rotary(self._in_windows(positions, grids), config.hidden_size // config.num_heads, x.dtype)
+        return Place(cos, sin, frame_lengths(grids), self._windows(grids)[1])
+
+    def block(self, layer: int, x: Tensor, place: Place) -> Tensor:
+        is_full = layer in self.config.full_attention_layers
+        return self.blocks[layer](x, place.cos, place.sin, place.frames if is_full else place.windows)
+
+    def gather(self, merged: Tensor, taps: Sequence[Tensor], grids: Sequence[Grid]) -> Tensor:
+        """The encoder's result `[M, 1, m]`: what the merger gave, `[M, m]`, in the pictures' own order."""
+        order = self._windows(grids)[0].to(merged.device)
         return torch.empty_like(merged).index_copy_(0, order, merged).unsqueeze(1)
+
+    def _windows(self, grids: Sequence[Grid]) -> tuple[Tensor, list[int]]:
+        config = self.config
+        return window_order(tuple(grids), config.window_size // config.patch_size, config.merge_size)
+
+    def _in_windows(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Rows of patches `[P, ...]` from merge-block order to window order."""
+        order = self._windows(grids)[0].to(x.device)
+        return x.unflatten(0, (-1, self.config.merge_size**2)).index_select(0, order).flatten(0, 1)
 
     def cost(self, grid: Grid) -> float:
         """Work of one picture or video beside others, for dealing them to ranks."""

@@ -27,15 +27,22 @@ class Text(nn.Module):
         """Embeddings `[T, n]` -> the normalised hidden states of the selected tokens `[R, n]`."""
         residual, last = None, len(self.layers) - 1
         taps = 0 if meta.deepstack is None else meta.deepstack.features.shape[1]
-        for index, layer in enumerate(self.layers):
+        for index in range(len(self.layers)):
             # Behind its attention the last layer computes what is asked for, and no other token.
             select = meta.select if index == last and index >= taps else None
-            x, residual = layer(x, residual, meta, meta.kv[index], select)
-            if index < taps:
-                x.index_add_(0, meta.deepstack.index, meta.deepstack.features[:, index])
+            x, residual = self.layer(index, x, residual, meta, select)
         if meta.select is not None and last < taps:
             x, residual = x[meta.select], residual[meta.select]
         return self.norm.add(x, residual)[0]
+
+    def layer(
+        self, index: int, x: Tensor, residual: Tensor | None, meta: ForwardMeta, select: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One layer, and the visual features that belong behind it; `select`: the tokens computed to the end."""
+        x, residual = self.layers[index](x, residual, meta, meta.kv[index], select)
+        if meta.deepstack is not None and index < meta.deepstack.features.shape[1]:
+            x.index_add_(0, meta.deepstack.index, meta.deepstack.features[:, index])
+        return x, residual
 
     def help(self, padded_tokens: int) -> None:
         """A step in which this replica has no tokens: its experts compute the tokens that other replicas send them."""

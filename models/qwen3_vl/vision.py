@@ -44,18 +44,38 @@ class Vision(nn.Module):
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """`patches [P, C*tp*p*p]` of all pictures, packed -> `[M, 1 + taps, m]`: embedding, then DeepStack features."""
-        config = self.config
+        x = self.embed(patches, grids)
+        place = self.place(x, grids)
+        taps = []
+        for layer in range(len(self.blocks)):
+            x = self.block(layer, x, place)
+            if layer in self.tapped_layers:
+                taps.append(self.deepstack_merger_list[len(taps)](x))
+        return self.gather(self.merger(x), taps, grids)
+
+    @property
+    def tapped_layers(self) -> tuple[int, ...]:
+        """The layers behind which DeepStack's mergers stand, in their order."""
+        return tuple(self.config.deepstack_layers)
+
+    def embed(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """What the first block takes, `[P, n]`."""
         x = self.patch_embed.proj(patches)
-        x = x + self.pos_embed(grids).to(x.dtype)
+        return x + self.pos_embed(grids).to(x.dtype)
+
+    def place(self, x: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, Tensor, list[int]]:
+        """What all blocks take beside `x [P, n]`: cosines and sines `[P, D]`, and the lengths of the frames."""
+        config = self.config
         positions = torch.cat([patch_positions(grid, config.merge_size) for grid in grids]).to(x.device)
         cos, sin = rotary(positions, config.hidden_size // config.num_heads, x.dtype)
-        lengths = frame_lengths(grids)
-        taps = []
-        for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, lengths)
-            if layer in config.deepstack_layers:
-                taps.append(self.deepstack_merger_list[len(taps)](x))
-        return torch.stack([self.merger(x), *taps], dim=1)
+        return cos, sin, frame_lengths(grids)
+
+    def block(self, layer: int, x: Tensor, place: tuple[Tensor, Tensor, list[int]]) -> Tensor:
+        return self.blocks[layer](x, *place)
+
+    def gather(self, merged: Tensor, taps: Sequence[Tensor], grids: Sequence[Grid]) -> Tensor:
+        """The encoder's result `[M, 1 + taps, m]` of what its mergers gave, `[M, m]` each."""
+        return torch.stack([merged, *taps], dim=1)
 
     def cost(self, grid: Grid) -> float:
         """Work of one picture or video beside others, for dealing them to ranks."""

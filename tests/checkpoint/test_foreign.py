@@ -148,7 +148,8 @@ def test_float_weights_are_not_quantized(tmp_path, config):
 
 
 def test_msmodelslim_describes_itself_whatever_else_is_said(tmp_path):
-    (tmp_path / "quant_model_description.json").write_text('{"model_quant_type": "W8A8_DYNAMIC"}')
+    described = {"model_quant_type": "W8A8_DYNAMIC", "lm_head.weight": "W8A8_DYNAMIC"}
+    (tmp_path / "quant_model_description.json").write_text(json.dumps(described))
     assert find_quantization(tmp_path, {"quantization_config": {"quant_method": "fp8"}}) == "w8a8_dynamic"
 
 

@@ -4,11 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from executor.checkpoint.pull import Pull, finalize
+from executor.checkpoint.weights import Checkpoint, load_weights
 from executor.device import ops
 from executor.device.cpu.ops import CpuOps
+from executor.errors import UserError
 from executor.layers.linear import Linear
 from executor.layers.moe import Experts
 from executor.parallel.groups import SINGLE, Group
@@ -16,6 +19,7 @@ from executor.parallel.partition import Part, part
 from executor.quant.float import FLOAT
 from executor.quant.scheme import LinearShare
 from executor.quant.sizes import weight_bytes
+from executor.quant.w8a8 import W8A8
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +105,28 @@ def test_experts_take_a_scheme():
     assert len(list(layer.pulls({"m.gate_up_proj": names, "m.down_proj": SimpleNamespace(shape=(3, 8, 4))}, "m"))) == 3
     layer.prepare()
     assert asked == [(3, 4, ["down", "gate_up"])]
+
+
+def test_what_another_rank_adds_is_held_to_be_there(tmp_path):
+    """quant_bias is int32 and added once: the ranks that leave it to another still want it in the checkpoint."""
+    tensors = {
+        "a.o.weight": torch.ones(6, 8, dtype=torch.int8),
+        "a.o.deq_scale": torch.ones(6),
+        "a.o.quant_bias": torch.ones(6, dtype=torch.int32),
+        "a.o.input_scale": torch.ones(1),
+        "a.o.input_offset": torch.zeros(1),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    for rank, wanted in enumerate((5, 4)):
+        layer = Linear(8, 6, shard="in", group=Group(rank, 2), scheme=W8A8("w8a8"))
+        pulls = list(layer.pulls(checkpoint.catalog, "a.o"))
+        assert load_weights(pulls, checkpoint).unread == ()
+        held = {name: tensor.data for name, tensor in layer.tensors.items() if tensor is not None}
+        held.setdefault("quant_bias", torch.zeros(6, dtype=torch.int32))
+        got = CpuOps().prepare_linear(layer.scheme.weight(layer.share, held), None)(torch.ones(1, 4))
+        assert got.tolist() == [[float(wanted)] * 6]
+    del tensors["a.o.quant_bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="quant_bias"):
+        load_weights(pulls, Checkpoint(tmp_path))

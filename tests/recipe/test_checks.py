@@ -1,11 +1,14 @@
 """What is settled and refused before a rank starts: devices, chips, degrees, `auto` values, memory, model_path."""
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from executor.checkpoint.folder import find_checkpoint, read_json
-from executor.checkpoint.foreign import find_quantization
+from executor.device.table import BACKENDS
 from executor.errors import UserError
 from executor.recipe import settle as checks
 from executor.recipe.file import parse_override
@@ -40,7 +43,7 @@ def refuse_unsupported(recipe):
         ({"device": "cuda"}, {}, ["cuda backend is not part of this release"]),
         ({"device": "cpu", "exe_mode": "compile"}, {}, ["compile is not part", "--set model_config.exe_mode=eager"]),
         ({"device": "cuda"}, {"world_size": 2}, ["--set parallel_config.world_size=1"]),
-        ({"device": "cpu", "quantization": "w8a8"}, {}, ["w8a8 weights are not part", "float checkpoint"]),
+        ({"device": "cpu", "quantization": "w4a16"}, {}, ["w4a16 weights are not part", "float checkpoint"]),
     ],
 )
 def test_what_this_release_cannot_start(model, parallel, words, monkeypatch):
@@ -128,7 +131,8 @@ NPU = {"device": "npu", "soc": "atlas_800i_a2"}
     "model, parallel, scheduler, words",
     [
         (NPU, {"world_size": 3}, {}, ["attn_tp_size: ", "needs torch_npu"]),
-        (NPU | {"quantization": "w8a8"}, {}, {}, ["quantization: w8a8", "quantization: the recipe says", "torch_npu"]),
+        (NPU | {"quantization": "w4a16"}, {}, {},
+         ["quantization: w4a16", "quantization: the recipe says", "torch_npu"]),
         (NPU | {"model_path": "./absent"}, {}, {}, ["there is no folder ./absent", "needs torch_npu"]),
         (NPU | {"dtype": "float32"}, {"world_size": 3, "moe_ep_size": 3}, {"max_model_len": 10**9},
          ["dtype: attention on NPUs", "made for at most", "attn_tp_size: ", "has no experts", "needs torch_npu"]),
@@ -152,7 +156,7 @@ def test_everything_that_can_be_known_is_told_at_once(model, parallel, scheduler
     [
         (NPU | {"exe_mode": "ge_graph", "dtype": "float16"}, {"world_size": 8, "attn_tp_size": 4, "moe_ep_size": 2}),
         ({"device": "cpu", "soc": "atlas_300i_duo", "dtype": "float16"}, {}),
-        ({"device": "cuda", "exe_mode": "compile", "quantization": "w8a8"}, {"world_size": 2}),
+        ({"device": "cuda", "exe_mode": "compile", "quantization": "w4a16"}, {"world_size": 2}),
     ],
 )
 def test_the_advice_of_a_refusal_is_not_refused(model, parallel, monkeypatch):
@@ -207,12 +211,73 @@ def test_lengths_that_cannot_be(scheduler, words):
         resolve(recipe_of(scheduler=scheduler), shapes_of("Qwen3-VL-8B-Instruct"))
 
 
-def test_a_scheme_that_the_checkpoint_is_not(tmp_path):
-    assert find_quantization(tmp_path, {}) == "none"
-    (tmp_path / "quant_model_description.json").write_text('{"model_quant_type": "W8A8"}')
-    assert find_quantization(tmp_path, {}) == "w8a8"
-    with pytest.raises(UserError, match="the recipe says none, the checkpoint .* is w8a8"):
-        resolve(recipe_of({"quantization": "none"}), shapes_of("Qwen3-VL-8B-Instruct"), quantization="w8a8")
+def described(folder: Path, said: str, *kinds: str) -> Path:
+    """A copy of the tiny checkpoint whose description gives each of its first weights one of `kinds`."""
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "model.safetensors").symlink_to(TINY / "model.safetensors")
+    weights = {f"model.language_model.layers.{place}.mlp.down_proj.weight": kind for place, kind in enumerate(kinds)}
+    (folder / "quant_model_description.json").write_text(json.dumps({"model_quant_type": said} | weights))
+    return folder
+
+
+def prepared(folder: Path, **model: str):
+    return prepare(recipe_of({"model_path": str(folder), "device": "cpu"} | model))
+
+
+MIXED = ("W8A8", "W8A8_DYNAMIC", "W8A8_DYNAMIC", "FLOAT")
+
+
+@pytest.mark.parametrize(
+    "said, kinds, label",
+    [
+        ("W8A8", MIXED, "w8a8"),
+        ("FLOAT", MIXED, "w8a8_dynamic"),
+        ("W8A8", ("W8A16",), "w8a16"),
+        ("W8A8", ("FLOAT",), "none"),
+    ],
+)
+def test_auto_takes_the_label_of_the_folder(tmp_path, said, kinds, label):
+    """What the folder calls itself where it has such weights, else the most frequent type; float alone is none."""
+    settled = prepared(described(tmp_path / "folder", said, *kinds)).recipe
+    assert settled.model.quantization == label
+    assert prepare(settled).recipe == settled
+
+
+@pytest.mark.parametrize("word", ["w8a8", "w8a8_dynamic"])
+def test_a_word_may_be_the_label_or_any_type_inside(tmp_path, word):
+    assert prepared(described(tmp_path / "folder", "W8A8", *MIXED), quantization=word).recipe.model.quantization == word
+
+
+@pytest.mark.parametrize("word", ["none", "w8a16"])
+def test_a_word_that_the_folder_is_not(tmp_path, word):
+    folder = described(tmp_path / "folder", "W8A8", *MIXED)
+    with pytest.raises(UserError, match=rf"says {word}, the checkpoint .*folder is w8a8 \(it holds w8a8, w8a8_dynamic"):
+        prepared(folder, quantization=word)
+    with pytest.raises(UserError, match="the recipe says w8a8, the checkpoint .* is none; set quantization: auto"):
+        prepared(TINY, quantization="w8a8")
+
+
+@pytest.mark.parametrize("word", ["auto", "w8a8"])
+def test_every_type_inside_must_be_one_that_the_device_has(tmp_path, monkeypatch, word):
+    """The word alone does not decide: a folder that is called W8A8 may hold what the device lacks."""
+    folder = described(tmp_path / "Qwen3-VL-8B-Instruct-W8A8", "W8A8", *MIXED)
+    monkeypatch.setitem(BACKENDS, "cpu", replace(BACKENDS["cpu"], quantization=("none", "w8a8")))
+    monkeypatch.setitem(BACKENDS, "npu", replace(BACKENDS["npu"], quantization=("none", "w8a8", "w8a8_dynamic")))
+    monkeypatch.setitem(BACKENDS, "npu_emulated", replace(BACKENDS["npu_emulated"], quantization=("none", "w8a8")))
+    with pytest.raises(UserError) as error:
+        prepared(folder, quantization=word)
+    (line,) = str(error.value).splitlines()
+    for words in (
+        "w8a8_dynamic weights (model.language_model.layers.2.mlp.down_proj.weight of ",
+        "do not run on cpu; they run on npu;",
+        "--set model_config.model_path=Qwen/Qwen3-VL-8B-Instruct --set model_config.quantization=auto",
+    ):
+        assert words in line
+
+
+def test_a_type_that_nobody_reads(tmp_path):
+    with pytest.raises(UserError, match=r"layers.0.*weight of .* is FAQUANT, which .* reads w8a8, .*float checkpoint"):
+        prepared(described(tmp_path / "folder", "FLOAT", "FAQuant"))
 
 
 def test_estimate_buys_blocks_with_what_is_left():

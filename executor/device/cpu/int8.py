@@ -19,6 +19,7 @@ from executor.device.weights import (
     QuantizedWeight,
     StaticInt8,
     WeightInt8,
+    unpack_int4,
 )
 from executor.errors import UserError
 
@@ -157,18 +158,23 @@ class Summed:
         return self.group.all_reduce(self.linear.compute(x, torch.float32)).to(x.dtype)
 
 
-def prepare(weight: QuantizedWeight, bias: Tensor | None, form: str, decode_rows: int) -> Int8Linear:
-    """The weight as a function of `x [T, n]`. `form`: which Product; `decode_rows`: the most rows of a decode step."""
+def prepare(
+    weight: QuantizedWeight, bias: Tensor | None, form: str, decode_rows: int, many_rows: bool
+) -> Int8Linear:  # fmt: skip
+    """The weight as a function of `x [T, n]`. `form`: which Product; `decode_rows`: the most rows of a decode step;
+    `many_rows`: no call is one of those.
+    """
     make = PRODUCTS[form]
     if isinstance(weight, StaticInt8):
         return _static(weight, make(weight.values))
     if isinstance(weight, DynamicInt8):
         return Dynamic(weight.scale, bias, make(weight.values))
     if isinstance(weight, DynamicInt4):
-        return Dynamic(weight.scale, bias, make(unpacked(weight.packed)))
+        return Dynamic(weight.scale, bias, make(unpack_int4(weight.packed)))
     if isinstance(weight, MixedInt8):
         product = make(weight.static.values)
-        return Mixed(_static(weight.static, product), Dynamic(weight.dynamic.scale, bias, product), decode_rows)
+        dynamic = Dynamic(weight.dynamic.scale, bias, product)
+        return dynamic if many_rows else Mixed(_static(weight.static, product), dynamic, decode_rows)
     if isinstance(weight, WeightInt8):
         groups = weight.values.chunk(weight.scale.shape[1], 1)
         return WeightOnly(weight, bias, [make(group.contiguous()) for group in groups])
@@ -188,12 +194,6 @@ def largest_sums(values: Tensor) -> Tensor:
     # As unsigned, what abs makes of -128 is right.
     parts = [part.abs().view(torch.uint8).sum(1) for part in values.split(rows)]
     return torch.cat(parts).double() * 128
-
-
-def unpacked(packed: Tensor) -> Tensor:
-    """int8 `[m / 2, n]`, two numbers of four bits in each, as int8 `[m, n]`: the low four bits are row 2i."""
-    low, high = packed << 4 >> 4, packed >> 4
-    return torch.stack((low, high), 1).flatten(0, 1)
 
 
 def quantized(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:

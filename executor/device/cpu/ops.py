@@ -20,7 +20,7 @@ from executor.device.cpu.linear import Expanded, PackedFp16, Plain, Reordered, S
 from executor.device.cpu.threads import let_idle_threads_sleep
 from executor.device.ops import KVLayer, Ops
 from executor.device.table import DeviceSettings
-from executor.device.weights import Weight, experts_of
+from executor.device.weights import Weight, expert_form, experts_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class CpuOps(Ops):
         self, weight: Weight, bias: Tensor | None, many_rows: bool = False
     ) -> Callable[[Tensor], Tensor]:
         if not isinstance(weight, Tensor):
-            return int8.prepare(weight, bias, self.capability.int8, self.decode_rows)
+            return int8.prepare(weight, bias, self.capability.int8, self.decode_rows, many_rows)
         weight, form = weight.detach(), self.capability.form(weight.dtype)
         if weight.is_meta:
             return Plain(weight, bias)
@@ -121,8 +121,8 @@ class CpuOps(Ops):
     def prepare_experts(
         self, gate_up: Weight, down: Weight, first: int = 0, num_experts: int | None = None
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        up_fns = [self.prepare_linear(w, None) for w in experts_of(gate_up)]
-        down_fns = [self.prepare_linear(w, None) for w in experts_of(down)]
+        up_fns = [self.prepare_linear(w, None) for w in experts_of(expert_form(gate_up))]
+        down_fns = [self.prepare_linear(w, None) for w in experts_of(expert_form(down))]
         num_experts = num_experts or len(up_fns)
 
         def run(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """Mixture of experts on a chip: rows sorted by expert, multiplied group by group, summed back to their tokens.
 
+Sorting and summing are the same whatever the weights are; the products of quantized ones are in quant_experts.py.
 Weights are modules, so that a graph takes them for what they are: parameters, constant in it.
 Legend: T tokens, n hidden size, E experts of this rank, I intermediate size, k experts per token, R = T * k rows.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch_npu
@@ -12,52 +14,61 @@ from torch import Tensor, nn
 
 from executor.device.npu.linear import frozen
 
-_TOTALS, _COUNTS = 0, 1  # group_list_type: running totals of the groups' rows, or each group's rows
+TOTALS, COUNTS = 0, 1  # group_list_type: running totals of the groups' rows, or each group's rows
+
+
+class Product(Protocol):
+    """Both products of all experts of this rank and the activation between them."""
+
+    num_experts: int
+    takes_int8: bool  # rows come quantized, each by its own largest value
+
+    def __call__(self, rows: Tensor, scales: Tensor | None, groups: Tensor, kind: int) -> Tensor:
+        """`rows [R, n]` sorted by expert -> `[R, n]` of the model's type; rows of no group are undefined.
+
+        scales: float32 [R] of quantized rows. groups: int64 [E], counts or running totals by `kind`.
+        """
 
 
 class Experts(nn.Module):
     """A2 and A3: `x [T, n], ids [T, k], weights [T, k] -> [T, n]`; rows of other ranks' experts are left out.
 
-    Weights `[E, n, 2I]` and `[E, I, n]` are experts `first` to `first + E` of `num_experts`.
+    The product's experts are `first` to `first + E` of `num_experts`.
 
     Before CANN 8.5.0 all of exactly 128 experts of width 2048 are routed by another kernel, which knows no row_idx_type
     but 0; some releases give its counts as int32. The call below is right for either.
     """
 
-    def __init__(
-        self, gate_up: Tensor, down: Tensor, swiglu: Callable[[Tensor], Tensor], first: int, num_experts: int
-    ) -> None:
+    def __init__(self, product: Product, first: int, num_experts: int) -> None:
         super().__init__()
-        self.gate_up, self.down = frozen(gate_up), frozen(down)
-        self.swiglu = swiglu
-        self.first, self.num_experts = first, num_experts
+        self.product, self.first, self.num_experts = product, first, num_experts
 
     @property
     def is_whole(self) -> bool:
-        return self.gate_up.shape[0] == self.num_experts
+        return self.product.num_experts == self.num_experts
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        rows, places, counts, _ = torch_npu.npu_moe_init_routing_v2(
+        if not len(x):
+            return torch.zeros_like(x)
+        count = self.product.num_experts
+        rows, places, counts, scales = torch_npu.npu_moe_init_routing_v2(
             x,
             ids,
             active_num=ids.numel(),
             expert_num=self.num_experts,
             expert_tokens_num_type=1,  # counts
             expert_tokens_num_flag=True,
-            quant_mode=-1,
-            active_expert_range=[self.first, self.first + self.gate_up.shape[0]],
+            quant_mode=1 if self.product.takes_int8 else -1,
+            active_expert_range=[self.first, self.first + count],
             row_idx_type=0,
         )
         # A list of counts must be longer than one; a single count is its own running total.
-        y = self._multiply(rows, counts.to(torch.int64), _COUNTS if self.gate_up.shape[0] > 1 else _TOTALS)
+        kind = COUNTS if count > 1 else TOTALS
+        y = self.product(rows, scales if self.product.takes_int8 else None, counts.to(torch.int64), kind)
         if self.is_whole:
             return _summed(y, places, weights, drop_pad_mode=2)
         # Each routed row is an expert of capacity 1, and -1 is the place of another rank's.
         return _summed(y.unsqueeze(1), places, weights, drop_pad_mode=3)
-
-    def _multiply(self, rows: Tensor, groups: Tensor, kind: int) -> Tensor:
-        """`rows [R, n]` sorted by expert -> `[R, n]`; rows of no group are undefined."""
-        return _grouped(self.swiglu(_grouped(rows, self.gate_up, groups, kind)), self.down, groups, kind)
 
 
 class LocalExperts(Experts):
@@ -68,7 +79,9 @@ class LocalExperts(Experts):
     """
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        count = self.gate_up.shape[0]
+        if not len(x):
+            return torch.zeros_like(x)
+        count = self.product.num_experts
         others = None
         if not self.is_whole:
             ids = ids - self.first
@@ -83,17 +96,34 @@ class LocalExperts(Experts):
             expert_tokens_num_flag=True,
         )
         totals = totals[:count].to(torch.int64)
-        y = self._multiply(rows, totals, _TOTALS)
+        y = self.product(rows, None, totals, TOTALS)
         if others is not None:
             behind = torch.arange(len(y), device=y.device) >= totals[-1]
             y = y.masked_fill(behind.unsqueeze(-1), 0)
         return _summed(y, places, weights, drop_pad_mode=2)
 
 
-def _grouped(x: Tensor, w: Tensor, groups: Tensor, kind: int) -> Tensor:
-    return torch_npu.npu_grouped_matmul([x], [w], group_list=groups, split_item=2, group_type=0, group_list_type=kind)[
-        0
-    ]
+class FloatProduct(nn.Module):
+    """Weights `[E, n, 2I]` and `[E, I, n]`, of the activations' type."""
+
+    takes_int8 = False
+
+    def __init__(self, gate_up: Tensor, down: Tensor, swiglu: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate_up, self.down = frozen(gate_up), frozen(down)
+        self.swiglu = swiglu
+        self.num_experts = len(gate_up)
+
+    def forward(self, rows: Tensor, scales: None, groups: Tensor, kind: int) -> Tensor:
+        y = grouped(rows, self.gate_up, groups, kind)
+        return grouped(self.swiglu(y), self.down, groups, kind)
+
+
+def grouped(x: Tensor, w: Tensor, groups: Tensor, kind: int, **quantized: list[Tensor] | torch.dtype) -> Tensor:
+    """The rows of each group by its own matrix of `w [E, in, out]`."""
+    return torch_npu.npu_grouped_matmul(
+        [x], [w], group_list=groups, split_item=2, group_type=0, group_list_type=kind, **quantized
+    )[0]
 
 
 def _summed(y: Tensor, places: Tensor, weights: Tensor, drop_pad_mode: int) -> Tensor:

@@ -3,6 +3,7 @@
 Knows no model: a module's method goes in, a callable of the same tensors comes out.
 """
 
+import functools
 import logging
 import types
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch_npu  # noqa: F401  (its ops are named below)
 import torchair
 from torch import Tensor
 
@@ -28,7 +30,8 @@ def version() -> str:
 
 
 def configure(config: Any) -> None:
-    """The options of a GE decode graph, on torchair's CompilerConfig."""
+    """The options of a GE decode graph, on torchair's CompilerConfig; and the converters that torchair lacks."""
+    _register_converters()
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addFilter(_is_news)
     config.mode = "max-autotune"
@@ -36,6 +39,36 @@ def configure(config: Any) -> None:
     config.experimental_config.frozen_parameter = True
     # Static shapes: tiling is computed when the graph is compiled, not at every step.
     config.experimental_config.tiling_schedule_optimize = True
+
+
+@functools.cache
+def _register_converters() -> None:
+    """npu_add_rms_norm_quant: torchair ships no converter, CANN has the operator (AddRmsNormQuant).
+
+    beta is an input of it from CANN 8.3 on: it is named only where there is one.
+    """
+    ge = torchair.ge
+
+    @torchair.register_fx_node_ge_converter(torch.ops.npu.npu_add_rms_norm_quant.default)
+    def convert(
+        x1: Any, x2: Any, gamma: Any, scales1: Any, zero_points1: Any = None, beta: Any = None, scales2: Any = None,
+        zero_points2: Any = None, axis: int = -1, epsilon: float = 1e-6, div_mode: bool = True,
+        dst_type: int | None = None, meta_outputs: Any = None,
+    ) -> Any:  # fmt: skip
+        tensors = {
+            "x1": x1, "x2": x2, "gamma": gamma, "scales1": scales1, "scales2": scales2, "zero_points1": zero_points1,
+            "zero_points2": zero_points2,
+        }  # fmt: skip
+        return ge.custom_op(
+            "AddRmsNormQuant",
+            inputs=tensors | ({} if beta is None else {"beta": beta}),
+            outputs=["y1", "y2", "x"],
+            attrs={
+                "axis": ge.attr.Int(axis),
+                "epsilon": ge.attr.Float(epsilon),
+                "div_mode": ge.attr.Bool(div_mode),
+            },
+        )
 
 
 def ge_graph(decode: Callable[..., Tensor], folder: Path) -> Callable[..., Tensor]:

@@ -29,11 +29,11 @@ class Linear(nn.Module):
 class SummedLinear(nn.Module):
     """The product, then the sum over the ranks of `group`."""
 
-    def __init__(self, product: Linear, group: Any) -> None:
+    def __init__(self, product: nn.Module, group: Any) -> None:
         super().__init__()
         self.product, self.group = product, group
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Tensor:
         return self.group.all_reduce(self.product(x))
 
 

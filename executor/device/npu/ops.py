@@ -14,10 +14,11 @@ import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
-from executor.device.npu import attention, experts, forms, graph, layout, linear
+from executor.device.npu import attention, experts, forms, graph, layout, linear, quant, quant_experts
 from executor.device.npu.soc import COMPOSED, SOCS, Soc, chip_named, choose, soc_of
 from executor.device.ops import HeadNorms, Heads, KVLayer, Ops
 from executor.device.table import DeviceSettings
+from executor.device.weights import Weight
 from executor.errors import UserError
 from executor.host.env import environment
 
@@ -30,7 +31,8 @@ class NpuOps(Ops):
     """One chip. `weight_nz`: linear weights in FRACTAL_NZ also where the chip takes both.
 
     `cache`: "ND" or "NZ" for every cache; None: what suits the chip and the model. `decode_rows`: the most rows of a
-    decode step, padded ones included.
+    decode step, padded ones included. `dtype`: of the activations, which quantized weights do not tell; None: the
+    chip's first.
     """
 
     name = "npu"
@@ -43,8 +45,10 @@ class NpuOps(Ops):
         weight_nz: bool = True,
         cache: str | None = None,
         decode_rows: int = 16,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.soc = soc
+        self.dtype = dtype or soc.dtypes[0]
         self.device = device
         self.weight_nz = weight_nz or soc.always_nz
         self.slot_dtype = soc.slot_dtype
@@ -71,10 +75,21 @@ class NpuOps(Ops):
         bias: Tensor | None = None,
         reader: Callable[..., Tensor] | None = None,
     ) -> tuple[Any, Tensor]:
-        if residual is None or not len(x) or self.calls["add_rms_norm"] == COMPOSED:  # the fused op takes no empty x
+        if residual is None or not len(x):  # the fused ops take no empty x
+            return super().add_rms_norm(x, residual, weight, eps, bias)
+        product = quant.reader_of(reader, len(x))
+        if isinstance(product, quant.StaticLinear) and self._has("add_rms_norm_static"):
+            return quant.add_rms_norm_static(x, residual, weight, eps, bias, product)
+        if isinstance(product, quant.DynamicLinear) and self._has("add_rms_norm_dynamic"):
+            return quant.add_rms_norm_dynamic(x, residual, weight, eps, bias)
+        if not self._has("add_rms_norm"):
             return super().add_rms_norm(x, residual, weight, eps, bias)
         y, total = forms.add_rms_norm(x, residual, weight, eps)
         return (y if bias is None else y + bias), total
+
+    def _has(self, op: str) -> bool:
+        """Whether a kernel serves the op here."""
+        return self.calls.get(op, COMPOSED) != COMPOSED
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
@@ -97,18 +112,40 @@ class NpuOps(Ops):
         fits = gate_up.shape[-1] % self.soc.swiglu_columns == 0
         return forms.SWIGLU[self.calls["swiglu"] if fits else COMPOSED](gate_up)
 
+    def gated_mlp(self, x: Any, gate_up: Callable[..., Tensor], down: Callable[..., Tensor]) -> Tensor:
+        num_rows = quant.num_rows_of(x)
+        reader = quant.reader_of(down, num_rows)
+        if reader is None or not num_rows or not self._has("swiglu_quantized"):
+            return super().gated_mlp(x, gate_up, down)
+        return down(quant.swiglu_quantized(x, gate_up, reader))
+
     def gelu(self, x: Tensor, tanh: bool) -> Tensor:
         return F.gelu(x, approximate="tanh" if tanh else "none")
 
     def prepare_linear(
-        self, weight: Tensor, bias: Tensor | None, many_rows: bool = False
+        self, weight: Weight, bias: Tensor | None, many_rows: bool = False
     ) -> Callable[[Tensor], Tensor]:
+        if not isinstance(weight, Tensor):
+            return self._products.linear(weight, bias)
         return linear.Linear(layout.weight(weight.detach(), self.weight_nz), bias)
 
+    @property
+    def _products(self) -> quant.Int8Products:
+        return quant.Int8Products(
+            chip=self.soc.name,
+            dtype=self.dtype,
+            nz=self.weight_nz,
+            by_rows=self.soc.int8_by_rows,
+            dequantizes=self.calls["dynamic_linear"] == "npu_quant_matmul_dequant",
+            grouped=self.soc.weight_groups,
+            decode_rows=self.decode_rows,
+        )
+
     def prepare_summed_linear(
-        self, weight: Tensor, bias: Tensor | None, group: Any, many_rows: bool = False
+        self, weight: Weight, bias: Tensor | None, group: Any, many_rows: bool = False
     ) -> Callable[[Tensor], Tensor]:
-        if not self._sums_fused(group):
+        """Quantized products are summed apart: the fused kernel is for prefill and rounds a bf16 model's scales."""
+        if not isinstance(weight, Tensor) or not self._sums_fused(group):
             return linear.SummedLinear(self.prepare_linear(weight, bias), group)
         rows = self.decode_rows if self.calls["summed_linear_in_decode"] == COMPOSED else 0
         return linear.FusedSummedLinear(layout.weight(weight.detach(), self.weight_nz), bias, group, rows)
@@ -121,11 +158,18 @@ class NpuOps(Ops):
         return group.handle is self._domain
 
     def prepare_experts(
-        self, gate_up: Tensor, down: Tensor, first: int = 0, num_experts: int | None = None
+        self, gate_up: Weight, down: Weight, first: int = 0, num_experts: int | None = None
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        weights = (layout.weight(w.detach(), self.weight_nz) for w in (gate_up, down))
+        if isinstance(gate_up, Tensor):
+            weights = (layout.weight(w.detach(), self.weight_nz) for w in (gate_up, down))
+            product = experts.FloatProduct(*weights, self.swiglu)
+        else:
+            product = quant_experts.product(gate_up, down, self)
         kind = experts.Experts if self.soc.routes_ranges else experts.LocalExperts
-        return kind(*weights, self.swiglu, first, num_experts or len(gate_up))
+        return kind(product, first, num_experts or product.num_experts)
+
+    def check_experts(self, form: type, hidden_size: int, intermediate_size: int) -> None:
+        quant_experts.check(self.soc, form, hidden_size, intermediate_size)
 
     def gate_topk(self, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
         """The softmax is the op's own, in fp32 inside; ids int32."""
@@ -240,11 +284,11 @@ def open_npu(
             f"model_config.dtype: {soc.name} computes in {allowed}, got {str(dtype).removeprefix('torch.')}"
         )
     if emulated:
-        return NpuOps(soc, torch.device("cpu"), weight_nz=weight_nz, decode_rows=decode_rows)
+        return NpuOps(soc, torch.device("cpu"), weight_nz=weight_nz, decode_rows=decode_rows, dtype=dtype)
     logging.getLogger("torch_npu").setLevel(logging.WARNING)  # it reports every variable that it reads
     torch_npu.npu.set_device(index)
     torch_npu.npu.config.allow_internal_format = True  # else format casts are ignored
-    return NpuOps(soc, torch.device("npu", index), weight_nz=weight_nz, decode_rows=decode_rows)
+    return NpuOps(soc, torch.device("npu", index), weight_nz=weight_nz, decode_rows=decode_rows, dtype=dtype)
 
 
 def _chip_here(name: str | None, index: int) -> Soc:

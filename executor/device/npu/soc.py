@@ -23,7 +23,8 @@ class Soc:
     300I DUO are in the storage format FRACTAL_NZ as well. `swiglu_columns` divides the width of a fused SwiGLU's
     input; `gate_rows` bounds the tokens that are gated at once; `routes_ranges`: routing takes a range of experts and
     summing leaves out the rows of others (npu_moe_init_routing_v2, npu_moe_finalize_routing), else neither does;
-    `cache_elements` bounds what one cache of keys or values may have.
+    `cache_elements` bounds what one cache of keys or values may have. `int8_by_rows`: an int8 weight in NZ is cast as
+    [out, in] and read transposed; `weight_groups`: weight-only products take a scale for every group of inputs.
     """
 
     name: str
@@ -36,6 +37,8 @@ class Soc:
     gate_rows: int | None = None
     routes_ranges: bool = True
     cache_elements: int | None = 2**31 - 1
+    int8_by_rows: bool = False
+    weight_groups: bool = True
 
 
 SOCS = {
@@ -54,6 +57,8 @@ SOCS = {
             gate_rows=1024,
             routes_ranges=False,
             cache_elements=None,
+            int8_by_rows=True,
+            weight_groups=False,
         ),
     )
 }
@@ -62,6 +67,8 @@ _TRAINED = ("atlas_800i_a2", "atlas_800i_a3")
 _DUO = ("atlas_300i_duo",)
 _ALL = (*_TRAINED, *_DUO)
 COMPOSED = "composed"
+GROUPED, GROUPED_SWIGLU = "npu_grouped_matmul", "npu_grouped_matmul_swiglu_quant_v2"
+GROUPED_DEQUANT = "npu_quant_grouped_matmul_dequant"
 
 # op of the surface, chips, dtypes, layout of its operands, calls (best first; "composed" is plain torch)
 TABLE = (
@@ -88,6 +95,19 @@ TABLE = (
     ),
     ("gate_topk", _ALL, "bf16 fp16", "[T, E]", ("npu_moe_gating_top_k_softmax", COMPOSED)),
     ("experts", _ALL, "bf16 fp16", "[E, n, 2I], [E, I, n]", ("npu_grouped_matmul",)),
+    # The first in NZ and 2I <= 10240 only; else the second, with an activation and a quantization between the products.
+    ("int8_experts", _TRAINED, "bf16 fp16", "[E, n, 2I], [E, I, n] int8", (GROUPED_SWIGLU, GROUPED)),
+    ("int8_experts", _DUO, "fp16", "[E, 2I, n], [E, n, I] int8, multiples of 16", (GROUPED_DEQUANT,)),
+    ("int4_experts", _TRAINED, "bf16 fp16", "[E, n, 2I], [E, I, n] int4, I % 256 == 0", (GROUPED_SWIGLU, GROUPED)),
+    ("weight_int8_experts", _TRAINED, "bf16 fp16", "[E, n, 2I], [E, I, n] int8, plain", (GROUPED,)),
+    ("static_linear", _ALL, "bf16 fp16", "int8 [in, out]; 300I DUO: [out, in] transposed", ("npu_quant_matmul",)),
+    ("dynamic_linear", _TRAINED, "bf16 fp16", "int8 [in, out]", ("npu_quant_matmul",)),
+    ("dynamic_linear", _DUO, "fp16", "int8 [out, in], both in tiles of 16", ("npu_quant_matmul_dequant",)),
+    ("weight_linear", _ALL, "bf16 fp16", "int8 [in, out], not NZ", ("npu_weight_quant_batchmatmul",)),
+    # A bias of the norm goes in with CANN 8.3 and later.
+    ("add_rms_norm_static", _ALL, "bf16 fp16", "[T, n] to int8", ("npu_add_rms_norm_quant", COMPOSED)),
+    ("add_rms_norm_dynamic", _TRAINED, "bf16 fp16", "[T, n] to int8", ("npu_add_rms_norm_dynamic_quant", COMPOSED)),
+    ("swiglu_quantized", _TRAINED, "bf16 fp16", "[T, 2I] to int8", ("npu_dequant_swiglu_quant", COMPOSED)),
 )
 
 

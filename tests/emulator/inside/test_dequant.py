@@ -246,3 +246,59 @@ def test_grouped_matmul_swiglu_quant_in_its_first_form(a2, dtype) -> None:
         torch_npu.npu_grouped_matmul_swiglu_quant(x, w.clone(), totals, scale, tokens)
     with pytest.raises(LimitError, match="bias must be None"):
         torch_npu.npu_grouped_matmul_swiglu_quant(x, w, totals, scale, tokens, bias=torch.zeros(2, 64))
+
+
+def int8_by_int4(per_group: bool):
+    """x, packed weights, scales as bits, scales by tokens, what makes up for the halves, and the product in fp64."""
+    k, n, counts = 512, 64, torch.tensor([2, 0, 3])
+    x, w, tokens = int8(5, k), int4(3, k, n, seed=1), torch.rand(5) + 0.5
+    scale = torch.rand(3, 2 if per_group else 1, n) * 1e-3
+    wide = w.double() * scale.double().repeat_interleave(k // scale.shape[1], 1)
+    exact = torch.cat([x[:2].double() @ wide[0], x[2:].double() @ wide[2]]) * tokens[:, None]
+    bits = scale.view(torch.int32).long() & 0xFFFFFFFF
+    return x, pack(w), bits, tokens, (8 * wide.sum(1)).float(), counts, exact
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+@pytest.mark.parametrize("out", [BF16, FP16])
+def test_grouped_matmul_of_int8_rows_by_int4(a2, out, per_group) -> None:
+    x, w, scale, tokens, sums, counts, exact = int8_by_int4(per_group)
+    call = {"group_list": counts, "split_item": 2, "group_type": 0, "group_list_type": 1, "output_dtype": out}
+    call |= {"scale": [scale], "per_token_scale": [tokens], "bias": [sums]}
+    (got,) = like_meta(torch_npu.npu_grouped_matmul, [x], [w], **call)
+    close(got, exact.to(out), 4)
+    (without,) = torch_npu.npu_grouped_matmul([x], [w], **call | {"bias": [torch.zeros_like(sums)]})
+    assert (without - exact).norm() > 0.1 * exact.norm(), "the sums are no matter of taste"
+    for wrong, message in (
+        ({"bias": None}, "must be one tensor each"),
+        ({"bias": [sums.half()]}, "bias must be float32"),
+        ({"scale": [scale.float()]}, "scale must be int64"),
+        ({"scale": [scale[:, 0]]}, "scale must have shape"),
+        ({"group_list": counts.cumsum(0), "group_list_type": 0}, r"must be 1 \(counts\)"),
+        ({"output_dtype": None}, "output_dtype must be"),
+    ):
+        with pytest.raises(LimitError, match=message):
+            torch_npu.npu_grouped_matmul([x], [w], **call | wrong)
+    with pytest.raises(LimitError, match="a multiple of 256"):
+        torch_npu.npu_grouped_matmul([x[:, :128].contiguous()], [w[:, :128].contiguous()], **call)
+
+
+def test_grouped_matmul_swiglu_quant_of_int4(a2) -> None:
+    x, w, scale, tokens, sums, counts, exact = int8_by_int4(False)
+    w = torch_npu.npu_format_cast(w.view(torch.int8), NZ).view(torch.int32)
+    call = {"weight_assist_matrix": [sums], "group_list_type": 1}
+    operands = [x, [w], [scale[:, 0]], tokens, counts]
+    y, out_scale = like_meta(torch_npu.npu_grouped_matmul_swiglu_quant_v2, *operands, **call)
+    gate, up = exact.chunk(2, -1)
+    wanted = torch.nn.functional.silu(gate) * up
+    assert (y * out_scale[:, None] - wanted).abs().max() <= out_scale.max() * 0.51
+    for wrong, message in (
+        ({"weight_assist_matrix": None}, "weight_assist_matrix must be given"),
+        ({"weight_assist_matrix": [sums[:, :8]]}, "weight_assist_matrix must have shape"),
+    ):
+        with pytest.raises(LimitError, match=message):
+            torch_npu.npu_grouped_matmul_swiglu_quant_v2(*operands, **call | wrong)
+    with pytest.raises(LimitError, match="x must not be empty"):
+        torch_npu.npu_grouped_matmul_swiglu_quant_v2(x[:0], *operands[1:3], tokens[:0], counts * 0, **call)
+    with pytest.raises(LimitError, match="weight_scale must be int64"):
+        torch_npu.npu_grouped_matmul_swiglu_quant_v2(x, [w], [scale[:, 0].float()], tokens, counts, **call)

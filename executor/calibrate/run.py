@@ -1,0 +1,165 @@
+"""A checkpoint to a quantized one, stage by stage, with the built-in calibrator.
+
+What one run needs at most: the largest stage's weights, a linear of it in float32, the longest prompt's activations.
+Everything else lies on the disk: the activations between two stages of all samples, and what is written.
+"""
+
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from executor.calibrate.layer import Job, linears_of_stage, run_stage
+from executor.calibrate.linears import LinearSource
+from executor.calibrate.memory import check_memory, most_bytes, patches_of_longest
+from executor.calibrate.plan import plan
+from executor.calibrate.sample import MOST_PIXELS, check_count, fingerprint, open_calibration, pieces_of, prompts
+from executor.calibrate.settings import Settings
+from executor.calibrate.stages import Bench, Stage, stages_of, tensors_of, with_cache
+from executor.calibrate.work import Work
+from executor.calibrate.write import is_other_file, pack
+from executor.checkpoint.load import default_dtype
+from executor.checkpoint.pull import deferred
+from executor.checkpoint.weights import Checkpoint
+from executor.checkpoint.writing import copy_files
+from executor.device import ops
+from executor.device.ops import Ops
+from executor.errors import UserError
+from executor.host.limits import host_memory_bytes, process_memory_bytes
+from executor.prompt.options import MediaOptions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done. kinds: linears of each type.
+
+    peak_bytes: the most memory that the process has held; bound_bytes: what it was to hold at most.
+    """
+
+    kinds: dict[str, int]
+    source_bytes: int
+    written_bytes: int
+    num_samples: int
+    seconds: float
+    peak_bytes: int
+    bound_bytes: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A float checkpoint, and its family's builders. config: config.json, with its head settled."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    runner: Any  # models.FAMILY.runner
+    dtype: str  # of its weights, as config.json says
+
+
+def quantize(source: Source, out: Path, settings: Settings, calibration: Path | None, device: Ops) -> Report:
+    """Quantize `source` into `out`. Raises UserError for what the settings and the checkpoint do not allow."""
+    started = time.monotonic()
+    ops.bind(device)
+    checkpoint = Checkpoint(source.folder)
+    bench = Bench(device, getattr(torch, settings.dtype), checkpoint)
+    job = Job(settings, bench, lambda: source.runner.build_model(source.config), {}, source.dtype == "float16")
+    with default_dtype(bench.dtype), deferred():
+        model = job.build()
+    stages = stages_of(model)
+    names = tensors_of(stages, checkpoint.catalog)
+    linears = [linears_of_stage(model, stage, checkpoint) for stage in stages]
+    job = replace(job, kinds=plan([linear for held in linears for linear in held], settings))
+    data = _calibration(settings, calibration)
+    digest = settings.digest(checkpoint, "" if data is None else fingerprint(data, settings))
+    work = Work(out, digest, asdict(settings))
+    work.open()
+    num_tokens = num_patches = 0
+    if data is not None:
+        if work.num_samples is None:
+            _gather(job, source, work, data, calibration)
+        num_tokens = max(len(sample.token_ids) for _, sample in work.samples())
+        num_patches = patches_of_longest([grid for _, sample in work.samples() for grid in sample.grids])
+    weight_bytes = bench.dtype.itemsize
+    more = most_bytes(stages, names, linears, checkpoint.catalog, settings, num_tokens, num_patches, weight_bytes)
+    bound = process_memory_bytes() + more
+    check_memory(more, host_memory_bytes(), source.folder.name)
+    logger.info("memory: at most %.2f GB, of which this process holds %.2f", bound / 1e9, (bound - more) / 1e9)
+    if num_tokens:
+        job = replace(job, bench=with_cache(bench, model, num_tokens))
+    del model
+    _run_stages(job, stages, names, linears, work)
+    types = Counter(job.kinds.values())
+    pack(work, len(stages), out, settings.kinds.linears, _metadata(settings))
+    copy_files(source.folder, out, is_other_file)
+    work.remove()
+    written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    seconds = time.monotonic() - started
+    return Report(dict(types), checkpoint.total_bytes, written, work.num_samples or 0, seconds, peak_bytes(), bound)
+
+
+def _calibration(settings: Settings, path: Path | None) -> Any:
+    if not settings.needs_activations:
+        return None
+    if path is None:
+        raise UserError(
+            f"--calibration: {settings.scheme} measures activations: name a folder of about 32 pictures, or a file of "
+            "rows (docs/datasets.md), of the kind that the model will see. w8a16, and w8a8_dynamic with --smooth 0, "
+            "need none"
+        )
+    return open_calibration(path)
+
+
+def _gather(job: Job, source: Source, work: Work, data: Any, path: Path) -> None:
+    """The prompts of the calibration set, each with the patches of its media, into the work's folder."""
+    processor = source.runner.build_processor(source.folder, MediaOptions())
+    most = max(MOST_PIXELS, processor.picture.min_pixels)
+    if processor.picture.max_pixels > most:
+        processor = source.runner.build_processor(source.folder, MediaOptions(max_pixels=most))
+    count, has_media = 0, False
+    for prompt in prompts(data, job.settings, processor):
+        sample, patches = pieces_of(prompt, processor, job.bench.dtype)
+        work.keep_sample(count, sample, patches)
+        count, has_media = count + 1, has_media or bool(patches)
+    check_count(count, has_media, job.settings, path)
+    work.samples_are_kept(count)
+
+
+def _run_stages(
+    job: Job, stages: list[Stage], names: list[list[str]], linears: list[list[LinearSource]], work: Work
+) -> None:
+    on_terminal = sys.stderr.isatty()
+    if work.done:
+        logger.info("going on with stage %d of %d", work.done + 1, len(stages))
+    bar = tqdm(total=len(stages), initial=work.done, desc="quantizing", file=sys.stderr, disable=not on_terminal)
+    with bar:
+        for number in range(work.done, len(stages)):
+            started = time.monotonic()
+            run_stage(job, stages[number], number, work, names[number], linears[number])
+            bar.update()
+            if not on_terminal:
+                logger.info(
+                    "%d of %d, %s: %.1f s, peak memory %.2f GB",
+                    number + 1, len(stages), stages[number].name, time.monotonic() - started, peak_bytes() / 1e9,
+                )  # fmt: skip
+
+
+def _metadata(settings: Settings) -> dict[str, Any]:
+    """What the description says of how it was made."""
+    return {"quantized_with": {"tool": "executor.commands.quantize", **asdict(settings)}}
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)

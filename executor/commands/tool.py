@@ -1,0 +1,77 @@
+"""What the commands share that work on folders rather than on a recipe: `python -m executor.commands.NAME --flags`.
+
+The contract is that of all commands: logs on stderr, results on stdout, the last stdout line one JSON document, exit
+status 0 done, 2 the user's mistake, 1 anything else.
+"""
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from executor.checkpoint.folder import read_json
+from executor.errors import UserError
+from executor.host.env import find_path
+from executor.host.streams import READER_GONE, print_document, reader_is_gone, write_to_nobody
+
+Document = dict[str, Any]
+
+
+class ToolParser(argparse.ArgumentParser):
+    """Takes `--model-path` for `--model_path`; raises UserError where argparse would print its usage and exit."""
+
+    def __init__(self, name: str, description: str) -> None:
+        super().__init__(prog=f"python -m executor.commands.{name}", description=description, allow_abbrev=False)
+
+    def add(self, name: str, **options: Any) -> None:
+        """A flag in both spellings."""
+        self.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), dest=name, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}\n{self.format_usage().strip()}")
+
+
+def run_tool(command: str, work: Callable[[Sequence[str]], Document], argv: Sequence[str] | None = None) -> int:
+    """Do `work` of the words of the command line; returns the exit status. Everything it raises ends here."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        document, status = _outcome(command, work, list(sys.argv[1:] if argv is None else argv))
+        print_document({"command": command, **document})
+        return status
+    except BrokenPipeError:
+        if not reader_is_gone():
+            raise
+        write_to_nobody()
+        return READER_GONE
+
+
+def _outcome(command: str, work: Callable[[Sequence[str]], Document], argv: Sequence[str]) -> tuple[Document, int]:
+    try:
+        return work(argv), 0
+    except UserError as error:
+        print(f"error: {error}{error.more}", file=sys.stderr)
+        return {"error": str(error)}, 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return {"error": "interrupted"}, 130
+    except BrokenPipeError:
+        raise
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return {"error": str(error)}, 1
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}, 1
+
+
+def checkpoint_folder(model_path: str) -> Path:
+    """The folder that `--model_path` names. UserError where it is none, or no checkpoint."""
+    folder = find_path(model_path)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"--model_path: {model_path} {what}; give the folder of a quantized checkpoint on this machine")
+    read_json(folder, "config.json")
+    return folder
