@@ -17,6 +17,8 @@ from executor.checkpoint.parts import first_part
 from executor.errors import UserError
 
 FLOAT_TYPE = "FLOAT"
+WEIGHTS = (".weight", ".experts.gate_up_proj", ".experts.down_proj")
+"""How the names of weights end: those of all experts in one tensor may be the linear's own."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,12 @@ class Description:
     @property
     def kinds(self) -> Counter[str]:
         """How many weights there are of each type."""
-        return Counter(kind for name, kind in self.types.items() if name.endswith(".weight"))
+        return Counter(kind for name, kind in self.types.items() if name.endswith(WEIGHTS))
 
     @cached_property
     def samples(self) -> Mapping[str, str]:
         """The types inside but float, in the recipe's words, each with the name of a weight that has it."""
-        weights = ((kind, name) for name, kind in self.types.items() if name.endswith(".weight"))
+        weights = ((kind, name) for name, kind in self.types.items() if name.endswith(WEIGHTS))
         return {kind.lower(): name for kind, name in weights if kind != FLOAT_TYPE}
 
     @property

@@ -62,7 +62,9 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel, runner: A
     memory = prepared.memory
     if free_bytes is not None:
         size = compute_bytes(recipe)
-        memory = estimate(recipe, prepared.shapes, free_bytes, size, picture_tokens=prepared.picture_tokens)
+        memory = estimate(
+            recipe, prepared.shapes, free_bytes, size, picture_tokens=prepared.picture_tokens, stored=prepared.stored
+        )
     logger.info("%s", memory)
     # One scheduler plans for all of them.
     (num_blocks,) = parallel.control.min(memory.num_blocks)

@@ -11,9 +11,12 @@ from typing import Any
 from executor.checkpoint.description import Description, read_description
 from executor.checkpoint.folder import read_json
 from executor.checkpoint.headers import Checkpoint
+from executor.checkpoint.part_pulls import open_checkpoint
+from executor.checkpoint.parts import part_folders
 from executor.commands.tool import Document, checkpoint_folder
 from executor.device.table import BACKENDS, DeviceSettings
 from executor.errors import UserError
+from executor.parallel.groups import Group, Parallel
 
 TOKENIZER = ("tokenizer.json", "vocab.json with merges.txt")
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -55,13 +58,21 @@ def check_folder(folder: Path) -> FolderReport:
     report = FolderReport()
     config = _attempt(report, lambda: _config(folder))
     description = _attempt(report, lambda: read_description(folder))
-    checkpoint = _attempt(report, lambda: Checkpoint(folder))
+    checkpoints = _attempt(report, lambda: _checkpoints(folder))
     _check_files(folder, config, report)
-    if checkpoint is None or config is None:
+    if checkpoints is None or config is None:
         return report
-    report.num_tensors, report.num_bytes = len(checkpoint.catalog), checkpoint.total_bytes
-    _check_weights(folder, config, checkpoint, description, report)
+    for rank, checkpoint in enumerate(checkpoints):
+        report.num_tensors += len(checkpoint.catalog)
+        report.num_bytes += checkpoint.total_bytes
+        _check_weights(folder, config, checkpoint, description, report, Group(rank, len(checkpoints)))
     return report
+
+
+def _checkpoints(folder: Path) -> list[Checkpoint]:
+    """Every rank's part of compressed weights; of another folder what one rank reads."""
+    size = len(part_folders(folder)) or 1
+    return [open_checkpoint(folder, rank, size) for rank in range(size)]
 
 
 def _attempt(report: FolderReport, read: Any) -> Any:
@@ -122,6 +133,7 @@ def _check_weights(
     checkpoint: Checkpoint,
     description: Description | None,
     report: FolderReport,
+    group: Group,
 ) -> None:
     import torch
 
@@ -134,6 +146,8 @@ def _check_weights(
     report.kinds = described_counts(description)
     parsed = parse_config(config, f"{folder}/config.json")
     dtype = parsed.dtype.removeprefix("torch.")
-    model = build_on_meta(lambda: family_runner(config).build_model(config), getattr(torch, dtype))
+    parallel = Parallel(text=group, world=group)
+    model = build_on_meta(lambda: family_runner(config).build_model(config, parallel), getattr(torch, dtype))
     report.faults += (fault for fault in weight_faults(model, checkpoint, description) if fault not in report.faults)
-    report.warnings += weight_warnings(checkpoint, description, dtype)
+    warnings = weight_warnings(checkpoint, description, dtype)
+    report.warnings += (warning for warning in warnings if warning not in report.warnings)

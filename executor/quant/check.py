@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from executor.checkpoint.description import FLOAT_TYPE, Description
 from executor.checkpoint.headers import Checkpoint
-from executor.checkpoint.pull import Pull
+from executor.checkpoint.load import in_files
 from executor.checkpoint.strangers import check_unread, named
 from executor.checkpoint.weights import pull_faults
 from executor.errors import UserError
@@ -33,7 +33,7 @@ def weight_faults(model: nn.Module, checkpoint: Checkpoint, description: Descrip
         with torch.device("meta"):
             left = choose_schemes(model, checkpoint.catalog, description)
             left += choose_cache(model, checkpoint.catalog, description, int8=True)
-            pulls: list[Pull] = list(model.pulls(checkpoint.catalog))
+            pulls = in_files(model.pulls(checkpoint.catalog), checkpoint)
     except UserError as error:
         return str(error).splitlines()
     faults = pull_faults(pulls, checkpoint)

@@ -52,30 +52,59 @@ def choose_schemes(model: nn.Module, catalog: Catalog, description: Description 
     left: list[str] = []
     if description is None:
         return left
-    for _ in model.pulls({}):
-        pass  # from here on layers know their names
+    asked = {pull.name for pull in model.pulls({})}  # from here on layers know their names
+    problems = []
     for layer in model.modules():
-        if isinstance(layer, Linear):
-            names = [name for name, _, _ in layer.share.named(layer.prefix)]
-            weights = [f"{name}.weight" for name in names]
-            if _kind(weights, description) == COMPRESSED_TYPE:
-                scheme = compressed_scheme(layer.share, names, catalog)
-            else:
-                scheme = _fitting(_scheme(weights, description), names, catalog)
-            has_bias = layer.share.has_bias or any(f"{name}.bias" in catalog for name in names)
-            if scheme is not FLOAT:
-                _refuse(
-                    [f"{name}.{suffix}" for name in names for suffix in scheme.refused], scheme, catalog, description
-                )
-                layer.take(scheme, has_bias)
-                left += (f"{name}.{suffix}" for name in names for suffix in scheme.left)
-            elif has_bias and not layer.share.has_bias:
-                layer.take(FLOAT, True)
-        elif isinstance(layer, Experts):
-            left += _choose_experts(layer, catalog, description)
-        elif isinstance(layer, RMSNorm) and f"{layer.prefix}.bias" in catalog:
-            layer.add_bias()
+        try:
+            if isinstance(layer, Linear):
+                asked -= {f"{name}.weight" for name, _, _ in layer.share.named(layer.prefix)}
+                left += _choose_linear(layer, catalog, description)
+            elif isinstance(layer, Experts):
+                asked = {name for name in asked if not name.startswith(f"{layer.prefix}.")}
+                left += _choose_experts(layer, catalog, description)
+            elif isinstance(layer, RMSNorm) and _has(f"{layer.prefix}.bias", catalog, description):
+                layer.add_bias()
+        except UserError as error:
+            problems.append(str(error))
+    problems += (
+        f"{description.file}: '{name}' is {description.type_of(name)}; only linears and experts are read in such "
+        "types. Quantize the model again, and leave it float"
+        for name in sorted(asked)
+        if description.type_of(name) != FLOAT_TYPE
+    )
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
     return left
+
+
+def _choose_linear(layer: Linear, catalog: Catalog, description: Description) -> list[str]:
+    names = [name for name, _, _ in layer.share.named(layer.prefix)]
+    weights = [f"{name}.weight" for name in names]
+    if _kind(weights, description) == COMPRESSED_TYPE:
+        scheme = compressed_scheme(layer.share, names, catalog)
+    else:
+        scheme = _fitting(_scheme(weights, description), names, catalog)
+    if "bias" in scheme.left:
+        has_bias = layer.share.has_bias
+    else:
+        found = [_has(f"{name}.bias", catalog, description) for name in names]
+        has_bias = layer.share.has_bias or any(found)
+    if scheme is not FLOAT:
+        _refuse([f"{name}.{suffix}" for name in names for suffix in scheme.refused], scheme, catalog, description)
+        layer.take(scheme, has_bias)
+    elif has_bias and not layer.share.has_bias:
+        layer.take(FLOAT, True)
+    return [f"{name}.{suffix}" for name in names for suffix in scheme.left]
+
+
+def _has(name: str, catalog: Catalog, description: Description) -> bool:
+    """Whether the checkpoint has a tensor that the architecture has not. UserError where it is described only."""
+    if name not in catalog and name in description.types:
+        raise UserError(
+            f"{description.file}: '{name}' is described, and is in none of the files: the model would answer without "
+            "it. Copy the folder again from where it came"
+        )
+    return name in catalog
 
 
 def make_schemes(model: nn.Module, quantization: str) -> list[str]:

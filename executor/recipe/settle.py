@@ -18,6 +18,7 @@ from executor.checkpoint.generation import read_generation_config
 from executor.checkpoint.head import settle_head
 from executor.checkpoint.parts import size_finding
 from executor.checkpoint.settings import read_max_pixels
+from executor.checkpoint.stored import StoredSizes, read_sizes
 from executor.device.table import BACKENDS, CHIP_BYTES, DeviceSettings, having, named
 from executor.errors import UserError
 from executor.host.limits import host_memory_bytes, process_memory_bytes
@@ -51,6 +52,7 @@ class Prepared:
     config: Mapping[str, Any] = field(repr=False)  # config.json, with a tie_word_embeddings that the weights bear out
     generation_config: dict[str, Any] = field(repr=False)  # generation_config.json, {} without one
     description: Description | None = field(default=None, repr=False)  # of quantized weights
+    stored: StoredSizes | None = field(default=None, repr=False)  # theirs
 
 
 def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
@@ -81,6 +83,7 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     picture_tokens = largest_picture_tokens(recipe, shapes, folder)
     size = compute_bytes(recipe)  # first: asking a CPU loads what the process holds from then on
     process_bytes = process_memory_bytes() if recipe.model.device != "npu" else 0
+    stored = read_sizes(folder, shapes.tied_embeddings) if description else None
     memory = estimate(
         recipe,
         shapes,
@@ -88,9 +91,10 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
         size,
         picture_tokens=picture_tokens,
         process_bytes=process_bytes,
+        stored=stored,
     )
     generation_config = read_generation_config(folder)
-    return Prepared(recipe, folder, shapes, memory, picture_tokens, config, generation_config, description)
+    return Prepared(recipe, folder, shapes, memory, picture_tokens, config, generation_config, description, stored)
 
 
 def _memory_bytes(recipe: Recipe, local_ranks: int) -> int:

@@ -16,12 +16,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from emulator.kernels.compressed import unzip_weight
+from executor.commands.check_folder import check_folder
 from executor.commands.compress import part, ranks
 from executor.commands.compress.__main__ import compress_all, work
-from executor.commands.compress.job import open_job, share_of
+from executor.commands.compress.job import check_sizes, open_job, share_of
 from executor.commands.tool import run_tool
 from executor.errors import UserError
 from executor.host.env import RankPlace, environment
+from executor.recipe.schema import build_recipe
+from executor.recipe.settle import prepare, read_folder
 from tests.quant.compressing import stand_in
 from tests.reference import REPO
 
@@ -30,6 +33,10 @@ SPLIT_INPUTS = ("o_proj", "down_proj")
 SPLIT_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json",
                    "video_preprocessor_config.json", "generation_config.json", "merges.txt", "vocab.json")  # fmt: skip
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "1"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +159,76 @@ def test_the_report_counts_what_is_stored(made, source):
     assert list(document["layers"]) == [f"layers.{number}" for number in range(3)]
 
 
+# Before it is loaded
+
+
+def settled(folder, world_size=1, vision="tp", **model):
+    model = {"model_path": str(folder), "device": "npu_emulated", "soc": "atlas_300i_duo"} | model
+    sections = {"model_config": model, "parallel_config": {"world_size": world_size, "vision_parallel": vision}}
+    return prepare(build_recipe(sections | {"scheduler_config": {"max_model_len": 512, "num_blocks": 64}}))
+
+
+def test_a_folder_is_for_its_number_of_ranks(made):
+    size, folder, _ = made
+    assert settled(folder, size).recipe.model.quantization == "w8a8sc"
+    other = 3 - size
+    with pytest.raises(UserError, match=f"attn_tp_size: the recipe has {other}, and .* compressed for {size}; set "):
+        settled(folder, other)
+
+
+@pytest.mark.parametrize("vision", ["tp", "data"])
+def test_memory_is_counted_from_the_part(made, vision):
+    """A rank's weights are its part: of the vision encoder all, or a slice but for what is whole on every rank."""
+    size, folder, _ = made
+    prepared = settled(folder, size, vision)
+    assert prepared.recipe.parallel.vision_parallel == vision
+    scales = ("deq_scale", "info")  # kept as float32; read once
+    held = [
+        {name: x.numel() * (4 if name.endswith(scales) else x.element_size()) for name, x in part.items()}
+        for part in parts_of(folder, size)
+    ]
+    seen = sum(count for name, count in held[0].items() if name.startswith("model.visual."))
+    whole = prepared.shapes.replicated_vision_parameters * 2
+    kept = whole + (seen - whole) / (size if vision == "tp" else 1)
+    text = max(sum(part.values()) for part in held) - seen
+    assert prepared.memory.weights_bytes == pytest.approx(text + kept, abs=2)
+
+
+def test_other_devices_refuse_it(made_for):
+    _, folder, _ = made_for(1)
+    with pytest.raises(UserError, match="w8a8sc weights .* do not run on cpu; they run on npu, npu_emulated"):
+        settled(folder, device="cpu", soc=None)
+    with pytest.raises(UserError, match="w8a8sc weights are unpacked by atlas_300i_duo only, got soc atlas_800i_a2"):
+        settled(folder, soc="atlas_800i_a2")
+
+
+def test_parts_are_judged_as_a_checkpoint(made, made_for, tmp_path):
+    size, folder, _ = made
+    report = check_folder(folder)
+    assert report.faults == report.warnings == [] and report.kinds["W8A8SC"] == 18
+    assert report.num_tensors == sum(map(len, parts_of(folder, size)))
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    file = copy / f"part{size - 1}-of-{size}" / "quant_model_weight_w8a8sc.safetensors"
+    held = load_file(file)
+    name = f"{TEXT}.layers.0.mlp.up_proj.index"
+    save_file(held | {name: held[name][:-8].clone()}, file)
+    assert "up_proj.weight' is W8A8SC with weight" in " ".join(check_folder(copy).faults)
+    shutil.rmtree(file.parent)
+    (copy / f"part{size}-of-{size}").mkdir()
+    assert "missing or too much" in " ".join(check_folder(copy).faults)
+
+
+def test_one_part_may_lie_flat(made_for, tmp_path):
+    _, folder, _ = made_for(1)
+    flat = Path(shutil.copytree(folder, tmp_path / "flat"))
+    for path in (flat / "part0-of-1").iterdir():
+        path.rename(flat / path.name)
+    (flat / "part0-of-1").rmdir()
+    assert check_folder(flat).faults == [] and settled(flat).recipe.model.quantization == "w8a8sc"
+    with pytest.raises(UserError, match="compressed for 1; set attn_tp_size: 1"):
+        settled(flat, 2)
+
+
 # What is refused, and what fails
 
 
@@ -167,6 +244,13 @@ def drop(*names):
 def float_description(folder):
     file = folder / "quant_model_description.json"
     types = {name: "FLOAT" if "." in name else kind for name, kind in json.loads(file.read_text()).items()}
+    file.write_text(json.dumps(types))
+
+
+def sparse_vision_alone(folder):
+    file = folder / "quant_model_description.json"
+    types = json.loads(file.read_text())
+    types |= {name: "FLOAT" for name in types if name.startswith((TEXT, "lm_head"))}
     file.write_text(json.dumps(types))
 
 
@@ -199,6 +283,7 @@ def without_scale(folder):
         (drop("preprocessor_config.json"), (), "preprocessor_config.json"),
         (drop("quant_model_description.json"), (), "float weights|scheme"),
         (float_description, (), "has float weights; what is compressed are w8a8s weights"),
+        (sparse_vision_alone, (), "weights in the vision encoder alone"),
         (without_scale, (), "'model.language_model.layers.1.mlp.up_proj.input_scale' is missing"),
         (wide_float, (), "norm.weight' of .* has values that float16 cannot hold"),
         (lambda folder: (folder / "part0-of-1").mkdir(), (), "is compressed already"),
@@ -222,6 +307,9 @@ def test_other_schemes_experts_and_full_folders_are_refused(msmodelslim, source,
         work(words(msmodelslim("qwen3_vl_w8a8"), tmp_path / "out", executable))
     with pytest.raises(UserError, match="does not exist"):
         work(words(tmp_path / "absent", tmp_path / "out", executable))
+    sizes = read_folder(REPO / "models" / "tiny" / "qwen3_vl_moe", "tiny")[2]
+    with pytest.raises(UserError, match="is a mixture of experts, and there is no product by compressed experts"):
+        check_sizes(tmp_path, 1, sizes)
 
 
 FAILING = """
@@ -279,18 +367,23 @@ class Peer(ranks.Ranks):
         self.place, self.store = RankPlace(rank, 2, rank, 2), store
 
 
-def two_ranks(source, folder, executable) -> list:
-    """What both ranks gave or raised."""
-    store, found = dist.HashStore(), [None, None]
+def two_ranks(source, folder, executable, monkeypatch) -> list:
+    """What both ranks gave or raised. Models are built one at a time: torch's default dtype is one for all threads."""
+    store, found, building, job = dist.HashStore(), [None, None], threading.Lock(), open_job(source, 2)
+    shares = [share_of(job, rank, job.checkpoint, job.description) for rank in (0, 1)]
+
+    def share_of_one(*arguments):
+        with building:
+            return share_of(*arguments)
 
     def run(rank: int) -> None:
-        job = open_job(source, 2)
-        share = share_of(job, rank, job.checkpoint, job.description)
         try:
-            found[rank] = compress_all(job, [share], part.Compressor(executable, 2), folder, Peer(rank, store))
+            compressor = part.Compressor(executable, 2)
+            found[rank] = compress_all(job, [shares[rank]], compressor, folder, Peer(rank, store))
         except (UserError, RuntimeError) as error:
             found[rank] = error
 
+    monkeypatch.setattr(part, "share_of", share_of_one)
     threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
         thread.start()
@@ -299,9 +392,9 @@ def two_ranks(source, folder, executable) -> list:
     return found
 
 
-def test_two_ranks_make_what_one_process_does(made_for, source, executable, tmp_path):
+def test_two_ranks_make_what_one_process_does(made_for, source, executable, tmp_path, monkeypatch):
     _, folder, _ = made_for(2)
-    first, second = two_ranks(source, tmp_path / "out", executable)
+    first, second = two_ranks(source, tmp_path / "out", executable, monkeypatch)
     assert first == second and len(first) == 2
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     assert files == sorted(
@@ -317,9 +410,25 @@ def test_a_rank_that_fails_fails_all(source, executable, tmp_path, monkeypatch):
         return full_disk() if "part1" in str(path) else write(path, entries)
 
     monkeypatch.setattr(part, "write_safetensors", full_for_the_second)
-    found = two_ranks(source, tmp_path / "out", executable)
-    assert [str(error) for error in found] == ["rank 1: [Errno 28] No space left on device"] * 2
+    found = two_ranks(source, tmp_path / "out", executable, monkeypatch)
+    words = "No space left on device; what was written of it has been removed"
+    assert [str(error) for error in found] == [f"rank 1: {tmp_path / 'out'} cannot be written: {words}"] * 2
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "variables, words_of",
+    [
+        ({"RANK": "0"}, "RANK is set, but not WORLD_SIZE"),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "MASTER_ADDR": "one"}, "one of several tasks of Slurm"),
+        (TORCHRUN, "--tp: got 3, and torchrun started 2 processes"),
+    ],
+)
+def test_other_launchers_are_refused(source, tmp_path, executable, monkeypatch, variables, words_of):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words_of):
+        work(words(source, tmp_path / "out", executable, "--tp", "3"))
 
 
 @pytest.mark.long

@@ -103,7 +103,8 @@ def load(layer: Linear, checkpoint: dict[str, Tensor], prefix: str) -> Linear:
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found.double(), wanted, atol=2e-6 * float(wanted.abs().max()), rtol=0)
+    """A CPU may round float activations to 15 bits and more where it multiplies them by int8 weights."""
+    torch.testing.assert_close(found.double(), wanted, atol=6e-5 * float(wanted.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -144,14 +145,13 @@ def test_summed_inputs_over_ranks(kind, with_bias, size):
     close(total, stored.product(x))
 
 
-@pytest.mark.parametrize("many_rows", [False, True])
-def test_a_mix_is_static_or_dynamic_and_its_bias_is_the_dynamic_forms(many_rows):
+@pytest.mark.parametrize("num_rows", [5, 64])
+def test_a_mix_is_static_in_steps_of_few_rows_and_its_bias_is_the_dynamic_forms(num_rows):
     torch.manual_seed(2)
-    stored, x = make("W8A8_MIX", 24, with_bias=True), torch.randn(5, NUM_IN)
+    stored, x = make("W8A8_MIX", 24, with_bias=True), torch.randn(num_rows, NUM_IN)
     layer = Linear(NUM_IN, 24)
     layer.take(SCHEMES["W8A8_MIX"], True)
-    layer.many_rows = many_rows
-    close(load(layer, checkpoint_of({"fc1": stored}), "m.fc1")(x), stored.product(x, many_rows))
+    close(load(layer, checkpoint_of({"fc1": stored}), "m.fc1")(x), stored.product(x, num_rows > 16))
     assert float((stored.product(x, True) - stored.product(x, False)).abs().max()) > 1
 
 

@@ -11,8 +11,9 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from executor.checkpoint.files import DESCRIPTIONS
 from executor.checkpoint.writing import (
@@ -23,6 +24,7 @@ from executor.checkpoint.writing import (
     check_empty,
     copy_files,
     finish_folder,
+    not_written,
     with_dtype,
     write_json,
 )
@@ -31,18 +33,18 @@ from executor.commands.compress.part import Compressor, write_part
 from executor.commands.compress.ranks import Ranks
 from executor.commands.tool import Document, ToolParser, checkpoint_folder, run_tool
 from executor.errors import UserError
-from executor.host.env import RankPlace, rank_place
+from executor.host.env import RankPlace, environment, rank_place
+from executor.launch.foreign import rank_variables
 from executor.quant.compressor import find_executable
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model")
 NOT_COPIED = (CONFIG, DESCRIPTIONS, "*.safetensors.index.json")
-logger = logging.getLogger(__name__)
 Bytes = dict[str, list[int]]  # [plain, compressed] by the name of a linear
+logger = logging.getLogger(__name__)
 
 
 def work(argv: Sequence[str]) -> Document:
-    told = _parse(argv)
-    place = rank_place()
+    told, place = _parse(argv), _place()
     target, size = Path(told.save_directory).expanduser(), _size(told.tp, place)
     parts = range(size) if place.world_size == 1 else (place.rank,)
     opened: list[tuple[Job, list[Share], Compressor]] = []
@@ -73,19 +75,26 @@ def compress_all(job: Job, shares: Sequence[Share], compressor: Compressor, targ
     was_there = target.exists()
 
     def begin() -> None:
-        if ranks.leads:
-            staging = begin_folder(target)
-            copy_files(job.folder, staging, _is_copied)
-            write_json(staging / CONFIG, with_dtype(config_of(job), str(DTYPE).removeprefix("torch.")))
+        staging = begin_folder(target)
+        copy_files(job.folder, staging, _is_copied)
+        write_json(staging / CONFIG, with_dtype(config_of(job), str(DTYPE).removeprefix("torch.")))
 
     def write() -> list[Bytes]:
-        staging = target / STAGING
-        return [write_part(job, share, compressor, staging) for share in shares]
+        return [write_part(job, share, compressor, target / STAGING) for share in shares]
+
+    def together(step: str, act: Callable[[], Any]) -> list[Any]:
+        def writing() -> Any:
+            try:
+                return act()
+            except OSError as error:
+                raise not_written(target, error) from error
+
+        return ranks.together(step, writing)
 
     try:
-        ranks.together("begun", begin)
-        found = [each for of_rank in ranks.together("written", write) for each in of_rank]
-        ranks.together("finished", lambda: finish_folder(target) if ranks.leads else None)
+        together("begun", lambda: begin() if ranks.leads else None)
+        found = [each for of_rank in together("written", write) for each in of_rank]
+        together("finished", lambda: finish_folder(target) if ranks.leads else None)
         return found
     finally:
         if ranks.leads:
@@ -110,6 +119,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         if number is not None and number < 1:
             raise UserError(f"--{name}: got {number}; it must be 1 or more")
     return told
+
+
+def _place() -> RankPlace:
+    """This process among torchrun's. UserError for half of a launcher, and for another one's ranks."""
+    variables = environment()
+    if rank_variables(variables) and "RANK" not in variables:
+        raise UserError(
+            "this is one of several tasks of Slurm: start one task, with --tp for the number of ranks, or torchrun "
+            "--nproc_per_node TP in it"
+        )
+    return rank_place()
 
 
 def _size(tp: int | None, place: RankPlace) -> int:
@@ -141,4 +161,4 @@ def _layer_of(name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool("compress", work, is_shown=rank_place().rank == 0))
+    sys.exit(run_tool("compress", work, is_shown=environment().get("RANK", "0") == "0"))

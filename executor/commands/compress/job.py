@@ -11,17 +11,15 @@ import torch
 from executor.checkpoint.description import Description, read_description
 from executor.checkpoint.folder import read_json
 from executor.checkpoint.headers import Checkpoint
-from executor.checkpoint.load import build_on_meta, default_dtype, in_files
+from executor.checkpoint.load import build_on_meta, default_dtype
 from executor.checkpoint.part_pulls import WHOLE, Bounds, taken
 from executor.checkpoint.parts import part_folders
-from executor.checkpoint.strangers import check_unread
-from executor.checkpoint.weights import check_pulls
 from executor.errors import UserError
 from executor.layers.linear import Linear
-from executor.layers.moe import Experts
 from executor.parallel.groups import Group, Parallel
 from executor.prompt.options import MediaOptions
-from executor.quant.choose import COMPRESSED_TYPE, choose_schemes
+from executor.quant.check import weight_faults
+from executor.quant.choose import COMPRESSED_TYPE
 from executor.recipe.settle import read_folder, tp_faults
 from executor.recipe.sizes import ModelShapes
 from models.registry import family_runner
@@ -57,20 +55,27 @@ def open_job(folder: Path, size: int) -> Job:
         raise UserError(f"--model_path: {folder} is compressed already; give the w8a8s weights it was made of")
     config, label, shapes = read_folder(folder, str(folder))
     description = read_description(folder)
-    if description is None or SPARSE not in description.samples:
+    sparse = [] if description is None else [name for name, kind in description.types.items() if kind == SPARSE.upper()]
+    if not sparse or description is None:
         held = f"{label} weights" if label != "none" else "float weights"
         raise UserError(
             f"--model_path: {folder} has {held}; what is compressed are {SPARSE} weights, which a calibration made "
             "sparse for it"
         )
-    _check_sizes(folder, size, shapes)
+    if all(name.startswith(WHOLE) for name in sparse):
+        raise UserError(
+            f"--model_path: {folder} has {SPARSE} weights in the vision encoder alone, which is not compressed; run it "
+            "as it is"
+        )
+    check_sizes(folder, size, shapes)
     family_runner(config).build_processor(folder, MediaOptions())  # names files of the tokenizer that are missing
     raw = read_json(description.file.parent, description.file.name)
     described = {key: value for key, value in raw.items() if "." not in key and key not in ("metadata", "optional")}
     return Job(folder, size, config, description, described, Checkpoint(folder))
 
 
-def _check_sizes(folder: Path, size: int, shapes: ModelShapes) -> None:
+def check_sizes(folder: Path, size: int, shapes: ModelShapes) -> None:
+    """UserError for a model that cannot be compressed for `size` ranks."""
     if shapes.num_experts:
         raise UserError(
             f"--model_path: {folder} is a mixture of experts, and there is no product by compressed experts; run its "
@@ -91,21 +96,16 @@ def share_of(job: Job, rank: int, checkpoint: Checkpoint, description: Descripti
     group = Group(rank, job.size)
     parallel = Parallel(text=group, world=group)
     model = build_on_meta(lambda: family_runner(job.config).build_model(job.config, parallel), DTYPE)
-    with torch.device("meta"), default_dtype(DTYPE):
-        left = choose_schemes(model, checkpoint.catalog, description)
-        pulls = list(model.pulls(checkpoint.catalog))
-    assert not any(isinstance(layer, Experts) for layer in model.modules()), "open_job refuses them"
-    ignored = [*left, *(("lm_head.weight",) if model.config.tie_word_embeddings else ())]
-    stored = in_files(pulls, checkpoint)
-    check_pulls(stored, checkpoint)
-    check_unread(stored, checkpoint, ignored)
+    with default_dtype(DTYPE):
+        if faults := weight_faults(model, checkpoint, description):
+            raise UserError("\n".join(faults))
     linears = {}
     for layer in model.modules():
         sparse = isinstance(layer, Linear) and layer.scheme.name in (SPARSE, COMPRESSED_TYPE.lower())
         if sparse and not layer.prefix.startswith(WHOLE):
             named = layer.share.named(layer.prefix)
             linears |= {name: (part.num_local, layer.share.num_columns) for name, part, _ in named}
-    return Share(rank, taken(pulls), linears)
+    return Share(rank, taken(model.pulls(checkpoint.catalog)), linears)
 
 
 def config_of(job: Job) -> dict[str, Any]:

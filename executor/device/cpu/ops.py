@@ -91,7 +91,7 @@ class CpuOps(Ops):
         self, weight: Weight, bias: Tensor | None, many_rows: bool = False
     ) -> Callable[[Tensor], Tensor]:
         if not isinstance(weight, Tensor):
-            return int8.prepare(weight, bias, self.capability.int8, self.decode_rows)
+            return int8.prepare(weight, bias, self.capability.int8, self.decode_rows, many_rows)
         weight, form = weight.detach(), self.capability.form(weight.dtype)
         if weight.is_meta:
             return Plain(weight, bias)

@@ -23,7 +23,8 @@ class CompressedLinear(StaticInput):
         super().__init__(weight.num_in, sum(weight.num_out), weight.input_scale, weight.input_offset, dtype)
         self.values = nn.ParameterList(map(frozen, weight.values))
         self.index = nn.ParameterList(map(frozen, weight.index))
-        scales = packed(weight.deq_scale).split(weight.num_out)
+        # The op's meta kernel and its page name uint64, where other products take the same bits as int64.
+        scales = packed(weight.deq_scale).view(torch.uint64).split(weight.num_out)
         self.scale = nn.ParameterList(frozen(x.unsqueeze(0)) for x in scales)
         self.bias = nn.ParameterList(frozen(x.unsqueeze(0)) for x in weight.quant_bias.split(weight.num_out))
 
