@@ -28,6 +28,7 @@ class Description:
     file: Path
     types: Mapping[str, str]
     said: str  # model_quant_type
+    kv_cache: str | None = None  # kv_cache_type, such as C8; None: keys and values stay float
 
     def type_of(self, name: str) -> str:
         return self.types.get(name, FLOAT_TYPE)
@@ -83,4 +84,6 @@ def _parsed(file: Path, raw: Mapping[str, object]) -> Description:
             '"lm_head.weight": "FLOAT". Copy it again from where the weights came'
         )
     types = {canonical_name(name): kind for name, kind in entries.items()}
-    return Description(file, types, str(raw.get("model_quant_type", FLOAT_TYPE)))
+    kv_cache = raw.get("kv_cache_type") or raw.get("kv_quant_type")  # tools write both, or one of them
+    said = str(raw.get("model_quant_type", FLOAT_TYPE))
+    return Description(file, types, said, str(kv_cache).upper() if kv_cache else None)

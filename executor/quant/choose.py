@@ -11,12 +11,14 @@ from torch import nn
 from executor.checkpoint.description import FLOAT_TYPE, Description
 from executor.checkpoint.pull import Catalog
 from executor.errors import UserError
+from executor.layers.attention import Attention
 from executor.layers.linear import Linear
 from executor.layers.moe import Experts
 from executor.layers.norm import RMSNorm
 from executor.quant.assumed import assumed_type
 from executor.quant.fields import EXPERT_LINEARS, is_stacked
 from executor.quant.float import FLOAT
+from executor.quant.kv_cache import C8, UNUSABLE, faults, tensor_names
 from executor.quant.scheme import Scheme
 from executor.quant.w4a8_dynamic import W4A8Dynamic
 from executor.quant.w8a8 import W8A8
@@ -122,6 +124,28 @@ def make_schemes(model: nn.Module, quantization: str) -> list[str]:
 
 
 _TEXT = re.compile(r"^model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(?!gate$)")
+
+
+def choose_cache(model: nn.Module, catalog: Catalog, description: Description | None, int8: bool) -> list[str]:
+    """Let attention layers have the int8 cache that the description announces, or leave its scales: their names then.
+
+    For a model that has listed its pulls. Scales that nothing announces are refused with all else that nobody reads.
+    Raises UserError for tensors that are not usable.
+    """
+    if description is None or description.kv_cache is None:
+        return []
+    attentions = {layer.name: layer for layer in model.modules() if isinstance(layer, Attention)}
+    if not int8:
+        return [name for attention in attentions for name in tensor_names(attention)]
+    if description.kv_cache != C8:
+        raise UserError(f"{description.file}: kv_cache_type is {description.kv_cache}; this release reads {C8}")
+    (channels,) = {layer.qkv_proj.share.parts[1].num_rows for layer in attentions.values()}
+    found = "; ".join(faults(catalog, attentions, channels))
+    if found:
+        raise UserError(f"{description.file}: {UNUSABLE.format(found)}")
+    for layer in attentions.values():
+        layer.quantize_cache()
+    return []
 
 
 def _fitting(scheme: Scheme, linears: list[str], catalog: Catalog) -> Scheme:

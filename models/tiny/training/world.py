@@ -379,7 +379,7 @@ def write_rows(folder, count, seed):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write the sample pictures and clips, or with --rows a data set.")
     parser.add_argument("folder")
-    parser.add_argument("--rows", type=int, help="so many pictures of held-out scenes, and their questions in rows.jsonl")
+    parser.add_argument("--rows", type=int, help="so many pictures of held-out scenes, and questions in rows.jsonl")
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
     if args.rows:
