@@ -43,7 +43,7 @@ def run_check(model_path: str) -> Document:
     if report.faults:
         raise UserError("\n".join(report.faults))
     kinds = ", ".join(f"{count} {kind}" for kind, count in report.kinds.items()) or "float weights"
-    print(f"{folder}: {kinds}; {report.num_tensors} tensors, {report.num_bytes / 1e9:.2f} GB: complete")
+    print(f"{folder}: {kinds}; {report.num_tensors} tensors, {report.num_bytes / 1e6:,.1f} MB: complete")
     return {
         "folder": str(folder),
         "types": dict(report.kinds),

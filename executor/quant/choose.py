@@ -87,7 +87,11 @@ def _choose_linear(layer: Linear, catalog: Catalog, description: Description) ->
     if "bias" in scheme.left:
         has_bias = layer.share.has_bias
     else:
-        found = [_has(f"{name}.bias", catalog, description) for name in names]
+        biases = [f"{name}.bias" for name in names]
+        if layer.share.shard == "in" and layer.share.group.rank:  # rank 0 adds it, and this rank's files may lack it
+            found = [name in catalog or name in description.types for name in biases]
+        else:
+            found = [_has(name, catalog, description) for name in biases]
         has_bias = layer.share.has_bias or any(found)
     if scheme is not FLOAT:
         _refuse([f"{name}.{suffix}" for name in names for suffix in scheme.refused], scheme, catalog, description)
