@@ -157,7 +157,17 @@ def _look(job: Job, stage: Stage, number: int, work: Work, model: Any, linears: 
         state = {name: x.to(device) for name, x in work.state(number, index).items()}
         after = stage.run(job.bench, model, sample, state)
         work.keep_state(number + 1, index, {name: x.cpu() for name, x in after.items()})
+    for name, seen in ranges.items():
+        if seen.low is not None and not bool(torch.isfinite(seen.largest).all()):
+            raise UserError(
+                f"{name}: the calibration set's activations are not finite there in {_name(job.bench.dtype)}; take "
+                "another --dtype (bfloat16 and float32 have the wider range), or mend the checkpoint"
+            )
     return Looked({name: seen for name, seen in ranges.items() if seen.low is not None}, {}, {})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _look_again(

@@ -65,7 +65,20 @@ class Source:
 
 
 def quantize(source: Source, out: Path, settings: Settings, calibration: Path | None, device: Ops) -> Report:
-    """Quantize `source` into `out`. Raises UserError for what the settings and the checkpoint do not allow."""
+    """Quantize `source` into `out`. Raises UserError for what the settings and the checkpoint do not allow.
+
+    RuntimeError where `out` cannot be written; started again it goes on from there.
+    """
+    try:
+        return _quantized(source, out, settings, calibration, device)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise RuntimeError(
+            f"{error.strerror or error}{where}; once that is mended, the same words go on where this stopped"
+        ) from error
+
+
+def _quantized(source: Source, out: Path, settings: Settings, calibration: Path | None, device: Ops) -> Report:
     started = time.monotonic()
     ops.bind(device)
     checkpoint = Checkpoint(source.folder)

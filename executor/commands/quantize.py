@@ -47,88 +47,88 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def work(argv: Sequence[str]) -> Document:
-    told = parse(argv)
-    if told.check is not None:
+    options = parse(argv)
+    if options.check is not None:
         from executor.commands.check_folder import run_check
 
         calm_threads()
-        return run_check(told.check)
+        return run_check(options.check)
     for name in ("model_path", "save_directory", "scheme"):
-        if getattr(told, name) is None:
+        if getattr(options, name) is None:
             raise UserError(f"--{name} is missing: --model_path FLOAT --save_directory OUT --scheme SCHEME, or --check")
     calm_threads()  # before anything imports torch
-    return quantize(told)
+    return quantize(options)
 
 
-def quantize(told: argparse.Namespace) -> Document:
-    source = open_source(told.model_path)
-    out = Path(told.save_directory).expanduser()
-    calibration = None if told.calibration is None else find_path(told.calibration)
-    command = vendor_command(told, source, calibration)
+def quantize(options: argparse.Namespace) -> Document:
+    source = open_source(options.model_path)
+    out = Path(options.save_directory).expanduser()
+    calibration = None if options.calibration is None else find_path(options.calibration)
+    command = vendor_command(options, source, calibration)
     if command is not None:
-        return by_vendor(told, command, source, out, calibration)
+        return by_vendor(options, command, source, out, calibration)
     from executor.calibrate.run import quantize as run
 
-    device, dtype = open_device(told, source.dtype)
-    report = run(source, out, settings_of(told, dtype), calibration, device)
+    device, dtype = open_device(options, source.dtype)
+    report = run(source, out, settings_of(options, dtype), calibration, device)
     verify(out)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.kinds.items()))
     print(
         f"{out}: {kinds}; {report.source_bytes / 1e9:.2f} GB became {report.written_bytes / 1e9:.2f} GB in "
         f"{report.seconds:.0f} s; peak memory {report.peak_bytes / 1e9:.2f} GB (bound {report.bound_bytes / 1e9:.2f})"
     )
-    return {"save_directory": str(out), "scheme": told.scheme, "tool": "builtin", **asdict(report)}
+    return {"save_directory": str(out), "scheme": options.scheme, "tool": "builtin", **asdict(report)}
 
 
-def settings_of(told: argparse.Namespace, dtype: str, default_smooth: float = 0.5) -> Any:
+def settings_of(options: argparse.Namespace, dtype: str, default_smooth: float = 0.5) -> Any:
     """What the words ask for, with the scheme's own choice where they leave one."""
     from executor.calibrate.settings import Settings
 
     return Settings(
-        scheme=told.scheme,
-        smooth=DEFAULT_SMOOTH.get(told.scheme, default_smooth) if told.smooth is None else told.smooth,
-        percentile=told.percentile,
-        rounding=DEFAULT_ROUNDING.get(told.scheme, "nearest") if told.rounding == "auto" else told.rounding,
-        keep_float=tuple(told.keep_float),
-        quantize=tuple(told.quantize),
-        quantize_vision=told.quantize_vision,
-        samples=told.samples,
+        scheme=options.scheme,
+        smooth=DEFAULT_SMOOTH.get(options.scheme, default_smooth) if options.smooth is None else options.smooth,
+        percentile=options.percentile,
+        rounding=DEFAULT_ROUNDING.get(options.scheme, "nearest") if options.rounding == "auto" else options.rounding,
+        keep_float=tuple(options.keep_float),
+        quantize=tuple(options.quantize),
+        quantize_vision=options.quantize_vision,
+        samples=options.samples,
         dtype=dtype,
     )
 
 
-def vendor_command(told: argparse.Namespace, source: Any, calibration: Path | None) -> str | None:
+def vendor_command(options: argparse.Namespace, source: Any, calibration: Path | None) -> str | None:
     """The command of msmodelslim where it is wanted, there and able; None for the built-in calibrator."""
-    if told.tool == "builtin":
+    if options.tool == "builtin":
         return None
     from executor.calibrate.vendor import COMMAND, find_tool, refusal
 
     command = find_tool()
-    reason = refusal(source.config, settings_of(told, "float32"))
+    reason = refusal(source.config, settings_of(options, "float32"))
     if calibration is None:
         reason = reason or "it wants a calibration set for every scheme"
     if command is None:
         reason = f"the command {COMMAND} is not on the PATH (docs/quantization.md says how to install it)"
     if reason is None:
         return command
-    if told.tool == "msmodelslim":
+    if options.tool == "msmodelslim":
         raise UserError(f"--tool msmodelslim: {reason}; --tool builtin makes it without")
     logger.info("the built-in calibrator, not msmodelslim: %s", reason)
     return None
 
 
-def by_vendor(told: argparse.Namespace, command: str, source: Any, out: Path, calibration: Path) -> Document:
+def by_vendor(options: argparse.Namespace, command: str, source: Any, out: Path, calibration: Path) -> Document:
     from executor.calibrate.vendor import ALPHA, drive
     from executor.device.table import BACKENDS
 
-    device = told.device
+    device = options.device
     if device == "auto":
         device = "npu" if BACKENDS["npu"].is_installed else "cpu"
-    settings = settings_of(told, source.dtype, ALPHA)
+    settings = settings_of(options, source.dtype, ALPHA)
     count = drive(command, source.folder, source.config, out, settings, calibration, device)
     verify(out)
-    print(f"{out}: {told.scheme}, made by {command} from {count} pictures")
-    return {"save_directory": str(out), "scheme": told.scheme, "tool": "msmodelslim", "num_samples": count}
+    print(f"{out}: {options.scheme}, made by {command} from {count} pictures")
+    return {"save_directory": str(out), "scheme": options.scheme, "tool": "msmodelslim", "num_samples": count}
 
 
 def verify(out: Path) -> None:
@@ -155,17 +155,17 @@ def open_source(model_path: str) -> Any:
     return Source(folder, config, family_runner(config), parse_config(config).dtype)
 
 
-def open_device(told: argparse.Namespace, own: str) -> tuple[Any, str]:
+def open_device(options: argparse.Namespace, model_dtype: str) -> tuple[Any, str]:
     """The backend, and the type that the calibration is computed in: a CPU's is float32 where nothing is said."""
     from executor.device.table import BACKENDS, DeviceSettings
 
-    name = told.device
+    name = options.device
     if name == "auto":
         name = "npu" if BACKENDS["npu"].is_installed else "cpu"
     backend = BACKENDS[name]
-    dtype = told.dtype
+    dtype = options.dtype
     if dtype == "auto":
-        dtype = "float32" if name == "cpu" else own if own in backend.dtypes else "bfloat16"
+        dtype = "float32" if name == "cpu" else model_dtype if model_dtype in backend.dtypes else "bfloat16"
     if dtype not in backend.dtypes:
         raise UserError(f"--dtype: {name} computes in {' or '.join(backend.dtypes)}, got {dtype}")
     if not backend.is_installed:

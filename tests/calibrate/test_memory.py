@@ -19,18 +19,19 @@ LIMIT_BYTES = 560 << 20
 
 
 def large_checkpoint(folder: Path) -> int:
-    """The tiny Qwen3-VL with 24 text layers of 6.4 million weights each; its bytes."""
+    """The tiny Qwen3-VL with 12 text layers of 6.4 million weights each, in float32; its bytes."""
     folder.mkdir()
     for file in tiny("qwen3_vl").iterdir():
         if file.suffix in (".json", ".jinja", ".txt") and file.name != "config.json":
             (folder / file.name).write_bytes(file.read_bytes())
     config = read_json(tiny("qwen3_vl"), "config.json")
-    config["text_config"] |= {"hidden_size": 768, "intermediate_size": 2112, "num_hidden_layers": 24}
+    config["text_config"] |= {"hidden_size": 768, "intermediate_size": 2112, "num_hidden_layers": 12}
     config["text_config"] |= {"num_attention_heads": 6, "num_key_value_heads": 2}
+    config |= {"dtype": "float32"}
     config["vision_config"] |= {"out_hidden_size": 768}
     write_json(folder / "config.json", config)
-    model = build_on_meta(lambda: family_runner(config).build_model(config), torch.bfloat16)
-    values = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.03).bfloat16()
+    model = build_on_meta(lambda: family_runner(config).build_model(config), torch.float32)
+    values = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.03)
 
     def parts(shape: tuple[int, ...], is_norm: bool):
         count = torch.Size(shape).numel()
@@ -41,7 +42,7 @@ def large_checkpoint(folder: Path) -> int:
 
     pulls = {pull.name: pull for pull in model.pulls({})}
     entries = [
-        computed_entry(name, torch.bfloat16, pull.shape, lambda p=pull: parts(p.shape, len(p.shape) == 1))
+        computed_entry(name, torch.float32, pull.shape, lambda p=pull: parts(p.shape, len(p.shape) == 1))
         for name, pull in pulls.items()
     ]
     write_safetensors(folder / "model.safetensors", entries)

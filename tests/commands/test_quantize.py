@@ -63,6 +63,8 @@ def refused(capsys, *argv: object) -> str:
         ({"scheme": "w4a8_dynamic"}, "this model is dense; use w8a8_dynamic"),
         ({"smooth": "1.5"}, "--smooth: got 1.5; a number from 0 (none) to below 1"),
         ({"percentile": "50"}, "--percentile: got 50; from 90 to 100"),
+        ({"percentile": "99", "scheme": "w8a8_dynamic"}, "--percentile: w8a8_dynamic has no scale that is measured"),
+        ({"smooth": "0.5", "scheme": "w8a16"}, "--smooth: activations stay float with w8a16"),
         ({"samples": "0"}, "--samples: got 0; at least 1"),
         ({"keep_float": "*.layer.0.*"}, "--keep_float: no linear is called *.layer.0.*"),
         ({"keep_float": "*"}, "--keep_float: it leaves no linear to quantize"),
@@ -180,9 +182,9 @@ def test_the_tool_is_driven_where_it_is_installed(tool, guarded, calibration, tm
     document = quantized(guarded, tmp_path / "out", "w8a8", calibration)
     assert document["tool"] == "msmodelslim" and document["num_samples"] == 7  # its clip is no picture
     given = json.loads(seen.read_text())
-    told = given["words"]
-    assert told["--model_type"] == "Qwen3-VL-32B-Instruct" and told["--trust_remote_code"] == "False"
-    assert told["--device"] == "cpu" and told["--model_path"] == str(guarded)
+    options = given["words"]
+    assert options["--model_type"] == "Qwen3-VL-32B-Instruct" and options["--trust_remote_code"] == "False"
+    assert options["--device"] == "cpu" and options["--model_path"] == str(guarded)
     assert given["heads"] == 7 and all(row["text"] for row in given["rows"])
     steps = given["recipe"]["spec"]["process"]
     assert [step["type"] for step in steps] == ["quarot", "iter_smooth", "linear_quant"]
@@ -204,8 +206,8 @@ def test_a_failing_tool_leaves_nothing_and_its_last_words(tool, guarded, calibra
 def test_what_the_tool_cannot_make_is_made_here(tool, guarded, calibration, tmp_path, caplog, capsys):
     tool()
     with caplog.at_level("INFO"):
-        assert quantized(guarded, tmp_path / "out", "w8a8s", calibration)["tool"] == "builtin"
-    assert "its v1 has no W8A8S" in caplog.text
+        document = quantized(guarded, tmp_path / "out", "w8a8", calibration, "--percentile", "99.99")
+    assert document["tool"] == "builtin" and "--percentile, --rounding and --quantize belong to" in caplog.text
     (guarded / "vocab.json").chmod(0o666)
     said = refused(capsys, *words(guarded, tmp_path / "more", "w8a8", calibration))
     assert "chmod -R go-w" in said
