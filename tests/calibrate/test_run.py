@@ -59,7 +59,7 @@ def answered(engine):
     for prompt in prompts_of(engine):
         steps = []
         engine.runner.forward = lambda plan, steps=steps: steps.append(forward(engine.runner, plan)) or steps[-1]
-        (answer,) = engine.generate([prompt], SamplingParams(max_new_tokens=32))
+        (answer,) = engine.generate([prompt], SamplingParams(max_new_tokens=6))
         logits.append(steps[0][-1])
         texts.append(answer.text)
     del engine.runner.forward
