@@ -15,6 +15,7 @@ from pathlib import Path
 
 from executor.checkpoint.files import find_weights
 from executor.checkpoint.names import canonical_name
+from executor.checkpoint.parts import part_folders
 from executor.errors import UserError
 
 KV, ATTENTION, MLP, EXPERTS, VOCABULARY, VISION, WHOLE = (
@@ -36,34 +37,47 @@ _SCALES = re.compile(r"\.(weight|deq|input|kv_cache)_(scale|offset)$")
 
 @dataclass(frozen=True)
 class StoredSizes:
-    """By where in the model: how many float numbers there are, and the bytes of all else."""
+    """By where in the model: how many float numbers there are, and the bytes of all else.
+
+    `is_part`: they are what one rank reads (of the vision encoder all), not the whole model's.
+    """
 
     floats: Mapping[str, int]
     others: Mapping[str, int]
+    is_part: bool = False
 
     def bytes(self, place: str, float_bytes: int) -> int:
         return self.floats.get(place, 0) * float_bytes + self.others.get(place, 0)
 
 
 def read_sizes(folder: Path, tied: bool) -> StoredSizes | None:
-    """`tied`: the head is the embedding, whatever the files have. None where the headers cannot be read: loading says
-    what is wrong with them."""
-    floats: dict[str, int] = defaultdict(int)
-    others: dict[str, int] = defaultdict(int)
+    """Of the whole folder, or of the largest part of one in parts.
+
+    `tied`: the head is the embedding, whatever the files have. None where the headers cannot be read: loading says
+    what is wrong with them.
+    """
     try:
-        headers = [_header(file) for file in find_weights(folder).files]
-        for name, entry in (item for header in headers for item in header.items()):
-            name, count = canonical_name(name), math.prod(entry["shape"])
-            if tied and name == "lm_head.weight":
-                continue
-            place = next((place for pattern, place in _PLACES if pattern.search(name)), WHOLE)
-            if entry["dtype"] in _FLOATS and not _SCALES.search(name):
-                floats[place] += count
-            else:
-                others[place] += count * _NUMBER_BYTES.get(entry["dtype"], 4)
+        parts = part_folders(folder)
+        found = [_sizes(each, tied, bool(parts)) for each in parts or (folder,)]
     except (UserError, OSError, ValueError, KeyError, TypeError, RecursionError, struct.error):
         return None
-    return StoredSizes(floats, others)
+    return max(found, key=lambda sizes: sum(sizes.others.values()))
+
+
+def _sizes(folder: Path, tied: bool, is_part: bool) -> StoredSizes:
+    floats: dict[str, int] = defaultdict(int)
+    others: dict[str, int] = defaultdict(int)
+    headers = [_header(file) for file in find_weights(folder).files]
+    for name, entry in (item for header in headers for item in header.items()):
+        name, count = canonical_name(name), math.prod(entry["shape"])
+        if tied and name == "lm_head.weight":
+            continue
+        place = next((place for pattern, place in _PLACES if pattern.search(name)), WHOLE)
+        if entry["dtype"] in _FLOATS and not _SCALES.search(name):
+            floats[place] += count
+        else:
+            others[place] += count * _NUMBER_BYTES.get(entry["dtype"], 4)
+    return StoredSizes(floats, others, is_part)
 
 
 def _header(file: Path) -> dict[str, dict]:

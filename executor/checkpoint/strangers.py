@@ -27,8 +27,8 @@ _NOT_DESCRIBED = (
 )
 QUANTIZED_TYPES = r"F[468]_"
 _QUANTIZED = re.compile(
-    r"(^|[._])(scale_inv|weight_scale(_\d)?|input_scale(_\d)?|weight_offset|input_offset|deq_scale|quant_bias|qweight|"
-    r"qzeros|scales|zeros|biases|g_idx|weight_packed|weight_shape|weight_zero_point|absmax|quant_map|SCB|"
+    r"(^|[._])(scale_inv|weight_scale(_\d)?|input_scale(_\d)?|weight_offset|input_offset|deq_scale|quant_bias|"
+    r"kv_cache_(scale|offset)|qweight|qzeros|scales|zeros|biases|g_idx|weight_packed|weight_shape|weight_zero_point|absmax|quant_map|SCB|"
     r"quant_state\..*)$"
 )
 # Computed anew by every model, or of what is not part of it: draft layers that predict further tokens.

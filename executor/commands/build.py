@@ -22,11 +22,11 @@ from executor.engine.graphs import DecodeGraphs, batch_sizes, spare_blocks
 from executor.engine.replica import Replica
 from executor.engine.runner import Runner
 from executor.engine.sampler import Sampler
-from executor.engine.step import ModelStep
+from executor.engine.step import ModelStep, cache_scales
 from executor.host.env import code_digest, rank_place
 from executor.parallel.groups import Parallel
 from executor.prompt.options import MediaOptions
-from executor.quant.choose import MADE, choose_schemes, make_schemes
+from executor.quant.choose import MADE, choose_cache, choose_schemes, make_schemes
 from executor.recipe.memory import estimate
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import Prepared, compute_bytes, device_settings, prepare
@@ -86,8 +86,10 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel, runner: A
 def _choose(model: Any, recipe: Recipe, checkpoint: Checkpoint, description: Description | None) -> list[str]:
     """Schemes that are made of float weights, or those of the folder's description."""
     if recipe.model.quantization in MADE:
-        return make_schemes(model, recipe.model.quantization)
-    return choose_schemes(model, checkpoint.catalog, description)
+        left = make_schemes(model, recipe.model.quantization)
+    else:
+        left = choose_schemes(model, checkpoint.catalog, description)
+    return left + choose_cache(model, checkpoint.catalog, description, recipe.model.kv_cache_dtype == "int8")
 
 
 def open_device(recipe: Recipe) -> ops.Ops:
@@ -133,7 +135,7 @@ def join(
     )
     kv = device.kv_cache(
         text.num_layers, num_blocks + spare, limits.block_size, attention.num_kv_heads, text.head_dim, dtype,
-        normed=attention.q_norm is not None,
+        normed=attention.q_norm is not None, scales=cache_scales(model),
     )  # fmt: skip
     sampler = Sampler(text.vocab_size, device.device, eos_token_ids=processor.eos_token_ids, dtype=dtype)
     runner = Runner(model, device, kv, limits.block_size, sampler, processor.picture, dtype, replica)

@@ -19,8 +19,9 @@ from executor.checkpoint.strangers import check_unread, named
 from executor.checkpoint.weights import pull_faults
 from executor.errors import UserError
 from executor.layers.linear import Linear
-from executor.quant.choose import choose_schemes
+from executor.quant.choose import choose_cache, choose_schemes
 from executor.quant.fields import EACH, FieldScheme
+from executor.quant.kv_cache import OFFSET, checked, is_cache_tensor
 
 SYMMETRIC = ("W8A8_DYNAMIC", "W8A8_MIX", "W4A8_DYNAMIC")
 """Types whose weight_offset must be zero."""
@@ -31,6 +32,7 @@ def weight_faults(model: nn.Module, checkpoint: Checkpoint, description: Descrip
     try:
         with torch.device("meta"):
             left = choose_schemes(model, checkpoint.catalog, description)
+            left += choose_cache(model, checkpoint.catalog, description, int8=True)
             pulls = in_files(model.pulls(checkpoint.catalog), checkpoint)
     except UserError as error:
         return str(error).splitlines()
@@ -43,6 +45,7 @@ def weight_faults(model: nn.Module, checkpoint: Checkpoint, description: Descrip
     if not faults and description is not None:  # shapes and types are what they should be
         faults += _inputs_that_differ(model, checkpoint)
         faults += _offsets(checkpoint, description)
+        faults += _cache_values(checkpoint)
     return faults
 
 
@@ -62,6 +65,13 @@ def weight_warnings(checkpoint: Checkpoint, description: Description | None, dty
     absent = [name for name in description.types if name not in checkpoint.catalog]
     if absent:
         yield f"{description.file.name}: {named(absent)} are described and not in the files; nothing asks for them"
+    cache_offsets = [name for name in checkpoint.catalog if name.endswith(f".{OFFSET}")]
+    shifted = [name for name, x in _read(cache_offsets, checkpoint).items() if bool(x.any())]
+    if shifted:
+        yield (
+            f"{named(shifted)} are not zero: a CPU reads them, NPUs take an int8 KV cache with symmetric scales only "
+            "(or model_config.kv_cache_dtype: float)"
+        )
     if checkpoint.ignored:
         files = ", ".join(file.relative_to(checkpoint.folder).as_posix() for file in checkpoint.ignored)
         yield f"beside the quantized weights, and not read: {files}"
@@ -95,6 +105,15 @@ def _offsets(checkpoint: Checkpoint, description: Description) -> Iterator[str]:
     if odd:
         kind = description.type_of(f"{odd[0].rpartition('.')[0]}.weight")
         yield f"{named(odd)} are not zero; {kind} weights are symmetric. Quantize the model again, symmetric"
+
+
+def _cache_values(checkpoint: Checkpoint) -> Iterator[str]:
+    """Scales and offsets of an int8 KV cache that are none."""
+    for name, x in _read(filter(is_cache_tensor, checkpoint.catalog), checkpoint).items():
+        try:
+            checked(name, True, x)
+        except UserError as error:
+            yield str(error)
 
 
 def _read(names: Iterable[str], checkpoint: Checkpoint) -> Mapping[str, Tensor]:

@@ -11,12 +11,14 @@ from torch import nn
 from executor.checkpoint.description import FLOAT_TYPE, Description
 from executor.checkpoint.pull import Catalog
 from executor.errors import UserError
+from executor.layers.attention import Attention
 from executor.layers.linear import Linear
 from executor.layers.moe import Experts
 from executor.layers.norm import RMSNorm
 from executor.quant.assumed import assumed_type
 from executor.quant.fields import EXPERT_LINEARS, is_stacked
 from executor.quant.float import FLOAT
+from executor.quant.kv_cache import C8, UNUSABLE, faults, tensor_names
 from executor.quant.scheme import Scheme
 from executor.quant.w4a8_dynamic import W4A8Dynamic
 from executor.quant.w8a8 import W8A8
@@ -50,30 +52,59 @@ def choose_schemes(model: nn.Module, catalog: Catalog, description: Description 
     left: list[str] = []
     if description is None:
         return left
-    for _ in model.pulls({}):
-        pass  # from here on layers know their names
+    asked = {pull.name for pull in model.pulls({})}  # from here on layers know their names
+    problems = []
     for layer in model.modules():
-        if isinstance(layer, Linear):
-            names = [name for name, _, _ in layer.share.named(layer.prefix)]
-            weights = [f"{name}.weight" for name in names]
-            if _kind(weights, description) == COMPRESSED_TYPE:
-                scheme = compressed_scheme(layer.share, names, catalog)
-            else:
-                scheme = _fitting(_scheme(weights, description), names, catalog)
-            has_bias = layer.share.has_bias or any(f"{name}.bias" in catalog for name in names)
-            if scheme is not FLOAT:
-                _refuse(
-                    [f"{name}.{suffix}" for name in names for suffix in scheme.refused], scheme, catalog, description
-                )
-                layer.take(scheme, has_bias)
-                left += (f"{name}.{suffix}" for name in names for suffix in scheme.left)
-            elif has_bias and not layer.share.has_bias:
-                layer.take(FLOAT, True)
-        elif isinstance(layer, Experts):
-            left += _choose_experts(layer, catalog, description)
-        elif isinstance(layer, RMSNorm) and f"{layer.prefix}.bias" in catalog:
-            layer.add_bias()
+        try:
+            if isinstance(layer, Linear):
+                asked -= {f"{name}.weight" for name, _, _ in layer.share.named(layer.prefix)}
+                left += _choose_linear(layer, catalog, description)
+            elif isinstance(layer, Experts):
+                asked = {name for name in asked if not name.startswith(f"{layer.prefix}.")}
+                left += _choose_experts(layer, catalog, description)
+            elif isinstance(layer, RMSNorm) and _has(f"{layer.prefix}.bias", catalog, description):
+                layer.add_bias()
+        except UserError as error:
+            problems.append(str(error))
+    problems += (
+        f"{description.file}: '{name}' is {description.type_of(name)}; only linears and experts are read in such "
+        "types. Quantize the model again, and leave it float"
+        for name in sorted(asked)
+        if description.type_of(name) != FLOAT_TYPE
+    )
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
     return left
+
+
+def _choose_linear(layer: Linear, catalog: Catalog, description: Description) -> list[str]:
+    names = [name for name, _, _ in layer.share.named(layer.prefix)]
+    weights = [f"{name}.weight" for name in names]
+    if _kind(weights, description) == COMPRESSED_TYPE:
+        scheme = compressed_scheme(layer.share, names, catalog)
+    else:
+        scheme = _fitting(_scheme(weights, description), names, catalog)
+    if "bias" in scheme.left:
+        has_bias = layer.share.has_bias
+    else:
+        found = [_has(f"{name}.bias", catalog, description) for name in names]
+        has_bias = layer.share.has_bias or any(found)
+    if scheme is not FLOAT:
+        _refuse([f"{name}.{suffix}" for name in names for suffix in scheme.refused], scheme, catalog, description)
+        layer.take(scheme, has_bias)
+    elif has_bias and not layer.share.has_bias:
+        layer.take(FLOAT, True)
+    return [f"{name}.{suffix}" for name in names for suffix in scheme.left]
+
+
+def _has(name: str, catalog: Catalog, description: Description) -> bool:
+    """Whether the checkpoint has a tensor that the architecture has not. UserError where it is described only."""
+    if name not in catalog and name in description.types:
+        raise UserError(
+            f"{description.file}: '{name}' is described, and is in none of the files: the model would answer without "
+            "it. Copy the folder again from where it came"
+        )
+    return name in catalog
 
 
 def make_schemes(model: nn.Module, quantization: str) -> list[str]:
@@ -93,6 +124,28 @@ def make_schemes(model: nn.Module, quantization: str) -> list[str]:
 
 
 _TEXT = re.compile(r"^model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(?!gate$)")
+
+
+def choose_cache(model: nn.Module, catalog: Catalog, description: Description | None, int8: bool) -> list[str]:
+    """Let attention layers have the int8 cache that the description announces, or leave its scales: their names then.
+
+    For a model that has listed its pulls. Scales that nothing announces are refused with all else that nobody reads.
+    Raises UserError for tensors that are not usable.
+    """
+    if description is None or description.kv_cache is None:
+        return []
+    attentions = {layer.name: layer for layer in model.modules() if isinstance(layer, Attention)}
+    if not int8:
+        return [name for attention in attentions for name in tensor_names(attention)]
+    if description.kv_cache != C8:
+        raise UserError(f"{description.file}: kv_cache_type is {description.kv_cache}; this release reads {C8}")
+    (channels,) = {layer.qkv_proj.share.parts[1].num_rows for layer in attentions.values()}
+    found = "; ".join(faults(catalog, attentions, channels))
+    if found:
+        raise UserError(f"{description.file}: {UNUSABLE.format(found)}")
+    for layer in attentions.values():
+        layer.quantize_cache()
+    return []
 
 
 def _fitting(scheme: Scheme, linears: list[str], catalog: Catalog) -> Scheme:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from executor.checkpoint.pull import Catalog, Pull, elsewhere, empty, zeros
 from executor.device.ops import Ops
-from executor.device.weights import QuantizedWeight
+from executor.device.weights import QuantizedWeight, pack_int4
 from executor.errors import UserError
 from executor.quant.float import swapped
 from executor.quant.scheme import ExpertShare, LinearShare, Tensors
@@ -321,6 +321,8 @@ def stacked_name(catalog: Catalog, prefix: str, half: str, suffix: str) -> str:
 def _file_shape(field: Field, sizes: Mapping[str, int], catalog: Catalog, name: str) -> tuple[int, ...]:
     """Of the whole tensor: by the labels; a single number for all rows where the checkpoint has that."""
     shape = field.shape(sizes) + ((1,) if field.extra_dim else ())
+    if field.packed > 1 and name in catalog and tuple(catalog[name].shape) == tuple(sizes[dim] for dim in field.dims):
+        return tuple(catalog[name].shape)  # not packed: an older writer's
     if field.reader is not None and len(field.dims) == 1 and name in catalog:
         found = tuple(catalog[name].shape)
         if found in ((1,), (1, 1)):
@@ -340,6 +342,9 @@ def _pull(
 ) -> Pull:
     shape = _file_shape(field, sizes, catalog, name)
     if field.reader is None:
+        if field.packed > 1 and shape[0] == sizes[OUT]:
+            index = tuple(wanted[dim] for dim in field.dims)
+            return Pull(name, shape, index, into, convert=lambda x: _packed(x, name), accepts=(field.dtype,))
         return Pull(name, shape, field.index(wanted), into)
     if len(field.dims) > 1:
         return Pull(name, shape, field.index(wanted), into, convert=field.reader, accepts=field.accepts)
@@ -349,6 +354,16 @@ def _pull(
     reader = field.reader
     flat = 1 if single else -1
     return Pull(name, shape, index, into, convert=lambda x: reader(x).reshape(flat), accepts=field.accepts)
+
+
+def _packed(x: Tensor, name: str) -> Tensor:
+    """Weights of four bits that stand one to a byte, two to a byte. Raises UserError for others."""
+    if not bool(((x >= -8) & (x <= 7)).all()):
+        raise UserError(
+            f"tensor '{name}' has one weight to a byte and weights outside of -8 to 7, which four bits do not hold; "
+            "its description says that they are four bits wide: quantize the model again"
+        )
+    return pack_int4(x)
 
 
 def _pull_of_all(field: Field, name: str, share: ExpertShare, linear: _Linear, into: Tensor, catalog: Catalog) -> Pull:

@@ -66,6 +66,7 @@ def weights_bytes(recipe: Recipe, shapes: ModelShapes, stored: StoredSizes | Non
 
     if stored is not None:
         ranks = {KV: kv_tp, ATTENTION: tp, MLP: tp, EXPERTS: recipe.parallel.world_size, VOCABULARY: tp, WHOLE: 1}
+        ranks = dict.fromkeys(ranks, 1) if stored.is_part else ranks
         held = sum(stored.bytes(place, size) / degree for place, degree in ranks.items())
         return round(held + vision_bytes(stored.bytes(VISION, size)))
     linear_size = weight_bytes(recipe.model.quantization, recipe.model.dtype)
@@ -80,8 +81,8 @@ def weights_bytes(recipe: Recipe, shapes: ModelShapes, stored: StoredSizes | Non
 def kv_block_bytes(recipe: Recipe, shapes: ModelShapes, compute_bytes: int | None = None) -> int:
     """Keys and values of one block on one rank, all layers. `compute_bytes`: see estimate."""
     heads = max(1, shapes.num_kv_heads // recipe.attn_tp_size)
-    per_token = 2 * shapes.num_layers * heads * shapes.head_dim * (compute_bytes or FLOAT_BYTES[recipe.model.dtype])
-    return recipe.scheduler.block_size * per_token
+    size = 1 if recipe.model.kv_cache_dtype == "int8" else compute_bytes or FLOAT_BYTES[recipe.model.dtype]
+    return recipe.scheduler.block_size * 2 * shapes.num_layers * heads * shapes.head_dim * size
 
 
 def loading_bytes(recipe: Recipe, shapes: ModelShapes) -> int:

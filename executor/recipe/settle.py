@@ -23,6 +23,7 @@ from executor.device.table import BACKENDS, CHIP_BYTES, DeviceSettings, having, 
 from executor.errors import UserError
 from executor.host.limits import host_memory_bytes, process_memory_bytes
 from executor.quant.sizes import FLOAT_BYTES
+from executor.recipe.kv_cache import cache_findings, has_cache_scales, scales_finding
 from executor.recipe.memory import MemoryEstimate, estimate
 from executor.recipe.schema import ModelSection, Recipe
 from executor.recipe.schemes import agrees, disagreement, float_twin, has_scheme, type_findings, word_findings
@@ -69,7 +70,7 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
         types = description.samples if description else {}
         findings += type_findings(recipe.model, types)
         try:
-            recipe = resolve(recipe, shapes, quantization, types)
+            recipe = resolve(recipe, shapes, quantization, types, has_cache_scales(description))
             findings += chip_findings(recipe)  # once more: the checkpoint may have brought a type or a scheme
         except UserError as error:
             findings.append(str(error))
@@ -277,7 +278,7 @@ def chip_findings(recipe: Recipe) -> list[str]:
             f"model_config.quantization: w8a8sc weights are unpacked by atlas_300i_duo only, got soc {model.soc}; "
             "use w8a8 weights"
         )
-    return findings
+    return findings + cache_findings(recipe)
 
 
 def resolve_device(recipe: Recipe) -> Recipe:
@@ -289,11 +290,18 @@ def resolve_device(recipe: Recipe) -> Recipe:
     return recipe.replace(model={"device": device})
 
 
-def resolve(recipe: Recipe, shapes: ModelShapes, quantization: str = "none", types: Collection[str] = ()) -> Recipe:
+def resolve(
+    recipe: Recipe,
+    shapes: ModelShapes,
+    quantization: str = "none",
+    types: Collection[str] = (),
+    has_scales: bool = False,
+) -> Recipe:
     """The recipe with every `auto` and null that the checkpoint settles filled in, and logged.
 
-    `quantization` is what the checkpoint says of itself, `types` what its weights have (both in the recipe's words).
-    Raises UserError for a scheme the recipe contradicts, or a context longer than the model was made for.
+    `quantization` is what the checkpoint says of itself, `types` what its weights have (both in the recipe's words),
+    `has_scales` whether it has those of an int8 KV cache. Raises UserError for a scheme the recipe contradicts, or a
+    context longer than the model was made for.
     """
     model, scheduler = recipe.model, recipe.scheduler
     settled: dict[str, dict[str, Any]] = {"model": {}, "parallel": {}, "scheduler": {}}
@@ -307,6 +315,9 @@ def resolve(recipe: Recipe, shapes: ModelShapes, quantization: str = "none", typ
         settled["model"]["quantization"] = quantization
     elif not agrees(model.quantization, quantization, types):
         findings.append(disagreement(model, quantization, types))
+    if model.kv_cache_dtype == "auto":
+        settled["model"]["kv_cache_dtype"] = "int8" if has_scales else "float"
+    findings += scales_finding(model, has_scales)
     if recipe.parallel.attn_tp_size is None:
         settled["parallel"]["attn_tp_size"] = recipe.parallel.world_size
     if scheduler.max_model_len is None:

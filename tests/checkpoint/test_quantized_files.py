@@ -185,3 +185,24 @@ def test_a_quantized_head(source, tmp_path, logits, tied):
     folder = variant(source, tmp_path / "folder", change, tie_word_embeddings=tied)
     found = logits_of(folder)
     assert 1e-4 < float((found - logits).norm() / logits.norm()) < 0.02
+
+
+# Linears that gain a bias
+
+
+def test_only_some_of_the_fused_linears_may_have_gained_a_bias(msmodelslim, tmp_path):
+    """Those without have zeros: as if the others' were stored as zeros."""
+    folder = msmodelslim("qwen3_vl_w8a8_dynamic")
+    gone = [f"model.language_model.layers.{number}.self_attn.k_proj.bias" for number in range(3)]
+
+    def drop(tensors, description):
+        for name in gone:
+            del tensors[name], description[name]
+
+    def clear(tensors, description):
+        for name in gone:
+            tensors[name].zero_()
+
+    found = [logits_of(variant(folder, tmp_path / change.__name__, change)) for change in (drop, clear)]
+    assert torch.equal(*found)
+    assert float((found[0] - logits_of(folder)).abs().max()) > 0.01

@@ -95,6 +95,10 @@ FAULTS = [
     (shaped(f"{QKV[0]}.deq_scale", (7,)), ["has shape [7], but the model expects [512]"]),
     (shaped(f"{QKV[0]}.quant_bias", (1,)), ["has shape [1], but the model expects [512]"]),
     (described(f"{QKV[0]}.weight", "W8A8_DYNAMIC"), ["different types", f"{QKV[0]}.weight is W8A8_DYNAMIC", "W8A8"]),
+    (described("model.language_model.embed_tokens.weight", "W8A16"), ["embed_tokens.weight' is W8A16; only linears"]),
+    (described(f"{LAYER}.self_attn.q_norm.weight", "W8A8"), ["q_norm.weight' is W8A8; only linears and experts"]),
+    (described(f"{LAYER}.input_layernorm.bias", "FLOAT"), ["input_layernorm.bias' is described, and is in none"]),
+    (described(f"{LAYER}.mlp.down_proj.bias", "FLOAT"), ["down_proj.bias' is described, and is in none of the files"]),
     (described(f"{LAYER}.self_attn.o_proj.weight", "W8A9"), ["is W8A9; this release reads FLOAT, W8A8"]),
     (described(f"{LAYER}.self_attn.o_proj.weight", "FLOAT"), ["has type I8", "calls it FLOAT"]),
     (extra(f"{LAYER}.mlp.down_proj.deq_scale"), ["down_proj.deq_scale' stand beside", "calls it FLOAT"]),
@@ -125,6 +129,17 @@ def test_an_offset_where_weights_are_symmetric(changed):
     assert "3 tensors, such as" in fault and "not zero; W8A8_DYNAMIC weights are symmetric" in fault
     with pytest.raises(UserError, match="symmetric"):
         engine_over(folder)
+
+
+def test_every_layer_that_does_not_fit_is_told(changed):
+    def change(tensors, description):
+        for number in (0, 2):
+            description[f"model.language_model.layers.{number}.self_attn.q_proj.weight"] = "W8A8_DYNAMIC"
+            description[f"model.language_model.layers.{number}.mlp.down_proj.weight"] = "W8A9"
+
+    faults = check_folder(changed(change)).faults
+    assert len(faults) == 4
+    assert ["layers.0" in fault for fault in faults] == [True, True, False, False]
 
 
 def test_equal_faults_are_one_line(changed):

@@ -35,6 +35,10 @@ PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
                    "video_preprocessor_config.json", "generation_config.json", "merges.txt", "vocab.json")  # fmt: skip
 
 
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "1"}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def source(msmodelslim) -> Path:
     return msmodelslim("qwen3_vl_w8a8s")
@@ -158,9 +162,9 @@ def test_the_report_counts_what_is_stored(made, source):
 # Before it is loaded
 
 
-def settled(folder, world_size=1, **model):
+def settled(folder, world_size=1, vision="tp", **model):
     model = {"model_path": str(folder), "device": "npu_emulated", "soc": "atlas_300i_duo"} | model
-    sections = {"model_config": model, "parallel_config": {"world_size": world_size}}
+    sections = {"model_config": model, "parallel_config": {"world_size": world_size, "vision_parallel": vision}}
     return prepare(build_recipe(sections | {"scheduler_config": {"max_model_len": 512, "num_blocks": 64}}))
 
 
@@ -170,6 +174,24 @@ def test_a_folder_is_for_its_number_of_ranks(made):
     other = 3 - size
     with pytest.raises(UserError, match=f"attn_tp_size: the recipe has {other}, and .* compressed for {size}; set "):
         settled(folder, other)
+
+
+@pytest.mark.parametrize("vision", ["tp", "data"])
+def test_memory_is_counted_from_the_part(made, vision):
+    """A rank's weights are its part: of the vision encoder all, or a slice but for what is whole on every rank."""
+    size, folder, _ = made
+    prepared = settled(folder, size, vision)
+    assert prepared.recipe.parallel.vision_parallel == vision
+    scales = ("deq_scale", "info")  # kept as float32; read once
+    held = [
+        {name: x.numel() * (4 if name.endswith(scales) else x.element_size()) for name, x in part.items()}
+        for part in parts_of(folder, size)
+    ]
+    seen = sum(count for name, count in held[0].items() if name.startswith("model.visual."))
+    whole = prepared.shapes.replicated_vision_parameters * 2
+    kept = whole + (seen - whole) / (size if vision == "tp" else 1)
+    text = max(sum(part.values()) for part in held) - seen
+    assert prepared.memory.weights_bytes == pytest.approx(text + kept, abs=2)
 
 
 def test_other_devices_refuse_it(made_for):
@@ -225,6 +247,13 @@ def float_description(folder):
     file.write_text(json.dumps(types))
 
 
+def sparse_vision_alone(folder):
+    file = folder / "quant_model_description.json"
+    types = json.loads(file.read_text())
+    types |= {name: "FLOAT" for name in types if name.startswith((TEXT, "lm_head"))}
+    file.write_text(json.dumps(types))
+
+
 def wide_float(folder):
     file = folder / "quant_model_weight_w8a8s.safetensors"
     held = load_file(file)
@@ -254,6 +283,7 @@ def without_scale(folder):
         (drop("preprocessor_config.json"), (), "preprocessor_config.json"),
         (drop("quant_model_description.json"), (), "float weights|scheme"),
         (float_description, (), "has float weights; what is compressed are w8a8s weights"),
+        (sparse_vision_alone, (), "weights in the vision encoder alone"),
         (without_scale, (), "'model.language_model.layers.1.mlp.up_proj.input_scale' is missing"),
         (wide_float, (), "norm.weight' of .* has values that float16 cannot hold"),
         (lambda folder: (folder / "part0-of-1").mkdir(), (), "is compressed already"),
@@ -384,6 +414,21 @@ def test_a_rank_that_fails_fails_all(source, executable, tmp_path, monkeypatch):
     words = "No space left on device; what was written of it has been removed"
     assert [str(error) for error in found] == [f"rank 1: {tmp_path / 'out'} cannot be written: {words}"] * 2
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "variables, words_of",
+    [
+        ({"RANK": "0"}, "RANK is set, but not WORLD_SIZE"),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "MASTER_ADDR": "one"}, "one of several tasks of Slurm"),
+        (TORCHRUN, "--tp: got 3, and torchrun started 2 processes"),
+    ],
+)
+def test_other_launchers_are_refused(source, tmp_path, executable, monkeypatch, variables, words_of):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words_of):
+        work(words(source, tmp_path / "out", executable, "--tp", "3"))
 
 
 @pytest.mark.long

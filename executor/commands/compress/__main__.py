@@ -33,18 +33,18 @@ from executor.commands.compress.part import Compressor, write_part
 from executor.commands.compress.ranks import Ranks
 from executor.commands.tool import Document, ToolParser, checkpoint_folder, run_tool
 from executor.errors import UserError
-from executor.host.env import RankPlace, rank_place
+from executor.host.env import RankPlace, environment, rank_place
+from executor.launch.foreign import rank_variables
 from executor.quant.compressor import find_executable
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model")
 NOT_COPIED = (CONFIG, DESCRIPTIONS, "*.safetensors.index.json")
-logger = logging.getLogger(__name__)
 Bytes = dict[str, list[int]]  # [plain, compressed] by the name of a linear
+logger = logging.getLogger(__name__)
 
 
 def work(argv: Sequence[str]) -> Document:
-    told = _parse(argv)
-    place = rank_place()
+    told, place = _parse(argv), _place()
     target, size = Path(told.save_directory).expanduser(), _size(told.tp, place)
     parts = range(size) if place.world_size == 1 else (place.rank,)
     opened: list[tuple[Job, list[Share], Compressor]] = []
@@ -121,6 +121,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return told
 
 
+def _place() -> RankPlace:
+    """This process among torchrun's. UserError for half of a launcher, and for another one's ranks."""
+    variables = environment()
+    if rank_variables(variables) and "RANK" not in variables:
+        raise UserError(
+            "this is one of several tasks of Slurm: start one task, with --tp for the number of ranks, or torchrun "
+            "--nproc_per_node TP in it"
+        )
+    return rank_place()
+
+
 def _size(tp: int | None, place: RankPlace) -> int:
     if place.world_size > 1 and tp not in (None, place.world_size):
         raise UserError(f"--tp: got {tp}, and torchrun started {place.world_size} processes; leave --tp out")
@@ -150,4 +161,4 @@ def _layer_of(name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool("compress", work, is_shown=rank_place().rank == 0))
+    sys.exit(run_tool("compress", work, is_shown=environment().get("RANK", "0") == "0"))

@@ -55,11 +55,17 @@ def open_job(folder: Path, size: int) -> Job:
         raise UserError(f"--model_path: {folder} is compressed already; give the w8a8s weights it was made of")
     config, label, shapes = read_folder(folder, str(folder))
     description = read_description(folder)
-    if description is None or SPARSE not in description.samples:
+    sparse = [] if description is None else [name for name, kind in description.types.items() if kind == SPARSE.upper()]
+    if not sparse or description is None:
         held = f"{label} weights" if label != "none" else "float weights"
         raise UserError(
             f"--model_path: {folder} has {held}; what is compressed are {SPARSE} weights, which a calibration made "
             "sparse for it"
+        )
+    if all(name.startswith(WHOLE) for name in sparse):
+        raise UserError(
+            f"--model_path: {folder} has {SPARSE} weights in the vision encoder alone, which is not compressed; run it "
+            "as it is"
         )
     check_sizes(folder, size, shapes)
     family_runner(config).build_processor(folder, MediaOptions())  # names files of the tokenizer that are missing
@@ -69,6 +75,7 @@ def open_job(folder: Path, size: int) -> Job:
 
 
 def check_sizes(folder: Path, size: int, shapes: ModelShapes) -> None:
+    """UserError for a model that cannot be compressed for `size` ranks."""
     if shapes.num_experts:
         raise UserError(
             f"--model_path: {folder} is a mixture of experts, and there is no product by compressed experts; run its "

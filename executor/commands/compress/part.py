@@ -56,7 +56,7 @@ def write_part(job: Job, share: Share, compressor: Compressor, staging: Path) ->
 
 
 def _compressed(job: Job, share: Share, compressor: Compressor) -> dict[str, Packed]:
-    """Every weight to compress, several at a time; the first failure ends it."""
+    """Every weight to compress, several at a time, held in memory; the first failure ends it."""
     with work_folder() as root, ThreadPoolExecutor(compressor.num_processes) as pool:
 
         def one(name: str) -> Packed:

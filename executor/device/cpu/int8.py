@@ -158,8 +158,12 @@ class Summed:
         return self.group.all_reduce(self.linear.compute(x, torch.float32)).to(x.dtype)
 
 
-def prepare(weight: QuantizedWeight, bias: Tensor | None, form: str, decode_rows: int) -> Int8Linear:
-    """The weight as a function of `x [T, n]`. `form`: which Product; `decode_rows`: the most rows of a decode step."""
+def prepare(
+    weight: QuantizedWeight, bias: Tensor | None, form: str, decode_rows: int, many_rows: bool
+) -> Int8Linear:  # fmt: skip
+    """The weight as a function of `x [T, n]`. `form`: which Product; `decode_rows`: the most rows of a decode step;
+    `many_rows`: no call is one of those.
+    """
     make = PRODUCTS[form]
     if isinstance(weight, StaticInt8):
         return _static(weight, make(weight.values))
@@ -169,7 +173,8 @@ def prepare(weight: QuantizedWeight, bias: Tensor | None, form: str, decode_rows
         return Dynamic(weight.scale, bias, make(unpack_int4(weight.packed)))
     if isinstance(weight, MixedInt8):
         product = make(weight.static.values)
-        return Mixed(_static(weight.static, product), Dynamic(weight.dynamic.scale, bias, product), decode_rows)
+        dynamic = Dynamic(weight.dynamic.scale, bias, product)
+        return dynamic if many_rows else Mixed(_static(weight.static, product), dynamic, decode_rows)
     if isinstance(weight, WeightInt8):
         groups = weight.values.chunk(weight.scale.shape[1], 1)
         return WeightOnly(weight, bias, [make(group.contiguous()) for group in groups])

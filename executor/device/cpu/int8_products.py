@@ -8,6 +8,7 @@ Legend: T rows, n inputs, m outputs; values `[m, n]`, whole numbers -128 to 127.
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -66,14 +67,15 @@ class OneCall(Product):
         return self.scaled(x.to(torch.int8), self.ones)
 
     def float_sums(self, x: Tensor) -> Tensor:
-        digits, scale = two_digits(x, self.base)
-        high, low = self.scaled(digits.flatten(0, 1).to(torch.int8), self.ones).chunk(2)
-        return low.add_(high, alpha=self.base).mul_(scale)
+        """In two digits numbers are as exact as 15 bits of the row's largest, in three as fp32's own 24."""
+        rows, scale = digits(x, self.base, 3 if x.dtype is torch.float32 else 2)
+        y = self.scaled(rows.flatten(0, 1).to(torch.int8), self.ones)
+        return added_up(y.unflatten(0, rows.shape[:2]), self.base).mul_(scale)
 
 
 class Digits(Product):
-    """FBGEMM's panels. A number goes in as two rows, `x = base * high + low`, both so small that no pair of products
-    leaves 16 bits: unsigned, up to 127 times 128 twice is 32512.
+    """FBGEMM's panels. A number goes in as rows of digits, so small that no pair of products leaves 16 bits: unsigned,
+    up to 127 times 128 twice is 32512.
 
     High and low digits of int8 numbers are -8 to 8. Sums of those are exact in fp32, and so is `16 * high`: what is
     rounded, once, is the sum of both.
@@ -81,37 +83,41 @@ class Digits(Product):
 
     base, float_base = 16, 126  # the second of float_sums, whose digits are -63 to 63
     zero_point = 64
+    few_rows = 64  # up to which memory is what float_sums waits for
 
     def __init__(self, values: Tensor) -> None:
         self.num_out, self.num_in = values.shape
         # With weights of 128 everywhere, sums of so many digits of 8 are still below EXACT_SUM.
-        width = EXACT_SUM // (128 * self.base // 2)
-        self.packed = [fbgemm_packed(part) for part in values.split(width, 1)]
-        self.widths = [part.shape[1] for part in values.split(width, 1)]
+        parts = values.split(EXACT_SUM // (128 * self.base // 2), 1)
+        self.packed, self.widths = [fbgemm_packed(part) for part in parts], [part.shape[1] for part in parts]
         self.run = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
     def sums(self, x: Tensor) -> Tensor:
-        digits = torch.empty(2, *x.shape)
-        torch.mul(x, 1 / self.base, out=digits[0]).round_()
-        torch.sub(x, digits[0], alpha=self.base, out=digits[1])
-        rows = digits.flatten(0, 1)
+        rows = torch.empty(2, *x.shape)
+        torch.mul(x, 1 / self.base, out=rows[0]).round_()
+        torch.sub(x, rows[0], alpha=self.base, out=rows[1])
         if len(self.packed) == 1:
-            high, low = self.run(rows, 1.0, self.zero_point, self.packed[0]).chunk(2)
-            return low.add_(high, alpha=self.base)
+            return added_up(next(self._products(rows)), self.base)
         total = torch.zeros(len(x), self.num_out, dtype=torch.float64)
-        for part, packed in zip(rows.split(self.widths, 1), self.packed, strict=True):
-            high, low = self.run(part.contiguous(), 1.0, self.zero_point, packed).chunk(2)
+        for high, low in self._products(rows):
             total.add_(low).add_(high, alpha=self.base)
         return total.float()
 
     def float_sums(self, x: Tensor) -> Tensor:
-        digits, scale = two_digits(x, self.float_base)
-        rows, y = digits.flatten(0, 1), None
-        for part, packed in zip(rows.split(self.widths, 1), self.packed, strict=True):
-            high, low = self.run(part.contiguous(), 1.0, self.zero_point, packed).chunk(2)
-            low.add_(high, alpha=self.float_base)
-            y = low if y is None else y.add_(low)
+        """Numbers are as exact as 20 bits of the row's largest; with many rows, where arithmetic costs, as 13."""
+        rows, scale = digits(x, self.float_base, 3 if len(x) <= self.few_rows else 2)
+        y = None
+        for some in self._products(rows):
+            some = added_up(some, self.float_base)
+            y = some if y is None else y.add_(some)
         return y.mul_(scale)
+
+    def _products(self, rows: Tensor) -> Iterator[Tensor]:
+        """Of digits `[d, T, n]` by every part of the inputs: fp32 `[d, T, m]`."""
+        flat = rows.flatten(0, 1)
+        parts = [flat] if len(self.packed) == 1 else [part.contiguous() for part in flat.split(self.widths, 1)]
+        for part, packed in zip(parts, self.packed, strict=True):
+            yield self.run(part, 1.0, self.zero_point, packed).unflatten(0, rows.shape[:2])
 
 
 class Expanded(Product):
@@ -149,18 +155,29 @@ class Expanded(Product):
 PRODUCTS: dict[str, type[Product]] = {ONE_CALL: OneCall, DIGITS: Digits, EXPANDED: Expanded}
 
 
-def two_digits(x: Tensor, base: int) -> tuple[Tensor, Tensor]:
-    """`x [T, n]` as whole numbers `base * d[0] + d[1]` times a scale: d fp32 `[2, T, n]`, the scale fp32 `[T, 1]`.
+def digits(x: Tensor, base: int, count: int) -> tuple[Tensor, Tensor]:
+    """`x [T, n]` by row as whole numbers of `count` digits times a scale: fp32 `[count, T, n]` and `[T, 1]`.
 
-    `base` is even; digits are up to half of it either way.
+    Highest digits first. `base` is even; digits are up to half of it either way.
     """
-    largest = (base // 2) * (base + 1) - 1  # one more would be halfway to a high digit above half of the base
+    largest = (base // 2) * base ** (count - 1)
     scale = x.abs().amax(-1, keepdim=True).float().div_(largest).clamp_min_(SMALLEST)
-    whole = torch.div(x, scale).round_()
-    digits = torch.empty(2, *x.shape)
-    torch.mul(whole, 1 / base, out=digits[0]).round_()
-    torch.sub(whole, digits[0], alpha=base, out=digits[1])
-    return digits, scale
+    rows = torch.empty(count, *x.shape)
+    rest = torch.div(x, scale).round_()
+    for index in range(count - 1):
+        weight = base ** (count - 1 - index)
+        torch.div(rest, weight, out=rows[index]).round_()
+        torch.sub(rest, rows[index], alpha=weight, out=rest)
+    rows[-1] = rest
+    return rows, scale
+
+
+def added_up(y: Tensor, base: int) -> Tensor:
+    """Products of digits `[count, T, m]` as products of the numbers; `y` is overwritten."""
+    total = y[0]
+    for part in y[1:]:
+        total = part.add_(total, alpha=base)
+    return total
 
 
 SMALLEST = 2.0**-149  # above zero in fp32: a row of zeros is divided by it and stays zeros

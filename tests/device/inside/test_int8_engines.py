@@ -23,8 +23,12 @@ ANSWER = SamplingParams(max_new_tokens=16, temperature=0.0)
 TOLERANCE = 0.3
 STATIC, DYNAMIC, WEIGHT, SPARSE = "qwen3_vl_w8a8", "qwen3_vl_w8a8_dynamic", "qwen3_vl_w8a16", "qwen3_vl_w8a8s"
 MIXED = "qwen2_5_vl_w8a8"  # static, and dynamic down_proj but for one that is float
-# Dynamic and mixed folders on A3 answer from graphs below.
-CASES = [(STATIC, A2), (STATIC, DUO), (DYNAMIC, DUO), (WEIGHT, A3), (WEIGHT, DUO), (SPARSE, A2), (MIXED, DUO)]
+EXPERTS = "qwen3_vl_moe_w8a8"  # static attention, dynamic experts
+# Dynamic and mixed folders on A3 answer from graphs below, and experts.
+CASES = [
+    (STATIC, A2), (STATIC, DUO), (DYNAMIC, DUO), (WEIGHT, A3), (WEIGHT, DUO), (SPARSE, A2), (MIXED, DUO), (EXPERTS, A2),
+    (EXPERTS, DUO),
+]  # fmt: skip
 
 
 def engine_of(folder, soc, **model):
@@ -54,7 +58,7 @@ def test_folders_answer_as_the_integer_arithmetic(msmodelslim, name, soc) -> Non
     holds(engine_of(folder, soc), folder)
 
 
-PARTS = ("Quant", "MatMul", "AddRms", "Swi")
+PARTS = ("Quant", "MatMul", "Grouped", "AddRms", "Swi")
 COUNTS = {
     # Norms and linears have biases here: the norms' go into the kernel, those of gate and up make it take bf16.
     DYNAMIC: {"AddRmsNormDynamicQuant": 5, "DynamicQuant": 4, "QuantBatchMatmulV3": 12, "DequantSwigluQuant": 3,
@@ -62,6 +66,9 @@ COUNTS = {
     # One layer's down_proj is float.
     MIXED: {"AddRmsNormQuant": 5, "Quantize": 4, "QuantBatchMatmulV3": 11, "DequantSwigluQuant": 2, "SwiGlu": 1,
             "MatMul": 2, "AddRmsNorm": 1},
+    # Routing quantizes the rows of experts; routers and the head are float.
+    EXPERTS: {"AddRmsNormQuant": 2, "Quantize": 4, "QuantBatchMatmulV3": 6, "GroupedMatmulSwigluQuantV2": 3,
+              "GroupedMatmul": 3, "MatMul": 4, "AddRmsNorm": 4},
 }  # fmt: skip
 
 
