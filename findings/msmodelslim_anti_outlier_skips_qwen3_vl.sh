@@ -6,10 +6,7 @@
 # LayerNorm; a calibration with text never runs it, and no pair of norm and linear is found. A text model of the same
 # shape is smoothed.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-make_environment torch==2.13.0 numpy==2.4.6 transformers==4.57.1 accelerate==1.15.0 scipy==1.17.1 pandas==3.1.1 \
-    easydict==1.14 einops==0.8.2 pydantic==2.14.4 wcmatch==12.0.1 pygtrie==2.6.2 requests==2.34.2
-pip_install --no-deps msmodelslim==26.1.0
-echo "msmodelslim==26.1.0"
+make_msmodelslim_environment
 
 cat >"$folder/probe.py" <<'PYTHON'
 import logging
