@@ -188,9 +188,10 @@ def _quantized(recipe: Recipe, model: torch.nn.Module) -> torch.nn.Module:
     folder = local_checkpoint(recipe.model.model_path, recipe.model.hub)
     if folder is None or recipe.model.quantization in MADE:
         assume_schemes(model, recipe.model.quantization)
-    else:
+    if folder is not None:
         catalog, description = Checkpoint(folder).catalog, read_description(folder)
-        choose_schemes(model, catalog, description)
+        if recipe.model.quantization not in MADE:
+            choose_schemes(model, catalog, description)
         choose_cache(model, catalog, description, recipe.model.kv_cache_dtype == "int8")
     return model
 

@@ -48,15 +48,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def work(argv: Sequence[str]) -> Document:
     options = parse(argv)
+    calm_threads()  # before anything imports torch
     if options.check is not None:
+        if options.model_path or options.save_directory:
+            raise UserError("--check judges a folder and makes none: give it alone")
         from executor.commands.check_folder import run_check
 
-        calm_threads()
         return run_check(options.check)
     for name in ("model_path", "save_directory", "scheme"):
         if getattr(options, name) is None:
             raise UserError(f"--{name} is missing: --model_path FLOAT --save_directory OUT --scheme SCHEME, or --check")
-    calm_threads()  # before anything imports torch
     return quantize(options)
 
 
@@ -132,14 +133,14 @@ def by_vendor(options: argparse.Namespace, command: str, source: Any, out: Path,
 
 
 def verify(out: Path) -> None:
-    """The folder as any reader meets it: headers against files, index against headers, each tensor's type."""
-    from executor.checkpoint.description import read_description
-    from executor.checkpoint.headers import Checkpoint
+    """What --check says of the result. RuntimeError where it does not load: whatever wrote it has a fault."""
+    from executor.commands.check_folder import check_folder
 
-    checkpoint, description = Checkpoint(out), read_description(out)
-    odd = sorted(checkpoint.catalog.keys() ^ description.types.keys())
-    if odd:
-        raise RuntimeError(f"{out}: tensors and description differ, such as in {odd[0]}: do not use this folder")
+    report = check_folder(out)
+    for warning in report.warnings:
+        logger.warning("%s", warning)
+    if report.faults:
+        raise RuntimeError(f"{out} is written, but does not load: " + "; ".join(report.faults))
 
 
 def open_source(model_path: str) -> Any:

@@ -146,6 +146,22 @@ def test_float16_models_and_a_float_encoder(calibration, tmp_path):
     assert f"{text}.0.self_attn.o_proj" in scaled and f"{text}.1.self_attn.q_proj" in scaled
 
 
+@pytest.mark.parametrize("scheme, more", [("w8a16", ()), ("w8a8_dynamic", ("--smooth", "0"))])
+def test_what_measures_nothing_needs_no_calibration_set(scheme, more, tmp_path):
+    document = quantized(tiny("qwen3_vl_moe"), tmp_path / "out", scheme, None, *more)
+    assert document["num_samples"] == 0 and document["kinds"][scheme.upper()] >= 64
+
+
+def test_check_judges_a_folder_and_makes_none(msmodelslim, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    shutil.copytree(msmodelslim("qwen3_vl_w8a8"), folder)
+    document = work(["--check", str(folder)])
+    assert document["types"]["W8A8"] == 36
+    (folder / "preprocessor_config.json").unlink()
+    assert "preprocessor_config.json" in refused(capsys, "--check", folder)
+    assert "give it alone" in refused(capsys, "--check", folder, "--save_directory", tmp_path / "out")
+
+
 # ---- msmodelslim
 
 

@@ -24,12 +24,7 @@ CASES = {
     # Its routing knows no range of experts: each rank counts its own from 0.
     "duo_moe_ep2": ("qwen3_vl_moe", {"moe_ep_size": 2}, "atlas_300i_duo", {}),
     # Static, with a float down_proj; and dynamic, with biases that one rank adds.
-    "a3_graph_w8a8_tp2": (
-        "qwen3_vl",
-        {},
-        "atlas_800i_a3",
-        {"exe_mode": "ge_graph", "strict_graph": True, "model_path": "qwen3_vl_w8a8"},
-    ),
+    "a3_w8a8_tp2": ("qwen3_vl", {}, "atlas_800i_a3", {"model_path": "qwen3_vl_w8a8"}),
     "duo_w8a8_dynamic_tp2": ("qwen3_vl", {}, "atlas_300i_duo", {"model_path": "qwen3_vl_w8a8_dynamic"}),
     # Each rank reads its own part of compressed weights; one CPU rank reads the weights that they were made of.
     "duo_w8a8sc_tp2": ("qwen3_vl", {}, "atlas_300i_duo", {"model_path": "qwen3_vl_w8a8s"}),

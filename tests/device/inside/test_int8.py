@@ -227,8 +227,7 @@ def test_no_rows_pass_norm_and_mlp(npu) -> None:
 
 @pytest.mark.parametrize("up", ["static", "dynamic", "mixed", "weight", "float"])
 @pytest.mark.parametrize("down", ["static", "dynamic", "mixed", "weight", "float"])
-@pytest.mark.parametrize("rows", [DECODE_ROWS, 9])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows, bias", [(DECODE_ROWS, True), (9, False)])
 def test_gated_mlps_of_any_two_kinds(npu, up, down, rows, bias) -> None:
     """`down(swiglu(gate_up(x)))`, with one kernel between two int8 products where the chip has it."""
 

@@ -4,6 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
+import torchair._acl_concrete_graph.acl_graph as acl
+from torchair._acl_concrete_graph import fx2acl_converter, graph_pass
 
 from emulator.graph import per_layer
 from emulator.record import Recorder
@@ -114,9 +116,29 @@ def test_graph_tokens_are_the_cpus(family, tmp_path) -> None:
     assert engine.runner.graphs is not None
 
 
-@pytest.mark.parametrize("soc", [A2, A3])
-@pytest.mark.parametrize("name, most", [("Qwen3-VL-8B-Instruct", 16), ("Qwen2.5-VL-7B-Instruct", 15)])
-def test_nodes_of_a_decode_layer(soc, name, most) -> None:
+def test_acl_graphs_update_the_lengths_of_int8_attention(family, tmp_path, monkeypatch) -> None:
+    """As far as the capture, which is the chip's: one graph, in which a replay sets every request's cached tokens."""
+    folder, _, _ = family
+    seen = []
+    plain = acl.get_updated_ops_rulers_param
+    for module in (acl, fx2acl_converter, graph_pass):
+        if hasattr(module, "get_updated_ops_rulers_param"):
+            monkeypatch.setattr(module, "get_updated_ops_rulers_param", lambda *a: seen.append(plain(*a)) or seen[-1])
+    model = {"exe_mode": "npugraph_ex", "strict_graph": True, "output_path": str(tmp_path)}
+    with exact(), pytest.raises(RuntimeError, match="(?i)capture"):
+        engine_on(
+            backend(A2), folder, torch.float32, model=model, block_size=BLOCK_SIZE, num_blocks=64,
+            graph_batch_sizes=(2,),
+        )  # fmt: skip
+    ((rulers, updated),) = seen
+    assert rulers and all("npu_fused_infer_attention_score" in name and "_v2" not in name for name in rulers)
+    assert {key for keys in updated.values() for key in keys} >= {"actual_seq_lengths_kv"}
+
+
+@pytest.mark.parametrize(
+    "name, soc, nodes", [("Qwen3-VL-8B-Instruct", A2, 16), ("Qwen2.5-VL-7B-Instruct", A3, 14)]
+)  # float caches: 9 and 12
+def test_nodes_of_a_decode_layer(name, soc, nodes) -> None:
     """Norm, rotation, quantization and write are kernels of their own: no one kernel does them into these blocks."""
     with true_size(name, soc, int8_cache=True) as traces:
         one, two = traces.decode_graph(1), traces.decode_graph(2)
@@ -124,6 +146,5 @@ def test_nodes_of_a_decode_layer(soc, name, most) -> None:
         prefill = traces.prefill_calls(256, 128, 0)
     layer: Counter[str] = per_layer(one, two)
     assert layer["Quantize"] == 2 and layer["ScatterPaKvCache"] == layer["FusedInferAttentionScore"] == 1, layer
-    print(layer)
-    assert layer.total() <= most, layer
+    assert layer.total() == nodes, layer
     assert not prefill.violations and prefill.counts["npu_quantize"] == 4

@@ -45,7 +45,7 @@ def test_calls_bind_to_every_supported_release(soc, name, hidden) -> None:
     assert misfits <= {""}, misfits
 
 
-@pytest.mark.parametrize("soc", [A2, A3, DUO])
+@pytest.mark.parametrize("soc", [A2, DUO])
 @pytest.mark.parametrize("quantization", ["w8a8", "w8a8_dynamic", "w8a16"])
 @pytest.mark.parametrize("hidden", [(), tuple(REPLACEABLE)], ids=["all", "composed"])
 def test_calls_of_int8_weights_bind_to_every_supported_release(soc, quantization, hidden) -> None:
