@@ -17,7 +17,7 @@ from emulator.graph import Graph
 from emulator.record import Recorder
 from executor.device.npu.graph import configure
 from executor.device.npu.ops import NpuOps
-from executor.engine.step import ModelStep, Visual
+from executor.engine.step import ModelStep, Visual, cache_scales
 from executor.layers.vision import Grid
 
 
@@ -81,7 +81,7 @@ class Traces:
         try:
             kv = self.device.kv_cache(
                 len(text.layers), self.batch * self.blocks, self.block_size, attention.num_kv_heads,
-                attention.head_dim, self.dtype, normed=attention.q_norm is not None,
+                attention.head_dim, self.dtype, normed=attention.q_norm is not None, scales=cache_scales(self.model),
             )  # fmt: skip
             yield ModelStep(self.model, kv, self.block_size, self.dtype)
         finally:

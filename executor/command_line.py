@@ -71,7 +71,7 @@ FOREIGN = {  # flags of vLLM, MindIE, PaddleMIX and others -> what stands for th
     "enable-prefix-caching": "--set scheduler_config.enable_prefix_caching=true",
     "enforce-eager": "--set model_config.exe_mode=eager",
     "quantization": "--set model_config.quantization=auto (read from the checkpoint)",
-    "quant-type": "--set model_config.quantization=auto (read from the checkpoint)",
+    "quant-type": "--set model_config.quantization=wint8 (for weight_only_int8, with the float checkpoint)",
     "served-model-name": "--set server_config.served_model_name=NAME",
     "api-key": "--set server_config.api_key=KEY",
     "model-name-or-path": "--model PATH",
@@ -93,7 +93,13 @@ FOREIGN = {  # flags of vLLM, MindIE, PaddleMIX and others -> what stands for th
     "benchmark": "the command bench",
 }
 
-EXAMPLES = """examples:
+EXAMPLES = """without a recipe (each has --help):
+  python -m executor.commands.doctor       what this machine has and lacks
+  python -m executor.commands.quantize     a quantized checkpoint of a float one, or --check one
+  python -m executor.commands.compress     w8a8s weights compressed for the 300I DUO (w8a8sc)
+  python -m executor.commands.cast_scales  deq_scale tensors from one type to the other
+
+examples:
   bash infer.sh config/quickstart.yaml
   bash infer.sh config/quickstart.yaml --image a.png --question "What do you see?"
   bash infer.sh config/quickstart.yaml --set generation_config.temperature=0.7 data_config.media=[a.png,b.mp4]

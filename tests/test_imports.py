@@ -1,6 +1,8 @@
 """Imports point one way (the ranks of the architecture), and some things are reached from one place only."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,7 @@ RANKS = {
     "executor.parallel": 4,
     "executor.quant": 5,
     "executor.quant.choose": 7,
+    "executor.quant.check": 7,
     "executor.quant.sizes": 2,
     "executor.layers": 6,
     "executor.engine": 7,
@@ -121,6 +124,12 @@ def test_the_scheduler_knows_no_torch():
     for path in (REPO / "executor" / "schedule").glob("*.py"):
         for line, module in imported(path):
             assert module.split(".")[0] not in ("torch", "transformers"), f"{path}:{line}"
+
+
+def test_a_recipe_is_settled_before_torch_is_imported():
+    """It takes seconds, which a launcher and a refusal have no use for."""
+    code = "import sys, executor.recipe.settle; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, timeout=120).returncode == 0
 
 
 def test_npu_packages_stay_in_their_folders():

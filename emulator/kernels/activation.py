@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emulator import chips
 from emulator.kernels.quant import dynamic_quantize, quantize
-from emulator.limits import FLOATS, refuse, require, require_dtype, require_rank, require_shape
+from emulator.limits import FLOATS, refuse, require, require_dtype, require_rank, require_same_dtype, require_shape
 from emulator.registry import kernel
 
 
@@ -78,7 +78,11 @@ def _check_fused(
         require(bias.numel() == x.shape[-1], f"bias must have {x.shape[-1]} values", list(bias.shape))
     if quant_scale is not None:
         require_dtype("quant_scale", quant_scale, FLOATS)
-    require(quant_mode == 1 or quant_scale is not None, "static quantization needs quant_scale")
+    if quant_mode == 0:
+        given = quant_scale is not None and quant_offset is not None
+        require(given, "static quantization needs quant_scale and quant_offset")
+        require_same_dtype("quant_scale", quant_scale, quant_offset=quant_offset)
+        require_shape("quant_offset", quant_offset, *quant_scale.shape)
     if group_index is not None:
         refuse(bias=bias, quant_offset=quant_offset)
         _check_groups(x, group_index, quant_scale, quant_mode)

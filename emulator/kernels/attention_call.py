@@ -42,6 +42,8 @@ class Call:
     shift: Tensor | None = None  # added to the scaled scores, [B or 1, H, S, L]
     out_scale: Tensor | None = None  # int8 output: round(out * scale + offset)
     out_offset: Tensor | None = None
+    k_scale: Tensor | None = None  # of int8 keys, one number for every channel
+    v_scale: Tensor | None = None
     prompt: bool = False  # npu_prompt_flash_attention: one query token is as good as many
 
     @property
@@ -151,14 +153,21 @@ def _keys(call: Call, batch: int) -> tuple[Sequence[Tensor], Sequence[Tensor], l
         k, v = (_plain_blocks(call, x) for x in (call.key, call.value))
         rows = list(zip(call.block_table, lens, strict=True))
         keys, values = ([gather_blocks(x, *row).flatten(2) for row in rows] for x in (k, v))
-        return keys, values, lens
+        return _read(call, keys, call.k_scale), _read(call, values, call.v_scale), lens
     if call.tnd:
         lens = differences("actual_seq_kvlen", _listed(call.kv_lens), call.key.shape[0])
         return call.key[: sum(lens)].split(lens), call.value[: sum(lens)].split(lens), lens
     keys, lens = _requests(call, call.key, call.kv_heads, call.kv_lens, "actual_seq_kvlen")
     values, _ = _requests(call, call.value, call.kv_heads, call.kv_lens, "actual_seq_kvlen")
     cut = [x[:n] for x, n in zip(keys, lens, strict=True)], [x[:n] for x, n in zip(values, lens, strict=True)]
-    return *cut, lens
+    return _read(call, cut[0], call.k_scale), _read(call, cut[1], call.v_scale), lens
+
+
+def _read(call: Call, rows: list[Tensor], scale: Tensor | None) -> list[Tensor]:
+    """Keys or values `[L, K, D]` of every request as they are meant: int8 ones times the scale of their channel."""
+    if scale is None:
+        return rows
+    return [x.float() * scale.float().view(call.kv_heads, call.head_dim) for x in rows]
 
 
 def _requests(call: Call, x: Tensor, heads: int, lens: Lengths, name: str) -> tuple[Sequence[Tensor], list[int]]:

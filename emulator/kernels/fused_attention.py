@@ -2,8 +2,9 @@
 
 Semantics and limits: the ops' docstrings in the torch_npu wheel; for TND with a paged cache, head dim 64 and NZ
 caches, which those docstrings leave out, the newer pages of torch_npu's op reference (op-plugin 26 / CANN 9).
-Not emulated, though documented: MLA (query_rope), quantized queries, keys and values, shared prefix, left padding,
-attention sinks, the NTD layouts, sparse mode 9.
+Not emulated, though documented: MLA (query_rope), quantized queries, int8 keys and values but those of one query token
+with scales by channel and no offsets (whose sign no page says), shared prefix, left padding, attention sinks, the NTD
+layouts, sparse mode 9.
 """
 
 import functools
@@ -35,7 +36,10 @@ def check(call: Call) -> None:
     require(call.layout in _LAYOUTS, f"input_layout must be one of {', '.join(_LAYOUTS)}", call.layout)
     require_rank("query", call.query, _LAYOUTS[call.layout])
     require_dtype("query", call.query, HALF)
-    require_same_dtype("query", call.query, key=call.key, value=call.value)
+    if call.k_scale is None and call.v_scale is None:
+        require_same_dtype("query", call.query, key=call.key, value=call.value)
+    else:
+        _check_int8_keys(call)
     require(
         tuple(call.key.shape) == tuple(call.value.shape),
         "key and value must have the same shape",
@@ -66,6 +70,36 @@ def check(call: Call) -> None:
         axis = {"TND": 1, "BSND": 2, "BSH": None}.get(call.layout, 1)
         got = call.key.shape[axis] if axis is not None else call.key.shape[2] // call.head_dim
         require(got == call.kv_heads, f"key must have {call.kv_heads} heads", list(call.key.shape))
+
+
+def _check_int8_keys(call: Call) -> None:
+    """Keys and values in int8 with a scale for every channel, which the branch for one query token takes."""
+    require(
+        call.k_scale is not None and call.v_scale is not None,
+        "the scales of keys and values must be given together",
+        [call.k_scale is not None, call.v_scale is not None],
+    )
+    require(not call.tnd, "TND does not take scales of keys and values")
+    require(call.single, "scales by channel are emulated for one query token", call.query_tokens)
+    require_dtype("key", call.key, (torch.int8,))
+    require_dtype("value", call.value, (torch.int8,))
+    heads, dim = call.kv_heads, call.head_dim
+    shapes = ((1, heads, 1, dim), (1, heads, dim), (1, heads * dim))
+    for name, scale in (("key", call.k_scale), ("value", call.v_scale)):
+        require_same_dtype("query", call.query, **{f"the scale of {name}": scale})
+        require(
+            tuple(scale.shape) in shapes,
+            f"the scale of {name} must have shape {' or '.join(str(list(shape)) for shape in shapes)}",
+            list(scale.shape),
+        )
+    require(
+        tuple(call.k_scale.shape) == tuple(call.v_scale.shape),
+        "the scales of keys and values must have one shape",
+        [list(call.k_scale.shape), list(call.v_scale.shape)],
+    )
+    if call.paged:
+        require(call.key.dim() != 5, "NZ blocks of int8 are not emulated (documented for few head counts)")
+        require(call.block_size % 32 == 0, "with int8 keys block_size must be a multiple of 32", call.block_size)
 
 
 def _check_precision(call: Call) -> None:
@@ -244,10 +278,12 @@ _SHARED = {
 _SECOND = _SHARED | {
     "q_lens": "actual_seq_qlen", "kv_lens": "actual_seq_kvlen", "heads": "num_query_heads", "scale": "softmax_scale",
     "lse": "return_softmax_lse", "out_scale": "quant_scale_out", "out_offset": "quant_offset_out",
+    "k_scale": "dequant_scale_key", "v_scale": "dequant_scale_value",
 }  # fmt: skip
 _FIRST = _SHARED | {
     "q_lens": "actual_seq_lengths", "kv_lens": "actual_seq_lengths_kv", "heads": "num_heads", "scale": "scale",
     "lse": "softmax_lse_flag", "out_scale": "quant_scale2", "out_offset": "quant_offset2",
+    "k_scale": "key_antiquant_scale", "v_scale": "value_antiquant_scale",
 }  # fmt: skip
 
 

@@ -96,7 +96,6 @@ def _check_add_quant(
     require(
         scales1.dtype == torch.float32 or x1.dtype == torch.bfloat16, "bfloat16 scales need a bfloat16 x1", x1.dtype
     )
-    require(div_mode, "div_mode must be True", div_mode)
     if chips.current().soc == "atlas_300i_duo":
         require(gamma.numel() * gamma.element_size() >= 32, "gamma must have at least 32 bytes", list(gamma.shape))
     for name, x in (

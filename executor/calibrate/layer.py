@@ -131,6 +131,7 @@ def _watch(model: Any, stage: Stage, look: Callable[[str, Tensor], None], wanted
         for layer in module.modules():
             if isinstance(layer, Linear) and layer.prefix in wanted:
                 product = layer.product.product if isinstance(layer.product, Observed) else layer.product
+                del layer.product  # which may be a module: only another could stand in its place
                 narrow = partial(_narrowed, layer.share.num_in, heads.get(layer.prefix))
                 layer.product = Observed(product, partial(_shown, look, layer.prefix, narrow))
 
@@ -156,7 +157,17 @@ def _look(job: Job, stage: Stage, number: int, work: Work, model: Any, linears: 
         state = {name: x.to(device) for name, x in work.state(number, index).items()}
         after = stage.run(job.bench, model, sample, state)
         work.keep_state(number + 1, index, {name: x.cpu() for name, x in after.items()})
+    for name, seen in ranges.items():
+        if seen.low is not None and not bool(torch.isfinite(seen.largest).all()):
+            raise UserError(
+                f"{name}: the calibration set's activations are not finite there in {_name(job.bench.dtype)}; take "
+                "another --dtype (bfloat16 and float32 have the wider range), or mend the checkpoint"
+            )
     return Looked({name: seen for name, seen in ranges.items() if seen.low is not None}, {}, {})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _look_again(

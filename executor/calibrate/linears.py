@@ -92,14 +92,14 @@ def _experts(layer: Experts, catalog: Mapping[str, Any]) -> Iterator[LinearSourc
             ("up_proj", up_name, (inner, hidden), slice(inner, 2 * inner)),
             ("down_proj", down_name, (hidden, inner), slice(0, hidden)),
         ):
-            own = f"{prefix}.{expert}.{name}"
+            full_name = f"{prefix}.{expert}.{name}"
             is_summed = name == "down_proj"
             if not is_stacked:
-                yield LinearSource(own, f"{own}.weight", prefix, shape, is_summed, is_expert=True)
+                yield LinearSource(full_name, f"{full_name}.weight", prefix, shape, is_summed, is_expert=True)
                 continue
             whole = (2 * inner, hidden) if tensor == up_name else shape
             transposed = tuple(catalog[tensor].shape) != (share.num_experts, *whole)
-            yield LinearSource(own, tensor, prefix, shape, is_summed, True, expert, rows, transposed)
+            yield LinearSource(full_name, tensor, prefix, shape, is_summed, True, expert, rows, transposed)
 
 
 def column_maximum(sources: list[LinearSource], checkpoint: Checkpoint) -> Tensor:

@@ -33,7 +33,8 @@ def stage_bytes(
 ) -> int:
     """Of one stage. num_rows: tokens, or patches, of the longest sample. weight_bytes: of a number of its weights."""
     counts = [prod(catalog[name].shape) for name in names]
-    held = sum(counts) * weight_bytes + sum(catalog[name].num_bytes for name in names)
+    # As they were read and in the device's form: what is freed of the first, allocators keep for a while.
+    held = 2 * sum(counts) * weight_bytes + sum(catalog[name].num_bytes for name in names)
     largest = max((prod(linear.shape) for linear in linears), default=0)
     dense = [linear for linear in linears if not linear.is_expert]
     widest = max((linear.shape[1] for linear in dense), default=0)
@@ -43,7 +44,7 @@ def stage_bytes(
     if settings.rounding == "gptq":
         inputs = {linear.module: linear.shape[1] for linear in dense}
         products = sum(4 * size**2 for size in inputs.values()) + 3 * 8 * widest**2
-    running = held + largest * weight_bytes + activations
+    running = held + activations
     rounding = sum(counts) + largest * ROUNDING_BYTES
     return max(running if settings.needs_activations else 0, rounding) + products
 

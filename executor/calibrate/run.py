@@ -20,7 +20,15 @@ from executor.calibrate.layer import Job, linears_of_stage, run_stage
 from executor.calibrate.linears import LinearSource
 from executor.calibrate.memory import check_memory, most_bytes, patches_of_longest
 from executor.calibrate.plan import plan
-from executor.calibrate.sample import MOST_PIXELS, check_count, fingerprint, open_calibration, pieces_of, prompts
+from executor.calibrate.sample import (
+    MOST_PIXELS,
+    MOST_TOKENS,
+    check_count,
+    fingerprint,
+    open_calibration,
+    pieces_of,
+    prompts,
+)
 from executor.calibrate.settings import Settings
 from executor.calibrate.stages import Bench, Stage, stages_of, tensors_of, with_cache
 from executor.calibrate.work import Work
@@ -65,7 +73,20 @@ class Source:
 
 
 def quantize(source: Source, out: Path, settings: Settings, calibration: Path | None, device: Ops) -> Report:
-    """Quantize `source` into `out`. Raises UserError for what the settings and the checkpoint do not allow."""
+    """Quantize `source` into `out`. Raises UserError for what the settings and the checkpoint do not allow.
+
+    RuntimeError where `out` cannot be written; started again it goes on from there.
+    """
+    try:
+        return _quantized(source, out, settings, calibration, device)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise RuntimeError(
+            f"{error.strerror or error}{where}; once that is mended, the same words go on where this stopped"
+        ) from error
+
+
+def _quantized(source: Source, out: Path, settings: Settings, calibration: Path | None, device: Ops) -> Report:
     started = time.monotonic()
     ops.bind(device)
     checkpoint = Checkpoint(source.folder)
@@ -119,10 +140,11 @@ def _calibration(settings: Settings, path: Path | None) -> Any:
 
 def _gather(job: Job, source: Source, work: Work, data: Any, path: Path) -> None:
     """The prompts of the calibration set, each with the patches of its media, into the work's folder."""
-    processor = source.runner.build_processor(source.folder, MediaOptions())
+    options = MediaOptions(max_model_len=MOST_TOKENS)
+    processor = source.runner.build_processor(source.folder, options)
     most = max(MOST_PIXELS, processor.picture.min_pixels)
     if processor.picture.max_pixels > most:
-        processor = source.runner.build_processor(source.folder, MediaOptions(max_pixels=most))
+        processor = source.runner.build_processor(source.folder, replace(options, max_pixels=most))
     count, has_media = 0, False
     for prompt in prompts(data, job.settings, processor):
         sample, patches = pieces_of(prompt, processor, job.bench.dtype)

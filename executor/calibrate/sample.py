@@ -32,6 +32,8 @@ FEW = 8
 """Fewer samples than this give scales that other pictures do not fit."""
 MOST_PIXELS = 1280 * 28 * 28
 """Of a picture of the calibration set: larger ones say nothing more of the activations, and cost time and memory."""
+MOST_TOKENS = 8192
+"""Of a prompt with a video, which has three quarters of them at most."""
 
 
 @dataclass(frozen=True, eq=False)

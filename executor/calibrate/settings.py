@@ -58,6 +58,12 @@ class Settings:
             raise UserError(f"--smooth: got {self.smooth:g}; a number from 0 (none) to below 1")
         if not 90 <= self.percentile <= 100:
             raise UserError(f"--percentile: got {self.percentile:g}; from 90 to 100 (all values)")
+        if self.percentile < 100 and self.kinds.linears not in STATIC:
+            raise UserError(
+                f"--percentile: {self.scheme} has no scale that is measured beforehand; it is for w8a8, w8a8s, w8a8_mix"
+            )
+        if self.smooth and self.kinds.linears not in QUANTIZED_ACTIVATIONS:
+            raise UserError(f"--smooth: activations stay float with {self.scheme}, there is nothing to smooth")
         if self.samples < 1:
             raise UserError(f"--samples: got {self.samples}; at least 1")
 

@@ -39,20 +39,24 @@ def static_tensors(
 ) -> dict[str, Tensor]:
     """W8A8 and W8A8S: `values` int8 [n, k], `scale` float32 [n, 1], `bias` float [n].
 
-    `int64_scale`: deq_scale as the bits of a float32 in an int64, as float16 models have it. quant_bias saturates.
+    `int64_scale`: deq_scale as the bits of a float32 in an int64, as float16 models have it.
     """
     deq_scale = inputs.scale * scale.squeeze(1)
-    sums = values.to(torch.int64).sum(1)
-    float_part = torch.zeros_like(deq_scale) if bias is None else bias.float() / deq_scale
-    # The offset's part is a product of whole numbers beyond float32's; in float64 it is exact.
-    quant_bias = torch.round(float_part.double() - inputs.offset.double() * sums)
     return {
         "weight": values,
-        "quant_bias": quant_bias.clamp_(_INT32.min, _INT32.max).to(torch.int32),
+        "quant_bias": integer_bias(values, deq_scale, bias, inputs.offset),
         "input_scale": inputs.scale,
         "input_offset": inputs.offset,
         "deq_scale": _as_int64(deq_scale) if int64_scale else deq_scale,
     }
+
+
+def integer_bias(values: Tensor, deq_scale: Tensor, bias: Tensor | None, offset: Tensor) -> Tensor:
+    """The linear's bias and the offset's part of every output, int32 [n]; it saturates."""
+    float_part = torch.zeros_like(deq_scale) if bias is None else bias.float() / deq_scale
+    # The offset's part is a product of whole numbers beyond float32's; in float64 it is exact.
+    whole = torch.round(float_part.double() - offset.double() * values.to(torch.int64).sum(1))
+    return whole.clamp_(_INT32.min, _INT32.max).to(torch.int32)
 
 
 def _as_int64(scale: Tensor) -> Tensor:

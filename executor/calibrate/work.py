@@ -31,7 +31,7 @@ class Work:
 
     def __init__(self, folder: Path, digest: str, settings: dict[str, Any]) -> None:
         self.folder = folder / NAME
-        self.digest, self.settings = digest, settings
+        self.digest, self.settings = digest, json.loads(json.dumps(settings))  # as the manifest gives them back
         self.done = 0  # stages
         self.num_samples: int | None = None  # None: not gathered yet
 
@@ -48,10 +48,13 @@ class Work:
             self.folder.mkdir(parents=True)
             self._save()
             return
-        held = json.loads(manifest.read_text()) if manifest.is_file() else {}
+        if not manifest.is_file():  # stopped before it was written
+            self._save()
+            return
+        held = json.loads(manifest.read_text())
         if held.get("digest") != self.digest:
-            said = held.get("settings", {})
-            changed = [key for key, value in self.settings.items() if said.get(key) != value]
+            before = held.get("settings", {})
+            changed = [key for key, value in self.settings.items() if before.get(key) != value]
             why = f"other settings ({', '.join(changed)})" if changed else "another checkpoint or calibration set"
             raise UserError(
                 f"--save_directory: {out} holds an unfinished quantization with {why}; repeat those, or "

@@ -20,7 +20,7 @@ VERSION = "1.0.0"  # of the description's form
 _WEIGHT_FILES = (".safetensors", ".index.json", ".part", ".lock", *OTHER_FORMATS)
 
 
-def pack(work: Work, num_stages: int, out: Path, said: str, metadata: dict[str, Any]) -> None:
+def pack(work: Work, num_stages: int, out: Path, model_quant_type: str, metadata: dict[str, Any]) -> None:
     """All stages' tensors as shards, an index and a description. Goes on with what an interrupted call has left."""
     sizes = [_plan(work, out, stage) for stage in range(num_stages)]
     groups = shards([sum(tensors.values()) for tensors in sizes], SHARD_BYTES)
@@ -40,7 +40,13 @@ def pack(work: Work, num_stages: int, out: Path, said: str, metadata: dict[str, 
             work.stage_file(stage).unlink(missing_ok=True)
     total = sum(sum(tensors.values()) for tensors in sizes)
     put_json(out / f"{STEM}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    head = {"version": VERSION, "model_quant_type": said, "metadata": metadata, "group_size": 0, "optional": {}}
+    head = {
+        "version": VERSION,
+        "model_quant_type": model_quant_type,
+        "metadata": metadata,
+        "group_size": 0,
+        "optional": {},
+    }
     put_json(out / "quant_model_description.json", head | types)
 
 

@@ -12,10 +12,13 @@ from pathlib import Path
 
 from executor.checkpoint.files import DESCRIPTIONS
 from executor.checkpoint.folder import read_json
-from executor.checkpoint.headers import canonical_name
+from executor.checkpoint.names import canonical_name
+from executor.checkpoint.parts import first_part
 from executor.errors import UserError
 
 FLOAT_TYPE = "FLOAT"
+WEIGHTS = (".weight", ".experts.gate_up_proj", ".experts.down_proj")
+"""How the names of weights end: those of all experts in one tensor may be the linear's own."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Description:
     file: Path
     types: Mapping[str, str]
     said: str  # model_quant_type
+    kv_cache: str | None = None  # kv_cache_type, such as C8; None: keys and values stay float
 
     def type_of(self, name: str) -> str:
         return self.types.get(name, FLOAT_TYPE)
@@ -32,12 +36,12 @@ class Description:
     @property
     def kinds(self) -> Counter[str]:
         """How many weights there are of each type."""
-        return Counter(kind for name, kind in self.types.items() if name.endswith(".weight"))
+        return Counter(kind for name, kind in self.types.items() if name.endswith(WEIGHTS))
 
     @cached_property
     def samples(self) -> Mapping[str, str]:
         """The types inside but float, in the recipe's words, each with the name of a weight that has it."""
-        weights = ((kind, name) for name, kind in self.types.items() if name.endswith(".weight"))
+        weights = ((kind, name) for name, kind in self.types.items() if name.endswith(WEIGHTS))
         return {kind.lower(): name for kind, name in weights if kind != FLOAT_TYPE}
 
     @property
@@ -55,6 +59,7 @@ def read_description(folder: Path) -> Description | None:
 
     Raises UserError for one that is damaged, and for several that say different things.
     """
+    folder = first_part(folder)
     files = sorted(folder.glob(DESCRIPTIONS))
     if not files:
         return None
@@ -79,4 +84,6 @@ def _parsed(file: Path, raw: Mapping[str, object]) -> Description:
             '"lm_head.weight": "FLOAT". Copy it again from where the weights came'
         )
     types = {canonical_name(name): kind for name, kind in entries.items()}
-    return Description(file, types, str(raw.get("model_quant_type", FLOAT_TYPE)))
+    kv_cache = raw.get("kv_cache_type") or raw.get("kv_quant_type")  # tools write both, or one of them
+    said = str(raw.get("model_quant_type", FLOAT_TYPE))
+    return Description(file, types, said, str(kv_cache).upper() if kv_cache else None)

@@ -26,6 +26,7 @@ class WeightFiles:
     files: tuple[Path, ...]
     index_file: Path | None
     weight_map: Mapping[str, str] | None
+    is_described: bool  # whether msmodelslim's description of quantized weights lies in the folder
     ignored: tuple[Path, ...]  # safetensors beside quantized weights that are not read, in sub-folders too
 
 
@@ -38,7 +39,7 @@ def find_weights(folder: Path) -> WeightFiles:
     weight_map = _read_index(index_file) if index_file else None
     files = _shards_of_folder(folder, quantized) if index_file is None else _shards_of_index(index_file, weight_map)
     lying_here = {*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")} if has_description else set()
-    return WeightFiles(tuple(files), index_file, weight_map, tuple(sorted(lying_here - set(files))))
+    return WeightFiles(tuple(files), index_file, weight_map, has_description, tuple(sorted(lying_here - set(files))))
 
 
 def _check_folder(folder: Path) -> None:

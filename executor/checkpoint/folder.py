@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from executor.checkpoint.files import find_weights
+from executor.checkpoint.parts import part_folders
 from executor.errors import UserError, nearest
 from executor.host.env import find_path, hub_offline
 
@@ -122,7 +123,8 @@ def _is_whole(folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return False
     try:
-        find_weights(folder)
+        for part in part_folders(folder) or (folder,):
+            find_weights(part)
     except UserError:
         return False
     return True

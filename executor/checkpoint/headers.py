@@ -6,7 +6,6 @@ weights is read. Does not know what the tensors are for, and copies none (`weigh
 
 import json
 import math
-import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from executor.checkpoint.files import find_weights
+from executor.checkpoint.names import canonical_name
 from executor.errors import UserError, nearest
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
@@ -33,12 +33,6 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 LFS_POINTER = b"version https://git-lfs"
-# DataParallel and DeepSpeed, peft, torch.compile, FSDP, activation checkpointing. `module` is a word of models, too.
-WRAPPERS = re.compile(
-    r"^((_forward_module|module|base_model\.model)\.)+|"
-    r"(?:(?<=\.)|^)((_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module)\.)+"
-    r"((module|base_model\.model)\.)*"
-)
 
 
 @dataclass(frozen=True)
@@ -58,14 +52,17 @@ class Checkpoint:
     """A local folder of `*.safetensors`, with or without an index. Reads headers only.
 
     `catalog` maps canonical names (`model.visual.*`, `model.language_model.*`, `lm_head.*`) to `TensorInfo`, in the
-    order of the files. Raises UserError for a folder that is no complete safetensors checkpoint.
+    order of the files. `is_part`: it holds what one rank reads and no more (executor/checkpoint/parts.py).
+    Raises UserError for a folder that is no complete safetensors checkpoint.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, is_part: bool = False):
         self.folder = Path(folder).expanduser()
+        self.is_part = is_part
         found = find_weights(self.folder)
         index_file, weight_map = found.index_file, found.weight_map
         self.files: tuple[Path, ...] = found.files
+        self.is_described = found.is_described
         self.ignored: tuple[Path, ...] = found.ignored
         self.catalog: dict[str, TensorInfo] = _merge_headers(self.files, weight_map)
         if weight_map is not None:
@@ -93,26 +90,6 @@ class Checkpoint:
             f"{len(self.catalog)} tensors in {len(self.files)} file(s). Check that config.json belongs to these "
             f"weights and that the download is complete{hint}"
         )
-
-
-def canonical_name(name: str) -> str:
-    """Maps the legacy names (`visual.*`, `model.*` of the text, `language_model.model.*`) to the current ones.
-
-    What training tools wrap a model in when they save it is taken off: see WRAPPERS.
-    """
-    name = WRAPPERS.sub("", name)
-    if name.startswith(("model.visual.", "model.language_model.", "lm_head.")):
-        return name
-    for legacy, current in (
-        ("visual.", "model.visual."),
-        ("language_model.lm_head.", "lm_head."),
-        ("language_model.model.", "model.language_model."),
-        ("language_model.", "model.language_model."),
-        ("model.", "model.language_model."),
-    ):
-        if name.startswith(legacy):
-            return current + name.removeprefix(legacy)
-    return name
 
 
 def _merge_headers(files: Iterable[Path], weight_map: Mapping[str, str] | None) -> dict[str, TensorInfo]:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from executor.checkpoint.mapped import mapped_rows
-from executor.checkpoint.pull import deferred, finalize, materialise
+from executor.checkpoint.part_pulls import of_part
+from executor.checkpoint.pull import Pull, deferred, finalize, materialise
 from executor.checkpoint.strangers import check_unread
 from executor.checkpoint.weights import Checkpoint, LoadReport, check_complete, load_weights
 from executor.device.ops import Ops
@@ -56,8 +57,14 @@ def load_model(
     if checkpoint.ignored:
         names = ", ".join(file.relative_to(checkpoint.folder).as_posix() for file in checkpoint.ignored)
         logger.warning("%s: beside the quantized weights, and not read: %s", checkpoint.folder, names)
+    wide = [
+        name for name, info in checkpoint.catalog.items() if name.endswith(".deq_scale") and info.dtype is torch.int64
+    ]
+    if wide:
+        logger.info("%s: deq_scale of %d linears is int64: the float32 in it is taken", checkpoint.folder, len(wide))
     pulls = list(model.pulls(checkpoint.catalog))
     check_complete(model, pulls)
+    pulls = in_files(pulls, checkpoint)
     check_unread(pulls, checkpoint, ignore)
     report = load_weights(pulls, checkpoint, ignore=ignore)
     del pulls  # they hold the plain weights, which every layer is about to give up
@@ -67,12 +74,17 @@ def load_model(
     return model.eval(), report
 
 
+def in_files(pulls: Iterable[Pull], checkpoint: Checkpoint) -> list[Pull]:
+    """The pulls of a model as they are of the checkpoint's tensors, which may be whole or this rank's part."""
+    return list(of_part(pulls) if checkpoint.is_part else pulls)
+
+
 def _leave_in_file(embedding: nn.Module, checkpoint: Checkpoint) -> None:
     """Look tokens up in the checkpoint's own file: the head is about to have the device's copy, the only one in memory.
 
     Not where the file has another type: rows would be rounded at every lookup.
     """
-    (pull,) = embedding.pulls(checkpoint.catalog, EMBEDDING)
+    (pull,) = in_files(embedding.pulls(checkpoint.catalog, EMBEDDING), checkpoint)
     info = checkpoint.catalog[pull.name]
     if info.dtype is not embedding.weight.dtype:
         logger.info("tied weights stand twice: the file has %s, the recipe %s", info.dtype, embedding.weight.dtype)

@@ -1,22 +1,15 @@
 """Folders of compressed weights: `part{rank}-of-{size}`, each with what one rank of a tensor parallel group reads.
 
-A part holds of every text tensor what its rank takes, and the vision encoder whole: that may be split over the ranks
-or not, as the recipe says. Who writes a part and who reads it go by the same pulls (`taken`, `of_part`).
+Knows names of folders only; what is in a part: part_pulls.py.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
-from executor.checkpoint.pull import Pull, swap_last_two
 from executor.errors import UserError
 
 _PART = re.compile(r"part(\d+)-of-(\d+)")
 _OTHER_CONTAINER = "model-rank-*-part-*.safetensors"
-WHOLE = ("model.visual.",)
-"""Canonical names of tensors that a part does not slice."""
-Bounds = tuple[int, int]  # a slice's start and stop
 
 
 def part_name(rank: int, size: int) -> str:
@@ -69,45 +62,6 @@ def size_finding(folder: Path, is_compressed: bool, size: int) -> str | None:
         f"{made_for}; set attn_tp_size: {made_for}, or compress the w8a8s weights again for {size} (torchrun "
         f"--nproc_per_node {size} -m executor.commands.compress)"
     )
-
-
-def taken(pulls: Iterable[Pull]) -> dict[str, tuple[tuple[Bounds, ...], ...]]:
-    """What a rank takes of every tensor it reads: for each dim of the file, the bounds in order."""
-    found: dict[str, list[set[Bounds]]] = {}
-    for pull in pulls:
-        if not pull.into.numel():
-            continue
-        index = pull.file_index
-        if pull.name.startswith(WHOLE):
-            index = tuple(slice(0, size) for size in pull.file_shape)
-        dims = found.setdefault(pull.name, [set() for _ in index])
-        for seen, piece in zip(dims, index, strict=True):
-            seen.add((piece.start, piece.stop))
-    held = {name: tuple(tuple(sorted(seen)) for seen in dims) for name, dims in found.items()}
-    for name, dims in held.items():
-        for seen in dims:
-            overlap = any(first[1] > second[0] for first, second in zip(seen, seen[1:], strict=False))
-            assert not overlap, f"{name}: the rank takes rows twice: {seen}"
-    return held
-
-
-def of_part(pulls: Iterable[Pull]) -> Iterator[Pull]:
-    """The same pulls where the file holds what `taken` says, side by side, and nothing else."""
-    pulls = list(pulls)
-    held: Mapping[str, tuple[tuple[Bounds, ...], ...]] = taken(pulls)
-    for pull in pulls:
-        if not pull.into.numel():
-            continue
-        if pull.name.startswith(WHOLE):
-            yield pull
-            continue
-        shape, index = [], []
-        for piece, seen in zip(pull.file_index, held[pull.name], strict=True):
-            before = sum(stop - start for start, stop in seen if stop <= piece.start)
-            index.append(slice(before, before + piece.stop - piece.start))
-            shape.append(sum(stop - start for start, stop in seen))
-        turned = swap_last_two if pull.transpose else tuple
-        yield replace(pull, shape=tuple(turned(tuple(shape))), index=tuple(turned(tuple(index))))
 
 
 def _refuse_other_container(folder: Path) -> None:

@@ -23,7 +23,7 @@ class Pull:
     `into.shape` equals the slice's shape. `into` may be a view of a fused parameter, of any dtype and device.
     `transpose`: in the file the last two dims of `shape` are swapped; `shape` and `index` stay the model's.
     `convert`: the slice as the file has it -> what goes into `into`, where that is not a plain copy: of another type,
-    or a single number that is meant for every row.
+    or a single number that is meant for every row. `accepts`: the types that it takes, where not all.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Pull:
     into: Tensor
     transpose: bool = False
     convert: Callable[[Tensor], Tensor] | None = None
+    accepts: tuple[torch.dtype, ...] = ()
 
     @property
     def file_shape(self) -> tuple[int, ...]:
@@ -65,9 +66,11 @@ def elsewhere(
     shape: tuple[int, ...],
     dtype: torch.dtype | None = None,
     convert: Callable[[Tensor], Tensor] | None = None,
+    accepts: tuple[torch.dtype, ...] = (),
 ) -> Pull:
     """Nothing of the tensor: another rank holds it. The checkpoint is still held to have it, in this shape and type."""
-    return Pull(name, shape, (slice(0, 0),), torch.empty(0, *shape[1:], dtype=dtype, device="cpu"), convert=convert)
+    nothing = torch.empty(0, *shape[1:], dtype=dtype, device="cpu")
+    return Pull(name, shape, (slice(0, 0),), nothing, convert=convert, accepts=accepts)
 
 
 def pull_all(module: nn.Module, catalog: Catalog, prefix: str) -> Iterator[Pull]:

@@ -16,13 +16,19 @@ IGNORED_UNREAD = ("*.inv_freq",)
 """Tensors that old checkpoints carry and that every model computes for itself."""
 
 NO_SCHEME = (
-    "these are quantized weights, and nothing in the folder names their scheme (model_config.quantization): take the "
-    "float checkpoint of the same model (bfloat16 or float16)"
+    "these are quantized weights, and nothing in the folder names their scheme: msmodelslim's have a "
+    "quant_model_description.json beside them, which may not have been copied; of other tools take the float "
+    "checkpoint of the same model (bfloat16 or float16)"
+)
+_NOT_DESCRIBED = (
+    "these are of a quantized weight, and quant_model_description*.json calls it FLOAT or does not name it: the "
+    "description is of other weights, or was changed. Take the one that was written with these weights, or quantize "
+    "the model again"
 )
 QUANTIZED_TYPES = r"F[468]_"
 _QUANTIZED = re.compile(
-    r"(^|[._])(scale_inv|weight_scale(_\d)?|input_scale(_\d)?|weight_offset|input_offset|deq_scale|quant_bias|qweight|"
-    r"qzeros|scales|zeros|biases|g_idx|weight_packed|weight_shape|weight_zero_point|absmax|quant_map|SCB|"
+    r"(^|[._])(scale_inv|weight_scale(_\d)?|input_scale(_\d)?|weight_offset|input_offset|deq_scale|quant_bias|"
+    r"kv_cache_(scale|offset)|qweight|qzeros|scales|zeros|biases|g_idx|weight_packed|weight_shape|weight_zero_point|absmax|quant_map|SCB|"
     r"quant_state\..*)$"
 )
 # Computed anew by every model, or of what is not part of it: draft layers that predict further tokens.
@@ -52,7 +58,7 @@ def check_unread(pulls: Sequence[Pull], checkpoint: Checkpoint, ignore: Iterable
     unread = unread_names(pulls, checkpoint, ignore)
     quantized = [name for name in unread if _QUANTIZED.search(name)]
     if quantized:
-        raise UserError(f"{checkpoint.folder}: {_named(quantized)} stand beside the weights: {NO_SCHEME}")
+        raise UserError(f"{checkpoint.folder}: {named(quantized)} stand beside the weights: {no_scheme(checkpoint)}")
     refuse_unmerged(checkpoint)
     found = [name for name in unread if _PARTS.search(name) and not _HARMLESS.search(name)]
     if not found or any(pull.name not in checkpoint.catalog for pull in pulls):
@@ -61,9 +67,14 @@ def check_unread(pulls: Sequence[Pull], checkpoint: Checkpoint, ignore: Iterable
     if any("lm_head" in name or "embed_out" in name for name in found):
         hint = "the output head is read as 'lm_head.weight', unless tie_word_embeddings says that it is the embedding"
     raise UserError(
-        f"{checkpoint.folder}: {_named(found)} are not read, and the model would answer without them; check that "
+        f"{checkpoint.folder}: {named(found)} are not read, and the model would answer without them; check that "
         f"config.json belongs to these weights: {hint}"
     )
+
+
+def no_scheme(checkpoint: Checkpoint) -> str:
+    """Why quantized tensors among the weights cannot be read as they are."""
+    return _NOT_DESCRIBED if checkpoint.is_described else NO_SCHEME
 
 
 def refuse_unmerged(checkpoint: Checkpoint) -> None:
@@ -71,11 +82,12 @@ def refuse_unmerged(checkpoint: Checkpoint) -> None:
     found = [name for name in checkpoint.catalog if _ADAPTER.search(name)]
     if found:
         raise UserError(
-            f"{checkpoint.folder}: the weights hold an adapter that was not merged ({_named(found)}); merge it with "
+            f"{checkpoint.folder}: the weights hold an adapter that was not merged ({named(found)}); merge it with "
             "peft (merge_and_unload) and save the model again"
         )
 
 
-def _named(names: Sequence[str]) -> str:
+def named(names: Sequence[str]) -> str:
+    """How many they are, and the first of them."""
     shown = ", ".join(f"'{name}'" for name in names[:3])
     return f"{len(names)} tensors, such as {shown}{', ...' if len(names) > 3 else ''}"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from executor.checkpoint.headers import SAFETENSORS_DTYPES, Checkpoint, TensorInfo
 from executor.checkpoint.pull import Pull, swap_last_two
-from executor.checkpoint.strangers import NO_SCHEME, QUANTIZED_TYPES, refuse_unmerged, unread_names
+from executor.checkpoint.strangers import QUANTIZED_TYPES, no_scheme, refuse_unmerged, unread_names
 from executor.errors import UserError
 
 __all__ = ["Checkpoint", "LoadReport", "Pull", "TensorInfo", "check_complete", "load_weights", "poison", "unwritten"]
@@ -80,6 +80,12 @@ def load_weights(
     return report
 
 
+def check_pulls(pulls: Iterable[Pull], checkpoint: Checkpoint) -> None:
+    """UserError with all that `pull_faults` finds."""
+    if faults := pull_faults(pulls, checkpoint):
+        raise UserError("\n".join(faults))
+
+
 @torch.no_grad()
 def fill(pulls: Iterable[Pull], checkpoint: Checkpoint, *, progress: bool | None = False) -> int:
     """Copies the slices of some layers into place; the bytes read. `load_weights` is for a whole model.
@@ -87,13 +93,11 @@ def fill(pulls: Iterable[Pull], checkpoint: Checkpoint, *, progress: bool | None
     Raises UserError as it does.
     """
     pulls = list(pulls)
-    missing = sorted({pull.name for pull in pulls} - checkpoint.catalog.keys())
-    if missing:
-        raise UserError(checkpoint.describe_missing(missing))
+    check_pulls(pulls, checkpoint)
     by_file: dict[Path, list[tuple[Pull, TensorInfo]]] = defaultdict(list)
     for pull in pulls:
         info = checkpoint.catalog[pull.name]
-        _check_pull(pull, info)
+        _check_slice(pull)
         if pull.into.numel():
             by_file[info.file].append((pull, info))
     planned_bytes = sum(_slice_bytes(pull, info) for wishes in by_file.values() for pull, info in wishes)
@@ -139,22 +143,55 @@ def _copy(part: torch.Tensor, pull: Pull) -> None:
         )
 
 
-def _check_pull(pull: Pull, info: TensorInfo) -> None:
-    where = f"tensor '{pull.name}' of {info.file}"
+def pull_faults(pulls: Iterable[Pull], checkpoint: Checkpoint) -> list[str]:
+    """What keeps the pulls from being read, by the headers alone: missing tensors, wrong shapes and types.
+
+    Tensors that have the same fault are told in one line.
+    """
+    pulls, faults = list(pulls), []
+    missing = sorted({pull.name for pull in pulls} - checkpoint.catalog.keys())
+    if missing:
+        faults.append(checkpoint.describe_missing(missing))
+    found: dict[str, dict[str, Path]] = defaultdict(dict)
+    for pull in pulls:
+        info = checkpoint.catalog.get(pull.name)
+        if info is not None and (reason := _fault(pull, info, checkpoint)):
+            found[reason][pull.name] = info.file
+    for reason, names in found.items():
+        name, file = next(iter(names.items()))
+        more = f" and {len(names) - 1} more, such as '{next(reversed(names))}'," if len(names) > 1 else ""
+        faults.append(f"tensor '{name}' of {file}{more} {reason}")
+    return faults
+
+
+def _fault(pull: Pull, info: TensorInfo, checkpoint: Checkpoint) -> str | None:
     if info.dtype is None and re.match(QUANTIZED_TYPES, info.dtype_name):
-        raise UserError(f"{where} has type {info.dtype_name}; {NO_SCHEME}")
+        return f"has type {info.dtype_name}; {no_scheme(checkpoint)}"
     if info.dtype is None:
-        raise UserError(
-            f"{where} has type {info.dtype_name}, which is not supported; allowed: {', '.join(SAFETENSORS_DTYPES)}"
-        )
+        return f"has type {info.dtype_name}, which is not supported; allowed: {', '.join(SAFETENSORS_DTYPES)}"
     if pull.file_shape != info.shape:
-        raise UserError(
-            f"{where} has shape {list(info.shape)}, but the model expects {list(pull.file_shape)}; "
+        return (
+            f"has shape {list(info.shape)}, but the model expects {list(pull.file_shape)}; "
             "check that config.json belongs to these weights"
         )
-    if pull.convert is None and not _converts(info.dtype, pull.into.dtype):
-        wanted = str(pull.into.dtype).removeprefix("torch.")
-        raise UserError(f"{where} has type {info.dtype_name}, which does not convert to {wanted}; {NO_SCHEME}")
+    wanted = pull.into.dtype
+    fits = not pull.accepts if pull.convert is not None else _converts(info.dtype, wanted)
+    if fits or info.dtype in pull.accepts:
+        return None
+    if pull.accepts or wanted in _QUANTIZED:
+        allowed = [name for name, dtype in SAFETENSORS_DTYPES.items() if dtype in (pull.accepts or (wanted,))]
+        return (
+            f"has type {info.dtype_name}; what the description calls it has {' or '.join(allowed)}. Take the "
+            "description that was written with these weights, or quantize the model again"
+        )
+    into = str(wanted).removeprefix("torch.")
+    return f"has type {info.dtype_name}, which does not convert to {into}; {no_scheme(checkpoint)}"
+
+
+_QUANTIZED = (torch.int8, torch.int32)  # of parameters: quantized values and biases, stored as they are
+
+
+def _check_slice(pull: Pull) -> None:
     assert len(pull.index) <= len(pull.shape), f"{pull.name}: {len(pull.index)} slices of {pull.shape}"
     assert all(part.step in (None, 1) for part in pull.index), f"{pull.name}: a slice with a step"
     if pull.convert is not None:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from executor.checkpoint.description import Description
+from executor.checkpoint.headers import Checkpoint
 from executor.checkpoint.load import load_model
-from executor.checkpoint.weights import Checkpoint
+from executor.checkpoint.part_pulls import open_checkpoint
 from executor.device import ops
 from executor.device.table import BACKENDS
 from executor.engine.engine import Engine
@@ -21,11 +22,11 @@ from executor.engine.graphs import DecodeGraphs, batch_sizes, spare_blocks
 from executor.engine.replica import Replica
 from executor.engine.runner import Runner
 from executor.engine.sampler import Sampler
-from executor.engine.step import ModelStep
+from executor.engine.step import ModelStep, cache_scales
 from executor.host.env import code_digest, rank_place
 from executor.parallel.groups import Parallel
 from executor.prompt.options import MediaOptions
-from executor.quant.choose import MADE, choose_schemes, make_schemes
+from executor.quant.choose import MADE, choose_cache, choose_schemes, make_schemes
 from executor.recipe.memory import estimate
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import Prepared, compute_bytes, device_settings, prepare
@@ -61,13 +62,15 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel, runner: A
     memory = prepared.memory
     if free_bytes is not None:
         size = compute_bytes(recipe)
-        memory = estimate(recipe, prepared.shapes, free_bytes, size, picture_tokens=prepared.picture_tokens)
+        memory = estimate(
+            recipe, prepared.shapes, free_bytes, size, picture_tokens=prepared.picture_tokens, stored=prepared.stored
+        )
     logger.info("%s", memory)
     # One scheduler plans for all of them.
     (num_blocks,) = parallel.control.min(memory.num_blocks)
     processor = runner.build_processor(prepared.folder, media_options(recipe))
     dtype = getattr(torch, recipe.model.dtype)
-    checkpoint = Checkpoint(prepared.folder)
+    checkpoint = open_checkpoint(prepared.folder, parallel.text.rank, parallel.text.size)
     model, _ = load_model(
         lambda: runner.build_model(prepared.config, parallel),
         checkpoint,
@@ -83,8 +86,10 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel, runner: A
 def _choose(model: Any, recipe: Recipe, checkpoint: Checkpoint, description: Description | None) -> list[str]:
     """Schemes that are made of float weights, or those of the folder's description."""
     if recipe.model.quantization in MADE:
-        return make_schemes(model, recipe.model.quantization)
-    return choose_schemes(model, checkpoint.catalog, description)
+        left = make_schemes(model, recipe.model.quantization)
+    else:
+        left = choose_schemes(model, checkpoint.catalog, description)
+    return left + choose_cache(model, checkpoint.catalog, description, recipe.model.kv_cache_dtype == "int8")
 
 
 def open_device(recipe: Recipe) -> ops.Ops:
@@ -130,7 +135,7 @@ def join(
     )
     kv = device.kv_cache(
         text.num_layers, num_blocks + spare, limits.block_size, attention.num_kv_heads, text.head_dim, dtype,
-        normed=attention.q_norm is not None,
+        normed=attention.q_norm is not None, scales=cache_scales(model),
     )  # fmt: skip
     sampler = Sampler(text.vocab_size, device.device, eos_token_ids=processor.eos_token_ids, dtype=dtype)
     runner = Runner(model, device, kv, limits.block_size, sampler, processor.picture, dtype, replica)

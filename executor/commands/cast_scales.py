@@ -70,7 +70,7 @@ def cast(source: Path, target: Path, to: str, plain: bool = False) -> Document:
     odd = next((info for info in scales if not _is_readable(info)), None)
     if odd is not None:
         raise UserError(f"{odd.file}: '{odd.original_name}' has type {odd.dtype_name}; scales are F32 or I64")
-    changed = {info.original_name for info in scales if not _is_cast(info, to, plain)}
+    changed = {(info.file, info.original_name) for info in scales if not _is_cast(info, to, plain)}
     if not changed:
         forms = {"float32": "float32", "int64": "plain int64" if plain else "int64 as npu_trans_quant_param packs them"}
         raise UserError(
@@ -87,7 +87,7 @@ def cast(source: Path, target: Path, to: str, plain: bool = False) -> Document:
             for file in checkpoint.files:
                 held = [info for info in checkpoint.catalog.values() if info.file == file]
                 entries = [
-                    _cast_entry(info, to, plain) if info.original_name in changed else copied_entry(info)
+                    _cast_entry(info, to, plain) if (file, info.original_name) in changed else copied_entry(info)
                     for info in held
                 ]
                 write_safetensors(written / file.name, entries, read_metadata(file))
@@ -126,7 +126,7 @@ def _values(info: TensorInfo) -> Tensor:
         return file.get_tensor(info.original_name)
 
 
-def _resized(index: Document, checkpoint: Checkpoint, changed: set[str], to: str) -> Document:
+def _resized(index: Document, checkpoint: Checkpoint, changed: set[tuple[Path, str]], to: str) -> Document:
     """The index with the size of the weights as they are now, where it names one."""
     metadata = index.get("metadata")
     if not isinstance(metadata, dict) or "total_size" not in metadata:
@@ -135,7 +135,7 @@ def _resized(index: Document, checkpoint: Checkpoint, changed: set[str], to: str
     grown = sum(
         info.num_bytes // info.dtype.itemsize * (width - info.dtype.itemsize)
         for info in checkpoint.catalog.values()
-        if info.original_name in changed
+        if (info.file, info.original_name) in changed
     )
     return {**index, "metadata": {**metadata, "total_size": checkpoint.total_bytes + grown}}
 

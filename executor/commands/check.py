@@ -25,9 +25,11 @@ from executor.device import ops
 from executor.engine.graphs import batch_sizes
 from executor.errors import UserError, nearest
 from executor.parallel.groups import SINGLE, Parallel, groups
-from executor.quant.choose import assume_schemes, choose_schemes, schemes_of
+from executor.quant.choose import MADE, assume_schemes, choose_cache, choose_schemes, schemes_of
+from executor.recipe.kv_cache import has_cache_scales
 from executor.recipe.schema import Recipe
-from executor.recipe.settle import check_chip, check_recipe, read_folder, resolve
+from executor.recipe.schemes import word_findings
+from executor.recipe.settle import check_chip, check_recipe, read_folder, refuse, resolve
 from executor.recipe.sizes import ModelShapes
 from models.published import published_config, published_shapes
 from models.registry import family_runner, read_shapes
@@ -81,7 +83,10 @@ def settle(recipe: Recipe) -> tuple[Recipe, ModelShapes, Mapping[str, Any]]:
     recipe = recipe.replace(model={"device": "npu_emulated"})
     check_chip(recipe)
     config, quantization, shapes = find_config(recipe)
-    recipe = resolve(recipe, shapes, quantization)
+    folder = local_checkpoint(recipe.model.model_path, recipe.model.hub)
+    description = None if folder is None else read_description(folder)
+    recipe = resolve(recipe, shapes, quantization, has_scales=has_cache_scales(description))
+    refuse(word_findings(recipe.model))
     check_recipe(recipe, shapes)
     return recipe, shapes, config
 
@@ -144,7 +149,8 @@ def _examined(recipe: Recipe, config: Mapping[str, Any], save: Path | None) -> d
         family = family_runner(config)
         _say(f"building {recipe.model.model_path} at its size, without weights")
         model = build_on_meta(lambda: _quantized(recipe, family.build_model(config, parallel)), dtype)
-        schemes, size = schemes_of(model), local_bytes(model.pulls({}))
+        size = local_bytes(model.pulls({}))
+        schemes = schemes_of(model)
         finalize(model)
         traces = Traces(model, device, dtype, batch, blocks, limits.block_size)
         in_graph = recipe.model.soc in GRAPH_CHIPS
@@ -180,10 +186,13 @@ def _examined(recipe: Recipe, config: Mapping[str, Any], save: Path | None) -> d
 def _quantized(recipe: Recipe, model: torch.nn.Module) -> torch.nn.Module:
     """The model with its schemes: by the folder's description, or the vendor's choice where the folder is not here."""
     folder = local_checkpoint(recipe.model.model_path, recipe.model.hub)
-    if folder is None:
+    if folder is None or recipe.model.quantization in MADE:
         assume_schemes(model, recipe.model.quantization)
-    else:
-        choose_schemes(model, Checkpoint(folder).catalog, read_description(folder))
+    if folder is not None:
+        catalog, description = Checkpoint(folder).catalog, read_description(folder)
+        if recipe.model.quantization not in MADE:
+            choose_schemes(model, catalog, description)
+        choose_cache(model, catalog, description, recipe.model.kv_cache_dtype == "int8")
     return model
 
 

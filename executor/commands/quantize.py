@@ -6,6 +6,7 @@ activations of one calibration sample. Stopped and started again with the same w
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,8 +17,13 @@ from executor.commands.tool import Document, ToolParser, checkpoint_folder, run_
 from executor.errors import UserError
 from executor.host.env import calm_threads, find_path
 
+logger = logging.getLogger(__name__)
+
 SCHEMES = ("w8a8", "w8a8_dynamic", "w8a8_mix", "w8a16", "w4a8_dynamic", "w8a8s")
-DEFAULT_SMOOTH = 0.5
+DEFAULT_SMOOTH = {"w8a16": 0.0}
+"""Schemes whose activations stay float need none; half for the others."""
+DEFAULT_ROUNDING = {"w8a8s": "gptq"}
+"""Its steps are eight times as wide as other schemes': there it is worth its time."""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -26,56 +32,115 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add("save_directory", metavar="FOLDER", help="where the quantized one goes: empty, or not there yet")
     parser.add("scheme", choices=SCHEMES, help="how weights and activations are stored and multiplied")
     parser.add("calibration", metavar="PATH", help="a folder of pictures and videos, or rows (JSONL)")
+    parser.add("tool", choices=("auto", "msmodelslim", "builtin"), default="auto", help="what makes it")
     parser.add("samples", type=int, default=32, help="of the calibration set, at most (default 32)")
     parser.add("device", choices=("auto", "cpu", "npu"), default="auto", help="what the calibration is computed on")
     parser.add("dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="and in which type")
     parser.add("smooth", type=float, help="SmoothQuant's alpha, 0 for none (default 0.5 where activations are int8)")
     parser.add("percentile", type=float, default=100.0, help="of its values that an activation's scale covers")
-    parser.add("rounding", choices=("nearest", "gptq"), default="nearest", help="of weights")
+    parser.add("rounding", choices=("auto", "nearest", "gptq"), default="auto", help="of weights: gptq for w8a8s")
     parser.add("keep_float", nargs="+", default=[], metavar="PATTERN", help="linears that stay float as well")
     parser.add("quantize", nargs="+", default=[], metavar="PATTERN", help="linears that do not stay float by default")
     parser.add("quantize_vision", action=argparse.BooleanOptionalAction, default=True, help="the vision encoder")
+    parser.add("check", metavar="FOLDER", help="judge this quantized checkpoint, and make none")
     return parser.parse_args(list(argv))
 
 
 def work(argv: Sequence[str]) -> Document:
-    told = parse(argv)
-    for name in ("model_path", "save_directory", "scheme"):
-        if getattr(told, name) is None:
-            raise UserError(f"--{name} is missing: --model_path FLOAT --save_directory OUT --scheme SCHEME, or --check")
+    options = parse(argv)
     calm_threads()  # before anything imports torch
-    return quantize(told)
+    if options.check is not None:
+        if options.model_path or options.save_directory:
+            raise UserError("--check judges a folder and makes none: give it alone")
+        from executor.commands.check_folder import run_check
+
+        return run_check(options.check)
+    for name in ("model_path", "save_directory", "scheme"):
+        if getattr(options, name) is None:
+            raise UserError(f"--{name} is missing: --model_path FLOAT --save_directory OUT --scheme SCHEME, or --check")
+    return quantize(options)
 
 
-def quantize(told: argparse.Namespace) -> Document:
+def quantize(options: argparse.Namespace) -> Document:
+    source = open_source(options.model_path)
+    out = Path(options.save_directory).expanduser()
+    calibration = None if options.calibration is None else find_path(options.calibration)
+    command = vendor_command(options, source, calibration)
+    if command is not None:
+        return by_vendor(options, command, source, out, calibration)
     from executor.calibrate.run import quantize as run
-    from executor.calibrate.settings import Settings
 
-    source = open_source(told.model_path)
-    device, dtype = open_device(told, source.dtype)
-    smooth = told.smooth
-    if smooth is None:
-        smooth = 0.0 if told.scheme == "w8a16" else DEFAULT_SMOOTH
-    settings = Settings(
-        scheme=told.scheme,
-        smooth=smooth,
-        percentile=told.percentile,
-        rounding=told.rounding,
-        keep_float=tuple(told.keep_float),
-        quantize=tuple(told.quantize),
-        quantize_vision=told.quantize_vision,
-        samples=told.samples,
-        dtype=dtype,
-    )
-    calibration = None if told.calibration is None else find_path(told.calibration)
-    out = Path(told.save_directory).expanduser()
-    report = run(source, out, settings, calibration, device)
+    device, dtype = open_device(options, source.dtype)
+    report = run(source, out, settings_of(options, dtype), calibration, device)
+    verify(out)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.kinds.items()))
     print(
         f"{out}: {kinds}; {report.source_bytes / 1e9:.2f} GB became {report.written_bytes / 1e9:.2f} GB in "
         f"{report.seconds:.0f} s; peak memory {report.peak_bytes / 1e9:.2f} GB (bound {report.bound_bytes / 1e9:.2f})"
     )
-    return {"save_directory": str(out), "scheme": told.scheme, **asdict(report)}
+    return {"save_directory": str(out), "scheme": options.scheme, "tool": "builtin", **asdict(report)}
+
+
+def settings_of(options: argparse.Namespace, dtype: str, default_smooth: float = 0.5) -> Any:
+    """What the words ask for, with the scheme's own choice where they leave one."""
+    from executor.calibrate.settings import Settings
+
+    return Settings(
+        scheme=options.scheme,
+        smooth=DEFAULT_SMOOTH.get(options.scheme, default_smooth) if options.smooth is None else options.smooth,
+        percentile=options.percentile,
+        rounding=DEFAULT_ROUNDING.get(options.scheme, "nearest") if options.rounding == "auto" else options.rounding,
+        keep_float=tuple(options.keep_float),
+        quantize=tuple(options.quantize),
+        quantize_vision=options.quantize_vision,
+        samples=options.samples,
+        dtype=dtype,
+    )
+
+
+def vendor_command(options: argparse.Namespace, source: Any, calibration: Path | None) -> str | None:
+    """The command of msmodelslim where it is wanted, there and able; None for the built-in calibrator."""
+    if options.tool == "builtin":
+        return None
+    from executor.calibrate.vendor import COMMAND, find_tool, refusal
+
+    command = find_tool()
+    reason = refusal(source.config, settings_of(options, "float32"))
+    if calibration is None:
+        reason = reason or "it wants a calibration set for every scheme"
+    if command is None:
+        reason = f"the command {COMMAND} is not on the PATH (docs/quantization.md says how to install it)"
+    if reason is None:
+        return command
+    if options.tool == "msmodelslim":
+        raise UserError(f"--tool msmodelslim: {reason}; --tool builtin makes it without")
+    logger.info("the built-in calibrator, not msmodelslim: %s", reason)
+    return None
+
+
+def by_vendor(options: argparse.Namespace, command: str, source: Any, out: Path, calibration: Path) -> Document:
+    from executor.calibrate.vendor import ALPHA, drive
+    from executor.device.table import BACKENDS
+
+    device = options.device
+    if device == "auto":
+        device = "npu" if BACKENDS["npu"].is_installed else "cpu"
+    settings = settings_of(options, source.dtype, ALPHA)
+    count = drive(command, source.folder, source.config, out, settings, calibration, device)
+    verify(out)
+    print(f"{out}: {options.scheme}, made by {command} from {count} pictures")
+    return {"save_directory": str(out), "scheme": options.scheme, "tool": "msmodelslim", "num_samples": count}
+
+
+def verify(out: Path) -> None:
+    """What --check says of the result. RuntimeError where it does not load: whatever wrote it has a fault."""
+    from executor.commands.check_folder import check_folder
+
+    report = check_folder(out)
+    for warning in report.warnings:
+        logger.warning("%s", warning)
+    if report.faults:
+        raise RuntimeError(f"{out} is written, but does not load: " + "; ".join(report.faults))
 
 
 def open_source(model_path: str) -> Any:
@@ -91,17 +156,17 @@ def open_source(model_path: str) -> Any:
     return Source(folder, config, family_runner(config), parse_config(config).dtype)
 
 
-def open_device(told: argparse.Namespace, own: str) -> tuple[Any, str]:
+def open_device(options: argparse.Namespace, model_dtype: str) -> tuple[Any, str]:
     """The backend, and the type that the calibration is computed in: a CPU's is float32 where nothing is said."""
     from executor.device.table import BACKENDS, DeviceSettings
 
-    name = told.device
+    name = options.device
     if name == "auto":
         name = "npu" if BACKENDS["npu"].is_installed else "cpu"
     backend = BACKENDS[name]
-    dtype = told.dtype
+    dtype = options.dtype
     if dtype == "auto":
-        dtype = "float32" if name == "cpu" else own if own in backend.dtypes else "bfloat16"
+        dtype = "float32" if name == "cpu" else model_dtype if model_dtype in backend.dtypes else "bfloat16"
     if dtype not in backend.dtypes:
         raise UserError(f"--dtype: {name} computes in {' or '.join(backend.dtypes)}, got {dtype}")
     if not backend.is_installed:

@@ -5,8 +5,11 @@ status 0 done, 2 the user's mistake, 1 anything else.
 """
 
 import argparse
+import contextlib
+import io
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +21,8 @@ from executor.host.env import find_path
 from executor.host.streams import READER_GONE, print_document, reader_is_gone, write_to_nobody
 
 Document = dict[str, Any]
+FAREWELL_S = 2.0
+"""How long a failed rank that does not speak stays: torchrun ends all others once one has ended, the speaker too."""
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -34,12 +39,20 @@ class ToolParser(argparse.ArgumentParser):
         raise UserError(f"{message}\n{self.format_usage().strip()}")
 
 
-def run_tool(command: str, work: Callable[[Sequence[str]], Document], argv: Sequence[str] | None = None) -> int:
-    """Do `work` of the words of the command line; returns the exit status. Everything it raises ends here."""
+def run_tool(
+    command: str, work: Callable[[Sequence[str]], Document], argv: Sequence[str] | None = None, is_shown: bool = True
+) -> int:
+    """Do `work` of the words of the command line; returns the exit status. Everything it raises ends here.
+
+    `is_shown`: whether this process speaks for the job; of several ranks one does.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s", stream=sys.stderr)
     try:
-        document, status = _outcome(command, work, list(sys.argv[1:] if argv is None else argv))
-        print_document({"command": command, **document})
+        with contextlib.nullcontext() if is_shown else contextlib.redirect_stdout(io.StringIO()):
+            document, status = _outcome(work, list(sys.argv[1:] if argv is None else argv), is_shown)
+            print_document({"command": command, **document})
+        if status and not is_shown:
+            time.sleep(FAREWELL_S)
         return status
     except BrokenPipeError:
         if not reader_is_gone():
@@ -48,11 +61,12 @@ def run_tool(command: str, work: Callable[[Sequence[str]], Document], argv: Sequ
         return READER_GONE
 
 
-def _outcome(command: str, work: Callable[[Sequence[str]], Document], argv: Sequence[str]) -> tuple[Document, int]:
+def _outcome(work: Callable[[Sequence[str]], Document], argv: Sequence[str], is_shown: bool) -> tuple[Document, int]:
     try:
         return work(argv), 0
     except UserError as error:
-        print(f"error: {error}{error.more}", file=sys.stderr)
+        if is_shown:
+            print(f"error: {error}{error.more}", file=sys.stderr)
         return {"error": str(error)}, 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -60,7 +74,8 @@ def _outcome(command: str, work: Callable[[Sequence[str]], Document], argv: Sequ
     except BrokenPipeError:
         raise
     except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if is_shown:
+            print(f"error: {error}", file=sys.stderr)
         return {"error": str(error)}, 1
     except Exception as error:
         traceback.print_exc()

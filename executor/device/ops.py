@@ -24,6 +24,21 @@ class KVLayer:
     k: Tensor
     v: Tensor
     q_out: Tensor | None = None  # [T, H * D]: in a graph, where the layer's queries are left
+    scales: Any = None  # of an int8 cache: what the backend made of its KVScales; None: a float cache
+
+
+@dataclass(frozen=True, eq=False)
+class KVScales:
+    """Of one layer's int8 cache, a number for every channel of its K heads: float32 `[K, D]`, offsets whole numbers.
+
+    `q = clamp(round(x / scale + offset), -128, 127)`, read as `(q - offset) * scale`; rounding to nearest, ties to
+    even. `x` is what attention reads: keys behind their norm and rotation, values as projected.
+    """
+
+    k_scale: Tensor
+    k_offset: Tensor
+    v_scale: Tensor
+    v_offset: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,7 @@ class Ops(ABC):
     device: torch.device
     slot_dtype: torch.dtype = torch.int64  # of the slots that kv_write is given
     collectives: str = "gloo"  # torch.distributed's backend for tensors of this device
+    takes_cache_offsets: bool = True  # whether the scales of an int8 cache may have offsets other than zero
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -160,9 +176,12 @@ class Ops(ABC):
     @abstractmethod
     def kv_cache(
         self, num_layers: int, num_blocks: int, block_size: int, heads: int, dim: int, dtype: torch.dtype,
-        normed: bool = False,
+        normed: bool = False, scales: Sequence[KVScales] = (),
     ) -> list[KVLayer]:  # fmt: skip
-        """An empty paged cache. `normed`: keys come through a norm of every head; a device may lay it out for that."""
+        """An empty paged cache. `normed`: keys come through a norm of every head; a device may lay it out for that.
+
+        `scales`: one for each layer makes the cache int8; keys, values and queries come in `dtype` all the same.
+        """
 
     @abstractmethod
     def kv_write(self, k: Tensor, v: Tensor, cache: KVLayer, slots: Tensor) -> None:

@@ -73,7 +73,7 @@ def _function(place: str) -> Any:
 
 _NPU = {
     "exe_modes": ("eager", "ge_graph", "npugraph_ex"),
-    "quantization": ("none", "w8a8", "w8a8s", "w8a8_dynamic", "w8a8_mix", "w8a16", "wint8", "w4a8_dynamic"),
+    "quantization": ("none", "w8a8", "w8a8s", "w8a8sc", "w8a8_dynamic", "w8a8_mix", "w8a16", "wint8", "w4a8_dynamic"),
     "opener": "executor.device.npu.ops:open_chip",
     "package": "torch_npu",
     "is_npu": True,
@@ -96,6 +96,10 @@ BACKENDS: dict[str, Backend] = {
 }
 """The first is what `auto` is on a machine without a chip."""
 
+
+INT8_READ_TOKENS = 8192
+"""Cached tokens of an int8 cache that an NPU turns into floats at a time, for prompts; more where one prompt has more.
+"""
 
 CHIP_BYTES = {"atlas_800i_a2": 64 << 30, "atlas_800i_a3": 64 << 30, "atlas_300i_duo": 43 * 10**9}
 """Memory of one die (A2, A3) or chip (300I DUO) as sold; what a card really has is asked when it is opened."""

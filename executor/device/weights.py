@@ -71,11 +71,15 @@ class DynamicInt4:
 
 @dataclass(frozen=True, eq=False)
 class CompressedInt8:
-    """W8A8SC: StaticInt8 whose values stay compressed, in CANN's codec; the product unpacks them."""
+    """W8A8SC: StaticInt8 whose values stay compressed, in CANN's codec; the product unpacks them.
 
-    values: Tensor  # int8 [c]
-    index: Tensor  # int8, 8 bytes for a tile of 256 inputs by 128 outputs
+    Linears that are fused were compressed one by one: the results of all `values` stand side by side.
+    """
+
+    values: tuple[Tensor, ...]  # int8 [c], of each of them
+    index: tuple[Tensor, ...]  # int8, 8 bytes for a tile of 256 inputs by 128 outputs
     num_in: int
+    num_out: tuple[int, ...]  # outputs of each; m is their sum
     deq_scale: Tensor  # float32 [m]
     quant_bias: Tensor  # int32 [m]
     input_scale: Tensor  # float32 [1]

@@ -11,6 +11,7 @@ from executor.doctor.findings import ERROR, NOTE, OK, UNKNOWN, WARNING, Finding
 from executor.doctor.recipe import Wish
 from executor.host.npu_smi import DUO
 
+_PART = re.compile(r"part\d+-of-(\d+)/")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -111,6 +112,12 @@ def _model(facts: Facts, wish: Wish, folder: str) -> Finding:
     if missing:
         found = f"{folder} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing[:3])}"
         return Finding("model_path", ERROR, found, "all of its index", "finish the download or the copy")
+    size = len({posixpath.dirname(name) for name in files} - {""})
+    ranks = wish.attn_tp_size or wish.world_size
+    if size and size != ranks:
+        found = f"{folder} was compressed for {size} rank(s), the recipe has {ranks}"
+        advice = f"--set parallel_config.attn_tp_size={size}, or compress the w8a8s weights again for {ranks}"
+        return Finding("model_path", ERROR, found, f"{size} ranks", advice)
     if not files:
         advice = "bring the weights there; other formats (*.bin) have to be converted to safetensors"
         return Finding("model_path", ERROR, f"{folder} has no *.safetensors", "weights", advice)
@@ -125,7 +132,18 @@ def _weight_files(facts: Facts, folder: str) -> list[str]:
         except (ValueError, KeyError, AttributeError, TypeError):
             continue
         return sorted({str(name) for name in named})
-    return [posixpath.basename(path) for path in facts.machine.glob(posixpath.join(folder, "*.safetensors"))]
+    here = [posixpath.basename(path) for path in facts.machine.glob(posixpath.join(folder, "*.safetensors"))]
+    return here or _files_of_parts(facts, folder)
+
+
+def _files_of_parts(facts: Facts, folder: str) -> list[str]:
+    """Of weights that were compressed for a number of ranks: those of every part, a name for a part that is absent."""
+    found = facts.machine.glob(posixpath.join(folder, "part*-of-*", "*.safetensors"))
+    names = [posixpath.relpath(path, folder) for path in found]
+    sizes = {int(numbered[1]) for numbered in map(_PART.match, names) if numbered}
+    there = {posixpath.dirname(name) for name in names}
+    parts = [f"part{rank}-of-{size}" for size in sorted(sizes) for rank in range(size)]
+    return sorted([*names, *(f"{part}/*.safetensors" for part in parts if part not in there)])
 
 
 def _weights_bytes(facts: Facts, folder: str) -> int:

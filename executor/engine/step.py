@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from executor.device import ops
-from executor.device.ops import KVLayer
+from executor.device.ops import KVLayer, KVScales
 from executor.engine.forward import DeepStack, ForwardMeta
 
 
@@ -21,6 +21,12 @@ class Visual:
 
     index: Tensor
     features: Tensor
+
+
+def cache_scales(model: nn.Module) -> list[KVScales]:
+    """Of every layer's int8 cache; none where the cache is float."""
+    found = (layer.self_attn.cache_scales for layer in model.language_model.layers)
+    return [scales for scales in found if scales is not None]
 
 
 class ModelStep(nn.Module):
@@ -71,6 +77,6 @@ class ModelStep(nn.Module):
         `q_outs`: for each layer `[R, H * D]`, scratch that stays in place; one for all would be copied between layers.
         """
         attention = ops.bound().static_attention(kv_lens, block_table, self.block_size)
-        kv = [KVLayer(layer.k, layer.v, q_out) for layer, q_out in zip(self.kv, q_outs, strict=True)]
+        kv = [KVLayer(layer.k, layer.v, q_out, layer.scales) for layer, q_out in zip(self.kv, q_outs, strict=True)]
         cos, sin = self.model.rope(positions, self.dtype)
         return self.model(self.model.embed(token_ids), ForwardMeta(cos, sin, slots, attention, kv, None))

@@ -6,7 +6,8 @@ Legend: T tokens, H query heads of this rank, K key/value heads of this rank, D 
 from torch import Tensor, nn
 
 from executor.device import ops
-from executor.device.ops import HeadNorms, Heads, KVLayer
+from executor.device.ops import HeadNorms, Heads, KVLayer, KVScales
+from executor.layers.kv_scales import CacheScales
 from executor.layers.linear import Linear, Part
 from executor.layers.norm import RMSNorm
 from executor.parallel.groups import Group
@@ -53,6 +54,21 @@ class Attention(nn.Module):
         self.o_proj = Linear(num_heads * head_dim, hidden_size, shard="in", group=group)
         self.q_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
         self.k_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
+        self.cache: CacheScales | None = None
+
+    @property
+    def name(self) -> str:
+        """In checkpoints, once its linears have been asked for their tensors."""
+        return self.qkv_proj.prefix.rpartition(".")[0]
+
+    def quantize_cache(self) -> None:
+        """The checkpoint has scales for an int8 cache, and it is to be one; before anything is loaded."""
+        self.cache = CacheScales(self.qkv_proj.share.parts[1:], self.head_dim)
+
+    @property
+    def cache_scales(self) -> KVScales | None:
+        """Of this rank's heads, once loaded; None: the cache is float."""
+        return None if self.cache is None else self.cache.values
 
     def forward(
         self,

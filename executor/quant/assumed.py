@@ -28,5 +28,7 @@ def assumed_type(name: str, quantization: str) -> str:
         return _EXPERT_TYPES.get(quantization, "W8A8_DYNAMIC")
     if quantization in _EVERYWHERE:
         return quantization.upper()
+    if quantization == "w8a8sc" and name.startswith("model.visual."):
+        quantization = "w8a8s"  # the compressor leaves the vision encoder as it is
     assert quantization in _STATIC_TYPES, f"no default choice of layers is known for {quantization}"
     return FLOAT_TYPE if _NEVER_STATIC.search(name) else _STATIC_TYPES[quantization]

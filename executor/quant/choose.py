@@ -11,17 +11,20 @@ from torch import nn
 from executor.checkpoint.description import FLOAT_TYPE, Description
 from executor.checkpoint.pull import Catalog
 from executor.errors import UserError
+from executor.layers.attention import Attention
 from executor.layers.linear import Linear
 from executor.layers.moe import Experts
 from executor.layers.norm import RMSNorm
 from executor.quant.assumed import assumed_type
 from executor.quant.fields import EXPERT_LINEARS, is_stacked
 from executor.quant.float import FLOAT
+from executor.quant.kv_cache import C8, UNUSABLE, faults, tensor_names
 from executor.quant.scheme import Scheme
 from executor.quant.w4a8_dynamic import W4A8Dynamic
 from executor.quant.w8a8 import W8A8
 from executor.quant.w8a8_dynamic import W8A8Dynamic
 from executor.quant.w8a8_mix import W8A8Mix
+from executor.quant.w8a8sc import compressed_scheme, uncompressed_sizes
 from executor.quant.w8a16 import W8A16
 from executor.quant.wint8 import WInt8
 
@@ -34,7 +37,8 @@ SCHEMES: dict[str, Scheme] = {
     "W8A16": W8A16(),
     "W4A8_DYNAMIC": W4A8Dynamic(),
 }
-"""By the word of descriptions."""
+"""By the word of descriptions. W8A8SC has a scheme for every linear: see compressed_scheme."""
+COMPRESSED_TYPE = "W8A8SC"
 MADE: dict[str, Scheme] = {"wint8": WInt8()}
 """By the word of recipes: those of executor/quant/sizes.py:MADE_AT_LOAD."""
 _grouped = cache(W8A16)
@@ -48,26 +52,63 @@ def choose_schemes(model: nn.Module, catalog: Catalog, description: Description 
     left: list[str] = []
     if description is None:
         return left
-    for _ in model.pulls({}):
-        pass  # from here on layers know their names
+    asked = {pull.name for pull in model.pulls({})}  # from here on layers know their names
+    problems = []
     for layer in model.modules():
-        if isinstance(layer, Linear):
-            names = [name for name, _, _ in layer.share.named(layer.prefix)]
-            scheme = _fitting(_scheme([f"{name}.weight" for name in names], description), names, catalog)
-            has_bias = layer.share.has_bias or any(f"{name}.bias" in catalog for name in names)
-            if scheme is not FLOAT:
-                _refuse(
-                    [f"{name}.{suffix}" for name in names for suffix in scheme.refused], scheme, catalog, description
-                )
-                layer.take(scheme, has_bias)
-                left += (f"{name}.{suffix}" for name in names for suffix in scheme.left)
-            elif has_bias and not layer.share.has_bias:
-                layer.take(FLOAT, True)
-        elif isinstance(layer, Experts):
-            left += _choose_experts(layer, catalog, description)
-        elif isinstance(layer, RMSNorm) and f"{layer.prefix}.bias" in catalog:
-            layer.add_bias()
+        try:
+            if isinstance(layer, Linear):
+                asked -= {f"{name}.weight" for name, _, _ in layer.share.named(layer.prefix)}
+                left += _choose_linear(layer, catalog, description)
+            elif isinstance(layer, Experts):
+                asked = {name for name in asked if not name.startswith(f"{layer.prefix}.")}
+                left += _choose_experts(layer, catalog, description)
+            elif isinstance(layer, RMSNorm) and _has(f"{layer.prefix}.bias", catalog, description):
+                layer.add_bias()
+        except UserError as error:
+            problems.append(str(error))
+    problems += (
+        f"{description.file}: '{name}' is {description.type_of(name)}; only linears and experts are read in such "
+        "types. Quantize the model again, and leave it float"
+        for name in sorted(asked)
+        if description.type_of(name) != FLOAT_TYPE
+    )
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
     return left
+
+
+def _choose_linear(layer: Linear, catalog: Catalog, description: Description) -> list[str]:
+    names = [name for name, _, _ in layer.share.named(layer.prefix)]
+    weights = [f"{name}.weight" for name in names]
+    if _kind(weights, description) == COMPRESSED_TYPE:
+        scheme = compressed_scheme(layer.share, names, catalog)
+    else:
+        scheme = _fitting(_scheme(weights, description), names, catalog)
+    if "bias" in scheme.left:
+        has_bias = layer.share.has_bias
+    else:
+        biases = [f"{name}.bias" for name in names]
+        if layer.share.shard == "in" and layer.share.group.rank:  # rank 0 adds it, and this rank's files may lack it
+            found = [name in catalog or name in description.types for name in biases]
+        else:
+            found = [_has(name, catalog, description) for name in biases]
+        has_bias = layer.share.has_bias or any(found)
+    if scheme is not FLOAT:
+        _refuse([f"{name}.{suffix}" for name in names for suffix in scheme.refused], scheme, catalog, description)
+        layer.take(scheme, has_bias)
+    elif has_bias and not layer.share.has_bias:
+        layer.take(FLOAT, True)
+    return [f"{name}.{suffix}" for name in names for suffix in scheme.left]
+
+
+def _has(name: str, catalog: Catalog, description: Description) -> bool:
+    """Whether the checkpoint has a tensor that the architecture has not. UserError where it is described only."""
+    if name not in catalog and name in description.types:
+        raise UserError(
+            f"{description.file}: '{name}' is described, and is in none of the files: the model would answer without "
+            "it. Copy the folder again from where it came"
+        )
+    return name in catalog
 
 
 def make_schemes(model: nn.Module, quantization: str) -> list[str]:
@@ -87,6 +128,28 @@ def make_schemes(model: nn.Module, quantization: str) -> list[str]:
 
 
 _TEXT = re.compile(r"^model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(?!gate$)")
+
+
+def choose_cache(model: nn.Module, catalog: Catalog, description: Description | None, int8: bool) -> list[str]:
+    """Let attention layers have the int8 cache that the description announces, or leave its scales: their names then.
+
+    For a model that has listed its pulls. Scales that nothing announces are refused with all else that nobody reads.
+    Raises UserError for tensors that are not usable.
+    """
+    if description is None or description.kv_cache is None:
+        return []
+    attentions = {layer.name: layer for layer in model.modules() if isinstance(layer, Attention)}
+    if not int8:
+        return [name for attention in attentions for name in tensor_names(attention)]
+    if description.kv_cache != C8:
+        raise UserError(f"{description.file}: kv_cache_type is {description.kv_cache}; this release reads {C8}")
+    (channels,) = {layer.qkv_proj.share.parts[1].num_rows for layer in attentions.values()}
+    found = "; ".join(faults(catalog, attentions, channels))
+    if found:
+        raise UserError(f"{description.file}: {UNUSABLE.format(found)}")
+    for layer in attentions.values():
+        layer.quantize_cache()
+    return []
 
 
 def _fitting(scheme: Scheme, linears: list[str], catalog: Catalog) -> Scheme:
@@ -148,7 +211,8 @@ def assume_schemes(model: nn.Module, quantization: str) -> None:
     for layer in model.modules():
         if isinstance(layer, Linear):
             names = [name for name, _, _ in layer.share.named(layer.prefix)]
-            scheme = _assumed(names[0], quantization)
+            is_compressed = assumed_type(names[0], quantization) == COMPRESSED_TYPE
+            scheme = uncompressed_sizes(layer.share) if is_compressed else _assumed(names[0], quantization)
             if scheme is not FLOAT:
                 layer.take(scheme, layer.share.has_bias)
         elif isinstance(layer, Experts):
@@ -156,11 +220,14 @@ def assume_schemes(model: nn.Module, quantization: str) -> None:
 
 
 def schemes_of(model: nn.Module) -> dict[str, list[str]]:
-    """Names of schemes, each with the linears and experts that have it; a layer's number is left out of the names."""
+    """Names of schemes, each with the linears and experts that have it, as checkpoints name them, without numbers.
+
+    For a model that has listed its pulls.
+    """
     found: dict[str, set[str]] = {}
-    for name, layer in model.named_modules():
+    for layer in model.modules():
         if isinstance(layer, Linear | Experts):
-            found.setdefault(layer.scheme.name, set()).add(re.sub(r"\.\d+(?=\.|$)", "", name))
+            found.setdefault(layer.scheme.name, set()).add(re.sub(r"^model\.|\.\d+(?=\.|$)", "", layer.prefix))
     return {scheme: sorted(names) for scheme, names in sorted(found.items())}
 
 
@@ -174,7 +241,8 @@ def _assumed(name: str, quantization: str) -> Scheme:
     return SCHEMES[kind]
 
 
-def _scheme(names: list[str], description: Description) -> Scheme:
+def _kind(names: list[str], description: Description) -> str:
+    """The type of linears that are multiplied together."""
     kinds = {name: description.type_of(name) for name in names}
     if len(set(kinds.values())) > 1:
         firsts = {kind: name for name, kind in reversed(kinds.items())}  # one of each type
@@ -183,7 +251,11 @@ def _scheme(names: list[str], description: Description) -> Scheme:
             f"{description.file}: linears that are multiplied together have different types: {named}; quantize the "
             "model again with one type for all of them"
         )
-    kind = kinds[names[0]]
+    return kinds[names[0]]
+
+
+def _scheme(names: list[str], description: Description) -> Scheme:
+    kind = _kind(names, description)
     if kind not in SCHEMES:
         raise UserError(f"{description.file}: '{names[0]}' is {kind}; this release reads {', '.join(SCHEMES)}")
     return SCHEMES[kind]

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from executor.checkpoint.pull import Catalog, Pull, elsewhere, empty, zeros
 from executor.device.ops import Ops
-from executor.device.weights import QuantizedWeight
+from executor.device.weights import QuantizedWeight, pack_int4
 from executor.errors import UserError
 from executor.quant.float import swapped
 from executor.quant.scheme import ExpertShare, LinearShare, Tensors
 
 OUT, IN, EACH = "out", "in", "each"
 Reader = Callable[[Tensor], Tensor]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+NUMBERS = (*FLOATS, torch.int8, torch.int32, torch.int64)
+SCALE_BITS = (torch.float32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Field:
     """One tensor of a linear: `NAME.suffix` in the checkpoint.
 
     dtype: in memory; None: the model's own. added_once: zero on the ranks whose results are added to another's.
-    reader: turns what the file has into values of `dtype`, with as many rows or a single one (see Pull.convert).
+    reader: turns what the file has, of a type in `accepts`, into values of `dtype`, with as many rows or a single one
+    (see Pull.convert).
     extra_dim: a dim of size 1 that the file has behind these. packed: so many outputs to one element; grouped: so many
     inputs.
     """
@@ -41,6 +45,7 @@ class Field:
     extra_dim: bool = False
     packed: int = 1
     grouped: int = 1
+    accepts: tuple[torch.dtype, ...] = ()
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Of a tensor with these sizes by label. Raises UserError where an element would be cut."""
@@ -137,7 +142,9 @@ class FieldScheme:
                     if into is not None:
                         yield zeros(_pull(self.fields[0], f"{name}.weight", sizes, wanted, into, catalog), into)
                 elif into is None:
-                    yield elsewhere(full, _file_shape(field, sizes, catalog, full), field.dtype, field.reader)
+                    yield elsewhere(
+                        full, _file_shape(field, sizes, catalog, full), field.dtype, field.reader, field.accepts
+                    )
                 else:
                     yield _pull(field, full, sizes, wanted, into, catalog)
 
@@ -176,7 +183,7 @@ class FieldScheme:
                     tensor = tensors.get(f"{linear.half}_{field.suffix}") if is_local else None
                     if tensor is None:
                         shape = _file_shape(field, linear.sizes, catalog, name)
-                        yield elsewhere(name, shape, field.dtype, field.reader)
+                        yield elsewhere(name, shape, field.dtype, field.reader, field.accepts)
                         continue
                     into = tensor[place][field.index(linear.places)]
                     yield _pull(field, name, linear.sizes, linear.wanted, into, catalog)
@@ -188,7 +195,8 @@ class FieldScheme:
                 name = stacked_name(catalog, prefix, linear.half, field.suffix)
                 tensor = tensors.get(f"{linear.half}_{field.suffix}")
                 if tensor is None:
-                    yield elsewhere(name, (share.num_experts, *field.shape(whole.sizes)), field.dtype, field.reader)
+                    whole_shape = (share.num_experts, *field.shape(whole.sizes))
+                    yield elsewhere(name, whole_shape, field.dtype, field.reader, field.accepts)
                     continue
                 into = tensor[(slice(None), *field.index(linear.places))]
                 yield _pull_of_all(field, name, share, whole, into, catalog)
@@ -313,10 +321,14 @@ def stacked_name(catalog: Catalog, prefix: str, half: str, suffix: str) -> str:
 def _file_shape(field: Field, sizes: Mapping[str, int], catalog: Catalog, name: str) -> tuple[int, ...]:
     """Of the whole tensor: by the labels; a single number for all rows where the checkpoint has that."""
     shape = field.shape(sizes) + ((1,) if field.extra_dim else ())
+    if field.packed > 1 and name in catalog and tuple(catalog[name].shape) == tuple(sizes[dim] for dim in field.dims):
+        return tuple(catalog[name].shape)  # not packed: an older writer's
     if field.reader is not None and len(field.dims) == 1 and name in catalog:
         found = tuple(catalog[name].shape)
-        if found in ((1,), (1, 1), shape[:1], (*shape[:1], 1)):
+        if found in ((1,), (1, 1)):
             return found
+        if found[1:] in ((), (1,)):  # how many rows there are is the loader's to check: it may be a rank's part
+            return (*shape[:1], *found[1:])
     return shape
 
 
@@ -330,14 +342,28 @@ def _pull(
 ) -> Pull:
     shape = _file_shape(field, sizes, catalog, name)
     if field.reader is None:
+        if field.packed > 1 and shape[0] == sizes[OUT]:
+            index = tuple(wanted[dim] for dim in field.dims)
+            return Pull(name, shape, index, into, convert=lambda x: _packed(x, name), accepts=(field.dtype,))
         return Pull(name, shape, field.index(wanted), into)
     if len(field.dims) > 1:
-        return Pull(name, shape, field.index(wanted), into, convert=field.reader)
+        return Pull(name, shape, field.index(wanted), into, convert=field.reader, accepts=field.accepts)
     # One number a row, or one for all: read flat, spread over the rows.
     single = shape[0] == 1
     index = (slice(0, 1),) if single else (wanted[field.dims[0]],)
     reader = field.reader
-    return Pull(name, shape, index, into, convert=lambda x: reader(x).reshape(-1 if not single else 1))
+    flat = 1 if single else -1
+    return Pull(name, shape, index, into, convert=lambda x: reader(x).reshape(flat), accepts=field.accepts)
+
+
+def _packed(x: Tensor, name: str) -> Tensor:
+    """Weights of four bits that stand one to a byte, two to a byte. Raises UserError for others."""
+    if not bool(((x >= -8) & (x <= 7)).all()):
+        raise UserError(
+            f"tensor '{name}' has one weight to a byte and weights outside of -8 to 7, which four bits do not hold; "
+            "its description says that they are four bits wide: quantize the model again"
+        )
+    return pack_int4(x)
 
 
 def _pull_of_all(field: Field, name: str, share: ExpertShare, linear: _Linear, into: Tensor, catalog: Catalog) -> Pull:
@@ -359,4 +385,5 @@ def _pull_of_all(field: Field, name: str, share: ExpertShare, linear: _Linear, i
     }
     found = tuple(catalog[name].shape) if name in catalog else ()
     found = found if found in forms else (num, rows, 1)
-    return Pull(name, found, forms[found], into, convert=lambda x: reader(x).reshape(len(into), -1))
+    spread = len(into)
+    return Pull(name, found, forms[found], into, convert=lambda x: reader(x).reshape(spread, -1), accepts=field.accepts)

@@ -8,14 +8,26 @@ import torch
 from torch import Tensor
 
 from executor.device.weights import StaticInt8
-from executor.quant.fields import EACH, OUT, WEIGHT, Field, FieldScheme, as_float, one_of_all, scale_of_bits
+from executor.quant.fields import (
+    EACH,
+    FLOATS,
+    NUMBERS,
+    OUT,
+    SCALE_BITS,
+    WEIGHT,
+    Field,
+    FieldScheme,
+    as_float,
+    one_of_all,
+    scale_of_bits,
+)
 from executor.quant.scheme import ExpertShare, LinearShare
 
 STATIC_FIELDS = (
-    Field("deq_scale", torch.float32, (OUT,), reader=scale_of_bits),
+    Field("deq_scale", torch.float32, (OUT,), reader=scale_of_bits, accepts=SCALE_BITS),
     Field("quant_bias", torch.int32, (OUT,), added_once=True),
-    Field("input_scale", torch.float32, (EACH,), reader=as_float),
-    Field("input_offset", torch.float32, (EACH,), reader=as_float),
+    Field("input_scale", torch.float32, (EACH,), reader=as_float, accepts=FLOATS),
+    Field("input_offset", torch.float32, (EACH,), reader=as_float, accepts=NUMBERS),
 )
 
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from executor.device.weights import DynamicInt8
-from executor.quant.fields import OUT, WEIGHT, Field, FieldScheme, as_float, require_symmetric
+from executor.quant.fields import FLOATS, NUMBERS, OUT, WEIGHT, Field, FieldScheme, as_float, require_symmetric
 from executor.quant.scheme import ExpertShare, LinearShare
 
-SCALE = Field("weight_scale", torch.float32, (OUT,), reader=as_float, extra_dim=True)
-OFFSET = Field("weight_offset", torch.float32, (OUT,), reader=as_float, extra_dim=True)
+SCALE = Field("weight_scale", torch.float32, (OUT,), reader=as_float, extra_dim=True, accepts=FLOATS)
+OFFSET = Field("weight_offset", torch.float32, (OUT,), reader=as_float, extra_dim=True, accepts=NUMBERS)
 
 
 class W8A8Dynamic(FieldScheme):

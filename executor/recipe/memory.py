@@ -8,6 +8,7 @@ its peak after loading corrects it. Knows sizes and degrees, no tensor. A test h
 
 from dataclasses import dataclass
 
+from executor.checkpoint.stored import ATTENTION, EXPERTS, KV, MLP, VISION, VOCABULARY, WHOLE, StoredSizes
 from executor.errors import UserError
 from executor.quant.sizes import FLOAT_BYTES, weight_bytes
 from executor.recipe.peak import peak_bytes, pixel_bytes
@@ -50,28 +51,38 @@ class MemoryEstimate:
         )
 
 
-def weights_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
-    """Weights of one rank in the recipe's dtype (resolved, not auto) and degrees."""
+def weights_bytes(recipe: Recipe, shapes: ModelShapes, stored: StoredSizes | None = None) -> int:
+    """Weights of one rank in the recipe's dtype (resolved, not auto) and degrees.
+
+    `stored`: of the quantized folder, whose linears have each a type of its own; None: all of the recipe's.
+    """
     size = FLOAT_BYTES[recipe.model.dtype]
-    linear_size = weight_bytes(recipe.model.quantization, recipe.model.dtype)
     tp, kv_tp = recipe.attn_tp_size, min(recipe.attn_tp_size, shapes.num_kv_heads)
+    vision_tp = tp if recipe.parallel.vision_parallel == "tp" else 1
+    replicated = shapes.replicated_vision_parameters * size  # float everywhere
+
+    def vision_bytes(whole: float) -> float:
+        return replicated + (whole - replicated) / vision_tp
+
+    if stored is not None:
+        ranks = {KV: kv_tp, ATTENTION: tp, MLP: tp, EXPERTS: recipe.parallel.world_size, VOCABULARY: tp, WHOLE: 1}
+        ranks = dict.fromkeys(ranks, 1) if stored.is_part else ranks
+        held = sum(stored.bytes(place, size) / degree for place, degree in ranks.items())
+        return round(held + vision_bytes(stored.bytes(VISION, size)))
+    linear_size = weight_bytes(recipe.model.quantization, recipe.model.dtype)
     whole = shapes.replicated_attention_parameters
     attention = (shapes.attention_parameters - shapes.kv_parameters - whole) / tp + shapes.kv_parameters / kv_tp + whole
     linears = shapes.num_layers * attention + shapes.mlp_parameters / tp
     linears += shapes.expert_parameters / recipe.parallel.world_size
-    vision = shapes.vision_parameters
-    if recipe.parallel.vision_parallel == "tp":
-        whole = shapes.replicated_vision_parameters
-        vision = whole + (vision - whole) / tp
-    plain = shapes.vocabulary_parameters / tp + shapes.router_parameters + shapes.norm_parameters + vision
-    return round(linears * linear_size + plain * size)
+    plain = shapes.vocabulary_parameters / tp + shapes.router_parameters + shapes.norm_parameters
+    return round(linears * linear_size + plain * size + vision_bytes(shapes.vision_parameters * size))
 
 
 def kv_block_bytes(recipe: Recipe, shapes: ModelShapes, compute_bytes: int | None = None) -> int:
     """Keys and values of one block on one rank, all layers. `compute_bytes`: see estimate."""
     heads = max(1, shapes.num_kv_heads // recipe.attn_tp_size)
-    per_token = 2 * shapes.num_layers * heads * shapes.head_dim * (compute_bytes or FLOAT_BYTES[recipe.model.dtype])
-    return recipe.scheduler.block_size * per_token
+    size = 1 if recipe.model.kv_cache_dtype == "int8" else compute_bytes or FLOAT_BYTES[recipe.model.dtype]
+    return recipe.scheduler.block_size * 2 * shapes.num_layers * heads * shapes.head_dim * size
 
 
 def loading_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
@@ -89,19 +100,20 @@ def estimate(
     *,
     picture_tokens: int | None = None,
     process_bytes: int = 0,
+    stored: StoredSizes | None = None,
 ) -> MemoryEstimate:
     """The memory of one rank that may take `memory_fraction` of `free_bytes`. `recipe` is resolved: no auto, no null.
 
     `compute_bytes`: of a number of the activations and of the KV cache, where the device computes in another type than
     that of the weights. `picture_tokens`: of the largest picture; None: as large as a prompt can be.
     `process_bytes`: what the process has of this memory now, not part of `free_bytes`; 0 where its own memory is
-    another than the device's.
+    another than the device's. `stored`: see weights_bytes.
     KV blocks: what the recipe names, else what max_num_seqs requests of max_model_len use, as far as the memory goes.
     Raises UserError when weights, peak and one request of full length do not fit.
     """
     scheduler = recipe.scheduler
     budget = int(free_bytes * scheduler.memory_fraction) + process_bytes
-    weights, block = weights_bytes(recipe, shapes), kv_block_bytes(recipe, shapes, compute_bytes)
+    weights, block = weights_bytes(recipe, shapes, stored), kv_block_bytes(recipe, shapes, compute_bytes)
     peak = peak_bytes(recipe, shapes, picture_tokens, compute_bytes)
     process = max(process_bytes, TORCH_BYTES) + LIBRARY_BYTES if process_bytes else 0
     blocks_of_one = -(-scheduler.max_model_len // scheduler.block_size)

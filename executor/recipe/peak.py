@@ -7,6 +7,7 @@ Knows sizes and degrees, no tensor.
 Legend, in elements per token or patch: n hidden size, H and K query and key heads, D head dim, I intermediate size.
 """
 
+from executor.device.table import INT8_READ_TOKENS
 from executor.quant.sizes import FLOAT_BYTES
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
@@ -111,11 +112,16 @@ def text_token_bytes(recipe: Recipe, shapes: ModelShapes, size: int, heap_tokens
 
 def attention_scratch_bytes(recipe: Recipe, shapes: ModelShapes, size: int) -> float:
     """Of the CPU's attention over one row: keys and values repeated for every query head, and the mask of a chunk
-    behind cached tokens, as booleans and as numbers. NPU kernels mask by themselves."""
-    if recipe.model.device != "cpu":
-        return 0
+    behind cached tokens, as booleans and as numbers. NPU kernels mask by themselves.
+
+    Of an int8 cache besides, on a CPU a row's keys and values as floats, on an NPU those of the prompts whose keys are
+    read together."""
     limits = recipe.scheduler
+    is_int8 = recipe.model.kv_cache_dtype == "int8"
+    row = 2 * max(1, shapes.num_kv_heads // recipe.attn_tp_size) * shapes.head_dim * size if is_int8 else 0
+    if recipe.model.device != "cpu":
+        return max(limits.max_model_len, INT8_READ_TOKENS) * row * 1.5  # gathered as int8, and as floats
     repeated = 2 * limits.max_model_len * shapes.num_heads * shapes.head_dim / recipe.attn_tp_size * size
     chunk = min(limits.max_num_batched_tokens, limits.max_model_len)
     masked = limits.enable_prefix_caching or chunk < limits.max_model_len
-    return repeated + (chunk * limits.max_model_len * (1 + size) if masked else 0)
+    return repeated + row * limits.max_model_len + (chunk * limits.max_model_len * (1 + size) if masked else 0)

@@ -20,6 +20,7 @@ Soc = Literal["atlas_800i_a2", "atlas_800i_a3", "atlas_300i_duo"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ExeMode = Literal["eager", "ge_graph", "npugraph_ex", "compile"]
 CpuIsa = Literal["auto", "avx2", "avx512"]
+KVCacheDtype = Literal["auto", "float", "int8"]
 Quantization = Literal[
     "auto", "none", "w8a8", "w8a8_dynamic", "w8a8_mix", "w8a16", "w4a16", "w4a8_dynamic", "w8a8s", "w8a8sc", "wint8"
 ]
@@ -71,6 +72,9 @@ class ModelSection(Section):
     quantization: Quantization = "auto"
     """Scheme of the weights. auto: what the checkpoint's own description says. wint8: text layers in int8, made of
     float weights while they are loaded. Another word must be what the checkpoint calls itself, or a type in it."""
+    kv_cache_dtype: KVCacheDtype = "auto"
+    """How keys and values are kept. int8: with the checkpoint's scales (C8), half the memory or less. float: in the
+    type that the device computes in. auto: int8 where the checkpoint has scales for it."""
     enable_weight_nz: bool = True
     """Keep linear weights in the NPU's tiled layout."""
     cpu_isa: CpuIsa = "auto"

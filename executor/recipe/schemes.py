@@ -71,4 +71,6 @@ def _lacking(model: ModelSection, what: str, word: str) -> str:
         runs = f"{what} are not part of this release yet"
     else:
         runs = f"{what} do not run on {model.device}; they run on {', '.join(where)}"
+    if word == "w8a8sc":
+        return f"model_config.quantization: {runs}; use the w8a8s weights that they were compressed from"
     return f"model_config.quantization: {runs}; use the float checkpoint of the same model:  {float_twin(model)}"

@@ -16,11 +16,14 @@ from executor.checkpoint.folder import find_checkpoint, is_hub_id, local_checkpo
 from executor.checkpoint.foreign import find_quantization, refuse_adapter
 from executor.checkpoint.generation import read_generation_config
 from executor.checkpoint.head import settle_head
+from executor.checkpoint.parts import size_finding
 from executor.checkpoint.settings import read_max_pixels
+from executor.checkpoint.stored import StoredSizes, read_sizes
 from executor.device.table import BACKENDS, CHIP_BYTES, DeviceSettings, having, named
 from executor.errors import UserError
 from executor.host.limits import host_memory_bytes, process_memory_bytes
 from executor.quant.sizes import FLOAT_BYTES
+from executor.recipe.kv_cache import cache_findings, has_cache_scales, scales_finding
 from executor.recipe.memory import MemoryEstimate, estimate
 from executor.recipe.schema import ModelSection, Recipe
 from executor.recipe.schemes import agrees, disagreement, float_twin, has_scheme, type_findings, word_findings
@@ -49,6 +52,7 @@ class Prepared:
     config: Mapping[str, Any] = field(repr=False)  # config.json, with a tie_word_embeddings that the weights bear out
     generation_config: dict[str, Any] = field(repr=False)  # generation_config.json, {} without one
     description: Description | None = field(default=None, repr=False)  # of quantized weights
+    stored: StoredSizes | None = field(default=None, repr=False)  # theirs
 
 
 def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
@@ -66,17 +70,20 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
         types = description.samples if description else {}
         findings += type_findings(recipe.model, types)
         try:
-            recipe = resolve(recipe, shapes, quantization, types)
+            recipe = resolve(recipe, shapes, quantization, types, has_cache_scales(description))
             findings += chip_findings(recipe)  # once more: the checkpoint may have brought a type or a scheme
         except UserError as error:
             findings.append(str(error))
         findings += degree_findings(recipe, shapes)
+        compressed = size_finding(folder, quantization == "w8a8sc", recipe.attn_tp_size)
+        findings += [compressed] if compressed else []
         missing = [finding + _too_large_for_cpu(recipe, shapes) for finding in missing]
     refuse([*findings, *missing])
     assert found, "without a checkpoint there is a finding"
     picture_tokens = largest_picture_tokens(recipe, shapes, folder)
     size = compute_bytes(recipe)  # first: asking a CPU loads what the process holds from then on
     process_bytes = process_memory_bytes() if recipe.model.device != "npu" else 0
+    stored = read_sizes(folder, shapes.tied_embeddings) if description else None
     memory = estimate(
         recipe,
         shapes,
@@ -84,9 +91,10 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
         size,
         picture_tokens=picture_tokens,
         process_bytes=process_bytes,
+        stored=stored,
     )
     generation_config = read_generation_config(folder)
-    return Prepared(recipe, folder, shapes, memory, picture_tokens, config, generation_config, description)
+    return Prepared(recipe, folder, shapes, memory, picture_tokens, config, generation_config, description, stored)
 
 
 def _memory_bytes(recipe: Recipe, local_ranks: int) -> int:
@@ -270,7 +278,7 @@ def chip_findings(recipe: Recipe) -> list[str]:
             f"model_config.quantization: w8a8sc weights are unpacked by atlas_300i_duo only, got soc {model.soc}; "
             "use w8a8 weights"
         )
-    return findings
+    return findings + cache_findings(recipe)
 
 
 def resolve_device(recipe: Recipe) -> Recipe:
@@ -282,11 +290,18 @@ def resolve_device(recipe: Recipe) -> Recipe:
     return recipe.replace(model={"device": device})
 
 
-def resolve(recipe: Recipe, shapes: ModelShapes, quantization: str = "none", types: Collection[str] = ()) -> Recipe:
+def resolve(
+    recipe: Recipe,
+    shapes: ModelShapes,
+    quantization: str = "none",
+    types: Collection[str] = (),
+    has_scales: bool = False,
+) -> Recipe:
     """The recipe with every `auto` and null that the checkpoint settles filled in, and logged.
 
-    `quantization` is what the checkpoint says of itself, `types` what its weights have (both in the recipe's words).
-    Raises UserError for a scheme the recipe contradicts, or a context longer than the model was made for.
+    `quantization` is what the checkpoint says of itself, `types` what its weights have (both in the recipe's words),
+    `has_scales` whether it has those of an int8 KV cache. Raises UserError for a scheme the recipe contradicts, or a
+    context longer than the model was made for.
     """
     model, scheduler = recipe.model, recipe.scheduler
     settled: dict[str, dict[str, Any]] = {"model": {}, "parallel": {}, "scheduler": {}}
@@ -300,6 +315,9 @@ def resolve(recipe: Recipe, shapes: ModelShapes, quantization: str = "none", typ
         settled["model"]["quantization"] = quantization
     elif not agrees(model.quantization, quantization, types):
         findings.append(disagreement(model, quantization, types))
+    if model.kv_cache_dtype == "auto":
+        settled["model"]["kv_cache_dtype"] = "int8" if has_scales else "float"
+    findings += scales_finding(model, has_scales)
     if recipe.parallel.attn_tp_size is None:
         settled["parallel"]["attn_tp_size"] = recipe.parallel.world_size
     if scheduler.max_model_len is None:

@@ -107,6 +107,22 @@ def test_there_and_back_with_all_bits(v1, tmp_path):
     assert packed["cast"] == 2
 
 
+def test_parts_of_compressed_weights(tmp_path):
+    """Both have the same names; one of them has been cast already."""
+    source = tmp_path / "parts"
+    for rank, scale in enumerate((SCALES, bits_of_scale(SCALES, plain=False))):
+        (source / f"part{rank}-of-2").mkdir(parents=True)
+        held = {"a.deq_scale": scale, "a.index": torch.ones(8, dtype=torch.int8)}
+        save_file(held, source / f"part{rank}-of-2" / "w.safetensors")
+    (source / "config.json").write_text("{}")
+    document = cast(source, tmp_path / "out")
+    assert (document["cast"], document["scales"]) == (1, 2)
+    for rank in (0, 1):
+        held = load_file(tmp_path / "out" / f"part{rank}-of-2" / "w.safetensors")
+        assert torch.equal(held["a.deq_scale"], bits_of_scale(SCALES, plain=False)) and held["a.index"].sum() == 8
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"torch_dtype": "float16"}
+
+
 @pytest.mark.parametrize(
     "prepare, options, words",
     [

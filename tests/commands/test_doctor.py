@@ -337,3 +337,20 @@ def test_old_python_is_told_what_is_needed():
     assert errors(document) == ["python"] and rows["python"]["wanted"] == "3.11 or newer"
     machine.commands["python3.11 -c"] = ""
     assert examine(machine)[1]["python"]["status"] == "warning"
+
+
+def test_weights_that_were_compressed_for_a_number_of_ranks():
+    machine = fake.duo()
+    machine.files = {path: content for path, content in machine.files.items() if not path.startswith(fake.FOLDER)}
+    machine.files[f"{fake.FOLDER}/config.json"] = "{}"
+    for rank in (0, 1):
+        machine.files[f"{fake.FOLDER}/part{rank}-of-2/quant_model_weight_w8a8sc.safetensors"] = 2**30
+    _, rows = examine(machine, Wish(fake.FOLDER, "npu", world_size=2))
+    assert rows["model_path"]["status"] == "ok" and "2 weight file(s), 2.1 GB" in rows["model_path"]["found"]
+    _, rows = examine(machine, Wish(fake.FOLDER, "npu", world_size=4, attn_tp_size=4))
+    assert rows["model_path"]["status"] == "error"
+    assert "was compressed for 2 rank(s), the recipe has 4" in rows["model_path"]["found"]
+    assert "attn_tp_size=2" in rows["model_path"]["advice"]
+    del machine.files[f"{fake.FOLDER}/part0-of-2/quant_model_weight_w8a8sc.safetensors"]
+    _, rows = examine(machine, Wish(fake.FOLDER, "npu", world_size=2))
+    assert rows["model_path"]["status"] == "error" and "part0-of-2" in rows["model_path"]["found"]

@@ -24,6 +24,7 @@ def test_the_key_is_of_the_cache_the_versions_and_the_sizes():
         key(shape=(64, 16, 1, 128)),
         key(shape=(64, 16, 2, 64)),
         key(dtype=torch.float16),
+        key(dtype=torch.int8),
         key(layers=4),
         key(config="another"),
         key(max_num_seqs=4),

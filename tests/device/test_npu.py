@@ -10,7 +10,7 @@ from tests.emulator.apart import Outcome, run_apart
 from tests.reference import REPO
 
 INSIDE = REPO / "tests" / "device" / "inside"
-ENGINES = ("test_generation.py", "test_graph.py", "test_trained.py")
+ENGINES = ("test_generation.py", "test_graph.py", "test_trained.py", "test_int8_engines.py")
 FILES = sorted({path.name for path in INSIDE.glob("test_*.py")} - set(ENGINES))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from executor.checkpoint.headers import canonical_name
+from executor.checkpoint.names import canonical_name
 from executor.checkpoint.strangers import check_unread
 from executor.checkpoint.weights import Checkpoint, load_weights
 from executor.device import ops

@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from executor.checkpoint.headers import TensorInfo, canonical_name, read_header
+from executor.checkpoint.headers import TensorInfo, read_header
+from executor.checkpoint.names import canonical_name
 from tests.reference import REPO
 
 HERE = Path(__file__).parent

@@ -1,12 +1,17 @@
 """The NPU backend over two ranks: emulated chips answer as one CPU rank does, eagerly and from decode graphs."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from emulator.activate import available
+from executor.commands.compress.__main__ import work
+from tests.msmodelslim.folders import FOLDERS
 from tests.parallel.jobs import case, run_ranks
+from tests.quant.compressing import stand_in
 
+SPARSE = ("qwen3_vl_w8a8s",)
 CASES = {
     "a2_graph_tp2": ("qwen2_5_vl", {}, "atlas_800i_a2", {"exe_mode": "ge_graph", "strict_graph": True}),
     "a3_graph_moe_dp2_ep2": (
@@ -18,6 +23,11 @@ CASES = {
     "duo_tp2": ("qwen3_vl", {"vision_parallel": "data"}, "atlas_300i_duo", {}),
     # Its routing knows no range of experts: each rank counts its own from 0.
     "duo_moe_ep2": ("qwen3_vl_moe", {"moe_ep_size": 2}, "atlas_300i_duo", {}),
+    # Static, with a float down_proj; and dynamic, with biases that one rank adds.
+    "a3_w8a8_tp2": ("qwen3_vl", {}, "atlas_800i_a3", {"model_path": "qwen3_vl_w8a8"}),
+    "duo_w8a8_dynamic_tp2": ("qwen3_vl", {}, "atlas_300i_duo", {"model_path": "qwen3_vl_w8a8_dynamic"}),
+    # Each rank reads its own part of compressed weights; one CPU rank reads the weights that they were made of.
+    "duo_w8a8sc_tp2": ("qwen3_vl", {}, "atlas_300i_duo", {"model_path": "qwen3_vl_w8a8s"}),
 }
 
 
@@ -29,15 +39,25 @@ def emulated(family: str, parallel: dict[str, Any], soc: str, model: dict[str, A
     return told
 
 
+def compressed(source: Path, folder: Path) -> Path:
+    options = ["--tp", "2", "--executable", str(stand_in(folder))]
+    work(["--model_path", str(source), "--save_directory", str(folder / "parts"), *options])
+    return folder / "parts"
+
+
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory) -> dict[str, dict[str, Any]]:
+def answers(tmp_path_factory, msmodelslim) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("emulated")
-    alone = [case(family) for family, *_ in CASES.values()]
-    for told in alone:
-        told["generation_config"]["ignore_eos"] = False
+    alone, together = [case(family) for family, *_ in CASES.values()], [emulated(*each) for each in CASES.values()]
+    for one, two in zip(alone, together, strict=True):
+        one["generation_config"]["ignore_eos"] = False
+        if (path := two["model_config"]["model_path"]) in FOLDERS:
+            quantized = msmodelslim(path)
+            one["model_config"]["model_path"] = str(quantized)
+            two["model_config"]["model_path"] = str(compressed(quantized, folder) if path in SPARSE else quantized)
     wanted = run_ranks(1, alone, folder)
     # All in the same two processes, which change the chip in between: importing torch_npu is most of the cost.
-    found = run_ranks(2, [emulated(*each) for each in CASES.values()], folder)
+    found = run_ranks(2, together, folder)
     return {
         name: {"found": ours, "wanted": theirs["answers"]}
         for name, ours, theirs in zip(CASES, found, wanted, strict=True)

@@ -1,5 +1,7 @@
 """Quantized experts from files to products: every form of the tensors, dealt over ranks and sliced, on the CPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -124,6 +126,44 @@ def test_a_slice_never_cuts_a_byte(tmp_path, form) -> None:
         load(tmp_path, tensors_of(made, form), "W4A8_DYNAMIC", parallel, inner=6)
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+def test_an_older_writer_has_one_weight_to_a_byte(tmp_path, columns) -> None:
+    """v0 of msmodelslim, without a version in its description: int8 as wide as the linear, no scale_bias."""
+    made = make("W4A8_DYNAMIC", E, N, INNER)
+    tensors = {name: x for name, x in made.unstacked(PREFIX).items() if not name.endswith("scale_bias")}
+    tensors |= {
+        f"{PREFIX}.{expert}.{name}.weight": part["values"]
+        for expert, linears in enumerate(made.linears)
+        for name, part in linears.items()
+    }
+    x, ids, weights = routed(5, E, 2, N)
+    layer = load(tmp_path, tensors, "W4A8_DYNAMIC", Parallel(expert_columns=Group(columns - 1, columns)))
+    assert error(layer(x, ids, weights), made.formula(x, ids, weights, columns=layer.share.columns)) < CLOSE
+    tensors[f"{PREFIX}.1.up_proj.weight"] = torch.full((INNER, N), 8, dtype=torch.int8)
+    with pytest.raises(UserError, match="1.up_proj.weight' has one weight to a byte and weights outside of -8 to 7"):
+        load(tmp_path, tensors, "W4A8_DYNAMIC")
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_scales_by_groups_of_inputs(tmp_path, columns) -> None:
+    """W8A16: a row's second half has twice the first one's scale, as if its weights were twice as large."""
+    made, size = make("W8A16", E, INNER, INNER), INNER // 2
+    tensors, doubled = made.unstacked(PREFIX), []
+    for expert, linears in enumerate(made.linears):
+        doubled.append({})
+        for name, part in linears.items():
+            scale, full = part["weight_scale"], f"{PREFIX}.{expert}.{name}"
+            tensors[f"{full}.weight_scale"] = torch.stack((scale, 2 * scale), 1)
+            tensors[f"{full}.weight_offset"] = torch.zeros(len(scale), 2)
+            wide = torch.cat((part["values"][:, :size], part["values"][:, size:].int() * 2), 1)
+            doubled[-1][name] = {"values": wide, "weight_scale": scale, "weight_offset": torch.zeros(len(scale))}
+    x, ids, weights = routed(5, E, 2, INNER)
+    parallel = Parallel(expert_columns=Group(columns - 1, columns))
+    layer = load(tmp_path, tensors, "W8A16", parallel, hidden=INNER)
+    wanted = Made("W8A16", INNER, INNER, doubled).formula(x, ids, weights, columns=layer.share.columns)
+    assert error(layer(x, ids, weights), wanted) < CLOSE
+
+
 def test_scale_bias_is_what_the_weights_say() -> None:
     """It is left in the file because it follows from them: eight times each row's sum, in parts for 16 ranks."""
     made = make("W4A8_DYNAMIC", 1, N, INNER)
@@ -162,14 +202,34 @@ def test_what_does_not_fit_is_named(tmp_path) -> None:
         ("W8A8", {"2.up_proj.input_scale": torch.tensor([0.5])}, {}, "expert 2: gate_proj 0.04, up_proj 0.5"),
         ("W8A8_DYNAMIC", {}, {f"{PREFIX}.3.down_proj.weight": "FLOAT"}, "different types.*3.down_proj.weight is FLOAT"),
         ("W8A8_DYNAMIC", {"1.up_proj.weight": torch.ones(INNER, N + 1, dtype=torch.int8)}, {}, "1.up_proj.weight"),
-        ("W4A8_DYNAMIC", {"1.up_proj.weight": torch.ones(INNER, N, dtype=torch.int8)}, {}, "1.up_proj.weight"),
+        ("W4A8_DYNAMIC", {"1.up_proj.weight": torch.ones(INNER, N - 1, dtype=torch.int8)}, {}, "1.up_proj.weight"),
     )
     for kind, changes, types, message in cases:
         with pytest.raises(UserError, match=message):
             load(tmp_path, broken(kind, **changes), kind, **types)
 
 
-def test_experts_of_two_forms_take_the_dynamic_one() -> None:
+@pytest.mark.parametrize("form", ["unstacked", "swapped"])
+def test_experts_of_two_forms_are_read_and_take_the_dynamic_one(tmp_path, form) -> None:
+    static = make("W8A8", E, N, INNER)
+    both, dynamic = [], []
+    for linears in static.linears:
+        more = {
+            name: {
+                "weight_scale": part["deq_scale"] / part["input_scale"],
+                "weight_offset": torch.zeros(len(part["values"])),
+            }
+            for name, part in linears.items()
+        }
+        both.append({name: part | more[name] for name, part in linears.items()})
+        dynamic.append({name: {"values": part["values"], **more[name]} for name, part in linears.items()})
+    layer = load(tmp_path, tensors_of(Made("W8A8_MIX", N, INNER, both), form), "W8A8_MIX")
+    x, ids, weights = routed(5, E, 2, N)
+    wanted = Made("W8A8_DYNAMIC", N, INNER, dynamic).formula(x, ids, weights)
+    assert error(layer(x, ids, weights), wanted) < CLOSE
+
+
+def test_mixed_experts_take_the_dynamic_form() -> None:
     """W8A8_MIX: static where rows are few, dynamic where they are many; an expert's are few in every step."""
     made, static = make("W8A8_DYNAMIC", E, N, INNER), make("W8A8", E, N, INNER)
     mixed = [MixedInt8(s, d) for s, d in zip(static.weights(), made.weights(), strict=True)]
@@ -177,6 +237,16 @@ def test_experts_of_two_forms_take_the_dynamic_one() -> None:
     x, ids, weights = routed(5, E, 2, N)
     got = CpuOps().prepare_experts(*mixed)(x, ids, weights)
     assert error(got, made.formula(x, ids, weights)) < CLOSE
+
+
+def test_a_description_that_names_stacked_experts_counts_them() -> None:
+    """By the linear's own name, as float checkpoints have them, or by the weight's."""
+    for end in ("", ".weight"):
+        types = {f"{PREFIX}.gate_up_proj{end}": "W8A8_DYNAMIC", "lm_head.weight": "FLOAT"}
+        description = Description(Path("quant_model_description.json"), types, "W8A8_DYNAMIC")
+        assert description.label == "w8a8_dynamic" and dict(description.samples) == {
+            "w8a8_dynamic": f"{PREFIX}.gate_up_proj{end}"
+        }
 
 
 def test_a_quantized_router_is_a_linear_like_any(tmp_path) -> None:

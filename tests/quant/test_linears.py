@@ -1,12 +1,14 @@
 """Every scheme's linear, as a checkpoint has it and split over ranks, against its formula in float64."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from executor.checkpoint.description import Description
 from executor.checkpoint.pull import finalize
 from executor.checkpoint.weights import check_complete
 from executor.device import ops
@@ -15,7 +17,7 @@ from executor.errors import UserError
 from executor.layers.linear import Linear
 from executor.parallel.groups import Group
 from executor.parallel.partition import Part, part
-from executor.quant.choose import MADE, SCHEMES
+from executor.quant.choose import MADE, SCHEMES, choose_schemes
 from executor.quant.scheme import Scheme
 from executor.quant.w8a16 import W8A16
 
@@ -103,7 +105,8 @@ def load(layer: Linear, checkpoint: dict[str, Tensor], prefix: str) -> Linear:
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found.double(), wanted, atol=2e-6 * float(wanted.abs().max()), rtol=0)
+    """A CPU may round float activations to 15 bits and more where it multiplies them by int8 weights."""
+    torch.testing.assert_close(found.double(), wanted, atol=6e-5 * float(wanted.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -144,14 +147,13 @@ def test_summed_inputs_over_ranks(kind, with_bias, size):
     close(total, stored.product(x))
 
 
-@pytest.mark.parametrize("many_rows", [False, True])
-def test_a_mix_is_static_or_dynamic_and_its_bias_is_the_dynamic_forms(many_rows):
+@pytest.mark.parametrize("num_rows", [5, 64])
+def test_a_mix_is_static_in_steps_of_few_rows_and_its_bias_is_the_dynamic_forms(num_rows):
     torch.manual_seed(2)
-    stored, x = make("W8A8_MIX", 24, with_bias=True), torch.randn(5, NUM_IN)
+    stored, x = make("W8A8_MIX", 24, with_bias=True), torch.randn(num_rows, NUM_IN)
     layer = Linear(NUM_IN, 24)
     layer.take(SCHEMES["W8A8_MIX"], True)
-    layer.many_rows = many_rows
-    close(load(layer, checkpoint_of({"fc1": stored}), "m.fc1")(x), stored.product(x, many_rows))
+    close(load(layer, checkpoint_of({"fc1": stored}), "m.fc1")(x), stored.product(x, num_rows > 16))
     assert float((stored.product(x, True) - stored.product(x, False)).abs().max()) > 1
 
 
@@ -244,3 +246,28 @@ def test_inputs_in_groups_are_not_rearranged():
     layer.take(W8A16(8), False)
     with pytest.raises(UserError, match="scales for groups of inputs.*by channel, or leave it float"):
         layer.map_dim("in", lambda x: x)
+
+
+class Alone(nn.Module):
+    """A model of one linear whose inputs are spread over two ranks."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.o_proj = Linear(NUM_IN, 24, shard="in", group=Silent(rank, 2))
+
+    def pulls(self, catalog):
+        return self.o_proj.pulls(catalog, "m.o_proj")
+
+
+@pytest.mark.parametrize("kind", ["FLOAT", "W8A8_DYNAMIC"])
+def test_a_gained_bias_is_only_missed_where_it_is_added(kind):
+    """The parts of compressed weights hold what each rank reads, under one description."""
+    types = {"m.o_proj.weight": kind, "m.o_proj.bias": "FLOAT"}
+    description = Description(Path("description.json"), types, kind)
+    with pytest.raises(UserError, match="'m.o_proj.bias' is described, and is in none of the files"):
+        choose_schemes(Alone(0), {}, description)
+    model = Alone(1)
+    choose_schemes(model, {}, description)
+    assert "m.o_proj.bias" not in {pull.name for pull in model.pulls({})}
+    catalog = {"m.o_proj.bias": SimpleNamespace(shape=(24,))}
+    assert "m.o_proj.bias" in {pull.name for pull in model.pulls(catalog)}, "where it is, it must fit"

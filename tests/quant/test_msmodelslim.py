@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from executor.checkpoint.description import read_description
-from executor.checkpoint.headers import Checkpoint, canonical_name
+from executor.checkpoint.headers import Checkpoint
 from executor.checkpoint.load import build_on_meta
+from executor.checkpoint.names import canonical_name
 from executor.layers.linear import Linear
 from executor.layers.norm import RMSNorm
 from executor.quant.choose import choose_schemes
@@ -123,7 +124,9 @@ def test_every_linear_is_its_formula(engine):
         kind = description.type_of(f"{names[0]}.weight")
         x = torch.randn(5, layer.share.num_in) * 3
         wanted = torch.cat([by_formula(x, name, kind, tensors) for name in names], dim=1)
-        torch.testing.assert_close(layer.product(x).double(), wanted, atol=2e-5 * float(wanted.abs().max()), rtol=0)
+        # Where weights alone are int8, a CPU may round float activations to 15 bits and more.
+        tolerance = (6e-5 if kind == "W8A16" else 2e-5) * float(wanted.abs().max())
+        torch.testing.assert_close(layer.product(x).double(), wanted, atol=tolerance, rtol=0)
         kinds.add(kind)
     assert kinds - {"FLOAT"} <= set(description.kinds) and len(kinds) >= 2
 

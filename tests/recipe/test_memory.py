@@ -6,16 +6,39 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
-from executor.recipe.memory import LIBRARY_BYTES, TORCH_BYTES, estimate
+from executor.checkpoint.load import build_on_meta, default_dtype
+from executor.checkpoint.stored import read_sizes
+from executor.checkpoint.weights import Checkpoint
+from executor.device import ops
+from executor.device.cpu.ops import CpuOps
+from executor.parallel.groups import groups
+from executor.quant.choose import choose_schemes
+from executor.recipe.memory import LIBRARY_BYTES, TORCH_BYTES, estimate, weights_bytes
 from executor.recipe.peak import ENCODE_TOKENS, peak_bytes, pixel_bytes, vision_token_bytes
 from executor.recipe.schema import build_recipe
 from executor.recipe.settle import prepare, resolve
 from models.published import published_config
-from models.registry import read_shapes
+from models.registry import family_runner, read_shapes
+from tests.msmodelslim.folders import FOLDERS
 from tests.reference import FAMILIES, REPO
 
 SIZES = {"max_num_seqs": 2, "turns": 1}
+
+
+def measured(folder: str, **sizes: int) -> tuple[dict, str]:
+    """What a process of its own found, and what it logged."""
+    options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.peak_memory", folder, *options],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -25,21 +48,18 @@ def test_the_estimate_is_the_measured_peak(family):
     Peaks of one model differ by 8 % from run to run here: the allocator keeps what it likes, and models this small
     have little else.
     """
-    options = [text for name, value in SIZES.items() for text in (f"--{name}", str(value))]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.peak_memory", f"models/tiny/{family}", *options],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found, log = measured(f"models/tiny/{family}", **SIZES)
     assert 0.85 <= found["estimated_bytes"] / found["measured_bytes"] <= 1.15, found
     # What the two have in common for certain must not be what makes them equal.
     both = found["process_bytes"] + found["weights_bytes"] + found["kv_bytes"]
     assert 0.7 <= found["peak_bytes"] / (found["measured_bytes"] - both) <= 1.35, found
-    assert f"process {found['process_bytes'] / 2**30:.2f} GiB + weights" in done.stderr
+    assert f"process {found['process_bytes'] / 2**30:.2f} GiB + weights" in log
+
+
+def test_the_estimate_of_a_quantized_model_is_near_its_peak(msmodelslim):
+    sizes = {"max_model_len": 512, "max_num_batched_tokens": 512, "encoder_cache_tokens": 512, "side": 12}
+    found, _ = measured(str(msmodelslim("qwen3_vl_w8a8")), max_num_seqs=1, turns=1, **sizes)
+    assert 0.8 <= found["estimated_bytes"] / found["measured_bytes"] <= 1.2, found
 
 
 def resolved(name: str, device: str = "cpu", **scheduler):
@@ -118,3 +138,28 @@ def test_the_largest_picture_is_the_recipes_or_the_checkpoints(tmp_path):
     edge = json.loads((folder / "preprocessor_config.json").read_text())["size"]["longest_edge"]
     assert prepare(build_recipe(tree)).picture_tokens == edge // 1024
     assert prepare(build_recipe(tree | {"data_config": {"max_pixels": 64 * 1024}})).picture_tokens == 64
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_quantized_folder_counts_what_its_layers_keep(msmodelslim, name, tp):
+    """From the headers: every linear has a type of its own. Ranks hold their parts, and small scales whole."""
+    folder = msmodelslim(name)
+    model = {"model_path": str(folder), "device": "cpu", "dtype": "bfloat16"}
+    parallel = {"world_size": tp, "attn_tp_size": tp}
+    prepared = prepare(build_recipe({"model_config": model, "parallel_config": parallel}))
+    rank = groups(tp, tp, 1, "tp", rank=0, new_group=lambda ranks, buffer_mb: None)
+    built = build_on_meta(lambda: family_runner(prepared.config).build_model(prepared.config, rank), torch.bfloat16)
+    ops.bind(CpuOps())
+    with torch.device("meta"), default_dtype(torch.bfloat16):
+        choose_schemes(built, Checkpoint(folder).catalog, prepared.description)
+    held = sum(x.numel() * x.element_size() for x in built.parameters())
+    assert prepared.memory.weights_bytes == pytest.approx(held, rel=0.01 if tp == 1 else 0.03)
+    named = weights_bytes(prepared.recipe, prepared.shapes)  # by the recipe's word alone
+    assert abs(named - held) > 2 * abs(prepared.memory.weights_bytes - held)
+
+
+def test_headers_that_cannot_be_read_count_for_nothing(msmodelslim, tmp_path):
+    assert read_sizes(tmp_path, tied=False) is None
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0[")
+    assert read_sizes(tmp_path, tied=False) is None

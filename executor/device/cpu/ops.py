@@ -16,9 +16,10 @@ from torch import Tensor
 
 from executor.device.cpu import int8
 from executor.device.cpu.capability import PACKED_FP16, REORDERED, Capability, capability
+from executor.device.cpu.int8_cache import Int8Cache, RowBuffer
 from executor.device.cpu.linear import Expanded, PackedFp16, Plain, Reordered, Scratch, Shared, exact_scale
 from executor.device.cpu.threads import let_idle_threads_sleep
-from executor.device.ops import KVLayer, Ops
+from executor.device.ops import KVLayer, KVScales, Ops
 from executor.device.table import DeviceSettings
 from executor.device.weights import Weight, expert_form, experts_of
 
@@ -151,13 +152,21 @@ class CpuOps(Ops):
 
     def kv_cache(
         self, num_layers: int, num_blocks: int, block_size: int, heads: int, dim: int, dtype: torch.dtype,
-        normed: bool = False,
+        normed: bool = False, scales: Sequence[KVScales] = (),
     ) -> list[KVLayer]:  # fmt: skip
         shape = (num_blocks, block_size, heads, dim)
+        buffers = RowBuffer(), RowBuffer()
+        forms = [Int8Cache.of(each, dtype, buffers) for each in scales] or [None] * num_layers
+        held = torch.int8 if scales else dtype
         # Never zeroed: only written slots are read, and an idle cache takes no memory.
-        return [KVLayer(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)) for _ in range(num_layers)]
+        return [
+            KVLayer(torch.empty(shape, dtype=held), torch.empty(shape, dtype=held), scales=form)
+            for _, form in zip(range(num_layers), forms, strict=True)
+        ]
 
     def kv_write(self, k: Tensor, v: Tensor, cache: KVLayer, slots: Tensor) -> None:
+        if cache.scales is not None:
+            k, v = cache.scales.quantized(k, v)
         cache.k.flatten(0, 1).index_copy_(0, slots, k)
         cache.v.flatten(0, 1).index_copy_(0, slots, v)
 
@@ -181,8 +190,13 @@ class CpuOps(Ops):
         num_kv_heads = cache.k.shape[2]
         group = num_heads // num_kv_heads
         out = torch.empty(num_tokens, num_heads * dim, dtype=q.dtype)
+        scales: Int8Cache | None = cache.scales
+        if scales is not None:
+            q = scales.scaled_queries(q)
         for row in prepared:
             k, v = _rows_of(cache.k, row), _rows_of(cache.v, row)  # [1, K, L, D]
+            if scales is not None:
+                k, v = scales.widened(k, v)
             mine = q[row.start : row.start + row.q_len]
             target = out[row.start : row.start + row.q_len]
             if row.q_len == 1:
@@ -195,7 +209,7 @@ class CpuOps(Ops):
                 mine.transpose(0, 1).unsqueeze(0), k, v, attn_mask=row.mask, is_causal=row.mask is None, scale=scale
             )
             target.view(row.q_len, num_heads, dim).copy_(y[0].transpose(0, 1))
-        return out
+        return out if scales is None else scales.scaled_values(out)
 
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
         out, start, index = torch.empty_like(q), 0, 0

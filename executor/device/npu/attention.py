@@ -7,6 +7,7 @@ Legend: T tokens, H query heads, K kv heads, D head dim, R rows (requests) of th
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch_npu
 import torchair
 from torch import Tensor
 
-from executor.device.npu import layout
+from executor.device.npu import int8_cache, layout
 from executor.device.ops import HeadNorms, Heads, KVLayer
 
 _FUSED_ROWS = 4096  # requests (or packed segments) of one npu_fused_infer_attention_score call
@@ -35,6 +36,13 @@ class Step:
     kv_lens_device: Tensor | None = None
     decodes: bool = False  # every row has one query token
     mask: Tensor | None = None  # for ops that want a row for every token
+    host_table: np.ndarray | None = None  # block_table, on the host
+
+    @cached_property
+    def split(self) -> int8_cache.Split:
+        """Its rows as an int8 cache is read: found by the first layer that asks, for all of them."""
+        q_lens = [end - start for start, end in zip([0, *self.q_ends], self.q_ends, strict=False)]
+        return int8_cache.split(q_lens, self.kv_lens, self.host_table, self.block_size, self.block_table.device)
 
 
 def prepare(
@@ -58,6 +66,7 @@ def prepare(
         block_table=torch.from_numpy(table).to(device),
         block_size=block_size,
         decodes=all(q_len == 1 for q_len in q_lens),
+        host_table=table,
     )
 
 
@@ -68,7 +77,7 @@ def static(kv_lens: Tensor | Sequence[int], block_table: Tensor, block_size: int
         q_ends = torch.arange(1, rows + 1, device=block_table.device)
     else:
         q_ends = list(range(1, rows + 1))
-    return Step(q_ends, kv_lens, block_table, block_size)
+    return Step(q_ends, kv_lens, block_table, block_size, decodes=True)
 
 
 class FusedAttention:
@@ -98,6 +107,8 @@ class FusedAttention:
         return q_out.view(-1, heads.num_heads, heads.dim)
 
     def write(self, k: Tensor, v: Tensor, cache: KVLayer, slots: Tensor) -> None:
+        if cache.scales is not None:
+            k, v = cache.scales.quantized(k, v)
         torch_npu.npu_scatter_pa_kv_cache(
             key=k.contiguous(),
             value=v.contiguous(),
@@ -108,6 +119,8 @@ class FusedAttention:
         )
 
     def paged(self, q: Tensor, cache: KVLayer, step: Step, scale: float) -> Tensor:
+        if cache.scales is not None:
+            return self._paged_int8(q, cache, step, scale)
         num_heads, dim = q.shape[1:]
         if not layout.in_strips(cache):
             num_kv_heads = cache.k.shape[2]
@@ -133,6 +146,19 @@ class FusedAttention:
             block_size=step.block_size,
         )
         return out.flatten(1)
+
+    def _paged_int8(self, q: Tensor, cache: KVLayer, step: Step, scale: float) -> Tensor:
+        if step.decodes:
+            return int8_cache.decode(q, cache, step.kv_lens, step.block_table, step.block_size, scale)
+        out, rows = q.new_empty(len(q), q.shape[1] * q.shape[2]), step.split
+        if rows.singles is not None:
+            table = step.block_table[rows.single_rows]
+            y = int8_cache.decode(q[rows.singles], cache, rows.single_lens, table, step.block_size, scale)
+            out.index_copy_(0, rows.singles, y)
+        for prompts in rows.prompts:
+            y = int8_cache.prefill(q[prompts.tokens], cache, prompts, self.mask, scale)
+            out.index_copy_(0, prompts.tokens, y)
+        return out
 
     def varlen(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
         """The lengths are always given: without them some stacks return averages over the whole pack."""

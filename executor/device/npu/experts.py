@@ -35,8 +35,8 @@ class Experts(nn.Module):
 
     The product's experts are `first` to `first + E` of `num_experts`.
 
-    Before CANN 8.5.0 all of exactly 128 experts of width 2048 are routed by another kernel, which knows no row_idx_type
-    but 0; some releases give its counts as int32. The call below is right for either.
+    Before CANN 8.5.0 float rows of all of exactly 128 experts of width 2048 are routed by another kernel, which knows
+    no row_idx_type but 0; some releases give its counts as int32. The call below is right for either.
     """
 
     def __init__(self, product: Product, first: int, num_experts: int) -> None:

@@ -6,6 +6,7 @@ Legend: T tokens, H query heads, K kv heads, D head dim, E experts, I intermedia
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,22 @@ import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
-from executor.device.npu import attention, experts, forms, graph, layout, linear, quant, quant_experts
+from executor.device.npu import (
+    attention,
+    compressed,
+    experts,
+    forms,
+    graph,
+    int8_cache,
+    layout,
+    linear,
+    quant,
+    quant_experts,
+)  # fmt: skip
 from executor.device.npu.soc import COMPOSED, SOCS, Soc, chip_named, choose, soc_of
-from executor.device.ops import HeadNorms, Heads, KVLayer, Ops
+from executor.device.ops import HeadNorms, Heads, KVLayer, KVScales, Ops
 from executor.device.table import DeviceSettings
-from executor.device.weights import Weight
+from executor.device.weights import CompressedInt8, Weight
 from executor.errors import UserError
 from executor.host.env import environment
 
@@ -36,6 +48,7 @@ class NpuOps(Ops):
     """
 
     name = "npu"
+    takes_cache_offsets = False
 
     def __init__(
         self,
@@ -78,7 +91,7 @@ class NpuOps(Ops):
         if residual is None or not len(x):  # the fused ops take no empty x
             return super().add_rms_norm(x, residual, weight, eps, bias)
         product = quant.reader_of(reader, len(x))
-        if isinstance(product, quant.StaticLinear) and self._has("add_rms_norm_static"):
+        if isinstance(product, quant.StaticInput) and self._has("add_rms_norm_static"):
             return quant.add_rms_norm_static(x, residual, weight, eps, bias, product)
         if isinstance(product, quant.DynamicLinear) and self._has("add_rms_norm_dynamic"):
             return quant.add_rms_norm_dynamic(x, residual, weight, eps, bias)
@@ -125,6 +138,8 @@ class NpuOps(Ops):
     def prepare_linear(
         self, weight: Weight, bias: Tensor | None, many_rows: bool = False
     ) -> Callable[[Tensor], Tensor]:
+        if isinstance(weight, CompressedInt8):
+            return compressed.prepare(weight, self.soc, self.dtype)
         if not isinstance(weight, Tensor):
             return self._products.linear(weight, bias)
         return linear.Linear(layout.weight(weight.detach(), self.weight_nz), bias)
@@ -185,8 +200,13 @@ class NpuOps(Ops):
 
     def kv_cache(
         self, num_layers: int, num_blocks: int, block_size: int, heads: int, dim: int, dtype: torch.dtype,
-        normed: bool = False,
+        normed: bool = False, scales: Sequence[KVScales] = (),
     ) -> list[KVLayer]:  # fmt: skip
+        if scales:
+            sizes = num_layers, num_blocks, block_size, heads, dim
+            layers = self.attention.caches(*sizes, dtype=torch.int8, form="ND")
+            forms = (int8_cache.Int8Scales.of(each, dtype, self.device) for each in scales)
+            return [replace(layer, scales=form) for layer, form in zip(layers, forms, strict=True)]
         fused = normed and dim == _FUSED_DIM and self.calls.get("qkv_norm_rope_write", COMPOSED) != COMPOSED
         form = self.cache or ("NZ" if fused else self.soc.cache)
         return self.attention.caches(num_layers, num_blocks, block_size, heads, dim, dtype=dtype, form=form)

@@ -127,28 +127,24 @@ class Int8Linear(nn.Module):
         raise NotImplementedError
 
 
-class StaticLinear(Int8Linear):
-    """By one scale and offset. `weight`: the values as the chip reads them."""
+class StaticInput(Int8Linear):
+    """Activations `[T, n]` by one scale and offset."""
 
-    def __init__(self, products: Int8Products, weight: StaticInt8, values: nn.Parameter) -> None:
-        super().__init__(_num_out(weight))
-        self.dtype, self.by_rows = products.dtype, products.by_rows
-        self.weight = values
-        self.scale = frozen(weight.deq_scale)
-        self.packed_scale = frozen(packed(weight.deq_scale)) if self.dtype is torch.float16 else None
-        self.bias = frozen(weight.quant_bias)
-        self.input_scale = frozen(weight.input_scale)
-        self.input_offset = frozen(weight.input_offset)
-        self.zero_point = frozen(weight.input_offset.to(torch.int32))
-        self.norm_scale, self.norm_zero_point = map(frozen, self._for_norms(weight))
+    def __init__(self, num_in: int, num_out: int, input_scale: Tensor, input_offset: Tensor, dtype: torch.dtype):
+        super().__init__(num_out)
+        self.dtype = dtype
+        self.input_scale = frozen(input_scale)
+        self.input_offset = frozen(input_offset)
+        self.zero_point = frozen(input_offset.to(torch.int32))
+        self.norm_scale, self.norm_zero_point = map(frozen, self._for_norms(num_in))
 
-    def _for_norms(self, weight: StaticInt8) -> tuple[Tensor, Tensor]:
+    def _for_norms(self, n: int) -> tuple[Tensor, Tensor]:
         """Scale and offset `[n]` as the norm that quantizes takes them.
 
         In bf16 its page names bf16 for both; where that would change the scale, float32 and int32, which the kernel
         has too.
         """
-        scale, offset, n = weight.input_scale, self.zero_point, weight.values.shape[1]
+        scale, offset = self.input_scale.data, self.zero_point.data
         if self.dtype is torch.bfloat16 and not scale.is_meta and torch.equal(scale.bfloat16().float(), scale):
             scale, offset = scale.bfloat16(), offset.bfloat16()
         return scale.expand(n).contiguous(), offset.expand(n).contiguous()
@@ -156,16 +152,29 @@ class StaticLinear(Int8Linear):
     def quantize(self, x: Tensor) -> QuantizedRows:
         return QuantizedRows(torch_npu.npu_quantize(x, self.input_scale, self.zero_point, torch.qint8, -1, True))
 
+
+class StaticLinear(StaticInput):
+    """By one scale and offset. `weight`: the values as the chip reads them."""
+
+    def __init__(self, products: Int8Products, weight: StaticInt8, values: nn.Parameter) -> None:
+        num_in = weight.values.shape[1]
+        super().__init__(num_in, _num_out(weight), weight.input_scale, weight.input_offset, products.dtype)
+        self.by_rows = products.by_rows
+        self.weight = values
+        self.scale = frozen(weight.deq_scale)
+        self.packed_scale = frozen(packed(weight.deq_scale)) if self.dtype is torch.float16 else None
+        self.bias = frozen(weight.quant_bias)
+
     def multiply(self, rows: QuantizedRows) -> Tensor:
-        scale = self.scale if self.packed_scale is None else self.packed_scale
-        weight = self.weight.t() if self.by_rows else self.weight
-        return torch_npu.npu_quant_matmul(rows.values, weight, scale, bias=self.bias, output_dtype=self.dtype)
+        return self._product(rows, self.scale if self.packed_scale is None else self.packed_scale, self.dtype)
 
     def sums(self, rows: QuantizedRows) -> Tensor:
         """Without the scale: int32 `[T, m]`, the bias in it."""
-        return torch_npu.npu_quant_matmul(
-            rows.values, self.weight, self.scale, bias=self.bias, output_dtype=torch.int32
-        )
+        return self._product(rows, self.scale, torch.int32)
+
+    def _product(self, rows: QuantizedRows, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        weight = self.weight.t() if self.by_rows else self.weight
+        return torch_npu.npu_quant_matmul(rows.values, weight, scale, bias=self.bias, output_dtype=dtype)
 
 
 class DynamicLinear(Int8Linear):
@@ -265,13 +274,13 @@ class Pieces(nn.Module):
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
 
-def reader_of(linear: object, num_rows: int) -> StaticLinear | DynamicLinear | None:
+def reader_of(linear: object, num_rows: int) -> StaticInput | DynamicLinear | None:
     """Of what `linear` is made, that which takes QuantizedRows in a step of `num_rows`; None: it takes float rows."""
     if isinstance(linear, SummedLinear):
         linear = linear.product
     if isinstance(linear, MixedLinear):
         linear = linear.chosen(num_rows)
-    return linear if isinstance(linear, StaticLinear | DynamicLinear) else None
+    return linear if isinstance(linear, StaticInput | DynamicLinear) else None
 
 
 def num_rows_of(x: Tensor | QuantizedRows) -> int:
@@ -279,7 +288,7 @@ def num_rows_of(x: Tensor | QuantizedRows) -> int:
 
 
 def add_rms_norm_static(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, bias: Tensor | None, reader: StaticLinear
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, bias: Tensor | None, reader: StaticInput
 ) -> tuple[QuantizedRows, Tensor]:
     """`(norm(x + residual) + bias` as the reader takes it, `x + residual)` in one kernel."""
     values, _, total = torch_npu.npu_add_rms_norm_quant(
@@ -297,7 +306,7 @@ def add_rms_norm_dynamic(
 
 
 def swiglu_quantized(
-    x: Tensor | QuantizedRows, gate_up: nn.Module, reader: StaticLinear | DynamicLinear
+    x: Tensor | QuantizedRows, gate_up: nn.Module, reader: StaticInput | DynamicLinear
 ) -> QuantizedRows:
     """`swiglu(gate_up(x))` as the reader takes it, in one kernel behind the product.
 
@@ -305,18 +314,19 @@ def swiglu_quantized(
     halves are never rounded. A float bias it takes by no page: then the product comes in the model's type.
     """
     product, options = reader_of(gate_up, num_rows_of(x)), {}
-    if product is None or (isinstance(product, DynamicLinear) and product.bias is not None):
+    has_sums = isinstance(product, StaticLinear | DynamicLinear)
+    if not has_sums or (isinstance(product, DynamicLinear) and product.bias is not None):
         sums = gate_up(x)
     else:
         rows = x if isinstance(x, QuantizedRows) else product.quantize(x)
         sums = product.sums(rows)
         options = {"weight_scale": product.scale.unsqueeze(0), "activation_scale": rows.scale}
-    if isinstance(reader, StaticLinear):
+    if isinstance(reader, StaticInput):
         options |= {"quant_scale": reader.input_scale, "quant_offset": reader.input_offset, "quant_mode": _STATIC}
     else:
         options |= {"quant_mode": _DYNAMIC}
     values, scale = torch_npu.npu_dequant_swiglu_quant(sums, activate_left=True, **options)
-    return QuantizedRows(values, None if isinstance(reader, StaticLinear) else scale)
+    return QuantizedRows(values, None if isinstance(reader, StaticInput) else scale)
 
 
 def packed(scale: Tensor) -> Tensor:

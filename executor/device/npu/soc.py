@@ -83,6 +83,8 @@ TABLE = (
     ("kv_write", _DUO, "fp16", "NZ cache", ("_npu_reshape_and_cache",)),
     ("attention", _TRAINED, "bf16 fp16", "TND, paged", ("npu_fused_infer_attention_score_v2",)),
     ("attention", _DUO, "fp16", "TND, paged, 16-row tiles", ("_npu_paged_attention",)),
+    ("int8_cache_write", _TRAINED, "bf16 fp16", "[T, K * D]", ("npu_quantize",)),
+    ("int8_cache_decode", _TRAINED, "bf16 fp16", "BNSD, ND cache", ("npu_fused_infer_attention_score",)),
     ("summed_linear", ("atlas_800i_a2",), "bf16 fp16", "[in, out]", ("npu_mm_all_reduce_base", COMPOSED)),
     # Its page: for prefill, not for decode. The other way round a decode layer has two nodes less (docs/check.md).
     ("summed_linear_in_decode", ("atlas_800i_a2",), "bf16 fp16", "[in, out]", (COMPOSED, "npu_mm_all_reduce_base")),

@@ -364,7 +364,25 @@ def write_media(folder):
     (folder / "questions.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
+def write_rows(folder, count, seed):
+    """`count` pictures and `rows.jsonl` beside them, each a question about one of them: a data set of this world."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, (scene, question) in enumerate((s.scene, s.question) for s in held_out(seed, count, PICTURE_KINDS)):
+        name = f"{number:03d}.png"
+        write_picture(scene, folder / name)
+        rows.append(json.dumps({"image": name, "question": question.text}))
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the sample pictures and clips.")
+    parser = argparse.ArgumentParser(description="Write the sample pictures and clips, or with --rows a data set.")
     parser.add_argument("folder")
-    write_media(parser.parse_args().folder)
+    parser.add_argument("--rows", type=int, help="so many pictures of held-out scenes, and questions in rows.jsonl")
+    parser.add_argument("--seed", type=int, default=7)
+    args = parser.parse_args()
+    if args.rows:
+        write_rows(args.folder, args.rows, args.seed)
+    else:
+        write_media(args.folder)

@@ -14,6 +14,7 @@ from emulator.activate import activate
 from emulator.graph import fake_world
 from emulator.limits import FLOATS
 from emulator.traces import Traces
+from executor.checkpoint.description import Description
 from executor.checkpoint.load import build_on_meta, load_model
 from executor.checkpoint.pull import finalize
 from executor.checkpoint.weights import Checkpoint
@@ -27,12 +28,14 @@ from executor.device.ops import Ops
 from executor.engine.engine import Engine
 from executor.engine.replica import Replica
 from executor.parallel.groups import SINGLE, groups
+from executor.quant.choose import SCHEMES, assume_schemes, choose_cache, choose_schemes
 from executor.recipe.schema import build_recipe
 from executor.recipe.settle import prepare
 from models.published import published_config
 from models.registry import family_runner
 
 A2, A3, DUO = SOCS
+WHOLLY_STATIC = "w8a8, down_proj as well"
 # The reference computes in the type it is asked for, on every CPU; the products are those of fast_products.
 CPU = CpuOps(Capability(isa="other", vectors="", reorders=frozenset(), packs_fp16=False))
 _products = torch.library.Library("aten", "IMPL")  # lives as long as the process
@@ -72,9 +75,21 @@ def engine_on(
     ops.bind(device)
     family = family_runner(prepared.config)
     processor = family.build_processor(prepared.folder, media_options(recipe))
-    loaded, _ = load_model(lambda: family.build_model(prepared.config), Checkpoint(prepared.folder), device, dtype)
+    checkpoint = Checkpoint(prepared.folder)
+    loaded, _ = load_model(
+        lambda: family.build_model(prepared.config),
+        checkpoint,
+        device,
+        dtype,
+        lambda model: _choose(model, checkpoint, prepared.description, recipe.model.kv_cache_dtype == "int8"),
+    )
     replica = Replica(SINGLE, loaded.visual.cost, shares_experts=False)
     return join(recipe, prepared.memory.num_blocks, loaded, processor, device, dtype, replica)
+
+
+def _choose(model: Any, checkpoint: Checkpoint, description: Description | None, int8: bool) -> list[str]:
+    left = choose_schemes(model, checkpoint.catalog, description)
+    return left + choose_cache(model, checkpoint.catalog, description, int8)
 
 
 @contextlib.contextmanager
@@ -105,21 +120,36 @@ def true_size(
     dtype: torch.dtype | None = None,
     layers: int = 2,
     calls: dict[str, str] | None = None,
+    int8_cache: bool = False,
+    quantization: str = "none",
 ) -> Iterator[Traces]:
     """A published model's first layers on a chip, traced as rank 0 of `tp * replicas` ranks, on meta tensors.
 
-    `calls`: ops that another call of the table serves.
+    `calls`: ops that another call of the table serves. `quantization`: a recipe's word, for the vendor's choice of
+    layers; WHOLLY_STATIC: every linear of the layers is static.
     """
     activate(soc)
     dtype = dtype or SOCS[soc].dtypes[0]
-    device = NpuOps(SOCS[soc], torch.device("meta"))
+    device = NpuOps(SOCS[soc], torch.device("meta"), dtype=dtype)
     device.calls |= calls or {}
     ops.bind(device)
     config = published_config(name)
     world_size = tp * replicas
     with fake_world(world_size) if world_size > 1 else contextlib.nullcontext():
         parallel = groups(world_size, tp, ep, "tp", rank=0) if world_size > 1 else SINGLE
-        model = build_on_meta(lambda: family_runner(config).build_model(config, parallel), dtype)
-        model.language_model.layers = model.language_model.layers[:layers]
+        model = build_on_meta(lambda: _built(config, parallel, layers, quantization, int8_cache), dtype)
         finalize(model)
         yield Traces(model, device, dtype, batch=8, blocks=32, block_size=128)
+
+
+def _built(config: Any, parallel: Any, layers: int, quantization: str, int8_cache: bool) -> torch.nn.Module:
+    model = family_runner(config).build_model(config, parallel)
+    model.language_model.layers = model.language_model.layers[:layers]
+    assume_schemes(model, "w8a8" if quantization == WHOLLY_STATIC else quantization)
+    if quantization == WHOLLY_STATIC:
+        for layer in model.language_model.layers:
+            layer.mlp.down_proj.take(SCHEMES["W8A8"], False)
+    if int8_cache:
+        for layer in model.language_model.layers:
+            layer.self_attn.quantize_cache()
+    return model

@@ -12,7 +12,7 @@ from executor.commands import check
 from executor.device.npu.soc import SOCS
 from executor.errors import UserError
 from executor.recipe.schema import load_recipe
-from tests.device.inside.npu import A2, A3, DUO, true_size
+from tests.device.inside.npu import A2, A3, DUO, WHOLLY_STATIC, true_size
 from tests.reference import REPO
 
 QWEN2_5, QWEN3, MOE = "Qwen2.5-VL-7B-Instruct", "Qwen3-VL-8B-Instruct", "Qwen3-VL-30B-A3B-Instruct"
@@ -22,6 +22,7 @@ FIGURES = [  # model, ranks, most nodes per layer
     (QWEN2_5, 2, 14), (QWEN3, 2, 11), (MOE, 2, 17),
     (BIG, 8, 14), (QWEN3, 8, 11), (MOE, 8, 17),
 ]  # fmt: skip
+INT8 = [(QWEN3, "w8a8", 1, 10), (QWEN3, WHOLLY_STATIC, 1, 10), (QWEN3, "w8a8_dynamic", 2, 12)]  # two are collectives
 FUSED = {"summed_linear_in_decode": "npu_mm_all_reduce_base"}  # beyond what its page allows
 ON_HOST = {"LocalScalarDense", "Where", "NonZero", "Unique2", "MaskedSelect"}  # their shape or value is the host's
 
@@ -46,6 +47,37 @@ def test_nodes_of_a_decode_layer(soc, name, tp, most) -> None:
     collectives = Counter({kind: layer[kind] for kind in layer if kind in two.collectives})
     assert collectives.total() == (2 if tp > 1 else 0), collectives
     assert (two.collectives - collectives - collectives).total() == (2 if tp > 1 else 0), "embedding and logits"
+
+
+@pytest.mark.parametrize("name, quantization, tp, most", INT8)
+def test_nodes_of_a_quantized_decode_layer(name, quantization, tp, most) -> None:
+    """Norms, SwiGLU and what stands before o_proj quantize; every product takes int8, and nothing is cast or copied."""
+    with true_size(name, A3, tp=tp, quantization=quantization) as traces:
+        assert traces.decode_calls(tensors=True).violations == []
+        layer = per_layer(traces.decode_graph(1), traces.decode_graph(2))
+    assert layer.total() <= most, layer
+    assert not {"Cast", "TensorMove", "Transpose", "Fill", "Add"} & set(layer), layer
+    plain = {"w8a8": 1}.get(quantization, 0)
+    assert layer["MatMul"] == plain, "down_proj alone stays float where the vendor leaves it"
+    assert layer["QuantBatchMatmulV3"] + layer["WeightQuantBatchMatmulV2"] == 4 - plain
+
+
+EXPERTS = [("w8a8", 2, 17), ("w4a8_dynamic", 2, 21)]
+
+
+@pytest.mark.parametrize("quantization, ranks, most", EXPERTS)
+def test_nodes_of_a_layer_of_quantized_experts(quantization, ranks, most) -> None:
+    """Experts dealt to the ranks; two nodes more are collectives. Of four-bit weights three nodes are GE's change of a
+    weight's type, which torchair writes down where CANN is older than 8.5 or absent, as here.
+    """
+    with true_size(MOE, A3, tp=ranks, ep=ranks, quantization=quantization) as traces:
+        assert traces.decode_calls(tensors=True).violations == []
+        layer = per_layer(traces.decode_graph(1), traces.decode_graph(2))
+    assert layer.total() <= most, layer
+    assert layer["HcomAllReduce"] == 2 and layer.total() - 2 <= 19
+    assert layer["MatMul"] == 1, "the router alone is float"
+    fused, products = layer["GroupedMatmulSwigluQuantV2"], layer["GroupedMatmul"]
+    assert (fused, products, layer["SwiGlu"], layer["DynamicQuant"]) == (1, 1, 0, 0), layer
 
 
 @pytest.mark.parametrize("name, tp, nodes, fused", [(QWEN2_5, 2, 12, 2), (MOE, 2, 16, 1)])
@@ -122,6 +154,29 @@ def test_the_document_of_a_graph_chip(capsys) -> None:
     assert "9 kernels per layer" in capsys.readouterr().out
 
 
+def test_the_document_of_a_quantized_recipe(capsys) -> None:
+    """The folder is not here: its scheme is the recipe's word, its layers are the vendor's choice."""
+    settings = "model_config.model_path=any/Qwen3-VL-2B-Instruct-w8a8", "model_config.quantization=w8a8_dynamic"
+    document = checked("qwen3_vl_2b_300i_duo.yaml", *settings)
+    assert document["ok"] and document["quantization"] == "w8a8_dynamic"
+    assert document["ops_per_layer"]["npu::npu_quant_matmul_dequant"] == 4
+    quantized = document["schemes"]["w8a8_dynamic"]
+    assert "language_model.layers.self_attn.qkv_proj" in quantized and "visual.blocks.mlp.linear_fc2" in quantized
+    assert {"visual.merger.linear_fc1", "visual.patch_embed.proj"} <= set(document["schemes"]["none"])
+    assert 2.0e9 < document["weights_bytes"] < 2.6e9, "a byte a weight, embeddings and mergers two"
+    assert "w8a8_dynamic language_model.layers.mlp.down_proj," in capsys.readouterr().out
+
+
+def test_a_quantized_folder_that_is_here_says_what_is_quantized(msmodelslim) -> None:
+    path = f"model_config.model_path={msmodelslim('qwen2_5_vl_w8a8')}"
+    tiny = "scheduler_config.max_model_len=1024", "parallel_config.world_size=1"
+    document = checked("qwen3_vl_8b_300i_duo.yaml", path, *tiny)
+    assert document["ok"] and document["quantization"] == "w8a8"
+    assert "visual.blocks.mlp.down_proj" in document["schemes"]["w8a8_dynamic"]
+    assert "language_model.layers.mlp.gate_up_proj" in document["schemes"]["w8a8"]
+    assert document["ops_per_layer"]["npu::npu_add_rms_norm_quant"] == 2
+
+
 def test_the_document_of_the_eager_chip() -> None:
     document = checked("qwen3_vl_2b_300i_duo.yaml")
     assert document.keys() >= KEYS and document["ok"] and document["dtype"] == "float16"
@@ -142,6 +197,11 @@ def test_what_a_chip_cannot_do_is_listed() -> None:
         ("quickstart.yaml", [], ["check asks what a recipe needs of a chip", "--set model_config.soc="]),
         ("qwen3_vl_8b.yaml", ["model_config.model_path=Qwen/Qwen3-VL-9B-Instruct"], ["Qwen3-VL-9B", "Qwen3-VL-8B"]),
         ("qwen3_vl_8b.yaml", ["parallel_config.world_size=3"], ["Degrees that work"]),
+        (
+            "qwen3_vl_8b.yaml",
+            ["model_config.model_path=any/Qwen3-VL-8B-Instruct-w8a8"],
+            ["cannot know how its weights are quantized", "--set model_config.quantization=w8a8"],
+        ),
         ("qwen3_vl_8b_300i_duo.yaml", ["model_config.dtype=bfloat16"], ["float16 only"]),
     ],
 )
@@ -160,14 +220,15 @@ def test_a_graph_can_only_be_saved_where_there_is_one(tmp_path) -> None:
 @pytest.mark.parametrize("soc", [A2, A3, DUO])
 @pytest.mark.parametrize("path", sorted((REPO / "config").glob("qwen*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_at_its_true_size(path, soc) -> None:
-    """The full table: all shipped float recipes of the nine models on the chips they are for."""
+    """The full table: all shipped recipes of the nine models on the chips they are for."""
     recipe = load_recipe(path)
-    if ("300i_duo" in path.stem) != (soc == DUO) or any(w in path.stem for w in ("w8a8", "w4a")):
-        pytest.skip("not for this chip, or quantized")
+    if ("300i_duo" in path.stem) != (soc == DUO):
+        pytest.skip("not for this chip")
     document = checked(path.name, f"model_config.soc={soc}")
     assert document["ok"], document["unsupported"]
     if soc != DUO:
         most = {"Qwen2.5": 12, "Qwen3-VL": 9}[next(k for k in ("Qwen2.5", "Qwen3-VL") if k in recipe.model.model_path)]
         most = 16 if "A3B" in recipe.model.model_path else most
+        most += recipe.model.quantization == "w8a8"  # what o_proj takes is quantized by itself
         sums = 0 if document["world_size"] == 1 else 1 if "A3B" in recipe.model.model_path else 2
         assert document["kernel_nodes_per_layer"] <= most + sums

@@ -45,6 +45,44 @@ def test_calls_bind_to_every_supported_release(soc, name, hidden) -> None:
     assert misfits <= {""}, misfits
 
 
+@pytest.mark.parametrize("soc", [A2, DUO])
+@pytest.mark.parametrize("quantization", ["w8a8", "w8a8_dynamic", "w8a16"])
+@pytest.mark.parametrize("hidden", [(), tuple(REPLACEABLE)], ids=["all", "composed"])
+def test_calls_of_int8_weights_bind_to_every_supported_release(soc, quantization, hidden) -> None:
+    model = MODELS[soc != A2]
+    with hide(*hidden) if hidden else contextlib.nullcontext(), true_size(model, soc, quantization=quantization) as it:
+        calls = calls_of(it)
+    products = {"w8a16": "npu_weight_quant_batchmatmul"}.get(quantization, "npu_quant_matmul")
+    if (soc, quantization) == (DUO, "w8a8_dynamic"):
+        products = "npu_quant_matmul_dequant"
+    assert products in {call.bare for call in calls} and not {call.bare for call in calls} & set(hidden)
+    misfits = {releases.misfit(call, release) for call in calls for release in releases.SUPPORTED}
+    if not hidden:
+        misfits -= {f"{op} is not in torch_npu {release}" for op in REPLACEABLE for release in releases.SUPPORTED}
+    assert misfits <= {""}, misfits
+
+
+@pytest.mark.parametrize("hidden", [(), tuple(REPLACEABLE)], ids=["all", "composed"])
+@pytest.mark.parametrize("soc, quantization, product, count", [
+    (A3, "w8a8", "npu_grouped_matmul_swiglu_quant_v2", 1),
+    (A3, "w4a8_dynamic", "npu_grouped_matmul_swiglu_quant_v2", 1),
+    (A3, "w8a16", "npu_grouped_matmul", 2),
+    (DUO, "w8a8", "npu_quant_grouped_matmul_dequant", 2),
+])  # fmt: skip
+def test_calls_of_quantized_experts_bind_to_every_supported_release(soc, quantization, product, count, hidden) -> None:
+    with (
+        hide(*hidden) if hidden else contextlib.nullcontext(),
+        true_size(MODELS[2], soc, tp=2, ep=2, layers=1, quantization=quantization) as traces,
+    ):
+        recorded = traces.decode_calls(tensors=False)
+    wanted, count = ("npu_grouped_matmul", 2) if product in hidden else (product, count)
+    assert recorded.violations == [] and recorded.counts[wanted] == count
+    misfits = {releases.misfit(call, release) for call in recorded.calls for release in releases.SUPPORTED}
+    if not hidden:
+        misfits -= {f"{op} is not in torch_npu {release}" for op in REPLACEABLE for release in releases.SUPPORTED}
+    assert misfits <= {""}, misfits
+
+
 def test_a_call_that_an_old_release_does_not_know_is_found() -> None:
     """The check above can fail."""
     with true_size(MODELS[1], A2) as traces:

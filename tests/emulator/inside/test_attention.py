@@ -309,3 +309,80 @@ def test_graph_forms_are_not_on_duo(duo, form) -> None:
     q = rand(1, 2, 64, dtype=FP16)
     with pytest.raises(LimitError, match="not available on this chip"):
         getattr(torch.ops.npu, f"_{form}_get_max_workspace")(q, q, q)
+
+
+ANTIQUANT = {
+    FIRST: ("key_antiquant_scale", "value_antiquant_scale"),
+    SECOND: ("dequant_scale_key", "dequant_scale_value"),
+}
+COUNTS = {
+    FIRST: ("num_heads", "actual_seq_lengths_kv", "scale"),
+    SECOND: ("num_query_heads", "actual_seq_kvlen", "softmax_scale"),
+}
+
+
+def int8_call(form, layout="BNSD", size=32, dtype=BF16, **changes):
+    """One query token of two requests over int8 blocks, and what it must give."""
+    torch.manual_seed(0)
+    heads, dim, lens = 2, 64, [40, 7]
+    table, blocks = blocks_of(lens, size)
+    k, v = (torch.randint(-128, 128, (sum(lens), heads, dim), dtype=torch.int8) for _ in range(2))
+    filled = [torch.zeros(blocks, size, heads, dim, dtype=torch.int8) for _ in range(2)]
+    for plain, rows in zip(filled, (k, v), strict=True):
+        plain.view(-1, heads, dim)[slots_of(table, lens, size)] = rows
+    caches = [plain.flatten(2) for plain in filled]
+    scales = [rand(heads, dim, dtype=dtype, seed=seed).abs() / 40 + 0.01 for seed in (5, 6)]
+    q = rand(2, 4, dim, dtype=dtype)
+    shaped = {
+        "BNSD": (q.unsqueeze(2), (1, heads, 1, dim)),
+        "BSND": (q.unsqueeze(1), (1, heads, dim)),
+        "BSH": (q.flatten(1).unsqueeze(1), (1, heads * dim)),
+    }
+    query, shape = shaped[layout]
+    num, lengths, scale = COUNTS[form]
+    call = {num: 4, "num_key_value_heads": heads, lengths: lens, scale: SCALE, "block_table": table, "block_size": size}
+    call |= {"input_layout": layout, **dict(zip(ANTIQUANT[form], (x.view(shape) for x in scales), strict=True))}
+    wide = [x.double() * scale.double() for x, scale in zip((k, v), scales, strict=True)]
+    parts = zip(q.split(1), wide[0].split(lens), wide[1].split(lens), strict=True)
+    wanted = torch.cat([naive(*part, SCALE, False) for part in parts])
+    return (query, *caches), call | changes, wanted
+
+
+@FORMS
+@pytest.mark.parametrize("layout", ["BNSD", "BSND", "BSH"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_int8_blocks_of_one_query_token(a2, form, layout, dtype) -> None:
+    tensors, call, wanted = int8_call(form, layout, dtype=dtype)
+    out, _ = getattr(torch_npu, form)(*tensors, **call)
+    close(out.reshape(wanted.shape), wanted, 2)
+    if form == FIRST:
+        lengths = {"actual_seq_lengths_kv": torch.tensor(call["actual_seq_lengths_kv"])}
+        assert torch.equal(torchair.ops.npu_fused_infer_attention_score(*tensors, **(call | lengths))[0], out)
+
+
+@FORMS
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({1: None}, "scales of keys and values must be given together"),
+        ({0: rand(1, 2, 1, 64).float(), 1: rand(1, 2, 1, 64).float()}, "must have the dtype of query|same dtype"),
+        ({0: rand(2, 64), 1: rand(2, 64)}, r"the scale of key must have shape \[1, 2, 1, 64\] or"),
+        ({"size": 16}, "with int8 keys block_size must be a multiple of 32; got 16"),
+        ({"tokens": 2}, "emulated for one query token"),
+    ],
+)  # fmt: skip
+def test_limits_of_int8_blocks(a2, form, change, message) -> None:
+    tensors, call, _ = int8_call(form, size=change.get("size", 32))
+    call |= {ANTIQUANT[form][place]: value for place, value in change.items() if place in (0, 1)}
+    if "tokens" in change:
+        tensors = (tensors[0].expand(-1, -1, 2, -1).contiguous(), *tensors[1:])
+    with pytest.raises(LimitError, match=message):
+        getattr(torch_npu, form)(*tensors, **call)
+
+
+@FORMS
+def test_int8_keys_need_their_scales(a2, form) -> None:
+    tensors, call, _ = int8_call(form)
+    plain = {name: value for name, value in call.items() if name not in ANTIQUANT[form]}
+    with pytest.raises(LimitError, match="key"):
+        getattr(torch_npu, form)(*tensors, **plain)

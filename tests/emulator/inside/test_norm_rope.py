@@ -77,6 +77,30 @@ def test_add_rms_norm_quant(a2, divide) -> None:
     assert torch.equal(total, x + residual)
 
 
+@pytest.mark.parametrize(
+    "soc, dtype, scale, zero, fits",
+    [
+        ("a2", BF16, BF16, BF16, True),
+        ("a3", BF16, FP32, torch.int32, True),
+        ("a2", FP16, FP32, torch.int32, True),
+        ("duo", FP16, FP32, torch.int32, True),
+        ("a2", BF16, FP32, BF16, False),
+        ("a3", BF16, BF16, torch.int32, False),
+        ("a2", FP16, BF16, BF16, False),
+    ],
+)
+def test_types_that_go_together_in_add_rms_norm_quant(request, soc, dtype, scale, zero, fits) -> None:
+    request.getfixturevalue(soc)
+    x, weight = rand(3, 32, dtype=dtype), torch.ones(32, dtype=dtype)
+    call = (x, x, weight, torch.full((32,), 0.03125, dtype=scale), torch.full((32,), 3, dtype=zero))
+    if fits:
+        wanted = (CPU.rms_norm((x + x).float(), weight.float(), 1e-6) / 0.03125 + 3).round().clamp(-128, 127)
+        assert (torch_npu.npu_add_rms_norm_quant(*call)[0] - wanted).abs().max() <= 1
+        return
+    with pytest.raises(LimitError, match="bfloat16"):
+        torch_npu.npu_add_rms_norm_quant(*call)
+
+
 def test_add_rms_norm_dynamic_quant(a2) -> None:
     x, residual, weight, smooth = rand(5, 64), rand(5, 64, seed=2), rand(64, seed=1), rand(64, seed=4).abs() + 0.5
     y, _, total, scale, _ = like_meta(
@@ -142,6 +166,23 @@ def test_dequant_swiglu_quant(a2, left, bias) -> None:
     wanted = CPU.swiglu(torch.cat(halves, -1))
     close(scale, wanted.abs().amax(-1) / 127, 16)
     assert (y * scale[:, None] - wanted).abs().max() <= scale.max() * 0.51
+
+
+def test_dequant_swiglu_quant_by_a_scale_of_its_own(a3) -> None:
+    """Static: one scale and offset; sums that need no scale of rows have none."""
+    x, weight_scale = torch.randint(-3000, 3000, (5, 128), dtype=torch.int32), torch.rand(1, 128) * 1e-3
+    step, offset = torch.tensor([0.02]), torch.tensor([-9.0])
+    static = {"quant_scale": step, "quant_offset": offset, "activate_left": True}
+    y, _ = torch_npu.npu_dequant_swiglu_quant(x, weight_scale=weight_scale, **static)
+    halves = x.float() * weight_scale
+    assert torch.equal(y, (CPU.swiglu(halves) / step + offset).round().clamp(-128, 127).to(torch.int8))
+    again, _ = torch_npu.npu_dequant_swiglu_quant(halves.bfloat16(), **static)
+    wanted = (CPU.swiglu(halves.bfloat16().float()) / step + offset).round().clamp(-128, 127)
+    assert torch.equal(again, wanted.to(torch.int8))
+    with pytest.raises(LimitError, match="needs quant_scale and quant_offset"):
+        torch_npu.npu_dequant_swiglu_quant(x, weight_scale=weight_scale, quant_scale=step)
+    with pytest.raises(LimitError, match="an int32 x needs weight_scale"):
+        torch_npu.npu_dequant_swiglu_quant(x, **static)
 
 
 def test_dequant_swiglu_quant_by_groups(a2) -> None:

@@ -1,0 +1,136 @@
+"""Whether a model's weights fit what its layers take: by headers, the description, and tensors of a few numbers.
+
+What loading refuses, and what other programs that read the same folder stumble over. Builds no model and reads no
+weights; executor/commands/check_folder.py does the folder around it.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from executor.checkpoint.description import FLOAT_TYPE, Description
+from executor.checkpoint.headers import Checkpoint
+from executor.checkpoint.load import in_files
+from executor.checkpoint.strangers import check_unread, named
+from executor.checkpoint.weights import pull_faults
+from executor.errors import UserError
+from executor.layers.linear import Linear
+from executor.quant.choose import choose_cache, choose_schemes
+from executor.quant.fields import EACH, FieldScheme
+from executor.quant.kv_cache import OFFSET, checked, is_cache_tensor
+
+SYMMETRIC = ("W8A8_DYNAMIC", "W8A8_MIX", "W4A8_DYNAMIC")
+"""Types whose weight_offset must be zero."""
+
+
+def weight_faults(model: nn.Module, checkpoint: Checkpoint, description: Description | None) -> list[str]:
+    """What keeps `model`, built without memory, from taking the weights. Hands its layers their schemes."""
+    try:
+        with torch.device("meta"):
+            left = choose_schemes(model, checkpoint.catalog, description)
+            left += choose_cache(model, checkpoint.catalog, description, int8=True)
+            pulls = in_files(model.pulls(checkpoint.catalog), checkpoint)
+    except UserError as error:
+        return str(error).splitlines()
+    faults = pull_faults(pulls, checkpoint)
+    ignore = [*left, *(("lm_head.weight",) if model.config.tie_word_embeddings else ())]
+    try:
+        check_unread(pulls, checkpoint, ignore)
+    except UserError as error:
+        faults.append(str(error))
+    if not faults and description is not None:  # shapes and types are what they should be
+        faults += _inputs_that_differ(model, checkpoint)
+        faults += _offsets(checkpoint, description)
+        faults += _cache_values(checkpoint)
+    return faults
+
+
+def weight_warnings(checkpoint: Checkpoint, description: Description | None, dtype: str) -> Iterator[str]:
+    """What is read here, and deserves a word. `dtype`: config.json's."""
+    if description is None:
+        return
+    wanted = torch.int64 if dtype == "float16" else torch.float32
+    scales = [name for name in checkpoint.catalog if name.endswith(".deq_scale")]
+    odd = [name for name in scales if checkpoint.catalog[name].dtype in {torch.int64, torch.float32} - {wanted}]
+    if odd:
+        yield (
+            f"{named(odd)} have type {checkpoint.catalog[odd[0]].dtype_name} in a {dtype} model. Both kinds are read "
+            f"here; kernels that are handed them as they are give zeros where a {dtype} model does not have "
+            f"{str(wanted).removeprefix('torch.')}. To convert: python -m executor.commands.cast_scales"
+        )
+    absent = [name for name in description.types if name not in checkpoint.catalog]
+    if absent:
+        yield f"{description.file.name}: {named(absent)} are described and not in the files; nothing asks for them"
+    cache_offsets = [name for name in checkpoint.catalog if name.endswith(f".{OFFSET}")]
+    shifted = [name for name, x in _read(cache_offsets, checkpoint).items() if bool(x.any())]
+    if shifted:
+        yield (
+            f"{named(shifted)} are not zero: a CPU reads them, NPUs take an int8 KV cache with symmetric scales only "
+            "(or model_config.kv_cache_dtype: float)"
+        )
+    if checkpoint.ignored:
+        files = ", ".join(file.relative_to(checkpoint.folder).as_posix() for file in checkpoint.ignored)
+        yield f"beside the quantized weights, and not read: {files}"
+
+
+def _inputs_that_differ(model: nn.Module, checkpoint: Checkpoint) -> Iterator[str]:
+    """Parts of one multiplication that were calibrated apart: they read the same activations."""
+    for layer in model.modules():
+        if not isinstance(layer, Linear) or not isinstance(layer.scheme, FieldScheme):
+            continue
+        parts = list(dict.fromkeys(name for name, _, _ in layer.share.named(layer.prefix)))
+        for field in layer.scheme.fields:
+            if field.dims != (EACH,) or len(parts) < 2:
+                continue
+            found = _read([f"{part}.{field.suffix}" for part in parts], checkpoint)
+            values = {name: float(x.flatten()[0]) for name, x in found.items()}
+            if len(set(values.values())) > 1:
+                told = ", ".join(f"{name} {value:g}" for name, value in values.items())
+                yield (
+                    f"{field.suffix} of linears that are multiplied together differ: {told}; they read the same "
+                    "activations and were calibrated apart. Quantize the model again, all of them in one run"
+                )
+
+
+def _offsets(checkpoint: Checkpoint, description: Description) -> Iterator[str]:
+    weights = [name for name, kind in description.types.items() if kind in SYMMETRIC and name.endswith(".weight")]
+    names = [f"{name.removesuffix('.weight')}.weight_offset" for name in weights]
+    odd = [
+        name for name, x in _read([n for n in names if n in checkpoint.catalog], checkpoint).items() if bool(x.any())
+    ]
+    if odd:
+        kind = description.type_of(f"{odd[0].rpartition('.')[0]}.weight")
+        yield f"{named(odd)} are not zero; {kind} weights are symmetric. Quantize the model again, symmetric"
+
+
+def _cache_values(checkpoint: Checkpoint) -> Iterator[str]:
+    """Scales and offsets of an int8 KV cache that are none."""
+    for name, x in _read(filter(is_cache_tensor, checkpoint.catalog), checkpoint).items():
+        try:
+            checked(name, True, x)
+        except UserError as error:
+            yield str(error)
+
+
+def _read(names: Iterable[str], checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+    """Small tensors, by name."""
+    by_file: dict[Path, list[str]] = defaultdict(list)
+    for name in names:
+        by_file[checkpoint.catalog[name].file].append(name)
+    found = {}
+    for file, wanted in by_file.items():
+        with safe_open(file, framework="pt") as mapped:
+            for name in wanted:
+                found[name] = mapped.get_tensor(checkpoint.catalog[name].original_name)
+    return found
+
+
+def described_counts(description: Description | None) -> dict[str, int]:
+    """How many weights there are of each type."""
+    return (
+        {} if description is None else dict(sorted(description.kinds.items(), key=lambda item: item[0] == FLOAT_TYPE))
+    )
