@@ -84,5 +84,5 @@ def four_bit_tensors(values: Tensor, scale: Tensor, is_split_by_inputs: bool) ->
     low, high = values[0::2].to(torch.int16), values[1::2].to(torch.int16)
     packed = ((low & 0xF) | (high << 4)).to(torch.int8)
     splits = LOAD_SPLITS if is_split_by_inputs and values.shape[1] % LOAD_SPLITS == 0 else 1
-    sums = values.unflatten(1, (splits, -1)).to(torch.int32).sum(-1)
-    return {**row_tensors(packed, scale), "scale_bias": 8 * scale * sums}
+    sums = (values * scale).unflatten(1, (splits, -1)).sum(-1)  # in float32 and in this order, as msmodelslim has it
+    return {**row_tensors(packed, scale), "scale_bias": 8 * sums}

@@ -82,7 +82,9 @@ def recipe(config: Mapping[str, Any], settings: Settings, pictures: Path) -> dic
     steps: list[dict[str, Any]] = []
     kinds = settings.kinds
     if settings.smooth:
-        parts = ["norm-linear", "linear-linear", "ov", "up-down"]
+        parts = ["norm-linear", "ov", "up-down"]
+        if not _is_qwen2_5(config):
+            parts.append("linear-linear")
         if not _is_qwen2_5(config) and not _is_tied(config):
             steps.append({"type": "quarot", "block_size": 32})
         smooth = {"type": "iter_smooth", "alpha": settings.smooth, "scale_min": 1e-5, "symmetric": True}

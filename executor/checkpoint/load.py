@@ -57,6 +57,11 @@ def load_model(
     if checkpoint.ignored:
         names = ", ".join(file.relative_to(checkpoint.folder).as_posix() for file in checkpoint.ignored)
         logger.warning("%s: beside the quantized weights, and not read: %s", checkpoint.folder, names)
+    wide = [
+        name for name, info in checkpoint.catalog.items() if name.endswith(".deq_scale") and info.dtype is torch.int64
+    ]
+    if wide:
+        logger.info("%s: deq_scale of %d linears is int64: the float32 in it is taken", checkpoint.folder, len(wide))
     pulls = list(model.pulls(checkpoint.catalog))
     check_complete(model, pulls)
     pulls = in_files(pulls, checkpoint)

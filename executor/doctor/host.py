@@ -35,11 +35,14 @@ def _cpu(facts: Facts) -> Finding:
     if cpu is None:
         return Finding("cpu", UNKNOWN, "/proc/cpuinfo lists no instructions; the cpu device asks torch when it starts")
     found = f"{cpu.name}: {cpu.vectors or 'no vector instructions that torch has kernels for'}"
+    int8 = "int8 in one product" if cpu.sums_int8_in_32_bits else "int8 by digits (no VNNI)"
     if cpu.multiplies_bfloat16 and cpu.is_x86:
-        return Finding("cpu", OK, f"{found}; the cpu device multiplies bfloat16 itself (cpu_isa avx512)")
+        return Finding("cpu", OK, f"{found}; the cpu device multiplies bfloat16 itself (cpu_isa avx512), {int8}")
     if {"avx2", "f16c"} <= cpu.flags:
         return Finding(
-            "cpu", OK, f"{found}; the cpu device keeps 16-bit weights packed and computes in float32 (cpu_isa avx2)"
+            "cpu",
+            OK,
+            f"{found}; the cpu device keeps 16-bit weights packed and computes in float32 (cpu_isa avx2), {int8}",
         )
     if cpu.is_x86:
         advice = "in a virtual machine, let it see the host's CPU (kvm: -cpu host)"

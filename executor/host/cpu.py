@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _BFLOAT16 = ("avx512_bf16", "amx_bf16")
+_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,14 @@ class CpuInfo:
         return any(flag in self.flags for flag in _BFLOAT16)
 
     @property
+    def sums_int8_in_32_bits(self) -> bool:
+        """Whether products of int8 pairs are added without saturation, so that libraries' int8 products are exact."""
+        return any(flag in self.flags for flag in _INT8)
+
+    @property
     def vectors(self) -> str:
         """The vector instructions that matter, for people."""
-        names = ("avx2", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+        names = ("avx2", "f16c", "avx512f", "avx512_bf16", "avx_vnni", "avx512_vnni", "amx_bf16", "amx_int8")
         arm = ("asimd", "asimdhp", "bf16", "i8mm", "sve")
         return ", ".join(name for name in (names if self.is_x86 else arm) if name in self.flags)
 

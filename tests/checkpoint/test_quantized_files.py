@@ -1,6 +1,7 @@
 """Quantized folders: the names of their files and tensors in both generations of the tool, and what may lie beside."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -206,3 +207,12 @@ def test_only_some_of_the_fused_linears_may_have_gained_a_bias(msmodelslim, tmp_
     found = [logits_of(variant(folder, tmp_path / change.__name__, change)) for change in (drop, clear)]
     assert torch.equal(*found)
     assert float((found[0] - logits_of(folder)).abs().max()) > 0.01
+
+
+def test_scales_that_are_converted_are_logged(msmodelslim, caplog):
+    for name, count in (("qwen3_vl_w8a8s", 1), ("qwen3_vl_w8a8", 0)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            engine_over(msmodelslim(name), num_blocks=64)
+        found = [record.message for record in caplog.records if "deq_scale" in record.message]
+        assert len(found) == count and all("deq_scale of 39 linears is int64" in line for line in found)

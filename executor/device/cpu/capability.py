@@ -112,7 +112,7 @@ def _sums_are_exact(form: str) -> bool:
         with torch.inference_mode():
             product = PRODUCTS[form](values)
             for rows in (1, 2, 40):
-                x = torch.randint(-128, 128, (rows, values.shape[1]), generator=generator).float()
+                x = torch.randint(-128, 128, (rows, values.shape[1]), generator=generator, dtype=torch.int8)
                 for tried in (x, torch.full_like(x, -128), torch.full_like(x, 127)):
                     if not torch.equal(product.sums(tried).double(), tried.double() @ values.double().t()):
                         return False

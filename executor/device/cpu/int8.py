@@ -6,12 +6,13 @@ Legend: T rows, n inputs, m outputs; values `[m, n]`.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from executor.device.cpu.int8_products import EXACT_SUM, PRODUCTS, SMALLEST, OneCall, Product
+from executor.device.cpu.int8_products import EXACT_SUM, PRODUCTS, OneCall, Product, added_up, digits
 from executor.device.weights import (
     DynamicInt4,
     DynamicInt8,
@@ -23,33 +24,88 @@ from executor.device.weights import (
 )
 from executor.errors import UserError
 
-_TILE_BYTES = 8 << 20  # of a tile's fp32 results
-_LEAST_TILE_ROWS = 64
+SMALLEST = 2.0**-149  # above zero in fp32: a row of zeros is divided by it and stays zeros
+_RESULT_BYTES = 24 << 20  # of a tile's fp32 results: above 32 MiB the C library gives memory back after every call
+_ROUND_ELEMENTS = 1 << 18  # of a tile of activations that are rounded: 1 MiB in fp32
+
+
+class Rows(NamedTuple):
+    """Activations as whole numbers: `numbers` int8 `[d, T, n]`, d digits of each, and what they stand for, fp32
+    `[T, 1]`; no scale where one that the linear has holds for all rows.
+    """
+
+    numbers: Tensor
+    scale: Tensor | None
+
+    def part(self, start: int, end: int) -> "Rows":
+        return Rows(self.numbers[:, start:end], None if self.scale is None else self.scale[start:end])
 
 
 class Int8Linear(ABC):
-    num_out: int
+    """Rounding and multiplying are two steps: both in tiles of rows, which for the one is small and for the other not
+    (an int8 product of 256 rows and less takes twice as long by row as one of 512).
+    """
+
+    product: Product
+
+    @property
+    def num_in(self) -> int:
+        return self.product.num_in
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.compute(x, x.dtype)
 
     def compute(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The product of `x [T, n]` in `dtype`. Many rows go in tiles, whose fp32 results stay near the CPU."""
-        tile = self.tile_rows
-        if 0 < len(x) <= tile:
-            return self.rows(x, dtype)
-        out = x.new_empty(len(x), self.num_out, dtype=dtype)
-        for start in range(0, len(x), tile):
-            out[start : start + tile] = self.rows(x[start : start + tile], dtype)
-        return out
+        """The product of `x [T, n]` in `dtype`."""
+        return self.multiply(self.rounded(x), dtype)
 
     @property
     def tile_rows(self) -> int:
-        return max(_LEAST_TILE_ROWS, _TILE_BYTES // (4 * self.num_out))
+        """How many rows are multiplied at a time."""
+        return max(64, _RESULT_BYTES // (4 * self.product.num_out))
+
+    @property
+    def round_rows(self) -> int:
+        """How many rows are rounded at a time."""
+        return max(1, _ROUND_ELEMENTS // self.num_in)
+
+    def rounded(self, x: Tensor) -> Rows:
+        return self.collected(x.split(self.round_rows), len(x), x.dtype)
+
+    def collected(self, tiles: Iterable[Tensor], num_rows: int, dtype: torch.dtype) -> Rows:
+        """Of `num_rows` rows, of which `tiles` are some after the other, each made when it is wanted."""
+        num_digits, numbers, scales, start = self.num_digits(num_rows, dtype), None, [], 0
+        for tile in tiles:
+            some = self.round(tile, num_digits)
+            if len(tile) == num_rows:
+                return some
+            if numbers is None:
+                numbers = torch.empty(num_digits, num_rows, self.num_in, dtype=torch.int8)
+            numbers[:, start : start + len(tile)] = some.numbers
+            scales.append(some.scale)
+            start += len(tile)
+        return Rows(numbers, None if scales[0] is None else torch.cat(scales))
+
+    def multiply(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        num_rows, tile = rows.numbers.shape[1], self.tile_rows
+        if 0 < num_rows <= tile:
+            return self.multiply_tile(rows, dtype)
+        out = torch.empty(num_rows, self.product.num_out, dtype=dtype)
+        for start in range(0, num_rows, tile):
+            out[start : start + tile] = self.multiply_tile(rows.part(start, min(start + tile, num_rows)), dtype)
+        return out
+
+    def num_digits(self, num_rows: int, dtype: torch.dtype) -> int:
+        """How many digits numbers of `dtype` are made of where there are so many rows of them."""
+        return 1
 
     @abstractmethod
-    def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`compute` of a tile of one row or more."""
+    def round(self, x: Tensor, num_digits: int) -> Rows:
+        """A tile of `x`, one row or more."""
+
+    @abstractmethod
+    def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Of one row or more."""
 
 
 class Static(Int8Linear):
@@ -60,36 +116,41 @@ class Static(Int8Linear):
     """
 
     def __init__(self, weight: StaticInt8, product: Product) -> None:
-        self.num_out, self.product = product.num_out, product
+        self.product, self.scale = product, weight.deq_scale
         self.input_scale, self.input_offset = weight.input_scale, weight.input_offset
-        self.scale = weight.deq_scale
         sums = largest_sums(weight.values)
         # A row of zero weights may stand at the end of int32: nothing is added to it, so fp32 rounds it once as well.
         is_exact = (sums == 0) | (sums + weight.quant_bias.double().abs() <= EXACT_SUM)
         self.added = weight.quant_bias.to(torch.float32 if bool(is_exact.all()) else torch.float64)
 
-    def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        sums = self.product.sums(quantized(x, self.input_scale, self.input_offset))
+    def round(self, x: Tensor, num_digits: int) -> Rows:
+        whole = torch.div(x, self.input_scale).add_(self.input_offset).round_().clamp_(-128, 127)
+        return Rows(whole.to(torch.int8).unsqueeze(0), None)
+
+    def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        sums = self.product.sums(rows.numbers[0])
         if self.added.dtype is torch.float64:
             return (sums + self.added).float().mul_(self.scale).to(dtype)
         return sums.add_(self.added).mul_(self.scale).to(dtype)
 
 
-class StaticOneCall(Int8Linear):
+class StaticOneCall(Static):
     """The same in one call: int32 sums without the offset's part, in fp32 times deq_scale, plus what is left of
     quant_bias times deq_scale. The large numbers that the offset makes never meet fp32, so nothing cancels there.
     """
 
+    product: OneCall
+
     def __init__(self, weight: StaticInt8, product: OneCall) -> None:
-        self.num_out, self.product = product.num_out, product
+        self.product, self.scale = product, weight.deq_scale.contiguous()
         self.input_scale, self.input_offset = weight.input_scale, weight.input_offset
-        self.scale, self.zero_point = weight.deq_scale.contiguous(), int(weight.input_offset)
-        row_sums = product.sums(torch.ones(1, product.num_in))[0]
+        self.zero_point = int(weight.input_offset)
+        row_sums = product.sums(torch.ones(1, product.num_in, dtype=torch.int8))[0]
         left = weight.quant_bias.double() + self.zero_point * row_sums.double()
         self.left, self.bias = left.float(), (left * weight.deq_scale.double()).float()
 
-    def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        whole = quantized(x, self.input_scale, self.input_offset).to(torch.int8)
+    def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        whole = rows.numbers[0]
         if dtype is torch.float32:  # added as whole numbers: no digit is lost that the formula has
             ones = self.product.ones
             return self.product.scaled(whole, ones, self.left, dtype, self.zero_point).mul_(self.scale)
@@ -98,39 +159,48 @@ class StaticOneCall(Int8Linear):
 
 class Dynamic(Int8Linear):
     def __init__(self, scale: Tensor, bias: Tensor | None, product: Product) -> None:
-        self.num_out, self.product = product.num_out, product
+        self.product = product
         self.scale, self.bias = scale.contiguous(), None if bias is None else bias.float()
 
-    def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        whole, x_scale = quantized_by_row(x)
+    def round(self, x: Tensor, num_digits: int) -> Rows:
+        scale = x.abs().amax(-1, keepdim=True).float().div_(127).clamp_min_(SMALLEST)
+        return Rows(torch.div(x, scale).round_().to(torch.int8).unsqueeze(0), scale)
+
+    def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        whole, scale = rows.numbers[0], rows.scale
         if isinstance(self.product, OneCall):
-            whole = whole.to(torch.int8)
-            if len(x) == 1:
-                return self.product.scaled(whole, self.scale, self.bias, dtype, x_scale=x_scale.item())
-            y = self.product.scaled(whole, self.scale).mul_(x_scale)
+            if len(whole) == 1:
+                return self.product.scaled(whole, self.scale, self.bias, dtype, x_scale=scale.item())
+            y = self.product.scaled(whole, self.scale).mul_(scale)
         else:
-            y = self.product.sums(whole).mul_(x_scale).mul_(self.scale)
+            y = self.product.sums(whole).mul_(scale).mul_(self.scale)
         return (y if self.bias is None else y.add_(self.bias)).to(dtype)
 
 
 class Mixed(Int8Linear):
     """Static for steps of at most `decode_rows` rows, dynamic for more, over one packed weight."""
 
-    def __init__(self, static: Int8Linear, dynamic: Int8Linear, decode_rows: int) -> None:
-        self.num_out, self.static, self.dynamic, self.decode_rows = static.num_out, static, dynamic, decode_rows
+    def __init__(self, static: Static, dynamic: Dynamic, decode_rows: int) -> None:
+        self.product, self.static, self.dynamic, self.decode_rows = static.product, static, dynamic, decode_rows
 
-    def compute(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return (self.static if len(x) <= self.decode_rows else self.dynamic).compute(x, dtype)
+    def collected(self, tiles: Iterable[Tensor], num_rows: int, dtype: torch.dtype) -> Rows:
+        return (self.static if num_rows <= self.decode_rows else self.dynamic).collected(tiles, num_rows, dtype)
 
-    def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        raise AssertionError("compute chooses")
+    def round(self, x: Tensor, num_digits: int) -> Rows:
+        raise AssertionError("collected chooses")
+
+    def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        return (self.static if rows.scale is None else self.dynamic).multiply_tile(rows, dtype)
 
 
 class WeightOnly(Int8Linear):
-    """`x` by `(values - offset) * scale`; products of groups of inputs are scaled apart and added up."""
+    """`x` by `(values - offset) * scale`, `x` as numbers of several digits. Products of groups of inputs are scaled
+    apart and added up.
+    """
 
     def __init__(self, weight: WeightInt8, bias: Tensor | None, products: list[Product]) -> None:
-        self.num_out, self.products = products[0].num_out, products
+        self.product, self.products = products[0], products
+        self.base = self.product.digit_base
         self.widths = [product.num_in for product in products]
         self.scales = [scale.contiguous() for scale in weight.scale.t()]
         self.shifts = None
@@ -138,13 +208,28 @@ class WeightOnly(Int8Linear):
             self.shifts = [(offset * scale).neg() for offset, scale in zip(weight.offset.t(), self.scales, strict=True)]
         self.bias = None if bias is None else bias.float()
 
-    def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    @property
+    def num_in(self) -> int:
+        return sum(self.widths)
+
+    def num_digits(self, num_rows: int, dtype: torch.dtype) -> int:
+        return self.product.num_digits(num_rows, dtype)
+
+    def round(self, x: Tensor, num_digits: int) -> Rows:
+        # So that rounding gives no highest digit above half of the base.
+        highest = self.base ** (num_digits - 1)
+        scale = x.abs().amax(-1, keepdim=True).float().div_(self.base // 2 * highest).clamp_min_(SMALLEST)
+        return Rows(digits(torch.div(x, scale).round_(), self.base, num_digits), scale)
+
+    def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         y = None
-        for index, part in enumerate(x.split(self.widths, 1)):
-            some = self.products[index].float_sums(part).mul_(self.scales[index])
+        for index, numbers in enumerate(rows.numbers.split(self.widths, 2)):
+            some = self.products[index].sums_of_digits(numbers).mul_(self.scales[index])
             if self.shifts is not None:
-                some.addcmul_(part.sum(-1, keepdim=True, dtype=torch.float32), self.shifts[index])
+                whole = added_up(numbers.sum(-1, keepdim=True).float(), self.base)
+                some.addcmul_(whole, self.shifts[index])
             y = some if y is None else y.add_(some)
+        y.mul_(rows.scale)
         return (y if self.bias is None else y.add_(self.bias)).to(dtype)
 
 
@@ -184,7 +269,7 @@ def prepare(
     )
 
 
-def _static(weight: StaticInt8, product: Product) -> Int8Linear:
+def _static(weight: StaticInt8, product: Product) -> Static:
     return StaticOneCall(weight, product) if isinstance(product, OneCall) else Static(weight, product)
 
 
@@ -194,14 +279,3 @@ def largest_sums(values: Tensor) -> Tensor:
     # As unsigned, what abs makes of -128 is right.
     parts = [part.abs().view(torch.uint8).sum(1) for part in values.split(rows)]
     return torch.cat(parts).double() * 128
-
-
-def quantized(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """`clamp(round(x / scale + offset), -128, 127)`, fp32; `scale` and `offset` fp32 `[1]`."""
-    return torch.div(x, scale).add_(offset).round_().clamp_(-128, 127)
-
-
-def quantized_by_row(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`(round(x / scale) fp32 [T, n], scale fp32 [T, 1])`; a row of zeros stays zeros."""
-    scale = x.abs().amax(-1, keepdim=True).float().div_(127).clamp_min_(SMALLEST)
-    return torch.div(x, scale).round_(), scale

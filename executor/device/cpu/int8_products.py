@@ -11,43 +11,56 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ONE_CALL, DIGITS, EXPANDED = "one call", "digits", "expanded"
 """oneDNN's int8 product; FBGEMM's, over activations in two digits; float32 products over whole numbers."""
 
+SMALL_RESULT = 256
+"""A result of at most so many numbers, and one row by exactly so many inputs, oneDNN computes by its reference code: a
+hundred times as long as more rows take, about 30 ns a product. Measured with torch 2.13.0 on a CPU with AMX."""
 EXACT_SUM = 1 << 24  # float32 holds every whole number up to it
 EXPAND_ELEMENTS = 1 << 21  # of the fp32 block that a product is made from: 8 MiB
 
 
 class Product(ABC):
-    """Weights as something to multiply whole numbers with. Takes the weights' values and keeps none of them plain."""
+    """Weights as something to multiply whole numbers with. Takes the weights' values and keeps none of them plain.
+
+    digit_base: of numbers in several digits, even: digits are up to half of it either way.
+    """
 
     num_out: int
     num_in: int
+    digit_base: int
 
     @abstractmethod
     def sums(self, x: Tensor) -> Tensor:
-        """`x [T, n]`, fp32, whole numbers -128 to 127, times the values: exact sums, rounded once to fp32 `[T, m]`."""
+        """`x [T, n]` int8 times the values: exact sums, rounded once to fp32 `[T, m]`."""
 
     @abstractmethod
-    def float_sums(self, x: Tensor) -> Tensor:
-        """`x [T, n]`, any numbers, times the values: fp32 `[T, m]`, more exact than with `x` in bfloat16."""
+    def num_digits(self, num_rows: int, dtype: torch.dtype) -> int:
+        """In how many digits float activations are multiplied, so that products are as exact as those of `dtype`."""
+
+    @abstractmethod
+    def sums_of_digits(self, x: Tensor) -> Tensor:
+        """`x [d, T, n]` int8, highest digits first, times the values: fp32 `[T, m]`."""
 
 
 class OneCall(Product):
     """oneDNN multiplies int8 by int8 into int32, takes the activations' zero point off there, and scales in fp32.
 
-    Only for a CPU where a tried call says that it does not saturate: see capability.exact_in_one_call.
+    Only for a CPU where a tried call says that it does not saturate (capability.py).
     """
 
-    base = 254  # of the digits of float_sums, each -127 to 127
+    digit_base = 254
 
     def __init__(self, values: Tensor) -> None:
         self.num_out, self.num_in = values.shape
         self.packed = torch.ops.onednn.qlinear_prepack(values, None)
         self.zeros, self.ones = torch.zeros(self.num_out, dtype=torch.int32), torch.ones(self.num_out)
         self.run = torch.ops.onednn.qlinear_pointwise.default
+        self.least_rows = max(SMALL_RESULT // self.num_out + 1, 2 if self.num_in == SMALL_RESULT else 1)
 
     def scaled(
         self,
@@ -59,18 +72,22 @@ class OneCall(Product):
         x_scale: float = 1.0,
     ) -> Tensor:
         """`(Σ (x - zero_point) W) * x_scale * scale + bias` in `dtype` (float32 or a 16-bit float), `x [T, n]` int8."""
-        return self.run(
-            x, x_scale, zero_point, self.packed, scale, self.zeros, bias, 1.0, 0, dtype, "none", [], ""
-        )  # fmt: skip
+        num_rows = len(x)
+        if num_rows < self.least_rows:
+            x = F.pad(x, (0, 0, 0, self.least_rows - num_rows))
+        y = self.run(x, x_scale, zero_point, self.packed, scale, self.zeros, bias, 1.0, 0, dtype, "none", [], "")
+        return y[:num_rows]
 
     def sums(self, x: Tensor) -> Tensor:
-        return self.scaled(x.to(torch.int8), self.ones)
+        return self.scaled(x, self.ones)
 
-    def float_sums(self, x: Tensor) -> Tensor:
-        """In two digits numbers are as exact as 15 bits of the row's largest, in three as fp32's own 24."""
-        rows, scale = digits(x, self.base, 3 if x.dtype is torch.float32 else 2)
-        y = self.scaled(rows.flatten(0, 1).to(torch.int8), self.ones)
-        return added_up(y.unflatten(0, rows.shape[:2]), self.base).mul_(scale)
+    def num_digits(self, num_rows: int, dtype: torch.dtype) -> int:
+        """Two are as exact as 15 bits of the row's largest, three as fp32's own 24."""
+        return 3 if dtype is torch.float32 else 2
+
+    def sums_of_digits(self, x: Tensor) -> Tensor:
+        y = self.scaled(x.flatten(0, 1), self.ones)
+        return added_up(y.unflatten(0, x.shape[:2]), self.digit_base)
 
 
 class Digits(Product):
@@ -81,9 +98,9 @@ class Digits(Product):
     rounded, once, is the sum of both.
     """
 
-    base, float_base = 16, 126  # the second of float_sums, whose digits are -63 to 63
+    base, digit_base = 16, 126
     zero_point = 64
-    few_rows = 64  # up to which memory is what float_sums waits for
+    few_rows = 64  # up to which a product waits for memory
 
     def __init__(self, values: Tensor) -> None:
         self.num_out, self.num_in = values.shape
@@ -93,9 +110,7 @@ class Digits(Product):
         self.run = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
     def sums(self, x: Tensor) -> Tensor:
-        rows = torch.empty(2, *x.shape)
-        torch.mul(x, 1 / self.base, out=rows[0]).round_()
-        torch.sub(x, rows[0], alpha=self.base, out=rows[1])
+        rows = float_digits(x.float(), self.base, 2)
         if len(self.packed) == 1:
             return added_up(next(self._products(rows)), self.base)
         total = torch.zeros(len(x), self.num_out, dtype=torch.float64)
@@ -103,14 +118,16 @@ class Digits(Product):
             total.add_(low).add_(high, alpha=self.base)
         return total.float()
 
-    def float_sums(self, x: Tensor) -> Tensor:
-        """Numbers are as exact as 20 bits of the row's largest; with many rows, where arithmetic costs, as 13."""
-        rows, scale = digits(x, self.float_base, 3 if len(x) <= self.few_rows else 2)
+    def num_digits(self, num_rows: int, dtype: torch.dtype) -> int:
+        """Three are as exact as 20 bits of the row's largest; two, where arithmetic costs, as 13."""
+        return 3 if num_rows <= self.few_rows else 2
+
+    def sums_of_digits(self, x: Tensor) -> Tensor:
         y = None
-        for some in self._products(rows):
-            some = added_up(some, self.float_base)
+        for some in self._products(x.float()):
+            some = added_up(some, self.digit_base)
             y = some if y is None else y.add_(some)
-        return y.mul_(scale)
+        return y
 
     def _products(self, rows: Tensor) -> Iterator[Tensor]:
         """Of digits `[d, T, n]` by every part of the inputs: fp32 `[d, T, m]`."""
@@ -126,6 +143,7 @@ class Expanded(Product):
     A thousand products of int8 pairs stay below EXACT_SUM, so fp32 adds them up exactly in any order.
     """
 
+    digit_base = 254
     width = EXACT_SUM // (128 * 128)
 
     def __init__(self, values: Tensor) -> None:
@@ -139,48 +157,52 @@ class Expanded(Product):
             block = self.values[start : start + rows]
             total = torch.zeros(len(x), len(block), dtype=torch.float64)
             for part, some in zip(x.split(self.width, 1), block.split(self.width, 1), strict=True):
-                total.add_(part @ some.float().t())
+                total.add_(part.float() @ some.float().t())
             y[:, start : start + len(block)] = total
         return y
 
-    def float_sums(self, x: Tensor) -> Tensor:
-        y = torch.empty(len(x), self.num_out)
+    def num_digits(self, num_rows: int, dtype: torch.dtype) -> int:
+        return 3
+
+    def sums_of_digits(self, x: Tensor) -> Tensor:
+        """The digits as one number of 24 bits each, which fp32 holds."""
+        whole = added_up(x.float(), self.digit_base)
+        y = torch.empty(len(whole), self.num_out)
         rows = max(1, EXPAND_ELEMENTS // self.num_in)
         for start in range(0, self.num_out, rows):
             block = self.values[start : start + rows]
-            torch.mm(x.float(), block.float().t(), out=y[:, start : start + len(block)])
+            torch.mm(whole, block.float().t(), out=y[:, start : start + len(block)])
         return y
 
 
 PRODUCTS: dict[str, type[Product]] = {ONE_CALL: OneCall, DIGITS: Digits, EXPANDED: Expanded}
 
 
-def digits(x: Tensor, base: int, count: int) -> tuple[Tensor, Tensor]:
-    """`x [T, n]` by row as whole numbers of `count` digits times a scale: fp32 `[count, T, n]` and `[T, 1]`.
+def float_digits(whole: Tensor, base: int, count: int) -> Tensor:
+    """Whole numbers `[T, n]`, fp32, as digits `[count, T, n]`, highest first; `base` is even.
 
-    Highest digits first. `base` is even; digits are up to half of it either way.
+    Digits are up to half of it either way where numbers are up to `base / 2 * base ** (count - 1)`.
     """
-    largest = (base // 2) * base ** (count - 1)
-    scale = x.abs().amax(-1, keepdim=True).float().div_(largest).clamp_min_(SMALLEST)
-    rows = torch.empty(count, *x.shape)
-    rest = torch.div(x, scale).round_()
+    rows = torch.empty(count, *whole.shape)
     for index in range(count - 1):
         weight = base ** (count - 1 - index)
-        torch.div(rest, weight, out=rows[index]).round_()
-        torch.sub(rest, rows[index], alpha=weight, out=rest)
-    rows[-1] = rest
-    return rows, scale
+        torch.div(whole, weight, out=rows[index]).round_()
+        rest = rows[-1] if index == count - 2 else torch.empty_like(whole)
+        whole = torch.sub(whole, rows[index], alpha=weight, out=rest)
+    return rows
+
+
+def digits(whole: Tensor, base: int, count: int) -> Tensor:
+    """The same as int8."""
+    return float_digits(whole, base, count).to(torch.int8)
 
 
 def added_up(y: Tensor, base: int) -> Tensor:
-    """Products of digits `[count, T, m]` as products of the numbers; `y` is overwritten."""
+    """What belongs to digits `[count, T, m]` as what belongs to the numbers `[T, m]`; `y` is overwritten."""
     total = y[0]
     for part in y[1:]:
         total = part.add_(total, alpha=base)
     return total
-
-
-SMALLEST = 2.0**-149  # above zero in fp32: a row of zeros is divided by it and stays zeros
 
 
 def fbgemm_packed(values: Tensor) -> object:

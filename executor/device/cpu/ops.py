@@ -75,11 +75,11 @@ class CpuOps(Ops):
         return F.silu(gate).mul_(up)
 
     def gated_mlp(self, x: Tensor, gate_up: Callable[..., Tensor], down: Callable[..., Tensor]) -> Tensor:
-        """Of many rows one tile after the other where both are int8: what lies between them stays near the CPU."""
+        """Where both are int8, in tiles of rows: what lies between them stays near the CPU, and is rounded there."""
         if not (isinstance(gate_up, int8.Int8Linear) and isinstance(down, int8.Int8Linear)):
             return super().gated_mlp(x, gate_up, down)
-        tiles = [down(self.swiglu(gate_up(tile))) for tile in x.split(gate_up.tile_rows)]
-        return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+        tiles = (part for rows in x.split(gate_up.tile_rows) for part in gate_up(rows).split(down.round_rows))
+        return down.multiply(down.collected(map(self.swiglu, tiles), len(x), x.dtype), x.dtype)
 
     def gelu(self, x: Tensor, tanh: bool) -> Tensor:
         return F.gelu(x, approximate="tanh" if tanh else "none")
