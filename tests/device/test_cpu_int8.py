@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from executor.device.cpu import int8
+from executor.device.cpu import int8, int8_products
 from executor.device.cpu.capability import capability
 from executor.device.cpu.int8_products import DIGITS, EXPANDED, ONE_CALL, PRODUCTS
 from executor.device.cpu.ops import CpuOps
@@ -95,6 +95,36 @@ def test_weight_only_keeps_activations_float(device, groups, dtype, tolerance):
     assert got.dtype == dtype and (got - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
+def test_weight_only_by_many_rows_of_bfloat16(device, monkeypatch):
+    """Alone and between the two products of an MLP: no activation is rounded to fewer bits than bfloat16 has."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(int8, "_BFLOAT16_ROWS", 20)
+    monkeypatch.setattr(int8_products, "EXPAND_ELEMENTS", 64 * 7)
+    up, down = WeightInt8(whole(96, 64), torch.rand(96, 1) * 0.01), WeightInt8(whole(33, 48), torch.rand(33, 1))
+    bias, x = torch.randn(33), torch.randn(20, 64).to(BF16)
+    x[:, 0] *= 100
+    gate_up, plain = device.prepare_linear(up, None), device.prepare_linear(down, bias)
+
+    def product(x, weight):
+        return x.double() @ (weight.values.double() * weight.scale.double()).t()
+
+    wanted = product(x, up)
+    assert (gate_up(x) - wanted).abs().max() <= 8e-3 * wanted.abs().max()
+    between = device.swiglu(gate_up(x))
+    wanted = product(between, down) + bias
+    for got in (plain(between), device.gated_mlp(x, gate_up, plain)):
+        assert got.dtype is BF16 and (got - wanted).abs().max() <= 8e-3 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_an_int8_mlp_of_few_rows(device, rows):
+    torch.manual_seed(0)
+    up = device.prepare_linear(DynamicInt8(whole(48, 32), torch.rand(48) * 0.01), None)
+    down = device.prepare_linear(DynamicInt8(whole(32, 24), torch.rand(32) * 0.01), None)
+    x = torch.randn(rows, 32)
+    torch.testing.assert_close(device.gated_mlp(x, up, down), down(device.swiglu(up(x))), atol=1e-5, rtol=1e-5)
+
+
 def test_four_bits(device):
     torch.manual_seed(0)
     values, scale, x = torch.randint(-8, 8, (34, 50), dtype=torch.int8), torch.rand(34), torch.randn(3, 50)
@@ -145,7 +175,7 @@ def test_a_gated_mlp_in_tiles_is_the_same(device, monkeypatch):
     down = device.prepare_linear(DynamicInt8(whole(32, 24), torch.rand(32) * 0.01), None)
     x = torch.randn(300, 32)
     wanted = down(device.swiglu(up(x)))
-    monkeypatch.setattr(int8, "_ROUND_ELEMENTS", 24 * 7)
+    monkeypatch.setattr(int8, "_NEAR_ELEMENTS", 24 * 7)
     monkeypatch.setattr(int8, "_RESULT_BYTES", 1)
     torch.testing.assert_close(device.gated_mlp(x, up, down), wanted, atol=1e-5, rtol=1e-5)
 

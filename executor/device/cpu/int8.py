@@ -6,7 +6,7 @@ Legend: T rows, n inputs, m outputs; values `[m, n]`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +25,9 @@ from executor.device.weights import (
 from executor.errors import UserError
 
 SMALLEST = 2.0**-149  # above zero in fp32: a row of zeros is divided by it and stays zeros
-_RESULT_BYTES = 24 << 20  # of a tile's fp32 results: above 32 MiB the C library gives memory back after every call
-_ROUND_ELEMENTS = 1 << 18  # of a tile of activations that are rounded: 1 MiB in fp32
+_RESULT_BYTES = 24 << 20  # of a tile's results: above 32 MiB the C library gives memory back after every call
+_BFLOAT16_ROWS = 384  # from which values made bfloat16 cost less than activations in two digits
+_NEAR_ELEMENTS = 1 << 18  # of what is rounded or scaled in several passes: 1 MiB in fp32 stays near the CPU
 
 
 class Rows(NamedTuple):
@@ -60,14 +61,9 @@ class Int8Linear(ABC):
         return self.multiply(self.rounded(x), dtype)
 
     @property
-    def tile_rows(self) -> int:
-        """How many rows are multiplied at a time."""
-        return max(64, _RESULT_BYTES // (4 * self.product.num_out))
-
-    @property
     def round_rows(self) -> int:
         """How many rows are rounded at a time."""
-        return max(1, _ROUND_ELEMENTS // self.num_in)
+        return max(1, _NEAR_ELEMENTS // self.num_in)
 
     def rounded(self, x: Tensor) -> Rows:
         return self.collected(x.split(self.round_rows), len(x), x.dtype)
@@ -87,13 +83,26 @@ class Int8Linear(ABC):
         return Rows(numbers, None if scales[0] is None else torch.cat(scales))
 
     def multiply(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        num_rows, tile = rows.numbers.shape[1], self.tile_rows
-        if 0 < num_rows <= tile:
-            return self.multiply_tile(rows, dtype)
-        out = torch.empty(num_rows, self.product.num_out, dtype=dtype)
-        for start in range(0, num_rows, tile):
-            out[start : start + tile] = self.multiply_tile(rows.part(start, min(start + tile, num_rows)), dtype)
+        out, start = torch.empty(rows.numbers.shape[1], self.product.num_out, dtype=dtype), 0
+        for some in self.results(rows, dtype):
+            if len(some) == len(out):
+                return some
+            out[start : start + len(some)] = some
+            start += len(some)
         return out
+
+    def results(self, rows: Rows, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The product of some rows after that of others, each made when it is wanted."""
+        for tile in self.tiles(rows, self.product.result_bytes):
+            yield self.multiply_tile(tile, dtype)
+
+    def tiles(self, rows: Rows, result_bytes: int) -> Iterator[Rows]:
+        """Rows that are multiplied at a time, about equally many. A number of the result takes `result_bytes`."""
+        num_rows = rows.numbers.shape[1]
+        most = max(64, _RESULT_BYTES // (result_bytes * self.product.num_out))
+        size = -(-num_rows // max(1, -(-num_rows // most)))
+        for start in range(0, num_rows, max(1, size)):
+            yield rows.part(start, min(start + size, num_rows))
 
     def num_digits(self, num_rows: int, dtype: torch.dtype) -> int:
         """How many digits numbers of `dtype` are made of where there are so many rows of them."""
@@ -149,6 +158,10 @@ class StaticOneCall(Static):
         left = weight.quant_bias.double() + self.zero_point * row_sums.double()
         self.left, self.bias = left.float(), (left * weight.deq_scale.double()).float()
 
+    def results(self, rows: Rows, dtype: torch.dtype) -> Iterator[Tensor]:
+        for tile in self.tiles(rows, dtype.itemsize):
+            yield self.multiply_tile(tile, dtype)
+
     def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         whole = rows.numbers[0]
         if dtype is torch.float32:  # added as whole numbers: no digit is lost that the formula has
@@ -166,14 +179,29 @@ class Dynamic(Int8Linear):
         scale = x.abs().amax(-1, keepdim=True).float().div_(127).clamp_min_(SMALLEST)
         return Rows(torch.div(x, scale).round_().to(torch.int8).unsqueeze(0), scale)
 
+    def results(self, rows: Rows, dtype: torch.dtype) -> Iterator[Tensor]:
+        near = max(1, _NEAR_ELEMENTS // self.product.num_out)
+        for tile in self.tiles(rows, self.product.result_bytes):
+            if len(tile.scale) == 1 and isinstance(self.product, OneCall):
+                yield self.multiply_tile(tile, dtype)
+                continue
+            for y, scale in zip(self.products(tile).split(near), tile.scale.split(near), strict=True):
+                yield self.scaled(y, scale, dtype)
+
     def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        whole, scale = rows.numbers[0], rows.scale
+        if len(rows.scale) == 1 and isinstance(self.product, OneCall):
+            return self.product.scaled(rows.numbers[0], self.scale, self.bias, dtype, x_scale=rows.scale.item())
+        return self.scaled(self.products(rows), rows.scale, dtype)
+
+    def products(self, rows: Rows) -> Tensor:
+        """Scaled by output, not yet by row: fp32."""
         if isinstance(self.product, OneCall):
-            if len(whole) == 1:
-                return self.product.scaled(whole, self.scale, self.bias, dtype, x_scale=scale.item())
-            y = self.product.scaled(whole, self.scale).mul_(scale)
-        else:
-            y = self.product.sums(whole).mul_(scale).mul_(self.scale)
+            return self.product.scaled(rows.numbers[0], self.scale)
+        return self.product.sums(rows.numbers[0]).mul_(self.scale)
+
+    def scaled(self, y: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """`y` is overwritten."""
+        y.mul_(scale)
         return (y if self.bias is None else y.add_(self.bias)).to(dtype)
 
 
@@ -189,16 +217,22 @@ class Mixed(Int8Linear):
     def round(self, x: Tensor, num_digits: int) -> Rows:
         raise AssertionError("collected chooses")
 
+    def results(self, rows: Rows, dtype: torch.dtype) -> Iterator[Tensor]:
+        return (self.static if rows.scale is None else self.dynamic).results(rows, dtype)
+
     def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        return (self.static if rows.scale is None else self.dynamic).multiply_tile(rows, dtype)
+        raise AssertionError("results chooses")
 
 
 class WeightOnly(Int8Linear):
     """`x` by `(values - offset) * scale`, `x` as numbers of several digits. Products of groups of inputs are scaled
     apart and added up.
+
+    Two products of digits cost what one in bfloat16 costs, and adding them up costs more. Where `bfloat16` says that
+    the CPU has such products, many rows go in as they are, by values that are made bfloat16, exactly, for the call.
     """
 
-    def __init__(self, weight: WeightInt8, bias: Tensor | None, products: list[Product]) -> None:
+    def __init__(self, weight: WeightInt8, bias: Tensor | None, products: list[Product], bfloat16: bool) -> None:
         self.product, self.products = products[0], products
         self.base = self.product.digit_base
         self.widths = [product.num_in for product in products]
@@ -207,10 +241,24 @@ class WeightOnly(Int8Linear):
         if weight.offset is not None and bool(weight.offset.any()):
             self.shifts = [(offset * scale).neg() for offset, scale in zip(weight.offset.t(), self.scales, strict=True)]
         self.bias = None if bias is None else bias.float()
+        self.bfloat16 = bfloat16 and isinstance(self.product, OneCall) and len(products) == 1 and self.shifts is None
 
     @property
     def num_in(self) -> int:
         return sum(self.widths)
+
+    def collected(self, tiles: Iterable[Tensor], num_rows: int, dtype: torch.dtype) -> Rows:
+        """Many rows of bfloat16 stay what they are: `numbers` are no whole ones then, and have no scale."""
+        if not (self.bfloat16 and dtype is torch.bfloat16 and num_rows >= _BFLOAT16_ROWS):
+            return super().collected(tiles, num_rows, dtype)
+        return Rows(torch.cat(list(tiles)).unsqueeze(0), None)
+
+    def results(self, rows: Rows, dtype: torch.dtype) -> Iterator[Tensor]:
+        if rows.scale is None:
+            yield self.product.in_bfloat16(rows.numbers[0], self.scales[0], self.bias, dtype)
+            return
+        for tile in self.tiles(rows, 4 * len(rows.numbers)):
+            yield self.multiply_tile(tile, dtype)
 
     def num_digits(self, num_rows: int, dtype: torch.dtype) -> int:
         return self.product.num_digits(num_rows, dtype)
@@ -244,10 +292,10 @@ class Summed:
 
 
 def prepare(
-    weight: QuantizedWeight, bias: Tensor | None, form: str, decode_rows: int, many_rows: bool
+    weight: QuantizedWeight, bias: Tensor | None, form: str, bfloat16: bool, decode_rows: int, many_rows: bool
 ) -> Int8Linear:  # fmt: skip
-    """The weight as a function of `x [T, n]`. `form`: which Product; `decode_rows`: the most rows of a decode step;
-    `many_rows`: no call is one of those.
+    """The weight as a function of `x [T, n]`. `form`: which Product; `bfloat16`: whether the CPU has products of that;
+    `decode_rows`: the most rows of a decode step; `many_rows`: no call is one of those.
     """
     make = PRODUCTS[form]
     if isinstance(weight, StaticInt8):
@@ -262,7 +310,7 @@ def prepare(
         return dynamic if many_rows else Mixed(_static(weight.static, product), dynamic, decode_rows)
     if isinstance(weight, WeightInt8):
         groups = weight.values.chunk(weight.scale.shape[1], 1)
-        return WeightOnly(weight, bias, [make(group.contiguous()) for group in groups])
+        return WeightOnly(weight, bias, [make(group.contiguous()) for group in groups], bfloat16)
     raise UserError(
         f"model_config.device: the CPU has no product by {type(weight).__name__} weights; decompress them, or run the "
         "checkpoint on the NPU that they were compressed for"

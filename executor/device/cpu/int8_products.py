@@ -28,11 +28,13 @@ class Product(ABC):
     """Weights as something to multiply whole numbers with. Takes the weights' values and keeps none of them plain.
 
     digit_base: of numbers in several digits, even: digits are up to half of it either way.
+    result_bytes: what `sums` holds for a number of its result, at the most.
     """
 
     num_out: int
     num_in: int
     digit_base: int
+    result_bytes = 4
 
     @abstractmethod
     def sums(self, x: Tensor) -> Tensor:
@@ -81,6 +83,16 @@ class OneCall(Product):
     def sums(self, x: Tensor) -> Tensor:
         return self.scaled(x, self.ones)
 
+    def in_bfloat16(self, x: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """`x [T, n]` bfloat16 times the values, which that type holds, times `scale`, plus `bias`: `[T, m]`."""
+        y, values = torch.empty(len(x), self.num_out, dtype=dtype), self.packed.to_dense()  # [n, m]
+        size = max(1, EXPAND_ELEMENTS // self.num_in)
+        for start in range(0, self.num_out, size):
+            part = slice(start, start + size)
+            some = torch.mm(x, values[:, part].to(torch.bfloat16)).mul_(scale[part])
+            y[:, part] = some if bias is None else some.add_(bias[part])
+        return y
+
     def num_digits(self, num_rows: int, dtype: torch.dtype) -> int:
         """Two are as exact as 15 bits of the row's largest, three as fp32's own 24."""
         return 3 if dtype is torch.float32 else 2
@@ -98,7 +110,7 @@ class Digits(Product):
     rounded, once, is the sum of both.
     """
 
-    base, digit_base = 16, 126
+    base, digit_base, result_bytes = 16, 126, 8
     zero_point = 64
     few_rows = 64  # up to which a product waits for memory
 

@@ -76,9 +76,10 @@ class CpuOps(Ops):
 
     def gated_mlp(self, x: Tensor, gate_up: Callable[..., Tensor], down: Callable[..., Tensor]) -> Tensor:
         """Where both are int8, in tiles of rows: what lies between them stays near the CPU, and is rounded there."""
-        if not (isinstance(gate_up, int8.Int8Linear) and isinstance(down, int8.Int8Linear)):
+        if not (len(x) and isinstance(gate_up, int8.Int8Linear) and isinstance(down, int8.Int8Linear)):
             return super().gated_mlp(x, gate_up, down)
-        tiles = (part for rows in x.split(gate_up.tile_rows) for part in gate_up(rows).split(down.round_rows))
+        results = gate_up.results(gate_up.rounded(x), x.dtype)
+        tiles = (part for some in results for part in some.split(down.round_rows))
         return down.multiply(down.collected(map(self.swiglu, tiles), len(x), x.dtype), x.dtype)
 
     def gelu(self, x: Tensor, tanh: bool) -> Tensor:
@@ -91,7 +92,8 @@ class CpuOps(Ops):
         self, weight: Weight, bias: Tensor | None, many_rows: bool = False
     ) -> Callable[[Tensor], Tensor]:
         if not isinstance(weight, Tensor):
-            return int8.prepare(weight, bias, self.capability.int8, self.decode_rows, many_rows)
+            found = self.capability
+            return int8.prepare(weight, bias, found.int8, found.isa == "avx512", self.decode_rows, many_rows)
         weight, form = weight.detach(), self.capability.form(weight.dtype)
         if weight.is_meta:
             return Plain(weight, bias)
