@@ -36,7 +36,7 @@ class FolderReport:
 
 def run_check(model_path: str) -> Document:
     """Print what a folder is; the JSON document. Raises UserError with everything that keeps it from running."""
-    folder = checkpoint_folder(model_path)
+    folder = checkpoint_folder(model_path, flag="--check")
     report = check_folder(folder)
     for warning in report.warnings:
         print(f"warning: {warning}")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from executor.checkpoint.folder import read_json
+from executor.checkpoint.folder import is_hub_id, read_json
 from executor.errors import UserError
 from executor.host.env import find_path
 from executor.host.streams import READER_GONE, print_document, reader_is_gone, write_to_nobody
@@ -82,11 +82,15 @@ def _outcome(work: Callable[[Sequence[str]], Document], argv: Sequence[str], is_
         return {"error": f"{type(error).__name__}: {error}"}, 1
 
 
-def checkpoint_folder(model_path: str) -> Path:
-    """The folder that `--model_path` names. UserError where it is none, or no checkpoint."""
+def checkpoint_folder(model_path: str, what: str = "quantized", flag: str = "--model_path") -> Path:
+    """The folder that `flag` names, of a checkpoint that is `what` (quantized, float).
+
+    UserError where it is none, or no checkpoint.
+    """
     folder = find_path(model_path)
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"--model_path: {model_path} {what}; give the folder of a quantized checkpoint on this machine")
+        found = "is a file" if folder.exists() else "is not on this machine"
+        hub = "; a hub id is not enough here, download it first" if is_hub_id(model_path) else ""
+        raise UserError(f"{flag}: {model_path} {found}; give the folder of a {what} checkpoint{hub}")
     read_json(folder, "config.json")
     return folder
