@@ -89,7 +89,7 @@ def checkpoint_folder(model_path: str, what: str = "quantized", flag: str = "--m
     """
     folder = find_path(model_path)
     if not folder.is_dir():
-        found = "is a file" if folder.exists() else "is not on this machine"
+        found = "is a file" if folder.exists() else "does not exist on this machine"
         hub = "; a hub id is not enough here, download it first" if is_hub_id(model_path) else ""
         raise UserError(f"{flag}: {model_path} {found}; give the folder of a {what} checkpoint{hub}")
     read_json(folder, "config.json")
