@@ -10,7 +10,7 @@ from torch import nn
 
 from executor.checkpoint.description import FLOAT_TYPE, Description
 from executor.checkpoint.pull import Catalog
-from executor.errors import UserError
+from executor.errors import UserError, folded
 from executor.layers.attention import Attention
 from executor.layers.linear import Linear
 from executor.layers.moe import Experts
@@ -73,7 +73,7 @@ def choose_schemes(model: nn.Module, catalog: Catalog, description: Description 
         if description.type_of(name) != FLOAT_TYPE
     )
     if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
+        raise UserError("\n".join(folded(problems)))
     return left
 
 
