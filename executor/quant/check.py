@@ -23,6 +23,7 @@ from executor.layers.linear import Linear
 from executor.quant.choose import choose_cache, choose_schemes
 from executor.quant.fields import EACH, FieldScheme
 from executor.quant.kv_cache import OFFSET
+from executor.quant.values import shortest
 
 
 def weight_faults(model: nn.Module, checkpoint: Checkpoint, description: Description | None) -> list[str]:
@@ -87,7 +88,7 @@ def _inputs_that_differ(model: nn.Module, checkpoint: Checkpoint) -> Iterator[st
             found = _read([f"{part}.{field.suffix}" for part in parts], checkpoint)
             values = {name: float(x.flatten()[0]) for name, x in found.items()}
             if len(set(values.values())) > 1:
-                told = ", ".join(f"{name} {value:.9g}" for name, value in values.items())
+                told = ", ".join(f"{name} {shortest(value)}" for name, value in values.items())
                 yield (
                     f"{field.suffix} of linears that are multiplied together differ: {told}; they read the same "
                     "activations and were calibrated apart. Quantize the model again, all of them in one run"

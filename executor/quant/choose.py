@@ -187,7 +187,7 @@ def _choose_experts(layer: Experts, catalog: Catalog, description: Description) 
 
 def _refuse(names: list[str], scheme: Scheme, catalog: Catalog, description: Description) -> None:
     """UserError for a tensor that changes what is computed and that nothing would read."""
-    found = next((name for name in names if name in catalog), None)
+    found = next((name for name in names if _has(name, catalog, description)), None)
     if found is not None:
         why = next((why for suffix, why in scheme.refused.items() if found.endswith(suffix)), _BIAS)
         raise UserError(f"{description.file}: '{found}' stands beside {scheme.name} weights, and is not read: {why}")

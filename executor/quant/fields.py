@@ -19,7 +19,7 @@ from executor.device.weights import QuantizedWeight, pack_int4
 from executor.errors import UserError
 from executor.quant.float import swapped
 from executor.quant.scheme import ExpertShare, LinearShare, Tensors
-from executor.quant.values import Values
+from executor.quant.values import Values, shortest
 
 OUT, IN, EACH = "out", "in", "each"
 Reader = Callable[[Tensor], Tensor]
@@ -232,7 +232,7 @@ def one_of_all(x: Tensor, share: LinearShare | ExpertShare, what: str) -> Tensor
             first = int(differs.nonzero()[0])
             names, values = ["gate_proj", "up_proj"], x[first].tolist()
             where = f"expert {share.experts.start + first}: "
-        named = ", ".join(f"{name} {value:.9g}" for name, value in zip(names, values, strict=True))
+        named = ", ".join(f"{name} {shortest(value)}" for name, value in zip(names, values, strict=True))
         raise UserError(
             f"quantized weights: {what} of linears that are multiplied together differ: {where}{named}; they read the "
             "same activations and were calibrated apart. Quantize the model again, all of them in one run"

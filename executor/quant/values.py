@@ -39,6 +39,12 @@ class Values:
         raise UserError(f"tensor '{name}' must hold {self.wanted}, got {float(x[~fine][0]):g}{bits}; {_AGAIN}")
 
 
+def shortest(value: float) -> str:
+    """A float32 in as few digits, of 6 to 9, as tell it from its neighbours."""
+    texts = (f"{value:.{digits}g}" for digits in range(6, 9))
+    return next((text for text in texts if float(torch.tensor(float(text))) == value), f"{value:.9g}")
+
+
 _MOST = torch.finfo(torch.float32).max
 SCALES = Values(_LEAST, _MOST, False, "positive numbers that are no denormals")
 FINITE = Values(-_MOST, _MOST, False, "finite numbers")
