@@ -7,6 +7,7 @@ RuntimeError: the environment failed (exit 1). AssertionError: a defect of this 
 from __future__ import annotations
 
 import difflib
+import re
 import struct
 from collections.abc import Iterable
 
@@ -26,6 +27,28 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the closest of `allowed`, or an empty string."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+_NAMES = re.compile(r"'[^']*'|\bmodel\.[\w.]+|(?<![\w.])-?\d[\d.e+-]*(?!\w)")
+_MOST_ALIKE = 3
+
+
+def folded(lines: Iterable[str]) -> list[str]:
+    """The lines, of more than three that differ in names and numbers alone only the first, with how many follow it."""
+    alike: dict[str, list[str]] = {}
+    lines = list(dict.fromkeys(lines))
+    for line in lines:
+        alike.setdefault(_NAMES.sub("", line), []).append(line)
+    found = []
+    for line in lines:
+        group = alike[_NAMES.sub("", line)]
+        if len(group) <= _MOST_ALIKE:
+            found.append(line)
+        elif line == group[0]:
+            last = _NAMES.search(group[-1])
+            of = f", the last of '{last[0].strip(chr(39))}'" if last else ""
+            found.append(f"{line} (and {len(group) - 1} more of this kind{of})")
+    return found
 
 
 # What data of an odd form can make readers of it raise: json, Pillow, FFmpeg, Jinja, tokenizers, torch, and arithmetic

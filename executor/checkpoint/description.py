@@ -83,7 +83,25 @@ def _parsed(file: Path, raw: Mapping[str, object]) -> Description:
             f"{file}: damaged: {found}; it must give every tensor a type, such as "
             '"lm_head.weight": "FLOAT". Copy it again from where the weights came'
         )
-    types = {canonical_name(name): kind for name, kind in entries.items()}
-    kv_cache = raw.get("kv_cache_type") or raw.get("kv_quant_type")  # tools write both, or one of them
+    types: dict[str, str] = {}
+    spelled: dict[str, str] = {}
+    for name, kind in entries.items():
+        other = spelled.setdefault(canonical_name(name), name)
+        if types.setdefault(canonical_name(name), kind) != kind:
+            raise UserError(
+                f"{file}: '{other}' is {entries[other]} and '{name}' is {kind}, and both are the same tensor; take the "
+                "description that was written with these weights, or quantize the model again"
+            )
     said = str(raw.get("model_quant_type", FLOAT_TYPE))
-    return Description(file, types, said, str(kv_cache).upper() if kv_cache else None)
+    return Description(file, types, said, _kv_cache(file, raw))
+
+
+def _kv_cache(file: Path, raw: Mapping[str, object]) -> str | None:
+    """Tools write both keys, or one of them. UserError where they differ."""
+    said = {key: str(raw[key]).upper() for key in ("kv_cache_type", "kv_quant_type") if raw.get(key)}
+    if len(set(said.values())) > 1:
+        raise UserError(
+            f"{file}: {' and '.join(f'{key} is {value}' for key, value in said.items())}, which must be the same; take "
+            "the description that was written with these weights, or quantize the model again"
+        )
+    return next(iter(said.values()), None)

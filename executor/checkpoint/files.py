@@ -4,7 +4,9 @@ Where msmodelslim's description lies in the folder, its weights count (`quant_mo
 generation of the tool; a float model beside them is left. Reads no header: headers.py does.
 """
 
+import errno
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,8 +33,30 @@ class WeightFiles:
 
 
 def find_weights(folder: Path) -> WeightFiles:
-    """Raises UserError for a folder without weights, or without some of them."""
+    """Raises UserError for a folder without weights, without some of them, or that cannot be read."""
+    try:
+        return _found_weights(folder)
+    except OSError as error:
+        raise UserError(unreadable(Path(error.filename or folder), error)) from error
+
+
+def unreadable(file: Path, error: OSError) -> str:
+    """What to do about a file of weights, or a folder, that cannot be opened."""
+    if file.is_symlink() and isinstance(error, FileNotFoundError):
+        reason = f"a link to {file.readlink()}, which is not there: copy the folder with the files that its links name"
+    elif isinstance(error, PermissionError):
+        reason = "no permission: let this user read it (chmod, or another owner)"
+    elif isinstance(error, IsADirectoryError):
+        reason = "a folder, and a file of weights is expected under this name: copy it again from where it came"
+    else:
+        reason = f"{error.strerror or error}: is the disk sound, and the download complete?"
+    return f"{file}: cannot be read: {reason}"
+
+
+def _found_weights(folder: Path) -> WeightFiles:
     _check_folder(folder)
+    if not os.access(folder, os.R_OK | os.X_OK):  # patterns would find nothing
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     has_description = any(folder.glob(DESCRIPTIONS))
     quantized = has_description and any(folder.glob(f"{QUANTIZED}*.safetensors*"))
     index_file = _find_index(folder, quantized)
@@ -74,7 +98,8 @@ def _read_index(index_file: Path) -> dict[str, str]:
 
 def _shards_of_index(index_file: Path, weight_map: Mapping[str, str]) -> list[Path]:
     files = [index_file.parent / name for name in sorted(set(weight_map.values()))]
-    _refuse_missing(index_file, [file.name for file in files if not file.exists()], len(files))
+    missing = [file.name for file in files if not file.exists() and not file.is_symlink()]  # links: when they are read
+    _refuse_missing(index_file, missing, len(files))
     return files
 
 

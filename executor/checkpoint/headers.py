@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from executor.checkpoint.files import find_weights
+from executor.checkpoint.files import find_weights, unreadable
 from executor.checkpoint.names import canonical_name
 from executor.errors import UserError, nearest
 
@@ -125,6 +125,13 @@ def read_header(file: Path) -> list[TensorInfo]:
 
     Format: 8 bytes little-endian header length, the header as JSON, the data without gaps.
     """
+    try:
+        return _read_header(file)
+    except OSError as error:
+        raise UserError(unreadable(file, error)) from error
+
+
+def _read_header(file: Path) -> list[TensorInfo]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)

@@ -24,6 +24,7 @@ class Pull:
     `transpose`: in the file the last two dims of `shape` are swapped; `shape` and `index` stay the model's.
     `convert`: the slice as the file has it -> what goes into `into`, where that is not a plain copy: of another type,
     or a single number that is meant for every row. `accepts`: the types that it takes, where not all.
+    `judged`: `convert` raises UserError for values that cannot be, which may be asked for without loading.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Pull:
     transpose: bool = False
     convert: Callable[[Tensor], Tensor] | None = None
     accepts: tuple[torch.dtype, ...] = ()
+    judged: bool = False
 
     @property
     def file_shape(self) -> tuple[int, ...]:

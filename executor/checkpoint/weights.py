@@ -121,17 +121,32 @@ def _read(file: Path, wishes: list[tuple[Pull, TensorInfo]]) -> Iterator[tuple[P
                     part = mapped.get_slice(info.original_name)[pull.file_index]
                 else:
                     part = mapped.get_tensor(info.original_name)
-                _copy(part, pull)
+                _copy(part, pull, info)
                 yield pull, info
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read as safetensors ({error}); download it again") from error
 
 
-def _copy(part: torch.Tensor, pull: Pull) -> None:
-    """`part` is a view of the mapped file: this is the one copy."""
-    into = pull.into
+def converted(part: torch.Tensor, pull: Pull, info: TensorInfo) -> torch.Tensor:
+    """What goes into place of `part`, a slice as the file has it. Raises UserError for values that cannot be."""
     if pull.convert is not None:
         part = pull.convert(part)
+    if is_small_float(info) and part.is_floating_point() and not bool((finite := torch.isfinite(part)).all()):
+        raise UserError(
+            f"tensor '{pull.name}' must hold finite numbers, got {float(part[~finite][0]):g}; copy {info.file} again "
+            "from where it came, or make it again"
+        )
+    return part
+
+
+def is_small_float(info: TensorInfo) -> bool:
+    """Norms, biases and the like, whose values are cheap to look at."""
+    return len(info.shape) <= 1 and info.dtype is not None and info.dtype.is_floating_point
+
+
+def _copy(part: torch.Tensor, pull: Pull, info: TensorInfo) -> None:
+    """`part` is a view of the mapped file: this is the one copy."""
+    into, part = pull.into, converted(part, pull, info)
     narrows = into.dtype is torch.float16 and part.dtype is not torch.float16
     if pull.transpose:
         # Sent and cast first: a transposing copy that also converts takes an element at a time.

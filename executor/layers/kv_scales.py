@@ -15,7 +15,8 @@ from executor.checkpoint.pull import Catalog, Pull, empty
 from executor.device import ops
 from executor.device.ops import KVScales
 from executor.parallel.partition import Part
-from executor.quant.kv_cache import SUFFIXES, checked
+from executor.quant.fields import FLOATS, NUMBERS
+from executor.quant.kv_cache import SCALE, SUFFIXES, checked
 
 
 class CacheScales(nn.Module):
@@ -35,7 +36,8 @@ class CacheScales(nn.Module):
             for suffix in SUFFIXES:
                 into = getattr(self, f"{name}_{suffix}")
                 full = f"{attention}.{part.name}.{suffix}"
-                yield Pull(full, (part.num_rows,), (part.rows,), into, convert=partial(checked, full, takes_offsets))
+                reader, accepts = partial(checked, full, takes_offsets), FLOATS if suffix == SCALE else NUMBERS
+                yield Pull(full, (part.num_rows,), (part.rows,), into, convert=reader, accepts=accepts, judged=True)
 
     @property
     def values(self) -> KVScales:

@@ -1,7 +1,7 @@
-"""Whether a model's weights fit what its layers take: by headers, the description, and tensors of a few numbers.
+"""Whether a model's weights fit what its layers take: by headers, the description, scales, and other small tensors.
 
-What loading refuses, and what other programs that read the same folder stumble over. Builds no model and reads no
-weights; executor/commands/check_folder.py does the folder around it.
+What loading refuses, and what other programs that read the same folder stumble over. Builds no model. Of weights it
+reads those of four bits that stand one to a byte; executor/commands/check_folder.py does the folder around it.
 """
 
 from collections import defaultdict
@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from executor.checkpoint.description import FLOAT_TYPE, Description
 from executor.checkpoint.headers import Checkpoint
 from executor.checkpoint.load import in_files
+from executor.checkpoint.pull import Pull
 from executor.checkpoint.strangers import check_unread, named
-from executor.checkpoint.weights import pull_faults
-from executor.errors import UserError
+from executor.checkpoint.weights import converted, is_small_float, pull_faults
+from executor.errors import UserError, folded
 from executor.layers.linear import Linear
 from executor.quant.choose import choose_cache, choose_schemes
 from executor.quant.fields import EACH, FieldScheme
-from executor.quant.kv_cache import OFFSET, checked, is_cache_tensor
-
-SYMMETRIC = ("W8A8_DYNAMIC", "W8A8_MIX", "W4A8_DYNAMIC")
-"""Types whose weight_offset must be zero."""
+from executor.quant.kv_cache import OFFSET
+from executor.quant.values import shortest
 
 
 def weight_faults(model: nn.Module, checkpoint: Checkpoint, description: Description | None) -> list[str]:
@@ -35,18 +34,18 @@ def weight_faults(model: nn.Module, checkpoint: Checkpoint, description: Descrip
             left += choose_cache(model, checkpoint.catalog, description, int8=True)
             pulls = in_files(model.pulls(checkpoint.catalog), checkpoint)
     except UserError as error:
-        return str(error).splitlines()
+        return folded(str(error).splitlines())
     faults = pull_faults(pulls, checkpoint)
     ignore = [*left, *(("lm_head.weight",) if model.config.tie_word_embeddings else ())]
     try:
         check_unread(pulls, checkpoint, ignore)
     except UserError as error:
         faults.append(str(error))
-    if not faults and description is not None:  # shapes and types are what they should be
+    if not faults:  # shapes and types are what they should be
+        faults += _values(pulls, checkpoint)
+    if not faults and description is not None:
         faults += _inputs_that_differ(model, checkpoint)
-        faults += _offsets(checkpoint, description)
-        faults += _cache_values(checkpoint)
-    return faults
+    return folded(faults)
 
 
 def weight_warnings(checkpoint: Checkpoint, description: Description | None, dtype: str) -> Iterator[str]:
@@ -89,31 +88,32 @@ def _inputs_that_differ(model: nn.Module, checkpoint: Checkpoint) -> Iterator[st
             found = _read([f"{part}.{field.suffix}" for part in parts], checkpoint)
             values = {name: float(x.flatten()[0]) for name, x in found.items()}
             if len(set(values.values())) > 1:
-                told = ", ".join(f"{name} {value:g}" for name, value in values.items())
+                told = ", ".join(f"{name} {shortest(value)}" for name, value in values.items())
                 yield (
                     f"{field.suffix} of linears that are multiplied together differ: {told}; they read the same "
                     "activations and were calibrated apart. Quantize the model again, all of them in one run"
                 )
 
 
-def _offsets(checkpoint: Checkpoint, description: Description) -> Iterator[str]:
-    weights = [name for name, kind in description.types.items() if kind in SYMMETRIC and name.endswith(".weight")]
-    names = [f"{name.removesuffix('.weight')}.weight_offset" for name in weights]
-    odd = [
-        name for name, x in _read([n for n in names if n in checkpoint.catalog], checkpoint).items() if bool(x.any())
-    ]
-    if odd:
-        kind = description.type_of(f"{odd[0].rpartition('.')[0]}.weight")
-        yield f"{named(odd)} are not zero; {kind} weights are symmetric. Quantize the model again, symmetric"
-
-
-def _cache_values(checkpoint: Checkpoint) -> Iterator[str]:
-    """Scales and offsets of an int8 KV cache that are none."""
-    for name, x in _read(filter(is_cache_tensor, checkpoint.catalog), checkpoint).items():
-        try:
-            checked(name, True, x)
-        except UserError as error:
-            yield str(error)
+def _values(pulls: Iterable[Pull], checkpoint: Checkpoint) -> Iterator[str]:
+    """Values that loading refuses: of scales, offsets and small float tensors. Reads what the pulls ask of those."""
+    by_file: dict[Path, list[Pull]] = defaultdict(list)
+    for pull in pulls:
+        info = checkpoint.catalog[pull.name]
+        if pull.into.numel() and (pull.judged or is_small_float(info)):
+            by_file[info.file].append(pull)
+    for file, wanted in by_file.items():
+        with safe_open(file, framework="pt") as mapped:
+            for pull in wanted:
+                info = checkpoint.catalog[pull.name]
+                if info.shape:
+                    part = mapped.get_slice(info.original_name)[pull.file_index]
+                else:
+                    part = mapped.get_tensor(info.original_name)
+                try:
+                    converted(part, pull, info)
+                except UserError as error:
+                    yield str(error)
 
 
 def _read(names: Iterable[str], checkpoint: Checkpoint) -> Mapping[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from executor.checkpoint.description import FLOAT_TYPE, Description
 from executor.checkpoint.pull import Catalog
-from executor.errors import UserError
+from executor.errors import UserError, folded
 from executor.layers.attention import Attention
 from executor.layers.linear import Linear
 from executor.layers.moe import Experts
@@ -73,7 +73,7 @@ def choose_schemes(model: nn.Module, catalog: Catalog, description: Description 
         if description.type_of(name) != FLOAT_TYPE
     )
     if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
+        raise UserError("\n".join(folded(problems)))
     return left
 
 
@@ -187,7 +187,7 @@ def _choose_experts(layer: Experts, catalog: Catalog, description: Description) 
 
 def _refuse(names: list[str], scheme: Scheme, catalog: Catalog, description: Description) -> None:
     """UserError for a tensor that changes what is computed and that nothing would read."""
-    found = next((name for name in names if name in catalog), None)
+    found = next((name for name in names if _has(name, catalog, description)), None)
     if found is not None:
         why = next((why for suffix, why in scheme.refused.items() if found.endswith(suffix)), _BIAS)
         raise UserError(f"{description.file}: '{found}' stands beside {scheme.name} weights, and is not read: {why}")

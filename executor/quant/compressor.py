@@ -7,12 +7,15 @@ pytorch/weight_compression (compress_utils.py, compress_graph/src/main.cpp).
 Legend: k inputs and n outputs of a weight.
 """
 
+import contextlib
 import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,8 +87,50 @@ def work_folder() -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory(prefix="compress_", dir=root)
 
 
-def compress(executable: Path, weight: Tensor, name: str, folder: Path) -> Packed:
+class Running:
+    """Executables at work, started by several threads; whoever stops ends them all."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._children: set[subprocess.Popen[str]] = set()
+        self._stopped = False
+
+    def run(self, command: list[str]) -> "subprocess.CompletedProcess[str]":
+        """The command, done. Raises RuntimeError behind `stop`, OSError where it cannot be started."""
+        with self._lock:
+            if self._stopped:
+                raise RuntimeError(f"{NAME} was stopped")
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                umask=0o077,
+                start_new_session=True,
+            )
+            self._children.add(child)
+        try:
+            out, err = child.communicate()
+        finally:
+            with self._lock:
+                self._children.discard(child)
+        return subprocess.CompletedProcess(command, child.returncode, out, err)
+
+    def stop(self) -> None:
+        """End what runs; nothing is started after it."""
+        with self._lock:
+            self._stopped = True
+            for child in self._children:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)  # with what it has started; its files go with their folder
+
+
+def compress(executable: Path, weight: Tensor, name: str, folder: Path, running: Running | None = None) -> Packed:
     """`weight [n, k]` int8, compressed. `folder`: an empty one of its own for the executable's files.
+
+    running: where another thread may have to end it.
 
     Raises RuntimeError, with what the executable has said, where it fails. It ends with 0 after most of its failures:
     only its files tell.
@@ -107,9 +152,7 @@ def compress(executable: Path, weight: Tensor, name: str, folder: Path) -> Packe
         *map(str, made),
     ]
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", umask=0o077
-        )
+        done = (running or Running()).run(command)
     except OSError as error:
         raise RuntimeError(f"{executable} cannot be started: {error.strerror or error}") from error
     given.unlink()

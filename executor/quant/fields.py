@@ -8,6 +8,7 @@ Legend: E experts, I intermediate size of one expert, n hidden size.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from executor.device.weights import QuantizedWeight, pack_int4
 from executor.errors import UserError
 from executor.quant.float import swapped
 from executor.quant.scheme import ExpertShare, LinearShare, Tensors
+from executor.quant.values import Values, shortest
 
 OUT, IN, EACH = "out", "in", "each"
 Reader = Callable[[Tensor], Tensor]
@@ -32,7 +34,7 @@ class Field:
 
     dtype: in memory; None: the model's own. added_once: zero on the ranks whose results are added to another's.
     reader: turns what the file has, of a type in `accepts`, into values of `dtype`, with as many rows or a single one
-    (see Pull.convert).
+    (see Pull.convert). allowed: which values these may be.
     extra_dim: a dim of size 1 that the file has behind these. packed: so many outputs to one element; grouped: so many
     inputs.
     """
@@ -46,6 +48,7 @@ class Field:
     packed: int = 1
     grouped: int = 1
     accepts: tuple[torch.dtype, ...] = ()
+    allowed: Values | None = None
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Of a tensor with these sizes by label. Raises UserError where an element would be cut."""
@@ -56,6 +59,11 @@ class Field:
         return tuple(
             slice(*(self._elements(dim, end) for end in (parts[dim].start, parts[dim].stop))) for dim in self.dims
         )
+
+    def read(self, name: str, x: Tensor) -> Tensor:
+        """What tensor `name` of a file means. Raises UserError for values that are not allowed."""
+        read = self.reader(x)
+        return read if self.allowed is None else self.allowed.check(name, x, read)
 
     def _elements(self, dim: str, count: int) -> int:
         at_once = {OUT: self.packed, IN: self.grouped}.get(dim, 1)
@@ -224,7 +232,7 @@ def one_of_all(x: Tensor, share: LinearShare | ExpertShare, what: str) -> Tensor
             first = int(differs.nonzero()[0])
             names, values = ["gate_proj", "up_proj"], x[first].tolist()
             where = f"expert {share.experts.start + first}: "
-        named = ", ".join(f"{name} {value:g}" for name, value in zip(names, values, strict=True))
+        named = ", ".join(f"{name} {shortest(value)}" for name, value in zip(names, values, strict=True))
         raise UserError(
             f"quantized weights: {what} of linears that are multiplied together differ: {where}{named}; they read the "
             "same activations and were calibrated apart. Quantize the model again, all of them in one run"
@@ -344,19 +352,20 @@ def _pull(
     if field.reader is None:
         if field.packed > 1 and shape[0] == sizes[OUT]:
             index = tuple(wanted[dim] for dim in field.dims)
-            return Pull(name, shape, index, into, convert=lambda x: _packed(x, name), accepts=(field.dtype,))
+            reader = partial(_packed, name)
+            return Pull(name, shape, index, into, convert=reader, accepts=(field.dtype,), judged=True)
         return Pull(name, shape, field.index(wanted), into)
+    reader = partial(field.read, name)
     if len(field.dims) > 1:
-        return Pull(name, shape, field.index(wanted), into, convert=field.reader, accepts=field.accepts)
+        return Pull(name, shape, field.index(wanted), into, convert=reader, accepts=field.accepts, judged=True)
     # One number a row, or one for all: read flat, spread over the rows.
     single = shape[0] == 1
     index = (slice(0, 1),) if single else (wanted[field.dims[0]],)
-    reader = field.reader
     flat = 1 if single else -1
-    return Pull(name, shape, index, into, convert=lambda x: reader(x).reshape(flat), accepts=field.accepts)
+    return Pull(name, shape, index, into, convert=lambda x: reader(x).reshape(flat), accepts=field.accepts, judged=True)
 
 
-def _packed(x: Tensor, name: str) -> Tensor:
+def _packed(name: str, x: Tensor) -> Tensor:
     """Weights of four bits that stand one to a byte, two to a byte. Raises UserError for others."""
     if not bool(((x >= -8) & (x <= 7)).all()):
         raise UserError(
@@ -369,11 +378,13 @@ def _packed(x: Tensor, name: str) -> Tensor:
 def _pull_of_all(field: Field, name: str, share: ExpertShare, linear: _Linear, into: Tensor, catalog: Catalog) -> Pull:
     """The same of a tensor that has all experts in front."""
     shape, index = (share.num_experts, *field.shape(linear.sizes)), (share.experts, *field.index(linear.wanted))
+    reader = partial(field.read, name)
     if len(field.dims) > 1:
-        return Pull(name, shape, index, into, swapped(catalog, name, shape))
+        pull = Pull(name, shape, index, into, swapped(catalog, name, shape))
+        return pull if field.reader is None else replace(pull, convert=reader, accepts=field.accepts, judged=True)
     if field.reader is None:
         return Pull(name, shape, index, into)
-    reader, (num, rows), (experts, part) = field.reader, shape, index
+    (num, rows), (experts, part) = shape, index
     every = slice(0, 1)
     forms = {  # of the file: the slice of each
         (num, rows): (experts, part),
@@ -386,4 +397,12 @@ def _pull_of_all(field: Field, name: str, share: ExpertShare, linear: _Linear, i
     found = tuple(catalog[name].shape) if name in catalog else ()
     found = found if found in forms else (num, rows, 1)
     spread = len(into)
-    return Pull(name, found, forms[found], into, convert=lambda x: reader(x).reshape(spread, -1), accepts=field.accepts)
+    return Pull(
+        name,
+        found,
+        forms[found],
+        into,
+        convert=lambda x: reader(x).reshape(spread, -1),
+        accepts=field.accepts,
+        judged=True,
+    )

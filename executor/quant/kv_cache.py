@@ -65,7 +65,7 @@ def checked(name: str, takes_offsets: bool, x: Tensor) -> Tensor:
     """
     x = x.float()
     if name.endswith(SCALE):
-        fine, wanted = torch.isfinite(x) & (x > 0), "positive numbers"
+        fine, wanted = torch.isfinite(x) & (x >= torch.finfo(x.dtype).tiny), "positive numbers"
     else:
         fine, wanted = (x == x.round()) & (x >= -128) & (x <= 127), "whole numbers from -128 to 127"
     if not bool(fine.all()):

@@ -8,7 +8,7 @@ from torch import Tensor
 from executor.device.weights import DynamicInt4
 from executor.quant.fields import WEIGHT, FieldScheme, require_symmetric
 from executor.quant.scheme import ExpertShare, LinearShare
-from executor.quant.w8a8_dynamic import OFFSET, SCALE
+from executor.quant.w8a8_dynamic import NO_OFFSET, SCALE
 
 
 class W4A8Dynamic(FieldScheme):
@@ -19,7 +19,7 @@ class W4A8Dynamic(FieldScheme):
     """
 
     name = "w4a8_dynamic"
-    fields = (replace(WEIGHT, packed=2), SCALE, OFFSET)
+    fields = (replace(WEIGHT, packed=2), SCALE, NO_OFFSET)
     left = ("scale_bias",)
     refused = {"weight_scale_second": "it scales groups of inputs: quantize the model by channel"}
     form = DynamicInt4

@@ -22,12 +22,13 @@ from executor.quant.fields import (
     scale_of_bits,
 )
 from executor.quant.scheme import ExpertShare, LinearShare
+from executor.quant.values import SCALES, STEPS
 
 STATIC_FIELDS = (
-    Field("deq_scale", torch.float32, (OUT,), reader=scale_of_bits, accepts=SCALE_BITS),
+    Field("deq_scale", torch.float32, (OUT,), reader=scale_of_bits, accepts=SCALE_BITS, allowed=SCALES),
     Field("quant_bias", torch.int32, (OUT,), added_once=True),
-    Field("input_scale", torch.float32, (EACH,), reader=as_float, accepts=FLOATS),
-    Field("input_offset", torch.float32, (EACH,), reader=as_float, accepts=NUMBERS),
+    Field("input_scale", torch.float32, (EACH,), reader=as_float, accepts=FLOATS, allowed=SCALES),
+    Field("input_offset", torch.float32, (EACH,), reader=as_float, accepts=NUMBERS, allowed=STEPS),
 )
 
 

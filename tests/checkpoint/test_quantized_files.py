@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,6 +163,77 @@ def test_globals_are_no_tensors(tmp_path):
     found = read_description(tmp_path)
     assert dict(found.types) == {"lm_head.weight": "FLOAT"} and found.label == "none"
     assert DESCRIPTIONS == "quant_model_description*.json"
+
+
+@pytest.mark.parametrize(
+    "types, words",
+    [
+        (
+            {"model.language_model.layers.0.mlp.up_proj.weight": "W8A8", "model.layers.0.mlp.up_proj.weight": "FLOAT"},
+            "layers.0.mlp.up_proj.weight' is W8A8 and 'model.layers.0.mlp.up_proj.weight' is FLOAT",
+        ),
+        (
+            {"visual.merger.mlp.0.weight": "FLOAT", "model.visual.merger.mlp.0.weight": "W8A8"},
+            "'visual.merger.mlp.0.weight' is FLOAT and 'model.visual.merger.mlp.0.weight' is W8A8",
+        ),
+        (
+            {"lm_head.weight": "FLOAT", "kv_cache_type": "C8", "kv_quant_type": "FLOAT"},
+            "kv_cache_type is C8 and kv_quant_type is FLOAT",
+        ),
+    ],
+)
+def test_a_description_that_says_two_things_of_one(tmp_path, types, words):
+    (tmp_path / DESCRIPTION).write_text(json.dumps(types))
+    with pytest.raises(UserError, match=words):
+        read_description(tmp_path)
+
+
+def test_the_same_twice_is_no_contradiction(tmp_path):
+    names = ("model.language_model.norm.weight", "model.norm.weight")
+    said = dict.fromkeys(names, "FLOAT") | {"kv_cache_type": "C8", "kv_quant_type": "c8"}
+    (tmp_path / DESCRIPTION).write_text(json.dumps(said))
+    found = read_description(tmp_path)
+    assert dict(found.types) == {names[0]: "FLOAT"} and found.kv_cache == "C8"
+
+
+# Files that cannot be opened
+
+
+@pytest.mark.parametrize("index", [None, "quant_model_weights.safetensors.index.json"])
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_weights_that_cannot_be_opened(source, tmp_path, kind, index):
+    folder = variant(source, tmp_path / "folder", index=index)
+    file = folder / "quant_model_weights.safetensors"
+    file.unlink()
+    if kind == "link":
+        file.symlink_to(tmp_path / "blobs" / "gone")
+        words = f"{file}: cannot be read: a link to {tmp_path}/blobs/gone, which is not there: copy the folder with"
+    else:
+        file.mkdir()
+        words = f"{file}: cannot be read: a folder, and a file of weights is expected under this name"
+    with pytest.raises(UserError) as raised:
+        Checkpoint(folder)
+    assert words in str(raised.value)
+
+
+def test_an_index_that_cannot_be_opened(source, tmp_path):
+    folder = variant(source, tmp_path / "folder")
+    index = folder / "quant_model_weights.safetensors.index.json"
+    index.mkdir()
+    with pytest.raises(UserError, match=f"{index}: cannot be read: a folder"):
+        Checkpoint(folder)
+
+
+def test_a_file_without_permission(source, tmp_path, monkeypatch):
+    """As the system refuses it to others than root."""
+    folder = variant(source, tmp_path / "folder")
+
+    def refuse(self, *args):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match="quant_model_weights.safetensors: cannot be read: no permission: let"):
+        Checkpoint(folder)
 
 
 # Heads

@@ -1,10 +1,11 @@
 """`check_folder`: everything that is wrong with a quantized folder at once, by name, with what to do."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from executor.commands.check_folder import check_folder, run_check
 from executor.errors import UserError
@@ -78,6 +79,16 @@ def extra(name):
     return change
 
 
+def a_step_apart(suffix):
+    """By the least step that float32 has, which few digits do not show."""
+
+    def change(tensors, description):
+        for name, value in zip(QKV, (1.0, 1.0 + 2.0**-23, 1.0), strict=True):
+            tensors[f"{name}.{suffix}"] = torch.tensor([value])
+
+    return change
+
+
 def apart(suffix):
     def change(tensors, description):
         tensors[f"{QKV[1]}.{suffix}"] = tensors[f"{QKV[1]}.{suffix}"] + 1
@@ -105,6 +116,7 @@ FAULTS = [
     (extra("model.language_model.layers.9.input_layernorm.weight"), ["layers.9", "are not read"]),
     (apart("input_scale"), ["input_scale of linears that are multiplied", f"{QKV[1]}.input_scale 1.", "in one run"]),
     (apart("input_offset"), ["input_offset of linears that are multiplied together differ"]),
+    (a_step_apart("input_scale"), [f"{QKV[1]}.input_scale 1.0000001, {QKV[2]}.input_scale 1;"]),
 ]
 
 
@@ -119,15 +131,77 @@ def test_weights_that_do_not_fit(changed, change, words):
         engine_over(folder)
 
 
-def test_an_offset_where_weights_are_symmetric(changed):
-    def change(tensors, description):
-        for name in QKV:
-            tensors[f"{name}.weight_offset"] += 1
+VALUES = [  # of a tensor: what it may not hold, and what it must
+    ("qwen3_vl_w8a8", "input_scale", (0.0, -0.5, torch.nan, torch.inf, 1e-40), "positive numbers"),
+    ("qwen3_vl_w8a8", "input_offset", (128.0, -129.0, 0.4, torch.nan), "whole numbers from -128 to 127"),
+    ("qwen3_vl_w8a8", "deq_scale", (0.0, -0.5, torch.nan, torch.inf, 1e-40), "positive numbers"),
+    ("qwen3_vl_w8a8s", "deq_scale", (0, 1, 3000), "positive numbers"),  # int64, and not the bits of a float32
+    ("qwen3_vl_w8a8_dynamic", "weight_scale", (0.0, -0.5, torch.nan, torch.inf, 1e-40), "positive numbers"),
+    ("qwen3_vl_w8a8_dynamic", "weight_offset", (3.0, torch.nan), "zeros, as weights of this type are symmetric"),
+    ("qwen3_vl_w8a8_dynamic", "bias", (torch.nan, -torch.inf), "finite numbers"),
+    ("qwen3_vl_w8a16", "weight_scale", (0.0, torch.nan), "positive numbers"),
+    ("qwen3_vl_w8a16", "weight_offset", (torch.nan, torch.inf), "finite numbers"),
+    ("qwen3_vl_moe_w8a8", "weight_scale", (0.0, torch.nan), "positive numbers"),
+]
 
-    folder = changed(change, "qwen3_vl_w8a8_dynamic")
+
+@pytest.mark.parametrize("name, suffix, values, words", VALUES, ids=[f"{name}-{x}" for name, x, _, _ in VALUES])
+def test_values_that_cannot_be(msmodelslim, tmp_path, name, suffix, values, words):
+    """Named one by one; whoever loads such a folder is refused with the same words."""
+    linear = f"{LAYER}.mlp.experts.2.up_proj" if "moe" in name else QKV[0]
+    for number, value in enumerate(values):
+
+        def change(tensors, description, value=value):
+            tensors[f"{linear}.{suffix}"].view(-1)[-1] = value
+
+        folder = variant(msmodelslim(name), tmp_path / str(number), change)
+        (fault,) = check_folder(folder).faults
+        assert f"tensor '{linear}.{suffix}' must hold {words}" in fault
+    with pytest.raises(UserError) as raised:
+        engine_over(folder)
+    assert str(raised.value) == fault
+
+
+@pytest.mark.parametrize("expert", ["0.gate_proj", "3.down_proj"])
+def test_an_experts_bias_that_is_described_only(changed, expert):
+    """As of a linear: the model would answer without it."""
+    name = f"{LAYER}.mlp.experts.{expert}.bias"
+    folder = changed(described(name, "FLOAT"), "qwen3_vl_moe_w8a8")
     (fault,) = check_folder(folder).faults
-    assert "3 tensors, such as" in fault and "not zero; W8A8_DYNAMIC weights are symmetric" in fault
-    with pytest.raises(UserError, match="symmetric"):
+    assert f"'{name}' is described, and is in none of the files" in fault
+    with pytest.raises(UserError, match="in none of the files"):
+        engine_over(folder)
+
+
+def test_the_least_scales_of_tools_are_read(changed):
+    """Of a row of zeros: 2^-23, and times the least input scale in a static folder."""
+
+    def change(tensors, description):
+        tensors[f"{QKV[0]}.deq_scale"][3] = 2.0**-46
+
+    assert check_folder(changed(change)).faults == []
+
+
+def test_many_faults_of_one_kind_are_one_line(changed):
+    def change(tensors, description):
+        for name, x in tensors.items():
+            if name.endswith(".deq_scale"):
+                x[0] = 0
+
+    (fault,) = check_folder(changed(change)).faults
+    assert "deq_scale' must hold positive numbers" in fault and "(and 35 more of this kind, the last of 'model" in fault
+
+
+def test_a_float_folder_with_a_norm_of_no_numbers(tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(REPO / "models" / "tiny" / "qwen3_vl", folder, ignore=shutil.ignore_patterns("training"))
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.1.self_attn.q_norm.weight"))
+    tensors[name][5] = torch.inf
+    save_file(tensors, folder / "model.safetensors")
+    (fault,) = check_folder(folder).faults
+    assert "q_norm.weight' must hold finite numbers, got inf" in fault
+    with pytest.raises(UserError, match="q_norm.weight' must hold finite numbers"):
         engine_over(folder)
 
 

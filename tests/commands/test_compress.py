@@ -4,9 +4,11 @@ import errno
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from functools import cache
 from pathlib import Path
 
@@ -442,3 +444,34 @@ def test_torchrun(made, source, executable, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["tp"] == size
     again = subprocess.run(command, cwd=REPO, env=settings, capture_output=True, text=True, timeout=120)
     assert again.returncode != 0 and "is not empty" in json.loads(again.stdout.splitlines()[-1])["error"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_executables_and_leaves_nothing(source, tmp_path, number):
+    """They may have children of their own, and take minutes for a large weight."""
+    slow, started, files = tmp_path / "slow", tmp_path / "started", tmp_path / "tmp"
+    files.mkdir()
+    slow.write_text(f"#!/bin/sh\nsleep 300 &\necho $! >> {started}\nwait\n")
+    slow.chmod(0o700)
+    command = [sys.executable, "-m", "executor.commands.compress", *words(source, tmp_path / "out", slow)]
+    process = subprocess.Popen(
+        command, cwd=REPO, env={**environment(), "TMPDIR": str(files)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    until = time.monotonic() + 60
+    while not started.exists() or len(started.read_text().split()) < 4:
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and json.loads(out.splitlines()[-1])["error"] == "interrupted"
+    assert not list(files.glob("compress_*")) and not (tmp_path / "out").exists()
+    sleeping = [pid for pid in started.read_text().split() if _is_alive(int(pid))]
+    assert sleeping == []
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether it runs; one that ended and that nobody has asked for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

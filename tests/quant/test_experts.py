@@ -197,8 +197,18 @@ def test_a_static_bias_is_in_quant_bias_already(tmp_path) -> None:
 def test_what_does_not_fit_is_named(tmp_path) -> None:
     cases = (
         ("W4A8_DYNAMIC", {"1.up_proj.weight_scale_second": torch.ones(INNER, 2)}, {}, "1.up_proj.weight_scale_second'"),
-        ("W4A8_DYNAMIC", {"0.up_proj.weight_offset": torch.ones(INNER, 1)}, {}, "w4a8_dynamic weights are symmetric"),
-        ("W8A8_DYNAMIC", {"3.up_proj.weight_offset": torch.ones(INNER, 1)}, {}, "w8a8_dynamic weights are symmetric"),
+        (
+            "W4A8_DYNAMIC",
+            {"0.up_proj.weight_offset": torch.ones(INNER, 1)},
+            {},
+            "0.up_proj.weight_offset' must hold zeros",
+        ),
+        (
+            "W8A8_DYNAMIC",
+            {"3.up_proj.weight_offset": torch.ones(INNER, 1)},
+            {},
+            "3.up_proj.weight_offset' must hold zeros",
+        ),
         ("W8A8", {"2.up_proj.input_scale": torch.tensor([0.5])}, {}, "expert 2: gate_proj 0.04, up_proj 0.5"),
         ("W8A8_DYNAMIC", {}, {f"{PREFIX}.3.down_proj.weight": "FLOAT"}, "different types.*3.down_proj.weight is FLOAT"),
         ("W8A8_DYNAMIC", {"1.up_proj.weight": torch.ones(INNER, N + 1, dtype=torch.int8)}, {}, "1.up_proj.weight"),

@@ -10,6 +10,7 @@ them, and the vision encoder whole.
 import argparse
 import logging
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -160,5 +161,11 @@ def _layer_of(name: str) -> str:
     return layer[0] if layer else name.rpartition("/")[2]
 
 
+def _interrupt(number: int, _: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one would disturb the tidying
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # ends like Ctrl-C: executables and files of the run go with it
     sys.exit(run_tool("compress", work, is_shown=environment().get("RANK", "0") == "0"))

@@ -21,7 +21,7 @@ from executor.checkpoint.writing import Entry, computed_entry, tensor_entry, wri
 from executor.commands.compress.job import DTYPE, Job, Share, share_of
 from executor.errors import UserError
 from executor.quant.choose import COMPRESSED_TYPE
-from executor.quant.compressor import Packed, compress, work_folder
+from executor.quant.compressor import Packed, Running, compress, work_folder
 from executor.quant.fields import scale_of_bits
 
 logger = logging.getLogger(__name__)
@@ -57,20 +57,23 @@ def write_part(job: Job, share: Share, compressor: Compressor, staging: Path) ->
 
 def _compressed(job: Job, share: Share, compressor: Compressor) -> dict[str, Packed]:
     """Every weight to compress, several at a time, held in memory; the first failure ends it."""
+    running = Running()
     with work_folder() as root, ThreadPoolExecutor(compressor.num_processes) as pool:
 
         def one(name: str) -> Packed:
             place = Path(root) / str(names.index(name))
             place.mkdir(mode=0o700)
             info = job.checkpoint.catalog[f"{name}.weight"]
-            return compress(compressor.executable, _read(info, share.taken[f"{name}.weight"]), name, place)
+            weight = _read(info, share.taken[f"{name}.weight"])
+            return compress(compressor.executable, weight, name, place, running)
 
         names = list(share.linears)
         waiting = [pool.submit(one, name) for name in names]
         bar = tqdm(waiting, f"rank {share.rank}", unit="weight", file=sys.stderr, disable=not sys.stderr.isatty())
         try:
             return {name: future.result() for name, future in zip(names, bar, strict=True)}
-        except BaseException:
+        except BaseException:  # a signal, too: the executables would go on for minutes
+            running.stop()
             pool.shutdown(cancel_futures=True)
             raise
 

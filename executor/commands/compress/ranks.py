@@ -1,6 +1,7 @@
 """Processes that torchrun started, each with one rank's part: what they tell one another. Alone it is the same code."""
 
 import json
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -11,6 +12,7 @@ from executor.errors import UserError
 from executor.host.env import RankPlace
 
 _PATIENCE = timedelta(days=365)  # the largest part may take hours; a rank that dies ends the others through torchrun
+_LOOK_EVERY_S = 0.05
 
 
 class Ranks:
@@ -42,9 +44,15 @@ class Ranks:
         except (RuntimeError, OSError) as error:
             outcome |= {"error": str(error), "is_users": False}
         self.store.set(f"{step}/{self.place.rank}", json.dumps(outcome))
-        outcomes = [json.loads(self.store.get(f"{step}/{rank}")) for rank in range(self.place.world_size)]
+        outcomes = [json.loads(self._awaited(f"{step}/{rank}")) for rank in range(self.place.world_size)]
         for rank, each in enumerate(outcomes):
             if "error" in each:
                 where = "" if len({other.get("error") for other in outcomes}) == 1 else f"rank {rank}: "
                 raise (UserError if each["is_users"] else RuntimeError)(where + each["error"])
         return [each["value"] for each in outcomes]
+
+    def _awaited(self, key: str) -> bytes:
+        """Looks again and again: a call that waits by itself would let no signal through."""
+        while not self.store.check([key]):
+            time.sleep(_LOOK_EVERY_S)
+        return self.store.get(key)
