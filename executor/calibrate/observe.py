@@ -15,8 +15,8 @@ _DROPPED_BITS = 14
 """Of a float32's 23 bits behind the point: what is left of it, with its exponent, is the number of its bin."""
 _NO_SIGN = 0x7FFFFFFF
 MAGNITUDES = 1 << 31 - _DROPPED_BITS
-PIECE = 1 << 22
-"""Values that are counted at a time: their places take as much memory again as they do."""
+PIECE = 1 << 20
+"""Values that are counted at a time: their places take some 20 MB."""
 
 
 class ChannelRange:

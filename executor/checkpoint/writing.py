@@ -135,7 +135,7 @@ def files_below(source: Path, is_wanted: Callable[[Path], bool]) -> list[Path]:
     """Paths, relative to `source`, of the files of this checkpoint that `is_wanted`.
 
     What a download leaves in folders whose names begin with a dot is no part of a checkpoint, nor is a folder that is
-    a checkpoint itself: it holds a config.json, a quantizer's description or weights, and is no rank's part of this one.
+    a checkpoint itself: it holds a config.json, a quantizer's description or weights, and is no rank's part of this.
     """
     names = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
     signs = (CONFIG, DESCRIPTIONS, "*.safetensors")
