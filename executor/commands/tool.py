@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import io
 import logging
+import signal
 import sys
 import time
 import traceback
@@ -23,6 +24,22 @@ from executor.host.streams import READER_GONE, print_document, reader_is_gone, w
 Document = dict[str, Any]
 FAREWELL_S = 2.0
 """How long a failed rank that does not speak stays: torchrun ends all others once one has ended, the speaker too."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the program stood."""
+
+
+STATUS = {KeyboardInterrupt: 128 + signal.SIGINT, Terminated: 128 + signal.SIGTERM}
+
+
+def terminate_as_interrupt() -> None:
+    """Let SIGTERM unwind as SIGINT does, so that the last words are said."""
+
+    def stop(*_: Any) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -68,9 +85,10 @@ def _outcome(work: Callable[[Sequence[str]], Document], argv: Sequence[str], is_
         if is_shown:
             print(f"error: {error}{error.more}", file=sys.stderr)
         return {"error": str(error)}, 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return {"error": "interrupted"}, 130
+    except KeyboardInterrupt as stop:
+        told = f"interrupted{f': {stop}' if str(stop) else ''}"
+        print(told, file=sys.stderr)
+        return {"error": told}, STATUS[type(stop)]
     except BrokenPipeError:
         raise
     except RuntimeError as error:
