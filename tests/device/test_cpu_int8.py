@@ -125,6 +125,26 @@ def test_an_int8_mlp_of_few_rows(device, rows):
     torch.testing.assert_close(device.gated_mlp(x, up, down), down(device.swiglu(up(x))), atol=1e-5, rtol=1e-5)
 
 
+def test_experts_read_rows_that_are_rounded_once(device, monkeypatch):
+    torch.manual_seed(0)
+    values, scale = torch.randint(-128, 128, (3, 48, 32), dtype=torch.int8), torch.rand(3, 48) * 0.01
+    gate_up, down = DynamicInt8(values, scale), DynamicInt8(values.mT[..., :24].contiguous(), scale[:, :32])
+    x, ids, weights = torch.randn(5, 32), torch.tensor([[0, 2], [1, 2], [2, 0], [0, 1], [0, 2]]), torch.rand(5, 2)
+    wanted = torch.zeros(5, 32)
+    for row, (experts, factors) in enumerate(zip(ids.tolist(), weights, strict=True)):
+        for expert, factor in zip(experts, factors, strict=True):
+            up, back = (
+                device.prepare_linear(DynamicInt8(w.values[expert], w.scale[expert]), None) for w in (gate_up, down)
+            )
+            wanted[row] += back(device.swiglu(up(x[row : row + 1])))[0] * factor
+    run, rounded = device.prepare_experts(gate_up, down), []
+    plain = int8.Dynamic.rounded
+    monkeypatch.setattr(int8.Dynamic, "rounded", lambda self, x: rounded.append(x.shape) or plain(self, x))
+    torch.testing.assert_close(run(x, ids, weights), wanted, atol=1e-5, rtol=1e-5)
+    assert rounded.count((5, 32)) == 1 and all(shape[1] == 24 for shape in rounded if shape != (5, 32))
+    assert torch.equal(run(x[:0], ids[:0], weights[:0]), x[:0])
+
+
 def test_four_bits(device):
     torch.manual_seed(0)
     values, scale, x = torch.randint(-8, 8, (34, 50), dtype=torch.int8), torch.rand(34), torch.randn(3, 50)

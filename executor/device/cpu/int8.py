@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from executor.device.cpu.int8_products import EXACT_SUM, PRODUCTS, OneCall, Product, added_up, digits
+from executor.device.cpu.int8_products import (
+    EXACT_SUM,
+    PRODUCTS,
+    OneCall,
+    Product,
+    added_up,
+    float_digits,
+    rounded_in_place,
+)
 from executor.device.weights import (
     DynamicInt4,
     DynamicInt8,
@@ -27,7 +35,9 @@ from executor.errors import UserError
 SMALLEST = 2.0**-149  # above zero in fp32: a row of zeros is divided by it and stays zeros
 _RESULT_BYTES = 24 << 20  # of a tile's results: above 32 MiB the C library gives memory back after every call
 _BFLOAT16_ROWS = 384  # from which values made bfloat16 cost less than activations in two digits
-_NEAR_ELEMENTS = 1 << 18  # of what is rounded or scaled in several passes: 1 MiB in fp32 stays near the CPU
+_NEAR_ELEMENTS = 1 << 20  # of what is rounded or scaled in several passes: 4 MiB in fp32 stay near two cores
+_WOKEN_ELEMENTS = 1 << 18  # of all that is: for fewer it takes longer to wake other threads, once for every pass
+_ONE_THREAD_ELEMENTS = (1 << 15) - 1  # of a tile that torch leaves to one thread
 
 
 class Rows(NamedTuple):
@@ -37,6 +47,10 @@ class Rows(NamedTuple):
 
     numbers: Tensor
     scale: Tensor | None
+
+    def at(self, index: Tensor) -> "Rows":
+        """Rows `index [t]`, int64."""
+        return Rows(self.numbers[:, index], None if self.scale is None else self.scale[index])
 
     def part(self, start: int, end: int) -> "Rows":
         return Rows(self.numbers[:, start:end], None if self.scale is None else self.scale[start:end])
@@ -60,13 +74,8 @@ class Int8Linear(ABC):
         """The product of `x [T, n]` in `dtype`."""
         return self.multiply(self.rounded(x), dtype)
 
-    @property
-    def round_rows(self) -> int:
-        """How many rows are rounded at a time."""
-        return max(1, _NEAR_ELEMENTS // self.num_in)
-
     def rounded(self, x: Tensor) -> Rows:
-        return self.collected(x.split(self.round_rows), len(x), x.dtype)
+        return self.collected(x.split(pass_rows(len(x), self.num_in)), len(x), x.dtype)
 
     def collected(self, tiles: Iterable[Tensor], num_rows: int, dtype: torch.dtype) -> Rows:
         """Of `num_rows` rows, of which `tiles` are some after the other, each made when it is wanted."""
@@ -74,7 +83,7 @@ class Int8Linear(ABC):
         for tile in tiles:
             some = self.round(tile, num_digits)
             if len(tile) == num_rows:
-                return some
+                return Rows(some.numbers.to(torch.int8), some.scale)
             if numbers is None:
                 numbers = torch.empty(num_digits, num_rows, self.num_in, dtype=torch.int8)
             numbers[:, start : start + len(tile)] = some.numbers
@@ -110,7 +119,7 @@ class Int8Linear(ABC):
 
     @abstractmethod
     def round(self, x: Tensor, num_digits: int) -> Rows:
-        """A tile of `x`, one row or more."""
+        """A tile of `x`, one row or more; its whole numbers still in fp32."""
 
     @abstractmethod
     def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -133,8 +142,8 @@ class Static(Int8Linear):
         self.added = weight.quant_bias.to(torch.float32 if bool(is_exact.all()) else torch.float64)
 
     def round(self, x: Tensor, num_digits: int) -> Rows:
-        whole = torch.div(x, self.input_scale).add_(self.input_offset).round_().clamp_(-128, 127)
-        return Rows(whole.to(torch.int8).unsqueeze(0), None)
+        whole = torch.div(x, self.input_scale).add_(self.input_offset).clamp_(-128, 127)
+        return Rows(rounded_in_place(whole, 128).unsqueeze(0), None)
 
     def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         sums = self.product.sums(rows.numbers[0])
@@ -177,10 +186,10 @@ class Dynamic(Int8Linear):
 
     def round(self, x: Tensor, num_digits: int) -> Rows:
         scale = x.abs().amax(-1, keepdim=True).float().div_(127).clamp_min_(SMALLEST)
-        return Rows(torch.div(x, scale).round_().to(torch.int8).unsqueeze(0), scale)
+        return Rows(rounded_in_place(torch.div(x, scale), 127).unsqueeze(0), scale)
 
     def results(self, rows: Rows, dtype: torch.dtype) -> Iterator[Tensor]:
-        near = max(1, _NEAR_ELEMENTS // self.product.num_out)
+        near = pass_rows(rows.numbers.shape[1], self.product.num_out)
         for tile in self.tiles(rows, self.product.result_bytes):
             if len(tile.scale) == 1 and isinstance(self.product, OneCall):
                 yield self.multiply_tile(tile, dtype)
@@ -267,7 +276,8 @@ class WeightOnly(Int8Linear):
         # So that rounding gives no highest digit above half of the base.
         highest = self.base ** (num_digits - 1)
         scale = x.abs().amax(-1, keepdim=True).float().div_(self.base // 2 * highest).clamp_min_(SMALLEST)
-        return Rows(digits(torch.div(x, scale).round_(), self.base, num_digits), scale)
+        whole = rounded_in_place(torch.div(x, scale), self.base // 2 * highest)
+        return Rows(float_digits(whole, self.base, num_digits), scale)
 
     def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         y = None
@@ -319,6 +329,12 @@ def prepare(
 
 def _static(weight: StaticInt8, product: Product) -> Static:
     return StaticOneCall(weight, product) if isinstance(product, OneCall) else Static(weight, product)
+
+
+def pass_rows(num_rows: int, width: int) -> int:
+    """How many of `num_rows` rows of `width` numbers go through all passes over them at a time."""
+    elements = _ONE_THREAD_ELEMENTS if num_rows * width <= _WOKEN_ELEMENTS else _NEAR_ELEMENTS
+    return max(1, elements // width)
 
 
 def largest_sums(values: Tensor) -> Tensor:
