@@ -34,7 +34,8 @@ from executor.errors import UserError
 
 SMALLEST = 2.0**-149  # above zero in fp32: a row of zeros is divided by it and stays zeros
 _RESULT_BYTES = 24 << 20  # of a tile's results: above 32 MiB the C library gives memory back after every call
-_BFLOAT16_ROWS = 384  # from which values made bfloat16 cost less than activations in two digits
+_ADDED_ROWS = 128  # from which arithmetic, not reading the weight, is what takes time
+_SMALLEST_BFLOAT16 = 2.0**-133
 _NEAR_ELEMENTS = 1 << 20  # of what is rounded or scaled in several passes: 4 MiB in fp32 stay near two cores
 _WOKEN_ELEMENTS = 1 << 18  # of all that is: for fewer it takes longer to wake other threads, once for every pass
 _ONE_THREAD_ELEMENTS = (1 << 15) - 1  # of a tile that torch leaves to one thread
@@ -237,11 +238,11 @@ class WeightOnly(Int8Linear):
     """`x` by `(values - offset) * scale`, `x` as numbers of several digits. Products of groups of inputs are scaled
     apart and added up.
 
-    Two products of digits cost what one in bfloat16 costs, and adding them up costs more. Where `bfloat16` says that
-    the CPU has such products, many rows go in as they are, by values that are made bfloat16, exactly, for the call.
+    Few rows read the weight once, for both digits. Many rows of bfloat16 read it twice, and the digits' sums are added
+    and rounded in the product: the scale of a row is a power of two, by which bfloat16 is multiplied exactly.
     """
 
-    def __init__(self, weight: WeightInt8, bias: Tensor | None, products: list[Product], bfloat16: bool) -> None:
+    def __init__(self, weight: WeightInt8, bias: Tensor | None, products: list[Product]) -> None:
         self.product, self.products = products[0], products
         self.base = self.product.digit_base
         self.widths = [product.num_in for product in products]
@@ -250,21 +251,22 @@ class WeightOnly(Int8Linear):
         if weight.offset is not None and bool(weight.offset.any()):
             self.shifts = [(offset * scale).neg() for offset, scale in zip(weight.offset.t(), self.scales, strict=True)]
         self.bias = None if bias is None else bias.float()
-        self.bfloat16 = bfloat16 and isinstance(self.product, OneCall) and len(products) == 1 and self.shifts is None
+        self.is_plain = (
+            isinstance(self.product, OneCall) and len(products) == 1 and self.shifts is None and bias is None
+        )
 
     @property
     def num_in(self) -> int:
         return sum(self.widths)
 
-    def collected(self, tiles: Iterable[Tensor], num_rows: int, dtype: torch.dtype) -> Rows:
-        """Many rows of bfloat16 stay what they are: `numbers` are no whole ones then, and have no scale."""
-        if not (self.bfloat16 and dtype is torch.bfloat16 and num_rows >= _BFLOAT16_ROWS):
-            return super().collected(tiles, num_rows, dtype)
-        return Rows(torch.cat(list(tiles)).unsqueeze(0), None)
-
     def results(self, rows: Rows, dtype: torch.dtype) -> Iterator[Tensor]:
-        if rows.scale is None:
-            yield self.product.in_bfloat16(rows.numbers[0], self.scales[0], self.bias, dtype)
+        num_rows = rows.numbers.shape[1]
+        if self.is_plain and len(rows.numbers) == 2 and dtype is torch.bfloat16 and num_rows >= _ADDED_ROWS:
+            near = pass_rows(num_rows, self.product.num_out)
+            for tile in self.tiles(rows, dtype.itemsize):
+                y = self.product.two_digits(tile.numbers, self.scales[0], dtype)
+                for some, scale in zip(y.split(near), tile.scale.to(dtype).split(near), strict=True):
+                    yield some.mul_(scale)
             return
         for tile in self.tiles(rows, 4 * len(rows.numbers)):
             yield self.multiply_tile(tile, dtype)
@@ -275,7 +277,11 @@ class WeightOnly(Int8Linear):
     def round(self, x: Tensor, num_digits: int) -> Rows:
         # So that rounding gives no highest digit above half of the base.
         highest = self.base ** (num_digits - 1)
-        scale = x.abs().amax(-1, keepdim=True).float().div_(self.base // 2 * highest).clamp_min_(SMALLEST)
+        scale = x.abs().amax(-1, keepdim=True).float().div_(self.base // 2 * highest)
+        if x.dtype is torch.bfloat16:
+            scale = torch.ldexp(torch.ones(()), torch.frexp(scale).exponent).clamp_min_(_SMALLEST_BFLOAT16)
+        else:
+            scale.clamp_min_(SMALLEST)
         whole = rounded_in_place(torch.div(x, scale), self.base // 2 * highest)
         return Rows(float_digits(whole, self.base, num_digits), scale)
 
@@ -302,10 +308,10 @@ class Summed:
 
 
 def prepare(
-    weight: QuantizedWeight, bias: Tensor | None, form: str, bfloat16: bool, decode_rows: int, many_rows: bool
+    weight: QuantizedWeight, bias: Tensor | None, form: str, decode_rows: int, many_rows: bool
 ) -> Int8Linear:  # fmt: skip
-    """The weight as a function of `x [T, n]`. `form`: which Product; `bfloat16`: whether the CPU has products of that;
-    `decode_rows`: the most rows of a decode step; `many_rows`: no call is one of those.
+    """The weight as a function of `x [T, n]`. `form`: which Product; `decode_rows`: the most rows of a decode step;
+    `many_rows`: no call is one of those.
     """
     make = PRODUCTS[form]
     if isinstance(weight, StaticInt8):
@@ -320,7 +326,7 @@ def prepare(
         return dynamic if many_rows else Mixed(_static(weight.static, product), dynamic, decode_rows)
     if isinstance(weight, WeightInt8):
         groups = weight.values.chunk(weight.scale.shape[1], 1)
-        return WeightOnly(weight, bias, [make(group.contiguous()) for group in groups], bfloat16)
+        return WeightOnly(weight, bias, [make(group.contiguous()) for group in groups])
     raise UserError(
         f"model_config.device: the CPU has no product by {type(weight).__name__} weights; decompress them, or run the "
         "checkpoint on the NPU that they were compressed for"

@@ -63,6 +63,7 @@ class OneCall(Product):
         self.packed = torch.ops.onednn.qlinear_prepack(values, None)
         self.zeros, self.ones = torch.zeros(self.num_out, dtype=torch.int32), torch.ones(self.num_out)
         self.run = torch.ops.onednn.qlinear_pointwise.default
+        self.run_added = torch.ops.onednn.qlinear_pointwise.binary
         self.least_rows = max(SMALL_RESULT // self.num_out + 1, 2 if self.num_in == SMALL_RESULT else 1)
 
     def scaled(
@@ -84,18 +85,17 @@ class OneCall(Product):
     def sums(self, x: Tensor) -> Tensor:
         return self.scaled(x, self.ones)
 
-    def in_bfloat16(self, x: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """`x [T, n]` bfloat16 times the values, which that type holds, times `scale`, plus `bias`: `[T, m]`."""
-        y, values = torch.empty(len(x), self.num_out, dtype=dtype), self.packed.to_dense()  # [n, m]
-        size = max(1, EXPAND_ELEMENTS // self.num_in)
-        for start in range(0, self.num_out, size):
-            part = slice(start, start + size)
-            some = torch.mm(x, values[:, part].to(torch.bfloat16)).mul_(scale[part])
-            y[:, part] = some if bias is None else some.add_(bias[part])
-        return y
+    def two_digits(self, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """`x [2, T, n]` int8, highest digits first, times the values and `scale`: `[T, m]` in `dtype`.
+
+        The low digits' part is rounded to `dtype` first: a 254th of the result, and so is what that loses.
+        """
+        y, high = self.scaled(x[1], scale, None, dtype), scale * self.digit_base
+        head = x[0], 1.0, 0, self.packed, high, self.zeros, y, None, 1.0, 0, dtype
+        return self.run_added(*head, 1.0, 0, "sum", 1.0, "none", [], "")
 
     def num_digits(self, num_rows: int, dtype: torch.dtype) -> int:
-        """Two are as exact as 15 bits of the row's largest, three as fp32's own 24."""
+        """Two are as exact as 14 bits of the row's largest, three as fp32's own 24."""
         return 3 if dtype is torch.float32 else 2
 
     def sums_of_digits(self, x: Tensor) -> Tensor:

@@ -93,8 +93,7 @@ class CpuOps(Ops):
         self, weight: Weight, bias: Tensor | None, many_rows: bool = False
     ) -> Callable[[Tensor], Tensor]:
         if not isinstance(weight, Tensor):
-            found = self.capability
-            return int8.prepare(weight, bias, found.int8, found.isa == "avx512", self.decode_rows, many_rows)
+            return int8.prepare(weight, bias, self.capability.int8, self.decode_rows, many_rows)
         weight, form = weight.detach(), self.capability.form(weight.dtype)
         if weight.is_meta:
             return Plain(weight, bias)
