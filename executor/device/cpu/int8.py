@@ -35,6 +35,7 @@ from executor.errors import UserError
 SMALLEST = 2.0**-149  # above zero in fp32: a row of zeros is divided by it and stays zeros
 _RESULT_BYTES = 24 << 20  # of a tile's results: above 32 MiB the C library gives memory back after every call
 _ADDED_ROWS = 128  # from which arithmetic, not reading the weight, is what takes time
+_EXPONENT = 0x7F800000  # in the bits of a number of fp32; alone, the power of two that is at most the number
 _SMALLEST_BFLOAT16 = 2.0**-133
 _NEAR_ELEMENTS = 1 << 20  # of what is rounded or scaled in several passes: 4 MiB in fp32 stay near two cores
 _WOKEN_ELEMENTS = 1 << 18  # of all that is: for fewer it takes longer to wake other threads, once for every pass
@@ -251,9 +252,8 @@ class WeightOnly(Int8Linear):
         if weight.offset is not None and bool(weight.offset.any()):
             self.shifts = [(offset * scale).neg() for offset, scale in zip(weight.offset.t(), self.scales, strict=True)]
         self.bias = None if bias is None else bias.float()
-        self.is_plain = (
-            isinstance(self.product, OneCall) and len(products) == 1 and self.shifts is None and bias is None
-        )
+        adds_nothing = self.shifts is None and bias is None
+        self.is_plain = isinstance(self.product, OneCall) and len(products) == 1 and adds_nothing
 
     @property
     def num_in(self) -> int:
@@ -278,8 +278,8 @@ class WeightOnly(Int8Linear):
         # So that rounding gives no highest digit above half of the base.
         highest = self.base ** (num_digits - 1)
         scale = x.abs().amax(-1, keepdim=True).float().div_(self.base // 2 * highest)
-        if x.dtype is torch.bfloat16:
-            scale = torch.ldexp(torch.ones(()), torch.frexp(scale).exponent).clamp_min_(_SMALLEST_BFLOAT16)
+        if self.is_plain and x.dtype is torch.bfloat16:
+            scale = (scale.view(torch.int32) & _EXPONENT).view(torch.float32).mul_(2).clamp_min_(_SMALLEST_BFLOAT16)
         else:
             scale.clamp_min_(SMALLEST)
         whole = rounded_in_place(torch.div(x, scale), self.base // 2 * highest)
