@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from executor.device.cpu.int8_products import EXACT_SUM, PRODUCTS, OneCall, Product, added_up, digits
+from executor.device.cpu.int8_products import (
+    EXACT_SUM,
+    PRODUCTS,
+    OneCall,
+    Product,
+    added_up,
+    float_digits,
+    rounded_in_place,
+)
 from executor.device.weights import (
     DynamicInt4,
     DynamicInt8,
@@ -26,8 +34,12 @@ from executor.errors import UserError
 
 SMALLEST = 2.0**-149  # above zero in fp32: a row of zeros is divided by it and stays zeros
 _RESULT_BYTES = 24 << 20  # of a tile's results: above 32 MiB the C library gives memory back after every call
-_BFLOAT16_ROWS = 384  # from which values made bfloat16 cost less than activations in two digits
-_NEAR_ELEMENTS = 1 << 18  # of what is rounded or scaled in several passes: 1 MiB in fp32 stays near the CPU
+_ADDED_ROWS = 128  # from which arithmetic, not reading the weight, is what takes time
+_EXPONENT = 0x7F800000  # in the bits of a number of fp32; alone, the power of two that is at most the number
+_SMALLEST_BFLOAT16 = 2.0**-133
+_NEAR_ELEMENTS = 1 << 20  # of what is rounded or scaled in several passes: 4 MiB in fp32 stay near two cores
+_WOKEN_ELEMENTS = 1 << 18  # of all that is: for fewer it takes longer to wake other threads, once for every pass
+_ONE_THREAD_ELEMENTS = (1 << 15) - 1  # of a tile that torch leaves to one thread
 
 
 class Rows(NamedTuple):
@@ -37,6 +49,10 @@ class Rows(NamedTuple):
 
     numbers: Tensor
     scale: Tensor | None
+
+    def at(self, index: Tensor) -> "Rows":
+        """Rows `index [t]`, int64."""
+        return Rows(self.numbers[:, index], None if self.scale is None else self.scale[index])
 
     def part(self, start: int, end: int) -> "Rows":
         return Rows(self.numbers[:, start:end], None if self.scale is None else self.scale[start:end])
@@ -60,13 +76,8 @@ class Int8Linear(ABC):
         """The product of `x [T, n]` in `dtype`."""
         return self.multiply(self.rounded(x), dtype)
 
-    @property
-    def round_rows(self) -> int:
-        """How many rows are rounded at a time."""
-        return max(1, _NEAR_ELEMENTS // self.num_in)
-
     def rounded(self, x: Tensor) -> Rows:
-        return self.collected(x.split(self.round_rows), len(x), x.dtype)
+        return self.collected(x.split(pass_rows(len(x), self.num_in)), len(x), x.dtype)
 
     def collected(self, tiles: Iterable[Tensor], num_rows: int, dtype: torch.dtype) -> Rows:
         """Of `num_rows` rows, of which `tiles` are some after the other, each made when it is wanted."""
@@ -74,7 +85,7 @@ class Int8Linear(ABC):
         for tile in tiles:
             some = self.round(tile, num_digits)
             if len(tile) == num_rows:
-                return some
+                return Rows(some.numbers.to(torch.int8), some.scale)
             if numbers is None:
                 numbers = torch.empty(num_digits, num_rows, self.num_in, dtype=torch.int8)
             numbers[:, start : start + len(tile)] = some.numbers
@@ -110,7 +121,7 @@ class Int8Linear(ABC):
 
     @abstractmethod
     def round(self, x: Tensor, num_digits: int) -> Rows:
-        """A tile of `x`, one row or more."""
+        """A tile of `x`, one row or more; its whole numbers still in fp32."""
 
     @abstractmethod
     def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -133,8 +144,8 @@ class Static(Int8Linear):
         self.added = weight.quant_bias.to(torch.float32 if bool(is_exact.all()) else torch.float64)
 
     def round(self, x: Tensor, num_digits: int) -> Rows:
-        whole = torch.div(x, self.input_scale).add_(self.input_offset).round_().clamp_(-128, 127)
-        return Rows(whole.to(torch.int8).unsqueeze(0), None)
+        whole = torch.div(x, self.input_scale).add_(self.input_offset).clamp_(-128, 127)
+        return Rows(rounded_in_place(whole, 128).unsqueeze(0), None)
 
     def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         sums = self.product.sums(rows.numbers[0])
@@ -177,10 +188,10 @@ class Dynamic(Int8Linear):
 
     def round(self, x: Tensor, num_digits: int) -> Rows:
         scale = x.abs().amax(-1, keepdim=True).float().div_(127).clamp_min_(SMALLEST)
-        return Rows(torch.div(x, scale).round_().to(torch.int8).unsqueeze(0), scale)
+        return Rows(rounded_in_place(torch.div(x, scale), 127).unsqueeze(0), scale)
 
     def results(self, rows: Rows, dtype: torch.dtype) -> Iterator[Tensor]:
-        near = max(1, _NEAR_ELEMENTS // self.product.num_out)
+        near = pass_rows(rows.numbers.shape[1], self.product.num_out)
         for tile in self.tiles(rows, self.product.result_bytes):
             if len(tile.scale) == 1 and isinstance(self.product, OneCall):
                 yield self.multiply_tile(tile, dtype)
@@ -228,11 +239,11 @@ class WeightOnly(Int8Linear):
     """`x` by `(values - offset) * scale`, `x` as numbers of several digits. Products of groups of inputs are scaled
     apart and added up.
 
-    Two products of digits cost what one in bfloat16 costs, and adding them up costs more. Where `bfloat16` says that
-    the CPU has such products, many rows go in as they are, by values that are made bfloat16, exactly, for the call.
+    Few rows read the weight once, for both digits. Many rows of bfloat16 read it twice, and the digits' sums are added
+    and rounded in the product: the scale of a row is a power of two, by which bfloat16 is multiplied exactly.
     """
 
-    def __init__(self, weight: WeightInt8, bias: Tensor | None, products: list[Product], bfloat16: bool) -> None:
+    def __init__(self, weight: WeightInt8, bias: Tensor | None, products: list[Product]) -> None:
         self.product, self.products = products[0], products
         self.base = self.product.digit_base
         self.widths = [product.num_in for product in products]
@@ -241,21 +252,21 @@ class WeightOnly(Int8Linear):
         if weight.offset is not None and bool(weight.offset.any()):
             self.shifts = [(offset * scale).neg() for offset, scale in zip(weight.offset.t(), self.scales, strict=True)]
         self.bias = None if bias is None else bias.float()
-        self.bfloat16 = bfloat16 and isinstance(self.product, OneCall) and len(products) == 1 and self.shifts is None
+        adds_nothing = self.shifts is None and bias is None
+        self.is_plain = isinstance(self.product, OneCall) and len(products) == 1 and adds_nothing
 
     @property
     def num_in(self) -> int:
         return sum(self.widths)
 
-    def collected(self, tiles: Iterable[Tensor], num_rows: int, dtype: torch.dtype) -> Rows:
-        """Many rows of bfloat16 stay what they are: `numbers` are no whole ones then, and have no scale."""
-        if not (self.bfloat16 and dtype is torch.bfloat16 and num_rows >= _BFLOAT16_ROWS):
-            return super().collected(tiles, num_rows, dtype)
-        return Rows(torch.cat(list(tiles)).unsqueeze(0), None)
-
     def results(self, rows: Rows, dtype: torch.dtype) -> Iterator[Tensor]:
-        if rows.scale is None:
-            yield self.product.in_bfloat16(rows.numbers[0], self.scales[0], self.bias, dtype)
+        num_rows = rows.numbers.shape[1]
+        if self.is_plain and len(rows.numbers) == 2 and dtype is torch.bfloat16 and num_rows >= _ADDED_ROWS:
+            near = pass_rows(num_rows, self.product.num_out)
+            for tile in self.tiles(rows, dtype.itemsize):
+                y = self.product.two_digits(tile.numbers, self.scales[0], dtype)
+                for some, scale in zip(y.split(near), tile.scale.to(dtype).split(near), strict=True):
+                    yield some.mul_(scale)
             return
         for tile in self.tiles(rows, 4 * len(rows.numbers)):
             yield self.multiply_tile(tile, dtype)
@@ -266,8 +277,13 @@ class WeightOnly(Int8Linear):
     def round(self, x: Tensor, num_digits: int) -> Rows:
         # So that rounding gives no highest digit above half of the base.
         highest = self.base ** (num_digits - 1)
-        scale = x.abs().amax(-1, keepdim=True).float().div_(self.base // 2 * highest).clamp_min_(SMALLEST)
-        return Rows(digits(torch.div(x, scale).round_(), self.base, num_digits), scale)
+        scale = x.abs().amax(-1, keepdim=True).float().div_(self.base // 2 * highest)
+        if self.is_plain and x.dtype is torch.bfloat16:
+            scale = (scale.view(torch.int32) & _EXPONENT).view(torch.float32).mul_(2).clamp_min_(_SMALLEST_BFLOAT16)
+        else:
+            scale.clamp_min_(SMALLEST)
+        whole = rounded_in_place(torch.div(x, scale), self.base // 2 * highest)
+        return Rows(float_digits(whole, self.base, num_digits), scale)
 
     def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         y = None
@@ -292,10 +308,10 @@ class Summed:
 
 
 def prepare(
-    weight: QuantizedWeight, bias: Tensor | None, form: str, bfloat16: bool, decode_rows: int, many_rows: bool
+    weight: QuantizedWeight, bias: Tensor | None, form: str, decode_rows: int, many_rows: bool
 ) -> Int8Linear:  # fmt: skip
-    """The weight as a function of `x [T, n]`. `form`: which Product; `bfloat16`: whether the CPU has products of that;
-    `decode_rows`: the most rows of a decode step; `many_rows`: no call is one of those.
+    """The weight as a function of `x [T, n]`. `form`: which Product; `decode_rows`: the most rows of a decode step;
+    `many_rows`: no call is one of those.
     """
     make = PRODUCTS[form]
     if isinstance(weight, StaticInt8):
@@ -310,7 +326,7 @@ def prepare(
         return dynamic if many_rows else Mixed(_static(weight.static, product), dynamic, decode_rows)
     if isinstance(weight, WeightInt8):
         groups = weight.values.chunk(weight.scale.shape[1], 1)
-        return WeightOnly(weight, bias, [make(group.contiguous()) for group in groups], bfloat16)
+        return WeightOnly(weight, bias, [make(group.contiguous()) for group in groups])
     raise UserError(
         f"model_config.device: the CPU has no product by {type(weight).__name__} weights; decompress them, or run the "
         "checkpoint on the NPU that they were compressed for"
@@ -319,6 +335,12 @@ def prepare(
 
 def _static(weight: StaticInt8, product: Product) -> Static:
     return StaticOneCall(weight, product) if isinstance(product, OneCall) else Static(weight, product)
+
+
+def pass_rows(num_rows: int, width: int) -> int:
+    """How many of `num_rows` rows of `width` numbers go through all passes over them at a time."""
+    elements = _ONE_THREAD_ELEMENTS if num_rows * width <= _WOKEN_ELEMENTS else _NEAR_ELEMENTS
+    return max(1, elements // width)
 
 
 def largest_sums(values: Tensor) -> Tensor:
