@@ -155,5 +155,5 @@ def _check_weights(
     parallel = Parallel(text=group, world=group)
     model = build_on_meta(lambda: family_runner(config).build_model(config, parallel), getattr(torch, dtype))
     report.faults += (fault for fault in weight_faults(model, checkpoint, description) if fault not in report.faults)
-    warnings = weight_warnings(model, checkpoint, description, dtype)
+    warnings = weight_warnings(model, checkpoint, description, dtype, bool(report.faults))
     report.warnings += (warning for warning in warnings if warning not in report.warnings)

@@ -51,7 +51,7 @@ def weight_faults(model: nn.Module, checkpoint: Checkpoint, description: Descrip
 
 
 def weight_warnings(
-    model: nn.Module, checkpoint: Checkpoint, description: Description | None, dtype: str
+    model: nn.Module, checkpoint: Checkpoint, description: Description | None, dtype: str, has_faults: bool
 ) -> Iterator[str]:
     """What is read here, and deserves a word. `model`: one that `weight_faults` has seen; `dtype`: config.json's."""
     if description is None:
@@ -69,7 +69,8 @@ def weight_warnings(
     missing = _asked(model, checkpoint)
     absent = [name for name in description.types if name not in checkpoint.catalog and name not in missing]
     if absent:
-        yield f"{description.file.name}: {named(absent)} are described and not in the files; nothing asks for them"
+        unasked = "" if has_faults else "; nothing asks for them"
+        yield f"{description.file.name}: {named(absent)} are described and not in the files{unasked}"
     cache_offsets = [name for name in checkpoint.catalog if name.endswith(f".{OFFSET}")]
     shifted = [name for name, x in _read(cache_offsets, checkpoint).items() if bool(x.any())]
     if shifted:
