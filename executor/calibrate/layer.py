@@ -36,7 +36,7 @@ from executor.calibrate.work import Work
 from executor.checkpoint.load import default_dtype
 from executor.checkpoint.pull import deferred, finalize, materialise, pull_all
 from executor.checkpoint.weights import Checkpoint, fill
-from executor.checkpoint.writing import Entry, copied_entry, tensor_entry
+from executor.checkpoint.writing import Entry, computed_entry, copied_entry, tensor_entry
 from executor.errors import UserError
 from executor.layers.linear import Linear
 from executor.layers.vision import VisionAttention
@@ -219,13 +219,22 @@ def entries_of(
     """The stage's tensors by the source's own names, and the type of each."""
     catalog = job.checkpoint.catalog
     by_tensor: dict[str, list[LinearSource]] = {}
+    float_stacks: dict[str, list[LinearSource]] = {}  # experts of a mixture that stay float
     for source in linears:
+        if source.expert is not None and job.kinds[source.name] == FLOAT:
+            float_stacks.setdefault(source.tensor, []).append(source)
         if job.kinds[source.name] != FLOAT:
             by_tensor.setdefault(source.tensor, []).append(source)
     entries: list[Entry] = []
     kinds: dict[str, str] = {}
     for name in names:
         info = catalog[name]
+        if name in float_stacks:
+            for source in float_stacks[name]:
+                whole = f"{source.original(catalog)}.weight"
+                entries.append(_unstacked(job, source, whole))
+                kinds[whole] = FLOAT
+            continue
         if name not in by_tensor:
             entries.append(_kept(job, name, folding))
             kinds[info.original_name] = FLOAT
@@ -236,6 +245,15 @@ def entries_of(
                 entries.append(tensor_entry(f"{base}.{suffix}", tensor))
                 kinds[f"{base}.{suffix}"] = kind
     return entries, kinds
+
+
+def _unstacked(job: Job, source: LinearSource, name: str) -> Entry:
+    """One expert's weight [n, k] out of its stack, as it is: others read experts of quantized checkpoints one by one.
+
+    Nothing is folded into experts that stay float (smooth.py).
+    """
+    dtype = job.checkpoint.catalog[source.tensor].dtype
+    return computed_entry(name, dtype, source.shape, lambda: (source.read(job.checkpoint),))
 
 
 def _kept(job: Job, name: str, folding: Folding) -> Entry:

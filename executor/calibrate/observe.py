@@ -11,7 +11,12 @@ from torch import Tensor
 
 from executor.calibrate.tensors import InputRange
 
-BINS = 4096
+_DROPPED_BITS = 14
+"""Of a float32's 23 bits behind the point: what is left of it, with its exponent, is the number of its bin."""
+_NO_SIGN = 0x7FFFFFFF
+MAGNITUDES = 1 << 31 - _DROPPED_BITS
+PIECE = 1 << 20
+"""Values that are counted at a time: their places take some 20 MB."""
 
 
 class ChannelRange:
@@ -40,23 +45,39 @@ class ChannelRange:
 
 
 class Histogram:
-    """How often values occur between two bounds that nothing lies beyond."""
+    """How often values occur, by sign and magnitude: 512 bins between a power of two and the next, whatever is beside.
+
+    A bound that is read from it lies at most 1/512 of itself outside the value that it stands for. Counts are whole
+    numbers of 64 bits.
+    """
 
     def __init__(self, bounds: InputRange) -> None:
+        """`bounds`: least and largest of the values, which nothing lies beyond."""
         self.low, self.high = min(bounds.low, 0.0), max(bounds.high, 0.0)
-        self.counts = torch.zeros(BINS, dtype=torch.float64)
+        self.counts = torch.zeros(2, MAGNITUDES, dtype=torch.int64)  # of positive and of negative values
 
     def see(self, x: Tensor) -> None:
-        self.counts += torch.histc(x.float(), BINS, self.low, self.high).cpu().double()
+        """Count the values of a tensor of any shape, a piece of it at a time."""
+        for piece in x.flatten().split(PIECE):
+            bits = piece.float().cpu().view(torch.int32)
+            places = ((bits & _NO_SIGN) >> _DROPPED_BITS) + (bits < 0) * MAGNITUDES
+            self.counts += torch.bincount(places, minlength=2 * MAGNITUDES).view(2, -1)
 
     def within(self, percentile: float) -> InputRange:
         """The range that holds `percentile` % of the values, as many left out below as above."""
-        below = self.counts.cumsum(0) / self.counts.sum()
-        left_out = (1 - percentile / 100) / 2
-        width = (self.high - self.low) / BINS
-        first = int((below <= left_out).sum())
-        last = int((below < 1 - left_out).sum())
-        return InputRange(self.low + first * width, min(self.low + (last + 1) * width, self.high))
+        ordered = torch.cat((self.counts[1].flip(0), self.counts[0])).cumsum(0)  # from least to largest
+        total = int(ordered[-1])
+        left_out = int((1 - percentile / 100) / 2 * total)
+        first, last = (int(torch.searchsorted(ordered, rank, right=True)) for rank in (left_out, total - 1 - left_out))
+        return InputRange(max(self._edges(first)[0], self.low), min(self._edges(last)[1], self.high))
+
+    @staticmethod
+    def _edges(place: int) -> tuple[float, float]:
+        """Of a bin, counted from the least."""
+        magnitude = place - MAGNITUDES if place >= MAGNITUDES else MAGNITUDES - 1 - place
+        bits = torch.tensor([magnitude, magnitude + 1], dtype=torch.int32) << _DROPPED_BITS
+        near, far = bits.view(torch.float32).tolist()
+        return (near, far) if place >= MAGNITUDES else (-far, -near)
 
 
 class Products:

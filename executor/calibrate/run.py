@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from executor.calibrate.identity import identity
 from executor.calibrate.layer import Job, linears_of_stage, run_stage
 from executor.calibrate.linears import LinearSource
 from executor.calibrate.memory import check_memory, most_bytes, patches_of_longest
@@ -31,7 +32,7 @@ from executor.calibrate.sample import (
 )
 from executor.calibrate.settings import Settings
 from executor.calibrate.stages import Bench, Stage, stages_of, tensors_of, with_cache
-from executor.calibrate.work import Work
+from executor.calibrate.work import NAME, Work
 from executor.calibrate.write import is_other_file, pack
 from executor.checkpoint.load import default_dtype
 from executor.checkpoint.pull import deferred
@@ -44,6 +45,8 @@ from executor.host.limits import host_memory_bytes, process_memory_bytes
 from executor.prompt.options import MediaOptions
 
 logger = logging.getLogger(__name__)
+
+GO_ON = "the same words go on where this stopped"
 
 
 @dataclass(frozen=True)
@@ -72,21 +75,39 @@ class Source:
     dtype: str  # of its weights, as config.json says
 
 
-def quantize(source: Source, out: Path, settings: Settings, calibration: Path | None, device: Ops) -> Report:
+def quantize(
+    source: Source,
+    out: Path,
+    settings: Settings,
+    calibration: Path | None,
+    device: Ops,
+    verify: Callable[[Path], None],
+) -> Report:
     """Quantize `source` into `out`. Raises UserError for what the settings and the checkpoint do not allow.
 
+    `verify`: called with the finished folder before what is needed to go on is removed.
     RuntimeError where `out` cannot be written; started again it goes on from there.
     """
     try:
-        return _quantized(source, out, settings, calibration, device)
+        return _quantized(source, out, settings, calibration, device, verify)
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
         raise RuntimeError(
-            f"{error.strerror or error}{where}; once that is mended, the same words go on where this stopped"
+            f"{error.filename or out}: {error.strerror or error}; once that is mended, {GO_ON}"
         ) from error
+    except KeyboardInterrupt as stop:
+        if not (out / NAME).is_dir():
+            raise
+        raise type(stop)(f"{out}: {GO_ON}") from stop
 
 
-def _quantized(source: Source, out: Path, settings: Settings, calibration: Path | None, device: Ops) -> Report:
+def _quantized(
+    source: Source,
+    out: Path,
+    settings: Settings,
+    calibration: Path | None,
+    device: Ops,
+    verify: Callable[[Path], None],
+) -> Report:
     started = time.monotonic()
     ops.bind(device)
     checkpoint = Checkpoint(source.folder)
@@ -99,31 +120,49 @@ def _quantized(source: Source, out: Path, settings: Settings, calibration: Path 
     linears = [linears_of_stage(model, stage, checkpoint) for stage in stages]
     job = replace(job, kinds=plan([linear for held in linears for linear in held], settings))
     data = _calibration(settings, calibration)
-    digest = settings.digest(checkpoint, "" if data is None else fingerprint(data, settings))
-    work = Work(out, digest, asdict(settings))
-    work.open()
-    num_tokens = num_patches = 0
-    if data is not None:
-        if work.num_samples is None:
-            _gather(job, source, work, data, calibration)
-        num_tokens = max(len(sample.token_ids) for _, sample in work.samples())
-        num_patches = patches_of_longest([grid for _, sample in work.samples() for grid in sample.grids])
-    weight_bytes = bench.dtype.itemsize
-    more = most_bytes(stages, names, linears, checkpoint.catalog, settings, num_tokens, num_patches, weight_bytes)
+    marks = "" if data is None else fingerprint(data, settings)
+    with Work(out, identity(settings, checkpoint, is_other_file, marks, device)) as work:
+        bound = process_memory_bytes()
+        if not work.is_written:
+            if data is not None and work.num_samples is None:
+                _gather(job, source, work, data, calibration)
+            bound = _written(job, source, out, model, stages, names, linears, work)
+            verify(out)
+        work.finish()
+    types = Counter(job.kinds.values())
+    written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    seconds = time.monotonic() - started
+    return Report(dict(types), checkpoint.total_bytes, written, work.num_samples or 0, seconds, peak_bytes(), bound)
+
+
+def _written(
+    job: Job,
+    source: Source,
+    out: Path,
+    model: Any,
+    stages: list[Stage],
+    names: list[list[str]],
+    linears: list[list[LinearSource]],
+    work: Work,
+) -> int:
+    """Everything that is written, from the samples on; the most memory that it was to take.
+
+    `model`: without memory.
+    """
+    settings, catalog, dtype = job.settings, job.checkpoint.catalog, job.bench.dtype
+    samples = [sample for _, sample in work.samples()]
+    num_tokens = max((len(sample.token_ids) for sample in samples), default=0)
+    num_patches = patches_of_longest([grid for sample in samples for grid in sample.grids]) if samples else 0
+    more = most_bytes(stages, names, linears, catalog, settings, num_tokens, num_patches, dtype.itemsize)
     bound = process_memory_bytes() + more
     check_memory(more, host_memory_bytes(), source.folder.name)
     logger.info("memory: at most %.2f GB, of which this process holds %.2f", bound / 1e9, (bound - more) / 1e9)
     if num_tokens:
-        job = replace(job, bench=with_cache(bench, model, num_tokens))
-    del model
+        job = replace(job, bench=with_cache(job.bench, model, num_tokens))
     _run_stages(job, stages, names, linears, work)
-    types = Counter(job.kinds.values())
     pack(work, len(stages), out, settings.kinds.linears, _metadata(settings))
     copy_files(source.folder, out, is_other_file)
-    work.remove()
-    written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    seconds = time.monotonic() - started
-    return Report(dict(types), checkpoint.total_bytes, written, work.num_samples or 0, seconds, peak_bytes(), bound)
+    return bound
 
 
 def _calibration(settings: Settings, path: Path | None) -> Any:

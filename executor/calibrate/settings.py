@@ -1,10 +1,7 @@
 """What a quantization is asked to be: everything that decides the bytes it writes."""
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from executor.checkpoint.weights import Checkpoint
 from executor.errors import UserError
 
 FLOAT = "FLOAT"
@@ -80,10 +77,3 @@ class Settings:
     def looks_twice(self) -> bool:
         """Whether a layer's inputs are looked at again once its smoothing is known."""
         return self.percentile < 100 or self.rounding == "gptq"
-
-    def digest(self, checkpoint: Checkpoint, calibration: str) -> str:
-        """Of all that decides the result: these settings, the checkpoint's tensors and files, and what is asked."""
-        files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
-        tensors = [(name, info.shape, info.dtype_name) for name, info in checkpoint.catalog.items()]
-        held = json.dumps([asdict(self), files, tensors, calibration])
-        return hashlib.sha256(held.encode()).hexdigest()

@@ -23,7 +23,7 @@ from executor.calibrate.plan import FLOAT_MERGERS, FLOAT_WHERE_STATIC, ROUTER, V
 from executor.calibrate.sample import check_count, chosen, open_calibration
 from executor.calibrate.settings import STATIC, Settings
 from executor.calibrate.write import is_other_file
-from executor.checkpoint.writing import check_empty, copy_files
+from executor.checkpoint.writing import check_empty, copy_files, make_folder
 from executor.errors import UserError
 from models.registry import family_folder
 
@@ -150,7 +150,7 @@ def drive(
     """
     check_empty(out)
     _check_modes(source)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=out.parent) as scratch:
         pictures, written = (Path(scratch) / name for name in ("pictures", "written"))
         for folder in (pictures, written):
@@ -174,7 +174,8 @@ def drive(
         _run(words)
         if not any(written.glob("quant_model_description*.json")):
             raise RuntimeError(f"{command} has ended without a word of failure, and has written no checkpoint")
-        out.mkdir(parents=True, exist_ok=True)
+        check_empty(out)  # again: another run may have written it meanwhile
+        make_folder(out)
         copy_files(source, out, is_other_file)
         copy_files(written, out, lambda name: not name.name.endswith("_best_practice.yaml"))
     return count

@@ -1,6 +1,7 @@
 """What an unfinished quantization keeps in its folder, so that it goes on where it was stopped: with the same bytes.
 
-    OUT/.quantize/manifest.json   whose settings these are, and how many stages are done
+    OUT/.quantize/lock            locked by the process that works on it
+    OUT/.quantize/manifest.json   what this quantization is (identity.py), and how much of it is done; removed last
     OUT/.quantize/samples/        token ids and places of each prompt
     OUT/.quantize/states/N/       what each sample brings to stage N: two sets lie there at most
     OUT/.quantize/stages/N        the tensors of stage N, and their types beside them
@@ -8,63 +9,94 @@
 A stage counts as done when the manifest says so; what lies there beyond it is made again.
 """
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from executor.calibrate.files import put_json, put_tensors
+from executor.calibrate.identity import Identity, differences
 from executor.calibrate.sample import Sample, sample_of
 from executor.checkpoint.headers import TensorInfo, read_header
-from executor.checkpoint.writing import Entry
+from executor.checkpoint.writing import Entry, make_folder
 from executor.errors import UserError
+from executor.host import locks
 
 NAME = ".quantize"
+LOCK, MANIFEST = "lock", "manifest.json"
 
 
 class Work:
-    """The unfinished work in `folder`, of a quantization with this digest."""
+    """The unfinished work in `folder`, of this quantization. Nobody else has it while the context manager is open."""
 
-    def __init__(self, folder: Path, digest: str, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: Identity) -> None:
         self.folder = folder / NAME
-        self.digest, self.settings = digest, json.loads(json.dumps(settings))  # as the manifest gives them back
+        self.identity = json.loads(json.dumps(identity))  # as the manifest gives it back
         self.done = 0  # stages
         self.num_samples: int | None = None  # None: not gathered yet
+        self.shards: dict[str, list[int]] = {}  # finished files of weights by name: bytes, time of the last change
+        self.is_written = False  # whether the result is whole, and was looked at
+        self._lock: IO[bytes] | None = None
 
-    def open(self) -> None:
-        """Begin, or take up what is there. UserError for a folder that holds anything else."""
-        out = self.folder.parent
-        manifest = self.folder / "manifest.json"
-        if not self.folder.is_dir():
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    def __enter__(self) -> "Work":
+        """Begin, or take up what is there. UserError for a folder that holds anything else, or that another run has."""
+        self._check_place()
+        make_folder(self.folder)
+        self._lock = (self.folder / LOCK).open("ab")
+        try:
+            if not locks.take(self._lock):
                 raise UserError(
-                    f"--save_directory: {out} is not empty, and holds no unfinished quantization; name an empty "
-                    "folder, or one that is not there yet"
+                    f"--save_directory: another run is writing {self.folder.parent}; wait for its end, or give another "
+                    "folder"
                 )
-            self.folder.mkdir(parents=True)
-            self._save()
-            return
-        if not manifest.is_file():  # stopped before it was written
-            self._save()
-            return
-        held = json.loads(manifest.read_text())
-        if held.get("digest") != self.digest:
-            before = held.get("settings", {})
-            changed = [key for key, value in self.settings.items() if before.get(key) != value]
-            why = f"other settings ({', '.join(changed)})" if changed else "another checkpoint or calibration set"
+            self._take_up()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.close()
+
+    def _check_place(self) -> None:
+        """UserError for a folder that holds anything, and no manifest that says what it is of."""
+        out, manifest = self.folder.parent, self.folder / MANIFEST
+        if out.is_dir() and not manifest.is_file() and any(path.name != NAME for path in out.iterdir()):
             raise UserError(
-                f"--save_directory: {out} holds an unfinished quantization with {why}; repeat those, or "
-                "empty the folder"
+                f"--save_directory: {out} is not empty, and holds no unfinished quantization; name an empty "
+                "folder, or one that is not there yet"
+            )
+
+    def _take_up(self) -> None:
+        self._check_place()  # again: while the lock was not taken another run may have ended
+        manifest = self.folder / MANIFEST
+        if not manifest.is_file():  # what lies here was stopped before it was written, or after it was removed
+            self._clear()
+            self._save()
+            return
+        try:
+            held = json.loads(manifest.read_text())
+            before = held["identity"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"--save_directory: {manifest} was changed or cut; empty {self.folder.parent}") from None
+        if why := differences(before, self.identity):
+            raise UserError(
+                f"--save_directory: {self.folder.parent} holds an unfinished quantization with {why}; repeat the "
+                "former, or empty the folder"
             )
         self.done, self.num_samples = held["done"], held["num_samples"]
+        self.shards, self.is_written = held["shards"], held["is_written"]
 
     def _save(self) -> None:
-        content = {"digest": self.digest, "settings": self.settings}
-        put_json(self.folder / "manifest.json", {**content, "done": self.done, "num_samples": self.num_samples})
+        progress = {"done": self.done, "num_samples": self.num_samples}
+        progress |= {"shards": self.shards, "is_written": self.is_written}
+        put_json(self.folder / MANIFEST, {"identity": self.identity, **progress})
 
     # ---- samples and their states
 
@@ -91,7 +123,10 @@ class Work:
 
     def _keep(self, path: Path, tensors: dict[str, Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        except SafetensorError as error:  # its word for a disk that is full
+            raise OSError(errno.EIO, f"cannot be written: {error}", str(path)) from error
 
     # ---- what is written
 
@@ -113,5 +148,30 @@ class Work:
     def stage_tensors(self, stage: int) -> list[TensorInfo]:
         return read_header(self.stage_file(stage))
 
-    def remove(self) -> None:
-        shutil.rmtree(self.folder)
+    def has_shard(self, path: Path) -> bool:
+        """Whether this quantization has finished the file, and nobody has changed it."""
+        return path.is_file() and self.shards.get(path.name) == _stamp(path)
+
+    def keep_shard(self, path: Path) -> None:
+        self.shards[path.name] = _stamp(path)
+        self._save()
+
+    def finish(self) -> None:
+        """The result is whole: nothing of the work is needed any more. The manifest goes last."""
+        if not self.is_written:
+            self.is_written = True
+            self._save()
+        self._clear(but=(MANIFEST,))
+        self._clear()
+        (self.folder / LOCK).unlink()
+        self.folder.rmdir()
+
+    def _clear(self, but: tuple[str, ...] = ()) -> None:
+        for path in self.folder.iterdir():
+            if path.name in (LOCK, *but):
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _stamp(path: Path) -> list[int]:
+    return [path.stat().st_size, path.stat().st_mtime_ns]

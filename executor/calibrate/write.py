@@ -11,8 +11,9 @@ from typing import Any
 
 from executor.calibrate.files import put_json, put_tensors, shards
 from executor.calibrate.work import Work
-from executor.checkpoint.files import OTHER_FORMATS
-from executor.checkpoint.writing import Entry, copied_entry
+from executor.checkpoint.files import DESCRIPTIONS, OTHER_FORMATS
+from executor.checkpoint.writing import copied_entry
+from executor.errors import UserError
 
 STEM = "quant_model_weights"
 SHARD_BYTES = 4 << 30
@@ -28,14 +29,14 @@ def pack(work: Work, num_stages: int, out: Path, model_quant_type: str, metadata
     weight_map: dict[str, str] = {}
     types: dict[str, str] = {}
     for name, group in zip(names, groups, strict=True):
-        entries: list[Entry] = []
         for stage in group:
-            if work.stage_file(stage).is_file():
-                entries += map(copied_entry, work.stage_tensors(stage))
             types |= work.stage_kinds(stage)
             weight_map |= dict.fromkeys(work.stage_kinds(stage), name)
-        if not (out / name).is_file():
+        if not work.has_shard(out / name):
+            _check_stages(work, group, out / name)
+            entries = [copied_entry(info) for stage in group for info in work.stage_tensors(stage)]
             put_tensors(out / name, entries)
+            work.keep_shard(out / name)
         for stage in group:
             work.stage_file(stage).unlink(missing_ok=True)
     total = sum(sum(tensors.values()) for tensors in sizes)
@@ -50,6 +51,15 @@ def pack(work: Work, num_stages: int, out: Path, model_quant_type: str, metadata
     put_json(out / "quant_model_description.json", head | types)
 
 
+def _check_stages(work: Work, group: list[int], shard: Path) -> None:
+    """UserError where the file that they were packed into is gone or was changed."""
+    if not all(work.stage_file(stage).is_file() for stage in group):
+        raise UserError(
+            f"--save_directory: {shard} was finished, and has been changed or removed since; empty {shard.parent} and "
+            "start again"
+        )
+
+
 def _plan(work: Work, out: Path, stage: int) -> dict[str, int]:
     """Bytes of a stage's tensors by name; kept beside it, because packing drops its file."""
     plan = work.folder / "stages" / f"{stage:04d}.sizes.json"
@@ -59,5 +69,5 @@ def _plan(work: Work, out: Path, stage: int) -> dict[str, int]:
 
 
 def is_other_file(name: Path) -> bool:
-    """Whether a file of a checkpoint is no weights: it goes along as it is."""
-    return not name.name.endswith(_WEIGHT_FILES)
+    """Whether a file of a float checkpoint is no weights and nothing said of them: it goes along as it is."""
+    return not name.name.endswith(_WEIGHT_FILES) and not name.match(DESCRIPTIONS)

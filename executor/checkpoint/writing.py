@@ -3,6 +3,7 @@
 Memory stays bounded by the largest piece of a tensor. Does not know models or schemes.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from executor.checkpoint.files import DESCRIPTIONS
 from executor.checkpoint.headers import SAFETENSORS_DTYPES, TensorInfo
+from executor.checkpoint.parts import part_folders
 from executor.errors import UserError
 
 STAGING = ".unfinished"
@@ -122,15 +125,37 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def copy_files(source: Path, target: Path, is_wanted: Callable[[Path], bool]) -> None:
-    """The files below `source` that `is_wanted` (of the path relative to it) into `target`; links become files.
+    """The files of `files_below` into `target`; links become files."""
+    for name in files_below(source, is_wanted):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
-    What a download leaves in folders whose names begin with a dot is no part of a checkpoint.
+
+def files_below(source: Path, is_wanted: Callable[[Path], bool]) -> list[Path]:
+    """Paths, relative to `source`, of the files of this checkpoint that `is_wanted`.
+
+    What a download leaves in folders whose names begin with a dot is no part of a checkpoint, nor is a folder that is
+    a checkpoint itself: it holds a config.json, a quantizer's description or weights, and is no rank's part of this.
     """
-    for path in sorted(source.rglob("*")):
-        name = path.relative_to(source)
-        if path.is_file() and not any(part.startswith(".") for part in name.parts) and is_wanted(name):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / name)
+    names = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
+    signs = (CONFIG, DESCRIPTIONS, "*.safetensors")
+    parts = [folder.relative_to(source) for folder in part_folders(source)]
+    others = {name.parent for name in names if any(name.match(sign) for sign in signs)} - {Path(), *parts}
+    return [
+        name
+        for name in names
+        if not any(part.startswith(".") for part in name.parts) and others.isdisjoint(name.parents) and is_wanted(name)
+    ]
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """UserError where one of the two folders lies in the other, or both are one."""
+    held, new = source.resolve(), target.resolve()
+    if held == new or held in new.parents or new in held.parents:
+        where = "is" if held == new else "lies in" if held in new.parents else "holds"
+        raise UserError(
+            f"--save_directory: {target} {where} the checkpoint that is read, {source}; give a folder beside it"
+        )
 
 
 @contextmanager
@@ -169,8 +194,20 @@ def begin_folder(folder: Path) -> Path:
     staging = folder / STAGING
     if staging.exists():
         shutil.rmtree(staging)
-    staging.mkdir(parents=True)
+    make_folder(staging)
     return staging
+
+
+def make_folder(folder: Path) -> None:
+    """UserError where there can be none; OSError where the disk is full or broken."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+        why = f"{file} is a file" if file else f"{folder} cannot be made ({error.strerror or error})"
+        raise UserError(f"--save_directory: {why}; give a place where a folder can be made") from error
 
 
 def finish_folder(folder: Path) -> None:

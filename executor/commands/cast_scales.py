@@ -19,6 +19,7 @@ from executor.checkpoint.parts import part_folders
 from executor.checkpoint.writing import (
     CONFIG,
     Entry,
+    check_apart,
     computed_entry,
     copied_entry,
     copy_files,
@@ -83,6 +84,7 @@ def cast(source: Path, target: Path, to: str, plain: bool = False) -> Document:
     config = with_dtype(read_json(source, CONFIG), MODEL_DTYPES[to])
     weights = [file.relative_to(source) for each in checkpoints.values() for file in each.files]
     indices = [path.relative_to(source) for folder in checkpoints for path in folder.glob("*.safetensors.index.json")]
+    check_apart(source, target)
     with new_folder(target) as staging:
         copy_files(source, staging, lambda name: name not in (*weights, *indices, Path(CONFIG)))
         for folder, checkpoint in checkpoints.items():

@@ -37,7 +37,7 @@ class FolderReport:
 
 def run_check(model_path: str) -> Document:
     """Print what a folder is; the JSON document. Raises UserError with everything that keeps it from running."""
-    folder = checkpoint_folder(model_path)
+    folder = checkpoint_folder(model_path, flag="--check")
     report = check_folder(folder)
     for warning in report.warnings:
         print(f"warning: {warning}")
@@ -54,13 +54,13 @@ def run_check(model_path: str) -> Document:
     }
 
 
-def check_folder(folder: Path) -> FolderReport:
-    """Judge a folder, quantized or not."""
+def check_folder(folder: Path, advice: str = ORIGINAL) -> FolderReport:
+    """Judge a folder, quantized or not. `advice`: what to do where files beside the weights are missing."""
     report = FolderReport()
     config = _attempt(report, lambda: _config(folder))
     description = _attempt(report, lambda: read_description(folder))
     checkpoints = _attempt(report, lambda: _checkpoints(folder))
-    _check_files(folder, config, report)
+    _check_files(folder, config, report, advice)
     if checkpoints is None or config is None:
         return report
     for rank, checkpoint in enumerate(checkpoints):
@@ -91,7 +91,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
     return read_folder(folder, str(folder))[0]
 
 
-def _check_files(folder: Path, config: Mapping[str, Any] | None, report: FolderReport) -> None:
+def _check_files(folder: Path, config: Mapping[str, Any] | None, report: FolderReport, advice: str) -> None:
     """Files beside the weights that every published checkpoint has; then whether a processor is made of them."""
 
     def has(*names: str) -> bool:
@@ -109,18 +109,18 @@ def _check_files(folder: Path, config: Mapping[str, Any] | None, report: FolderR
         missing.append(" or ".join(TEMPLATES))
     if not has("preprocessor_config.json") and not says("processor_config.json", "image_processor"):
         missing.append("preprocessor_config.json")
-    report.faults += (f"{folder}: {name} is missing; {ORIGINAL}" for name in missing)
+    report.faults += (f"{folder}: {name} is missing; {advice}" for name in missing)
     is_qwen3 = config is not None and "qwen3" in str(config.get("model_type", "")).lower()
     if is_qwen3 and not has("video_preprocessor_config.json") and not says("processor_config.json", "video_processor"):
         report.warnings.append(
-            f"{folder}: video_preprocessor_config.json is missing: videos get the pictures' sizes; {ORIGINAL}"
+            f"{folder}: video_preprocessor_config.json is missing: videos get the pictures' sizes; {advice}"
         )
     if not has("generation_config.json"):
-        report.warnings.append(f"{folder}: generation_config.json is missing: answers are greedy; {ORIGINAL}")
+        report.warnings.append(f"{folder}: generation_config.json is missing: answers are greedy; {advice}")
     if not missing and _attempt(report, lambda: (read_max_pixels(folder),)) == (None,):
         report.warnings.append(
             f"{folder}: preprocessor_config.json names no sizes of pictures (min_pixels and max_pixels, or size): "
-            f"those of the family's class count, as for float weights; {ORIGINAL}"
+            f"those of the family's class count, as for float weights; {advice}"
         )
     if not missing and config is not None:
         _attempt(report, lambda: _processor(folder, config))

@@ -13,7 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from executor.commands.tool import Document, ToolParser, checkpoint_folder, run_tool
+from executor.commands.tool import (
+    Document,
+    ToolParser,
+    checkpoint_folder,
+    run_tool,
+    terminate_as_interrupt,
+)
 from executor.errors import UserError
 from executor.host.env import calm_threads, find_path
 
@@ -24,6 +30,9 @@ DEFAULT_SMOOTH = {"w8a16": 0.0}
 """Schemes whose activations stay float need none; half for the others."""
 DEFAULT_ROUNDING = {"w8a8s": "gptq"}
 """Its steps are eight times as wide as other schemes': there it is worth its time."""
+
+
+DOWNLOAD = "download the checkpoint again, whole"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -62,8 +71,11 @@ def work(argv: Sequence[str]) -> Document:
 
 
 def quantize(options: argparse.Namespace) -> Document:
+    from executor.checkpoint.writing import check_apart
+
     source = open_source(options.model_path)
     out = Path(options.save_directory).expanduser()
+    check_apart(source.folder, out)
     calibration = None if options.calibration is None else find_path(options.calibration)
     command = vendor_command(options, source, calibration)
     if command is not None:
@@ -71,8 +83,7 @@ def quantize(options: argparse.Namespace) -> Document:
     from executor.calibrate.run import quantize as run
 
     device, dtype = open_device(options, source.dtype)
-    report = run(source, out, settings_of(options, dtype), calibration, device)
-    verify(out)
+    report = run(source, out, settings_of(options, dtype), calibration, device, verify)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.kinds.items()))
     print(
         f"{out}: {kinds}; {report.source_bytes / 1e9:.2f} GB became {report.written_bytes / 1e9:.2f} GB in "
@@ -144,8 +155,9 @@ def verify(out: Path) -> None:
 
 
 def open_source(model_path: str) -> Any:
-    """The float checkpoint. UserError for one that is quantized already, or no model of this release."""
+    """The float checkpoint. UserError for one that is quantized already, no model of this release, or not whole."""
     from executor.calibrate.run import Source
+    from executor.commands.check_folder import check_folder
     from executor.recipe.settle import read_folder
     from models.registry import family_runner, parse_config
 
@@ -153,6 +165,9 @@ def open_source(model_path: str) -> Any:
     config, quantization, _ = read_folder(folder, model_path)
     if quantization != "none":
         raise UserError(f"--model_path: {model_path} is quantized already ({quantization}); give the float checkpoint")
+    report = check_folder(folder, advice=DOWNLOAD)
+    if report.faults:
+        raise UserError("--model_path: " + "\n".join(report.faults))
     return Source(folder, config, family_runner(config), parse_config(config).dtype)
 
 
@@ -175,4 +190,5 @@ def open_device(options: argparse.Namespace, model_dtype: str) -> tuple[Any, str
 
 
 if __name__ == "__main__":
+    terminate_as_interrupt()
     sys.exit(run_tool("quantize", work))

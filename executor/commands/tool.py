@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import io
 import logging
+import signal
 import sys
 import time
 import traceback
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from executor.checkpoint.folder import read_json
+from executor.checkpoint.folder import is_hub_id, read_json
 from executor.errors import UserError
 from executor.host.env import find_path
 from executor.host.streams import READER_GONE, print_document, reader_is_gone, write_to_nobody
@@ -23,6 +24,22 @@ from executor.host.streams import READER_GONE, print_document, reader_is_gone, w
 Document = dict[str, Any]
 FAREWELL_S = 2.0
 """How long a failed rank that does not speak stays: torchrun ends all others once one has ended, the speaker too."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the program stood."""
+
+
+STATUS = {KeyboardInterrupt: 128 + signal.SIGINT, Terminated: 128 + signal.SIGTERM}
+
+
+def terminate_as_interrupt() -> None:
+    """Let SIGTERM unwind as SIGINT does, so that the last words are said."""
+
+    def stop(*_: Any) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -68,9 +85,10 @@ def _outcome(work: Callable[[Sequence[str]], Document], argv: Sequence[str], is_
         if is_shown:
             print(f"error: {error}{error.more}", file=sys.stderr)
         return {"error": str(error)}, 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return {"error": "interrupted"}, 130
+    except KeyboardInterrupt as stop:
+        told = f"interrupted{f': {stop}' if str(stop) else ''}"
+        print(told, file=sys.stderr)
+        return {"error": told}, STATUS[type(stop)]
     except BrokenPipeError:
         raise
     except RuntimeError as error:
@@ -82,11 +100,15 @@ def _outcome(work: Callable[[Sequence[str]], Document], argv: Sequence[str], is_
         return {"error": f"{type(error).__name__}: {error}"}, 1
 
 
-def checkpoint_folder(model_path: str) -> Path:
-    """The folder that `--model_path` names. UserError where it is none, or no checkpoint."""
+def checkpoint_folder(model_path: str, what: str = "quantized", flag: str = "--model_path") -> Path:
+    """The folder that `flag` names, of a checkpoint that is `what` (quantized, float).
+
+    UserError where it is none, or no checkpoint.
+    """
     folder = find_path(model_path)
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"--model_path: {model_path} {what}; give the folder of a quantized checkpoint on this machine")
+        found = "is a file" if folder.exists() else "does not exist on this machine"
+        hub = "; a hub id is not enough here, download it first" if is_hub_id(model_path) else ""
+        raise UserError(f"{flag}: {model_path} {found}; give the folder of a {what} checkpoint{hub}")
     read_json(folder, "config.json")
     return folder

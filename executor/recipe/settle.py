@@ -151,7 +151,9 @@ def _checkpoint(
             return None
         return folder, *read_folder(folder, path), read_description(folder)
     except UserError as error:
-        findings.append(str(error))
+        word = recipe.model.quantization
+        made = word not in ("auto", "none", "wint8") and "there is no folder" in str(error)
+        findings.append(f"{error}{f'; docs/quantization.md says how {word} weights are made' if made else ''}")
         return None
 
 

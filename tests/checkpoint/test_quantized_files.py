@@ -292,7 +292,7 @@ def test_scales_that_are_converted_are_logged(msmodelslim, caplog):
 
 
 def test_the_loaded_share_of_a_folder_is_at_most_all_of_it(msmodelslim, caplog):
-    """A gained bias that some fused parts lack is zeros, made beside a weight, and one number may stand for all rows."""
+    """A gained bias that some fused parts lack is zeros made beside a weight; one number may stand for all rows."""
     for name in ("qwen3_vl_w8a8", "qwen3_vl_w8a8_dynamic"):
         with caplog.at_level(logging.INFO):
             engine_over(msmodelslim(name), num_blocks=64)

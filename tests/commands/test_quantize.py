@@ -7,15 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from executor.calibrate import memory, run
 from executor.calibrate.vendor import model_type
+from executor.calibrate.write import is_other_file
 from executor.checkpoint.headers import Checkpoint
+from executor.checkpoint.writing import copy_files
 from executor.commands.quantize import work
 from executor.commands.tool import run_tool
 from models.published import published_config, published_shapes
-from tests.calibrate.making import quantized, tiny, words, write_calibration
+from tests.calibrate.making import quantized, read, tiny, words, write_calibration
 
 TOOL = """#!{python}
 import json, os, shutil, sys, yaml
@@ -104,7 +107,7 @@ def test_a_folder_that_holds_anything_else_is_refused(calibration, tmp_path, cap
     other = refused(capsys, *words(tiny("qwen3_vl"), out, "w8a8", calibration, "--smooth", "0.7"))
     assert "an unfinished quantization with other settings (smooth)" in other
     other = refused(capsys, *words(tiny("qwen3_vl"), out, "w8a8", write_calibration(tmp_path / "set", 3)))
-    assert "an unfinished quantization with another checkpoint or calibration set" in other
+    assert "an unfinished quantization with another calibration set" in other
 
 
 def test_a_machine_with_too_little_memory_is_refused(calibration, tmp_path, capsys, monkeypatch):
@@ -144,6 +147,69 @@ def test_float16_models_and_a_float_encoder(calibration, tmp_path):
     assert f"{text}.1.mlp.down_proj" in scaled and f"{text}.0.mlp.down_proj" not in scaled
     assert not {f"{text}.0.self_attn.{name}_proj" for name in "qkv"} & scaled  # multiplied together, float together
     assert f"{text}.0.self_attn.o_proj" in scaled and f"{text}.1.self_attn.q_proj" in scaled
+
+
+@pytest.mark.parametrize("missing", ["model.language_model.layers.1.mlp.up_proj.weight", "merges.txt", "norm"])
+def test_a_source_that_is_not_whole_is_refused_before_anything_is_written(missing, tmp_path, capsys):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tiny("qwen3_vl"), source)
+    name = {"norm": "model.language_model.layers.1.input_layernorm.weight"}.get(missing, missing)
+    if missing.endswith(".txt"):
+        (source / "tokenizer.json").unlink()
+        (source / name).unlink()
+    else:
+        tensors = load_file(source / "model.safetensors")
+        del tensors[name]
+        save_file(tensors, source / "model.safetensors")
+    said = refused(capsys, *words(source, out, "w8a16", None))
+    assert said.startswith("--model_path: ") and name in said and str(source) in said and str(out) not in said
+    assert not out.exists()
+
+
+def test_a_place_that_cannot_be_one(tmp_path, capsys):
+    source, file = tmp_path / "source", tmp_path / "file"
+    shutil.copytree(tiny("qwen3_vl"), source)
+    file.write_text("")
+    assert f"{source / 'out'} lies in the checkpoint" in refused(capsys, *words(source, source / "out", "w8a16", None))
+    assert "holds the checkpoint that is read" in refused(capsys, *words(source, tmp_path, "w8a16", None))
+    for out in (file, file / "out"):
+        said = refused(capsys, *words(source, out, "w8a16", None))
+        assert f"--save_directory: {file} is a file" in said and "go on" not in said
+    said = refused(capsys, *words(source, Path("/proc/x/out"), "w8a16", None))
+    assert "--save_directory: /proc/x/out/.quantize cannot be made" in said and "go on" not in said
+
+
+def test_other_checkpoints_below_the_source_are_left(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    for name in (
+        "other/quant_model_description.json",
+        "deep/er/config.json",
+        "w/a.safetensors",
+        "assets/a.txt",
+        "a.txt",
+    ):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("{}")
+        (source / name).with_name("beside.json").write_text("{}")
+    copy_files(source, out, is_other_file)
+    copied = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert copied == {"assets/a.txt", "assets/beside.json", "a.txt", "beside.json"}
+
+
+def test_experts_that_stay_float_are_written_one_by_one(tmp_path):
+    out, source = tmp_path / "out", Checkpoint(tiny("qwen3_vl_moe"))
+    quantized(tiny("qwen3_vl_moe"), out, "w8a16", None, "--keep_float", "*.layers.1.mlp.experts.*")
+    tensors, types = read(out)
+    stem = "model.language_model.layers.1.mlp.experts"
+    assert not any(name.startswith(f"{stem}.gate_up") for name in tensors)
+    stack = load_file(source.files[0])
+    gate_up, down = stack[f"{stem}.gate_up_proj"], stack[f"{stem}.down_proj"]  # [E, k, n], as they are published
+    inner = down.shape[1]
+    for expert in range(len(gate_up)):
+        wanted = {"gate_proj": gate_up[expert, :, :inner], "up_proj": gate_up[expert, :, inner:]}
+        for name, weight in {**wanted, "down_proj": down[expert]}.items():
+            assert torch.equal(tensors[f"{stem}.{expert}.{name}.weight"], weight.t())
+            assert types[f"{stem}.{expert}.{name}.weight"] == "FLOAT"
 
 
 @pytest.mark.parametrize("scheme, more", [("w8a16", ()), ("w8a8_dynamic", ("--smooth", "0"))])

@@ -95,6 +95,56 @@ def test_weight_only_keeps_activations_float(device, groups, dtype, tolerance):
     assert got.dtype == dtype and (got - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
+def test_weight_only_by_many_rows_of_bfloat16(device, monkeypatch):
+    """Alone and between the two products of an MLP; both digits count where one input is far above the others."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(int8, "_ADDED_ROWS", 20)
+    up, down = WeightInt8(whole(96, 64), torch.rand(96, 1) * 0.01), WeightInt8(whole(33, 48), torch.rand(33, 1))
+    x = torch.randn(20, 64).to(BF16)
+    x[:, 0] *= 100
+    x[3] = 0
+    gate_up, plain = device.prepare_linear(up, None), device.prepare_linear(down, None)
+
+    def product(x, weight):
+        return x.double() @ (weight.values.double() * weight.scale.double()).t()
+
+    wanted = product(x, up)
+    assert (gate_up(x) - wanted).abs().max() <= 4e-3 * wanted.abs().max()
+    between = device.swiglu(gate_up(x))
+    wanted = product(between, down)
+    for got in (plain(between), device.gated_mlp(x, gate_up, plain)):
+        assert got.dtype is BF16 and (got - wanted).abs().max() <= 4e-3 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_an_int8_mlp_of_few_rows(device, rows):
+    torch.manual_seed(0)
+    up = device.prepare_linear(DynamicInt8(whole(48, 32), torch.rand(48) * 0.01), None)
+    down = device.prepare_linear(DynamicInt8(whole(32, 24), torch.rand(32) * 0.01), None)
+    x = torch.randn(rows, 32)
+    torch.testing.assert_close(device.gated_mlp(x, up, down), down(device.swiglu(up(x))), atol=1e-5, rtol=1e-5)
+
+
+def test_experts_read_rows_that_are_rounded_once(device, monkeypatch):
+    torch.manual_seed(0)
+    values, scale = torch.randint(-128, 128, (3, 48, 32), dtype=torch.int8), torch.rand(3, 48) * 0.01
+    gate_up, down = DynamicInt8(values, scale), DynamicInt8(values.mT[..., :24].contiguous(), scale[:, :32])
+    x, ids, weights = torch.randn(5, 32), torch.tensor([[0, 2], [1, 2], [2, 0], [0, 1], [0, 2]]), torch.rand(5, 2)
+    wanted = torch.zeros(5, 32)
+    for row, (experts, factors) in enumerate(zip(ids.tolist(), weights, strict=True)):
+        for expert, factor in zip(experts, factors, strict=True):
+            up, back = (
+                device.prepare_linear(DynamicInt8(w.values[expert], w.scale[expert]), None) for w in (gate_up, down)
+            )
+            wanted[row] += back(device.swiglu(up(x[row : row + 1])))[0] * factor
+    run, rounded = device.prepare_experts(gate_up, down), []
+    plain = int8.Dynamic.rounded
+    monkeypatch.setattr(int8.Dynamic, "rounded", lambda self, x: rounded.append(x.shape) or plain(self, x))
+    torch.testing.assert_close(run(x, ids, weights), wanted, atol=1e-5, rtol=1e-5)
+    assert rounded.count((5, 32)) == 1 and all(shape[1] == 24 for shape in rounded if shape != (5, 32))
+    assert torch.equal(run(x[:0], ids[:0], weights[:0]), x[:0])
+
+
 def test_four_bits(device):
     torch.manual_seed(0)
     values, scale, x = torch.randint(-8, 8, (34, 50), dtype=torch.int8), torch.rand(34), torch.randn(3, 50)
@@ -145,7 +195,7 @@ def test_a_gated_mlp_in_tiles_is_the_same(device, monkeypatch):
     down = device.prepare_linear(DynamicInt8(whole(32, 24), torch.rand(32) * 0.01), None)
     x = torch.randn(300, 32)
     wanted = down(device.swiglu(up(x)))
-    monkeypatch.setattr(int8, "_ROUND_ELEMENTS", 24 * 7)
+    monkeypatch.setattr(int8, "_NEAR_ELEMENTS", 24 * 7)
     monkeypatch.setattr(int8, "_RESULT_BYTES", 1)
     torch.testing.assert_close(device.gated_mlp(x, up, down), wanted, atol=1e-5, rtol=1e-5)
 

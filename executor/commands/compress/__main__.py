@@ -22,6 +22,7 @@ from executor.checkpoint.writing import (
     STAGING,
     abandon_folder,
     begin_folder,
+    check_apart,
     check_empty,
     copy_files,
     finish_folder,
@@ -52,6 +53,7 @@ def work(argv: Sequence[str]) -> Document:
 
     def prepare() -> None:
         source = checkpoint_folder(told.model_path)
+        check_apart(source, target)
         check_empty(target)
         job = open_job(source, size)
         shares = [share_of(job, rank, job.checkpoint, job.description) for rank in parts]

@@ -7,8 +7,6 @@ finished has one row for each request, in their order; one run at a time has the
 process).
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -21,6 +19,7 @@ from typing import IO, Any
 
 from dataset.sample import Dataset, Sample
 from executor.errors import UserError
+from executor.host import locks
 from executor.prompt.messages import describe
 from executor.recipe.schema import Recipe
 
@@ -112,19 +111,16 @@ class ResultsFile:
         while True:
             file = open(self.path, "a+b")  # noqa: SIM115 (closed by __exit__)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                is_free = locks.take(file)
+            except OSError:
+                file.close()
+                raise
+            if not is_free:
                 file.close()
                 raise UserError(
                     f"data_config.results_path: {self.path} is being written by another run; wait for its end, or give "
                     "another results_path"
-                ) from None
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
-                    file.close()
-                    raise
-                logger.warning("%s: this file system has no locks; start no second run with it", self.path)
-                return file
+                )
             # Between opening and locking the run before may have put its sorted file in this one's place.
             if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
                 return file

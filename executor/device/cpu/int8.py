@@ -6,13 +6,21 @@ Legend: T rows, n inputs, m outputs; values `[m, n]`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from executor.device.cpu.int8_products import EXACT_SUM, PRODUCTS, OneCall, Product, added_up, digits
+from executor.device.cpu.int8_products import (
+    EXACT_SUM,
+    PRODUCTS,
+    OneCall,
+    Product,
+    added_up,
+    float_digits,
+    rounded_in_place,
+)
 from executor.device.weights import (
     DynamicInt4,
     DynamicInt8,
@@ -25,8 +33,13 @@ from executor.device.weights import (
 from executor.errors import UserError
 
 SMALLEST = 2.0**-149  # above zero in fp32: a row of zeros is divided by it and stays zeros
-_RESULT_BYTES = 24 << 20  # of a tile's fp32 results: above 32 MiB the C library gives memory back after every call
-_ROUND_ELEMENTS = 1 << 18  # of a tile of activations that are rounded: 1 MiB in fp32
+_RESULT_BYTES = 24 << 20  # of a tile's results: above 32 MiB the C library gives memory back after every call
+_ADDED_ROWS = 128  # from which arithmetic, not reading the weight, is what takes time
+_EXPONENT = 0x7F800000  # in the bits of a number of fp32; alone, the power of two that is at most the number
+_SMALLEST_BFLOAT16 = 2.0**-133
+_NEAR_ELEMENTS = 1 << 20  # of what is rounded or scaled in several passes: 4 MiB in fp32 stay near two cores
+_WOKEN_ELEMENTS = 1 << 18  # of all that is: for fewer it takes longer to wake other threads, once for every pass
+_ONE_THREAD_ELEMENTS = (1 << 15) - 1  # of a tile that torch leaves to one thread
 
 
 class Rows(NamedTuple):
@@ -36,6 +49,10 @@ class Rows(NamedTuple):
 
     numbers: Tensor
     scale: Tensor | None
+
+    def at(self, index: Tensor) -> "Rows":
+        """Rows `index [t]`, int64."""
+        return Rows(self.numbers[:, index], None if self.scale is None else self.scale[index])
 
     def part(self, start: int, end: int) -> "Rows":
         return Rows(self.numbers[:, start:end], None if self.scale is None else self.scale[start:end])
@@ -59,18 +76,8 @@ class Int8Linear(ABC):
         """The product of `x [T, n]` in `dtype`."""
         return self.multiply(self.rounded(x), dtype)
 
-    @property
-    def tile_rows(self) -> int:
-        """How many rows are multiplied at a time."""
-        return max(64, _RESULT_BYTES // (4 * self.product.num_out))
-
-    @property
-    def round_rows(self) -> int:
-        """How many rows are rounded at a time."""
-        return max(1, _ROUND_ELEMENTS // self.num_in)
-
     def rounded(self, x: Tensor) -> Rows:
-        return self.collected(x.split(self.round_rows), len(x), x.dtype)
+        return self.collected(x.split(pass_rows(len(x), self.num_in)), len(x), x.dtype)
 
     def collected(self, tiles: Iterable[Tensor], num_rows: int, dtype: torch.dtype) -> Rows:
         """Of `num_rows` rows, of which `tiles` are some after the other, each made when it is wanted."""
@@ -78,7 +85,7 @@ class Int8Linear(ABC):
         for tile in tiles:
             some = self.round(tile, num_digits)
             if len(tile) == num_rows:
-                return some
+                return Rows(some.numbers.to(torch.int8), some.scale)
             if numbers is None:
                 numbers = torch.empty(num_digits, num_rows, self.num_in, dtype=torch.int8)
             numbers[:, start : start + len(tile)] = some.numbers
@@ -87,13 +94,26 @@ class Int8Linear(ABC):
         return Rows(numbers, None if scales[0] is None else torch.cat(scales))
 
     def multiply(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        num_rows, tile = rows.numbers.shape[1], self.tile_rows
-        if 0 < num_rows <= tile:
-            return self.multiply_tile(rows, dtype)
-        out = torch.empty(num_rows, self.product.num_out, dtype=dtype)
-        for start in range(0, num_rows, tile):
-            out[start : start + tile] = self.multiply_tile(rows.part(start, min(start + tile, num_rows)), dtype)
+        out, start = torch.empty(rows.numbers.shape[1], self.product.num_out, dtype=dtype), 0
+        for some in self.results(rows, dtype):
+            if len(some) == len(out):
+                return some
+            out[start : start + len(some)] = some
+            start += len(some)
         return out
+
+    def results(self, rows: Rows, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The product of some rows after that of others, each made when it is wanted."""
+        for tile in self.tiles(rows, self.product.result_bytes):
+            yield self.multiply_tile(tile, dtype)
+
+    def tiles(self, rows: Rows, result_bytes: int) -> Iterator[Rows]:
+        """Rows that are multiplied at a time, about equally many. A number of the result takes `result_bytes`."""
+        num_rows = rows.numbers.shape[1]
+        most = max(64, _RESULT_BYTES // (result_bytes * self.product.num_out))
+        size = -(-num_rows // max(1, -(-num_rows // most)))
+        for start in range(0, num_rows, max(1, size)):
+            yield rows.part(start, min(start + size, num_rows))
 
     def num_digits(self, num_rows: int, dtype: torch.dtype) -> int:
         """How many digits numbers of `dtype` are made of where there are so many rows of them."""
@@ -101,7 +121,7 @@ class Int8Linear(ABC):
 
     @abstractmethod
     def round(self, x: Tensor, num_digits: int) -> Rows:
-        """A tile of `x`, one row or more."""
+        """A tile of `x`, one row or more; its whole numbers still in fp32."""
 
     @abstractmethod
     def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -124,8 +144,8 @@ class Static(Int8Linear):
         self.added = weight.quant_bias.to(torch.float32 if bool(is_exact.all()) else torch.float64)
 
     def round(self, x: Tensor, num_digits: int) -> Rows:
-        whole = torch.div(x, self.input_scale).add_(self.input_offset).round_().clamp_(-128, 127)
-        return Rows(whole.to(torch.int8).unsqueeze(0), None)
+        whole = torch.div(x, self.input_scale).add_(self.input_offset).clamp_(-128, 127)
+        return Rows(rounded_in_place(whole, 128).unsqueeze(0), None)
 
     def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         sums = self.product.sums(rows.numbers[0])
@@ -149,6 +169,10 @@ class StaticOneCall(Static):
         left = weight.quant_bias.double() + self.zero_point * row_sums.double()
         self.left, self.bias = left.float(), (left * weight.deq_scale.double()).float()
 
+    def results(self, rows: Rows, dtype: torch.dtype) -> Iterator[Tensor]:
+        for tile in self.tiles(rows, dtype.itemsize):
+            yield self.multiply_tile(tile, dtype)
+
     def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         whole = rows.numbers[0]
         if dtype is torch.float32:  # added as whole numbers: no digit is lost that the formula has
@@ -164,16 +188,31 @@ class Dynamic(Int8Linear):
 
     def round(self, x: Tensor, num_digits: int) -> Rows:
         scale = x.abs().amax(-1, keepdim=True).float().div_(127).clamp_min_(SMALLEST)
-        return Rows(torch.div(x, scale).round_().to(torch.int8).unsqueeze(0), scale)
+        return Rows(rounded_in_place(torch.div(x, scale), 127).unsqueeze(0), scale)
+
+    def results(self, rows: Rows, dtype: torch.dtype) -> Iterator[Tensor]:
+        near = pass_rows(rows.numbers.shape[1], self.product.num_out)
+        for tile in self.tiles(rows, self.product.result_bytes):
+            if len(tile.scale) == 1 and isinstance(self.product, OneCall):
+                yield self.multiply_tile(tile, dtype)
+                continue
+            for y, scale in zip(self.products(tile).split(near), tile.scale.split(near), strict=True):
+                yield self.scaled(y, scale, dtype)
 
     def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        whole, scale = rows.numbers[0], rows.scale
+        if len(rows.scale) == 1 and isinstance(self.product, OneCall):
+            return self.product.scaled(rows.numbers[0], self.scale, self.bias, dtype, x_scale=rows.scale.item())
+        return self.scaled(self.products(rows), rows.scale, dtype)
+
+    def products(self, rows: Rows) -> Tensor:
+        """Scaled by output, not yet by row: fp32."""
         if isinstance(self.product, OneCall):
-            if len(whole) == 1:
-                return self.product.scaled(whole, self.scale, self.bias, dtype, x_scale=scale.item())
-            y = self.product.scaled(whole, self.scale).mul_(scale)
-        else:
-            y = self.product.sums(whole).mul_(scale).mul_(self.scale)
+            return self.product.scaled(rows.numbers[0], self.scale)
+        return self.product.sums(rows.numbers[0]).mul_(self.scale)
+
+    def scaled(self, y: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """`y` is overwritten."""
+        y.mul_(scale)
         return (y if self.bias is None else y.add_(self.bias)).to(dtype)
 
 
@@ -189,13 +228,19 @@ class Mixed(Int8Linear):
     def round(self, x: Tensor, num_digits: int) -> Rows:
         raise AssertionError("collected chooses")
 
+    def results(self, rows: Rows, dtype: torch.dtype) -> Iterator[Tensor]:
+        return (self.static if rows.scale is None else self.dynamic).results(rows, dtype)
+
     def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        return (self.static if rows.scale is None else self.dynamic).multiply_tile(rows, dtype)
+        raise AssertionError("results chooses")
 
 
 class WeightOnly(Int8Linear):
     """`x` by `(values - offset) * scale`, `x` as numbers of several digits. Products of groups of inputs are scaled
     apart and added up.
+
+    Few rows read the weight once, for both digits. Many rows of bfloat16 read it twice, and the digits' sums are added
+    and rounded in the product: the scale of a row is a power of two, by which bfloat16 is multiplied exactly.
     """
 
     def __init__(self, weight: WeightInt8, bias: Tensor | None, products: list[Product]) -> None:
@@ -207,10 +252,24 @@ class WeightOnly(Int8Linear):
         if weight.offset is not None and bool(weight.offset.any()):
             self.shifts = [(offset * scale).neg() for offset, scale in zip(weight.offset.t(), self.scales, strict=True)]
         self.bias = None if bias is None else bias.float()
+        adds_nothing = self.shifts is None and bias is None
+        self.is_plain = isinstance(self.product, OneCall) and len(products) == 1 and adds_nothing
 
     @property
     def num_in(self) -> int:
         return sum(self.widths)
+
+    def results(self, rows: Rows, dtype: torch.dtype) -> Iterator[Tensor]:
+        num_rows = rows.numbers.shape[1]
+        if self.is_plain and len(rows.numbers) == 2 and dtype is torch.bfloat16 and num_rows >= _ADDED_ROWS:
+            near = pass_rows(num_rows, self.product.num_out)
+            for tile in self.tiles(rows, dtype.itemsize):
+                y = self.product.two_digits(tile.numbers, self.scales[0], dtype)
+                for some, scale in zip(y.split(near), tile.scale.to(dtype).split(near), strict=True):
+                    yield some.mul_(scale)
+            return
+        for tile in self.tiles(rows, 4 * len(rows.numbers)):
+            yield self.multiply_tile(tile, dtype)
 
     def num_digits(self, num_rows: int, dtype: torch.dtype) -> int:
         return self.product.num_digits(num_rows, dtype)
@@ -218,8 +277,13 @@ class WeightOnly(Int8Linear):
     def round(self, x: Tensor, num_digits: int) -> Rows:
         # So that rounding gives no highest digit above half of the base.
         highest = self.base ** (num_digits - 1)
-        scale = x.abs().amax(-1, keepdim=True).float().div_(self.base // 2 * highest).clamp_min_(SMALLEST)
-        return Rows(digits(torch.div(x, scale).round_(), self.base, num_digits), scale)
+        scale = x.abs().amax(-1, keepdim=True).float().div_(self.base // 2 * highest)
+        if self.is_plain and x.dtype is torch.bfloat16:
+            scale = (scale.view(torch.int32) & _EXPONENT).view(torch.float32).mul_(2).clamp_min_(_SMALLEST_BFLOAT16)
+        else:
+            scale.clamp_min_(SMALLEST)
+        whole = rounded_in_place(torch.div(x, scale), self.base // 2 * highest)
+        return Rows(float_digits(whole, self.base, num_digits), scale)
 
     def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         y = None
@@ -271,6 +335,12 @@ def prepare(
 
 def _static(weight: StaticInt8, product: Product) -> Static:
     return StaticOneCall(weight, product) if isinstance(product, OneCall) else Static(weight, product)
+
+
+def pass_rows(num_rows: int, width: int) -> int:
+    """How many of `num_rows` rows of `width` numbers go through all passes over them at a time."""
+    elements = _ONE_THREAD_ELEMENTS if num_rows * width <= _WOKEN_ELEMENTS else _NEAR_ELEMENTS
+    return max(1, elements // width)
 
 
 def largest_sums(values: Tensor) -> Tensor:

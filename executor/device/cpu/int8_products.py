@@ -21,6 +21,7 @@ SMALL_RESULT = 256
 """A result of at most so many numbers, and one row by exactly so many inputs, oneDNN computes by its reference code: a
 hundred times as long as more rows take, about 30 ns a product. Measured with torch 2.13.0 on a CPU with AMX."""
 EXACT_SUM = 1 << 24  # float32 holds every whole number up to it
+_HALF_OF_WHOLE = 1 << 23  # from here to twice that, fp32 has whole numbers only
 EXPAND_ELEMENTS = 1 << 21  # of the fp32 block that a product is made from: 8 MiB
 
 
@@ -28,11 +29,13 @@ class Product(ABC):
     """Weights as something to multiply whole numbers with. Takes the weights' values and keeps none of them plain.
 
     digit_base: of numbers in several digits, even: digits are up to half of it either way.
+    result_bytes: what `sums` holds for a number of its result, at the most.
     """
 
     num_out: int
     num_in: int
     digit_base: int
+    result_bytes = 4
 
     @abstractmethod
     def sums(self, x: Tensor) -> Tensor:
@@ -60,6 +63,7 @@ class OneCall(Product):
         self.packed = torch.ops.onednn.qlinear_prepack(values, None)
         self.zeros, self.ones = torch.zeros(self.num_out, dtype=torch.int32), torch.ones(self.num_out)
         self.run = torch.ops.onednn.qlinear_pointwise.default
+        self.run_added = torch.ops.onednn.qlinear_pointwise.binary
         self.least_rows = max(SMALL_RESULT // self.num_out + 1, 2 if self.num_in == SMALL_RESULT else 1)
 
     def scaled(
@@ -81,8 +85,17 @@ class OneCall(Product):
     def sums(self, x: Tensor) -> Tensor:
         return self.scaled(x, self.ones)
 
+    def two_digits(self, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """`x [2, T, n]` int8, highest digits first, times the values and `scale`: `[T, m]` in `dtype`.
+
+        The low digits' part is rounded to `dtype` first: a 254th of the result, and so is what that loses.
+        """
+        y, high = self.scaled(x[1], scale, None, dtype), scale * self.digit_base
+        head = x[0], 1.0, 0, self.packed, high, self.zeros, y, None, 1.0, 0, dtype
+        return self.run_added(*head, 1.0, 0, "sum", 1.0, "none", [], "")
+
     def num_digits(self, num_rows: int, dtype: torch.dtype) -> int:
-        """Two are as exact as 15 bits of the row's largest, three as fp32's own 24."""
+        """Two are as exact as 14 bits of the row's largest, three as fp32's own 24."""
         return 3 if dtype is torch.float32 else 2
 
     def sums_of_digits(self, x: Tensor) -> Tensor:
@@ -98,7 +111,7 @@ class Digits(Product):
     rounded, once, is the sum of both.
     """
 
-    base, digit_base = 16, 126
+    base, digit_base, result_bytes = 16, 126, 8
     zero_point = 64
     few_rows = 64  # up to which a product waits for memory
 
@@ -186,15 +199,21 @@ def float_digits(whole: Tensor, base: int, count: int) -> Tensor:
     rows = torch.empty(count, *whole.shape)
     for index in range(count - 1):
         weight = base ** (count - 1 - index)
-        torch.div(whole, weight, out=rows[index]).round_()
+        rounded_in_place(torch.div(whole, weight, out=rows[index]), base * base)
         rest = rows[-1] if index == count - 2 else torch.empty_like(whole)
         whole = torch.sub(whole, rows[index], alpha=weight, out=rest)
     return rows
 
 
-def digits(whole: Tensor, base: int, count: int) -> Tensor:
-    """The same as int8."""
-    return float_digits(whole, base, count).to(torch.int8)
+def rounded_in_place(x: Tensor, largest: int) -> Tensor:
+    """fp32 `x`, of magnitudes up to about `largest`, to the nearest whole numbers, halves to even.
+
+    What fp32 loses of a sum of 2^23 and more is what lies behind the point. torch's round wakes other threads from 2048
+    numbers on, where these sums do from 32768 on: at one row of 11008 it takes ten times as long.
+    """
+    if largest >= _HALF_OF_WHOLE >> 1:
+        return x.round_()
+    return x.add_(1.5 * _HALF_OF_WHOLE).sub_(1.5 * _HALF_OF_WHOLE)
 
 
 def added_up(y: Tensor, base: int) -> Tensor:

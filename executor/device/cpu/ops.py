@@ -76,9 +76,11 @@ class CpuOps(Ops):
 
     def gated_mlp(self, x: Tensor, gate_up: Callable[..., Tensor], down: Callable[..., Tensor]) -> Tensor:
         """Where both are int8, in tiles of rows: what lies between them stays near the CPU, and is rounded there."""
-        if not (isinstance(gate_up, int8.Int8Linear) and isinstance(down, int8.Int8Linear)):
+        if not (len(x) and isinstance(gate_up, int8.Int8Linear) and isinstance(down, int8.Int8Linear)):
             return super().gated_mlp(x, gate_up, down)
-        tiles = (part for rows in x.split(gate_up.tile_rows) for part in gate_up(rows).split(down.round_rows))
+        results = gate_up.results(gate_up.rounded(x), x.dtype)
+        rows = int8.pass_rows(len(x), down.num_in)
+        tiles = (part for some in results for part in some.split(rows))
         return down.multiply(down.collected(map(self.swiglu, tiles), len(x), x.dtype), x.dtype)
 
     def gelu(self, x: Tensor, tanh: bool) -> Tensor:
@@ -125,6 +127,8 @@ class CpuOps(Ops):
         up_fns = [self.prepare_linear(w, None) for w in experts_of(expert_form(gate_up))]
         down_fns = [self.prepare_linear(w, None) for w in experts_of(expert_form(down))]
         num_experts = num_experts or len(up_fns)
+        # By its own largest value a row is the same whole numbers for every expert: it is rounded once.
+        rounds_once = all(isinstance(fn, int8.Dynamic) for fn in up_fns)
 
         def run(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
             out = torch.zeros_like(x)
@@ -133,12 +137,15 @@ class CpuOps(Ops):
             counts = torch.bincount(flat, minlength=num_experts).tolist()
             tokens, scale = order // ids.shape[1], weights.flatten()[order]
             start = sum(counts[:first])
+            rounded = up_fns[0].rounded(x) if rounds_once and len(x) else None
             for expert, count in enumerate(counts[first : first + len(up_fns)]):
                 if not count:
                     continue
-                mine = tokens[start : start + count]
-                y = down_fns[expert](self.swiglu(up_fns[expert](x[mine])))
-                out.index_add_(0, mine, y * scale[start : start + count, None])
+                rows = tokens[start : start + count]
+                up = up_fns[expert]
+                between = up(x[rows]) if rounded is None else up.multiply(rounded.at(rows), x.dtype)
+                y = down_fns[expert](self.swiglu(between))
+                out.index_add_(0, rows, y * scale[start : start + count, None])
                 start += count
             return out
 

@@ -170,7 +170,7 @@ def test_a_file_replaced_before_it_was_locked_is_opened_again(path, monkeypatch)
     """The run before may put its sorted file in place between our opening and our locking."""
     with ResultsFile(path, "s", SAMPLES) as results:
         results.append(*row(0))
-    flock, replaced = results_module.fcntl.flock, []
+    flock, replaced = results_module.locks.fcntl.flock, []
 
     def late(file, flags):
         if not replaced:
@@ -178,7 +178,7 @@ def test_a_file_replaced_before_it_was_locked_is_opened_again(path, monkeypatch)
             path.write_bytes(replaced[0].read_bytes())
         return flock(file, flags)
 
-    monkeypatch.setattr(results_module.fcntl, "flock", late)
+    monkeypatch.setattr(results_module.locks.fcntl, "flock", late)
     with ResultsFile(path, "s", SAMPLES) as results:
         results.append(*row(1))
     assert len(path.read_text().splitlines()) == 2 and len(replaced[0].read_text().splitlines()) == 1
