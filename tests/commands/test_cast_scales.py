@@ -145,10 +145,13 @@ def test_what_is_refused_leaves_no_folder(v0, tmp_path, capsys, prepare, options
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_holds_something_is_refused(v0, capsys):
-    for target in (v0, v0 / "config.json"):
+def test_a_folder_that_holds_something_is_refused(v0, tmp_path, capsys):
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "notes").touch()
+    for target, words in ((v0, "is the checkpoint"), (v0 / "config.json", "lies in"), (held, "not empty")):
         assert run_tool("cast_scales", work, ["--model_path", str(v0), "--save_directory", str(target)]) == 2
-        assert "not empty" in capsys.readouterr().err or target.is_file()
+        assert words in capsys.readouterr().err
     assert run_tool("cast_scales", work, ["--model_path", str(v0 / "absent"), "--save_directory", str(v0)]) == 2
     assert "does not exist" in capsys.readouterr().err
 
