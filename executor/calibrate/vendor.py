@@ -198,8 +198,12 @@ def _run(words: Sequence[str]) -> None:
     with subprocess.Popen(
         words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:
-        for line in process.stdout:
-            sys.stderr.write(line)
-            last = [*last[-7:], line.rstrip()]
+        try:
+            for line in process.stdout:
+                sys.stderr.write(line)
+                last = [*last[-7:], line.rstrip()]
+        except BaseException:  # a signal, too: it would go on by itself for hours
+            process.terminate()
+            raise
     if process.returncode:
         raise RuntimeError(f"{words[0]} ended with status {process.returncode}: " + " | ".join(filter(None, last)))
