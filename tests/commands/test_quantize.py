@@ -62,7 +62,7 @@ def refused(capsys, *argv: object) -> str:
         ({"model_path": "/nowhere/at/all"}, "--model_path: /nowhere/at/all does not exist"),
         ({"calibration": "/no/pictures"}, "--calibration: there is no folder or file /no/pictures"),
         ({"calibration": None}, "--calibration: w8a8 measures activations: name a folder of about 32 pictures"),
-        ({"scheme": "w8a9"}, "invalid choice: 'w8a9'"),
+        ({"scheme": "w8a9"}, "got w8a9; one of w8a8, "),
         ({"scheme": "w4a8_dynamic"}, "this model is dense; use w8a8_dynamic"),
         ({"smooth": "1.5"}, "--smooth: got 1.5; a number from 0 (none) to below 1"),
         ({"percentile": "50"}, "--percentile: got 50; from 90 to 100"),
