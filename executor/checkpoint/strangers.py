@@ -87,7 +87,7 @@ def refuse_unmerged(checkpoint: Checkpoint) -> None:
         )
 
 
-def named(names: Sequence[str]) -> str:
+def named(names: Sequence[str], what: str = "tensors") -> str:
     """How many they are, and the first of them."""
     shown = ", ".join(f"'{name}'" for name in names[:3])
-    return f"{len(names)} tensors, such as {shown}{', ...' if len(names) > 3 else ''}"
+    return f"{len(names)} {what}, such as {shown}{', ...' if len(names) > 3 else ''}"

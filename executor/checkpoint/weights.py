@@ -8,6 +8,7 @@ place. Does not know models, ranks, devices or quantization: a `Pull` says where
 
 import fnmatch
 import logging
+import math
 import re
 import sys
 import time
@@ -88,7 +89,9 @@ def check_pulls(pulls: Iterable[Pull], checkpoint: Checkpoint) -> None:
 
 @torch.no_grad()
 def fill(pulls: Iterable[Pull], checkpoint: Checkpoint, *, progress: bool | None = False) -> int:
-    """Copies the slices of some layers into place; the bytes read. `load_weights` is for a whole model.
+    """Copies the slices of some layers into place; their bytes, of one that is read twice once.
+
+    `load_weights` is for a whole model.
 
     Raises UserError as it does.
     """
@@ -107,7 +110,12 @@ def fill(pulls: Iterable[Pull], checkpoint: Checkpoint, *, progress: bool | None
             wishes = sorted(by_file[file], key=lambda wish: wish[1].offset)
             for pull, info in _read(file, wishes):
                 bar.advance(_slice_bytes(pull, info))
-    return planned_bytes
+    once = {
+        (pull.name, *((part.start, part.stop) for part in pull.file_index)): _slice_bytes(pull, info)
+        for wishes in by_file.values()
+        for pull, info in wishes
+    }
+    return sum(once.values())
 
 
 def _read(file: Path, wishes: list[tuple[Pull, TensorInfo]]) -> Iterator[tuple[Pull, TensorInfo]]:
@@ -224,7 +232,8 @@ def _converts(stored: torch.dtype, wanted: torch.dtype) -> bool:
 
 
 def _slice_bytes(pull: Pull, info: TensorInfo) -> int:
-    return pull.into.numel() * info.dtype.itemsize
+    """Of the slice in its file; `into` may be wider, where one number is meant for every row."""
+    return math.prod(part.stop - part.start for part in pull.file_index) * info.dtype.itemsize
 
 
 class _Progress:

@@ -1,8 +1,8 @@
 """`python -m executor.commands.cast_scales --model_path A --save_directory B [--to int64|float32] [--plain]`.
 
 A copy of a statically quantized checkpoint whose deq_scale tensors have the other type: models in float16 have them as
-int64, models in bfloat16 as float32. All other tensors and files stay as they are, byte for byte, but for the dtype in
-config.json. Needs no NPU.
+int64, models in bfloat16 as float32. Files of weights are written anew: all other tensors keep their bytes, where they
+stand in a file may change. Other files are copied as they are, but for the dtype in config.json. Needs no NPU.
 """
 
 import sys
@@ -47,7 +47,11 @@ def bits_of_scale(scale: Tensor, plain: bool) -> Tensor:
 
 
 def work(argv: Sequence[str]) -> Document:
-    parser = ToolParser("cast_scales", "Give the deq_scale tensors of a W8A8 checkpoint the other type.")
+    parser = ToolParser(
+        "cast_scales",
+        "Copy a W8A8 checkpoint with deq_scale tensors of the other type; files of weights are written anew, "
+        "all other tensors keep their bytes.",
+    )
     parser.add("model_path", required=True, metavar="FOLDER", help="a statically quantized checkpoint (W8A8, W8A8S)")
     parser.add("save_directory", required=True, metavar="FOLDER", help="a folder that does not exist yet")
     parser.add("to", choices=tuple(MODEL_DTYPES), default="int64", help="int64 (the default) for models in float16")

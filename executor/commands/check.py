@@ -18,8 +18,8 @@ import torch
 from executor.checkpoint.description import read_description
 from executor.checkpoint.folder import local_checkpoint
 from executor.checkpoint.load import build_on_meta
+from executor.checkpoint.part_pulls import open_checkpoint
 from executor.checkpoint.pull import finalize, local_bytes
-from executor.checkpoint.weights import Checkpoint
 from executor.commands.build import decode_rows, graph_sizes
 from executor.device import ops
 from executor.engine.graphs import batch_sizes
@@ -189,7 +189,8 @@ def _quantized(recipe: Recipe, model: torch.nn.Module) -> torch.nn.Module:
     if folder is None or recipe.model.quantization in MADE:
         assume_schemes(model, recipe.model.quantization)
     if folder is not None:
-        catalog, description = Checkpoint(folder).catalog, read_description(folder)
+        catalog = open_checkpoint(folder, 0, recipe.attn_tp_size).catalog
+        description = read_description(folder)
         if recipe.model.quantization not in MADE:
             choose_schemes(model, catalog, description)
         choose_cache(model, catalog, description, recipe.model.kv_cache_dtype == "int8")

@@ -1,6 +1,6 @@
 """Whether a checkpoint folder is whole and loads here: everything that is wrong with it at once, nothing loaded.
 
-`quantize --check FOLDER` prints it. Reads JSON files, headers, and tensors of a few numbers.
+`quantize --check FOLDER` prints it. Reads JSON files, headers, scales, and other small tensors.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from executor.checkpoint.folder import read_json
 from executor.checkpoint.headers import Checkpoint
 from executor.checkpoint.part_pulls import open_checkpoint
 from executor.checkpoint.parts import part_folders
+from executor.checkpoint.settings import read_max_pixels
 from executor.commands.tool import Document, checkpoint_folder
 from executor.device.table import BACKENDS, DeviceSettings
 from executor.errors import UserError
@@ -116,6 +117,11 @@ def _check_files(folder: Path, config: Mapping[str, Any] | None, report: FolderR
         )
     if not has("generation_config.json"):
         report.warnings.append(f"{folder}: generation_config.json is missing: answers are greedy; {advice}")
+    if not missing and _attempt(report, lambda: (read_max_pixels(folder),)) == (None,):
+        report.warnings.append(
+            f"{folder}: preprocessor_config.json names no sizes of pictures (min_pixels and max_pixels, or size): "
+            f"those of the family's class count, as for float weights; {advice}"
+        )
     if not missing and config is not None:
         _attempt(report, lambda: _processor(folder, config))
 
@@ -149,5 +155,5 @@ def _check_weights(
     parallel = Parallel(text=group, world=group)
     model = build_on_meta(lambda: family_runner(config).build_model(config, parallel), getattr(torch, dtype))
     report.faults += (fault for fault in weight_faults(model, checkpoint, description) if fault not in report.faults)
-    warnings = weight_warnings(checkpoint, description, dtype)
+    warnings = weight_warnings(model, checkpoint, description, dtype, bool(report.faults))
     report.warnings += (warning for warning in warnings if warning not in report.warnings)

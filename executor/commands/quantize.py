@@ -32,6 +32,10 @@ DEFAULT_ROUNDING = {"w8a8s": "gptq"}
 """Its steps are eight times as wide as other schemes': there it is worth its time."""
 
 
+ELSEWHERE = {
+    "wint8": "it is made while a float checkpoint is loaded: --set model_config.quantization=wint8 in its recipe",
+    "w8a8sc": "it is made of w8a8s by python -m executor.commands.compress (docs/quantization.md)",
+}
 DOWNLOAD = "download the checkpoint again, whole"
 
 
@@ -39,20 +43,53 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ToolParser("quantize", "Make a quantized checkpoint of a float one, or judge one.")
     parser.add("model_path", metavar="FOLDER", help="a float checkpoint on this machine")
     parser.add("save_directory", metavar="FOLDER", help="where the quantized one goes: empty, or not there yet")
-    parser.add("scheme", choices=SCHEMES, help="how weights and activations are stored and multiplied")
+    parser.add("scheme", help=f"how weights and activations are stored and multiplied: {', '.join(SCHEMES)}")
     parser.add("calibration", metavar="PATH", help="a folder of pictures and videos, or rows (JSONL)")
-    parser.add("tool", choices=("auto", "msmodelslim", "builtin"), default="auto", help="what makes it")
+    parser.add(
+        "tool",
+        choices=("auto", "msmodelslim", "builtin"),
+        default="auto",
+        help="what makes it (default auto: the vendor's where its command is on the PATH and able)",
+    )
     parser.add("samples", type=int, default=32, help="of the calibration set, at most (default 32)")
-    parser.add("device", choices=("auto", "cpu", "npu"), default="auto", help="what the calibration is computed on")
-    parser.add("dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="and in which type")
+    parser.add(
+        "device",
+        choices=("auto", "cpu", "npu"),
+        default="auto",
+        help="what the calibration is computed on (default auto)",
+    )
+    parser.add(
+        "dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="and in which type (default auto: the checkpoint's)",
+    )
     parser.add("smooth", type=float, help="SmoothQuant's alpha, 0 for none (default 0.5 where activations are int8)")
-    parser.add("percentile", type=float, default=100.0, help="of its values that an activation's scale covers")
+    parser.add(
+        "percentile", type=float, default=100.0, help="of its values that an activation's scale covers (default 100)"
+    )
     parser.add("rounding", choices=("auto", "nearest", "gptq"), default="auto", help="of weights: gptq for w8a8s")
-    parser.add("keep_float", nargs="+", default=[], metavar="PATTERN", help="linears that stay float as well")
+    parser.add(
+        "keep_float",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="linears that stay float as well: shell patterns of whole names, such as model.language_model.layers.0.*",
+    )
     parser.add("quantize", nargs="+", default=[], metavar="PATTERN", help="linears that do not stay float by default")
-    parser.add("quantize_vision", action=argparse.BooleanOptionalAction, default=True, help="the vision encoder")
+    parser.add(
+        "quantize_vision",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether the vision encoder is quantized (default: it is)",
+    )
     parser.add("check", metavar="FOLDER", help="judge this quantized checkpoint, and make none")
-    return parser.parse_args(list(argv))
+    options = parser.parse_args(list(argv))
+    if options.scheme not in (None, *SCHEMES):
+        raise UserError(
+            f"--scheme: got {options.scheme}; {ELSEWHERE.get(options.scheme, 'one of ' + ', '.join(SCHEMES))}"
+        )
+    return options
 
 
 def work(argv: Sequence[str]) -> Document:
@@ -86,7 +123,7 @@ def quantize(options: argparse.Namespace) -> Document:
     report = run(source, out, settings_of(options, dtype), calibration, device, verify)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.kinds.items()))
     print(
-        f"{out}: {kinds}; {report.source_bytes / 1e9:.2f} GB became {report.written_bytes / 1e9:.2f} GB in "
+        f"{out}: linears: {kinds}; {report.source_bytes / 1e9:.2f} GB became {report.written_bytes / 1e9:.2f} GB in "
         f"{report.seconds:.0f} s; peak memory {report.peak_bytes / 1e9:.2f} GB (bound {report.bound_bytes / 1e9:.2f})"
     )
     return {"save_directory": str(out), "scheme": options.scheme, "tool": "builtin", **asdict(report)}
@@ -161,7 +198,7 @@ def open_source(model_path: str) -> Any:
     from executor.recipe.settle import read_folder
     from models.registry import family_runner, parse_config
 
-    folder = checkpoint_folder(model_path)
+    folder = checkpoint_folder(model_path, "float")
     config, quantization, _ = read_folder(folder, model_path)
     if quantization != "none":
         raise UserError(f"--model_path: {model_path} is quantized already ({quantization}); give the float checkpoint")

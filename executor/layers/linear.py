@@ -90,8 +90,14 @@ class Linear(nn.Module):
                 setattr(self, name, nn.Parameter(pack_int4(changed) if is_packed else changed, requires_grad=False))
 
     def prepare(self) -> None:
-        """Hand the tensors to the backend in its own layout and drop the plain copies."""
-        self.product = self.scheme.prepare_linear(ops.bound(), self.share, self.tensors, self.many_rows)
+        """Hand the tensors to the backend in its own layout and drop the plain copies.
+
+        Raises UserError, with the layer's name, for weights that the backend has no product by.
+        """
+        try:
+            self.product = self.scheme.prepare_linear(ops.bound(), self.share, self.tensors, self.many_rows)
+        except UserError as error:
+            raise UserError(f"{error} (at {self.prefix})" if self.prefix else str(error)) from error
         drop(self, self.names)
 
     def forward(self, x: Any) -> Tensor:

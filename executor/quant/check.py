@@ -18,8 +18,10 @@ from executor.checkpoint.load import in_files
 from executor.checkpoint.pull import Pull
 from executor.checkpoint.strangers import check_unread, named
 from executor.checkpoint.weights import converted, is_small_float, pull_faults
+from executor.device.weights import DynamicInt4
 from executor.errors import UserError, folded
 from executor.layers.linear import Linear
+from executor.layers.moe import Experts
 from executor.quant.choose import choose_cache, choose_schemes
 from executor.quant.fields import EACH, FieldScheme
 from executor.quant.kv_cache import OFFSET
@@ -48,10 +50,13 @@ def weight_faults(model: nn.Module, checkpoint: Checkpoint, description: Descrip
     return folded(faults)
 
 
-def weight_warnings(checkpoint: Checkpoint, description: Description | None, dtype: str) -> Iterator[str]:
-    """What is read here, and deserves a word. `dtype`: config.json's."""
+def weight_warnings(
+    model: nn.Module, checkpoint: Checkpoint, description: Description | None, dtype: str, has_faults: bool
+) -> Iterator[str]:
+    """What is read here, and deserves a word. `model`: one that `weight_faults` has seen; `dtype`: config.json's."""
     if description is None:
         return
+    yield from _limits(model)
     wanted = torch.int64 if dtype == "float16" else torch.float32
     scales = [name for name in checkpoint.catalog if name.endswith(".deq_scale")]
     odd = [name for name in scales if checkpoint.catalog[name].dtype in {torch.int64, torch.float32} - {wanted}]
@@ -61,9 +66,11 @@ def weight_warnings(checkpoint: Checkpoint, description: Description | None, dty
             f"here; kernels that are handed them as they are give zeros where a {dtype} model does not have "
             f"{str(wanted).removeprefix('torch.')}. To convert: python -m executor.commands.cast_scales"
         )
-    absent = [name for name in description.types if name not in checkpoint.catalog]
+    missing = _asked(model, checkpoint)
+    absent = [name for name in description.types if name not in checkpoint.catalog and name not in missing]
     if absent:
-        yield f"{description.file.name}: {named(absent)} are described and not in the files; nothing asks for them"
+        unasked = "" if has_faults else "; nothing asks for them"
+        yield f"{description.file.name}: {named(absent)} are described and not in the files{unasked}"
     cache_offsets = [name for name in checkpoint.catalog if name.endswith(f".{OFFSET}")]
     shifted = [name for name, x in _read(cache_offsets, checkpoint).items() if bool(x.any())]
     if shifted:
@@ -74,6 +81,32 @@ def weight_warnings(checkpoint: Checkpoint, description: Description | None, dty
     if checkpoint.ignored:
         files = ", ".join(file.relative_to(checkpoint.folder).as_posix() for file in checkpoint.ignored)
         yield f"beside the quantized weights, and not read: {files}"
+
+
+def _asked(model: nn.Module, checkpoint: Checkpoint) -> set[str]:
+    """Names that the model asks for: those of them that are missing are faults."""
+    try:
+        return {pull.name for pull in model.pulls(checkpoint.catalog)}
+    except UserError:  # a fault, too
+        return set()
+
+
+def _limits(model: nn.Module) -> Iterator[str]:
+    """Weights that a CPU takes, and NPUs or some numbers of ranks do not."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear | Experts)]
+    for size in sorted({size for layer in layers for size in layer.scheme.group_sizes.values()}):
+        names = [layer.prefix for layer in layers if size in layer.scheme.group_sizes.values()]
+        yield (
+            f"{named(names, 'layers')} have scales for groups of {size} inputs: the CPU takes them, and Atlas 800I A2 "
+            "and A3 where the size is a multiple of 32; the 300I DUO takes none, and ranks can only split between "
+            "groups. By channel they run everywhere"
+        )
+    narrow = [layer.prefix for layer in layers if isinstance(layer, Linear) and layer.scheme.form is DynamicInt4]
+    if narrow:
+        yield (
+            f"{named(narrow, 'layers')} outside of experts are W4A8_DYNAMIC: the CPU takes them, NPUs have no product "
+            "by them. Quantize all but the experts as W8A8_DYNAMIC to run there"
+        )
 
 
 def _inputs_that_differ(model: nn.Module, checkpoint: Checkpoint) -> Iterator[str]:

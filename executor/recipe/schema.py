@@ -22,7 +22,7 @@ ExeMode = Literal["eager", "ge_graph", "npugraph_ex", "compile"]
 CpuIsa = Literal["auto", "avx2", "avx512"]
 KVCacheDtype = Literal["auto", "float", "int8"]
 Quantization = Literal[
-    "auto", "none", "w8a8", "w8a8_dynamic", "w8a8_mix", "w8a16", "w4a16", "w4a8_dynamic", "w8a8s", "w8a8sc", "wint8"
+    "auto", "none", "w8a8", "w8a8_dynamic", "w8a8_mix", "w8a16", "w4a8_dynamic", "w8a8s", "w8a8sc", "wint8"
 ]
 
 

@@ -12,7 +12,8 @@ from executor.quant.sizes import MADE_AT_LOAD
 from executor.recipe.schema import ModelSection, Quantization
 from models.published import published_shapes
 
-WORDS = tuple(word for word in get_args(Quantization) if word not in ("auto", "none"))
+READ = tuple(word for word in get_args(Quantization) if word not in ("auto", "none", *MADE_AT_LOAD))
+"""Types that checkpoints are read in, in the recipe's words."""
 
 
 def has_scheme(device: str, word: str) -> bool:
@@ -30,10 +31,10 @@ def type_findings(model: ModelSection, types: Mapping[str, str]) -> list[str]:
     """Types of the folder (lower case, each with the name of a weight that has it) that the device does not have."""
     findings = []
     for kind, weight in sorted(types.items()):
-        if kind not in WORDS:
+        if kind not in READ:
             findings.append(
                 f"model_config.model_path: {weight} of {model.model_path} is {kind.upper()}, which this project does "
-                f"not read; it reads {', '.join(WORDS)}. Use the float checkpoint of the same model:  "
+                f"not read; it reads {', '.join(READ)}. Use the float checkpoint of the same model:  "
                 f"{float_twin(model)}"
             )
         elif not has_scheme(model.device, kind) and kind != model.quantization:
@@ -54,6 +55,11 @@ def disagreement(model: ModelSection, label: str, types: Collection[str]) -> str
         what = f"{model.quantization} is made of float weights, and the checkpoint {model.model_path} is {label}"
     else:
         what = f"the recipe says {model.quantization}, the checkpoint {model.model_path} is {label}"
+    if label == "none":
+        return (
+            f"model_config.quantization: {what}: its weights are float; set quantization: auto, or give the folder of "
+            "quantized weights (python -m executor.commands.quantize makes one)"
+        )
     return f"model_config.quantization: {what}{holds}; set quantization: auto, or give the other checkpoint"
 
 

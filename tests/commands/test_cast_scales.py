@@ -145,20 +145,13 @@ def test_what_is_refused_leaves_no_folder(v0, tmp_path, capsys, prepare, options
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_holds_something_is_refused(v0, capsys):
-    held, file = v0.with_name("held"), v0.with_name("file")
+def test_a_folder_that_holds_something_is_refused(v0, tmp_path, capsys):
+    held = tmp_path / "held"
     held.mkdir()
-    for path in (file, held / "notes.txt"):
-        path.write_text("")
-    places = {
-        held: "not empty",
-        file: f"{file} is a file",
-        v0: "is the checkpoint",
-        v0 / "new": "lies in the checkpoint",
-    }
-    for target, said in places.items():
+    (held / "notes").touch()
+    for target, words in ((v0, "is the checkpoint"), (v0 / "config.json", "lies in"), (held, "not empty")):
         assert run_tool("cast_scales", work, ["--model_path", str(v0), "--save_directory", str(target)]) == 2
-        assert said in capsys.readouterr().err
+        assert words in capsys.readouterr().err
     assert run_tool("cast_scales", work, ["--model_path", str(v0 / "absent"), "--save_directory", str(v0)]) == 2
     assert "does not exist" in capsys.readouterr().err
 

@@ -167,8 +167,10 @@ def test_an_experts_bias_that_is_described_only(changed, expert):
     """As of a linear: the model would answer without it."""
     name = f"{LAYER}.mlp.experts.{expert}.bias"
     folder = changed(described(name, "FLOAT"), "qwen3_vl_moe_w8a8")
-    (fault,) = check_folder(folder).faults
+    report = check_folder(folder)
+    (fault,), (warning,) = report.faults, report.warnings
     assert f"'{name}' is described, and is in none of the files" in fault
+    assert name in warning and "nothing asks" not in warning
     with pytest.raises(UserError, match="in none of the files"):
         engine_over(folder)
 
@@ -266,6 +268,54 @@ def test_files_that_some_tools_forget(changed):
     for fault, (words,) in zip(report.faults, FILES.values(), strict=True):
         assert words in fault
     assert [name in line for name, line in zip(("video_pre", "generation"), report.warnings, strict=True)] == [True] * 2
+
+
+def test_what_is_missing_is_not_called_unasked_for(changed):
+    report = check_folder(changed(without("deq_scale")))
+    assert "deq_scale' is missing" in report.faults[0] and report.warnings == []
+
+
+def test_settings_without_sizes_are_a_warning(changed):
+    """They load, as those of float weights do, and pictures have other sizes than the model was made with."""
+    folder = changed()
+    (folder / "preprocessor_config.json").write_text("{}")
+    (warning,) = check_folder(folder).warnings
+    assert "preprocessor_config.json names no sizes of pictures (min_pixels and max_pixels, or size)" in warning
+
+
+def test_what_no_npu_takes_is_a_warning(changed):
+    def change(tensors, description):
+        for name in [name for name in tensors if name.endswith("mlp.down_proj.weight")]:
+            linear, columns = name.removesuffix(".weight"), tensors[name].shape[1]
+            for suffix in ("weight_scale", "weight_offset"):
+                tensors[f"{linear}.{suffix}"] = tensors[f"{linear}.{suffix}"].expand(-1, columns // 16)
+        for name in QKV:
+            tensors[f"{name}.weight"].clamp_(-8, 7)
+            tensors[f"{name}.weight_offset"].zero_()
+            for suffix in ("weight", "weight_scale", "weight_offset"):
+                description[f"{name}.{suffix}"] = "W4A8_DYNAMIC"
+
+    report = check_folder(changed(change, "qwen3_vl_w8a16"))
+    groups, narrow = report.warnings
+    assert report.faults == []
+    assert "3 layers, such as" in groups and "groups of 16 inputs" in groups and "the 300I DUO takes none" in groups
+    assert f"1 layers, such as '{LAYER}.self_attn.qkv_proj' outside of experts are W4A8_DYNAMIC" in narrow
+
+
+def test_weights_of_four_bits_are_read_where_they_stand_one_to_a_byte(changed):
+    def change(tensors, description):
+        for name in QKV:
+            tensors[f"{name}.weight"].clamp_(-8, 7)
+            tensors[f"{name}.weight_offset"].zero_()
+            for suffix in ("weight", "weight_scale", "weight_offset"):
+                description[f"{name}.{suffix}"] = "W4A8_DYNAMIC"
+        tensors[f"{QKV[1]}.weight"][3, 5] = 8
+
+    folder = changed(change, "qwen3_vl_w8a16")
+    (fault,) = check_folder(folder).faults
+    assert f"'{QKV[1]}.weight' has one weight to a byte and weights outside of -8 to 7" in fault
+    with pytest.raises(UserError, match="one weight to a byte"):
+        engine_over(folder)
 
 
 def test_entries_of_nothing_are_a_warning(changed):

@@ -18,6 +18,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from emulator.kernels.compressed import unzip_weight
+from executor.checkpoint.folder import read_json
+from executor.checkpoint.load import build_on_meta
+from executor.commands import check
 from executor.commands.check_folder import check_folder
 from executor.commands.compress import part, ranks
 from executor.commands.compress.__main__ import compress_all, work
@@ -25,8 +28,11 @@ from executor.commands.compress.job import check_sizes, open_job, share_of
 from executor.commands.tool import run_tool
 from executor.errors import UserError
 from executor.host.env import RankPlace, environment
+from executor.layers.linear import Linear
+from executor.parallel.groups import Group, Parallel
 from executor.recipe.schema import build_recipe
 from executor.recipe.settle import prepare, read_folder
+from models.registry import family_runner
 from tests.quant.compressing import stand_in
 from tests.reference import REPO
 
@@ -176,6 +182,21 @@ def test_a_folder_is_for_its_number_of_ranks(made):
     other = 3 - size
     with pytest.raises(UserError, match=f"attn_tp_size: the recipe has {other}, and .* compressed for {size}; set "):
         settled(folder, other)
+
+
+def test_check_reads_the_part_of_its_rank(made):
+    """The model that `check` traces: its schemes come from a part's own headers."""
+    size, folder, _ = made
+    recipe = settled(folder, size).recipe
+    config = read_json(folder, "config.json")
+    group = Group(0, size)
+    model = build_on_meta(
+        lambda: check._quantized(
+            recipe, family_runner(config).build_model(config, Parallel(text=group, world=group, vision=group))
+        ),
+        torch.float16,
+    )
+    assert "w8a8sc" in {layer.scheme.name for layer in model.modules() if isinstance(layer, Linear)}
 
 
 @pytest.mark.parametrize("vision", ["tp", "data"])

@@ -43,7 +43,11 @@ def refuse_unsupported(recipe):
         ({"device": "cuda"}, {}, ["cuda backend is not part of this release"]),
         ({"device": "cpu", "exe_mode": "compile"}, {}, ["compile is not part", "--set model_config.exe_mode=eager"]),
         ({"device": "cuda"}, {"world_size": 2}, ["--set parallel_config.world_size=1"]),
-        ({"device": "cpu", "quantization": "w4a16"}, {}, ["w4a16 weights are not part", "float checkpoint"]),
+        (
+            {"device": "cpu", "quantization": "w8a8sc"},
+            {},
+            ["w8a8sc weights do not run on cpu", "use the w8a8s weights"],
+        ),
     ],
 )
 def test_what_this_release_cannot_start(model, parallel, words, monkeypatch):
@@ -131,8 +135,8 @@ NPU = {"device": "npu", "soc": "atlas_800i_a2"}
     "model, parallel, scheduler, words",
     [
         (NPU, {"world_size": 3}, {}, ["attn_tp_size: ", "needs torch_npu"]),
-        (NPU | {"quantization": "w4a16"}, {}, {},
-         ["quantization: w4a16", "quantization: the recipe says", "torch_npu"]),
+        (NPU | {"quantization": "w8a8"}, {}, {},
+         ["quantization: the recipe says w8a8, the checkpoint", "torch_npu"]),
         (NPU | {"model_path": "./absent"}, {}, {}, ["there is no folder ./absent", "needs torch_npu"]),
         (NPU | {"dtype": "float32"}, {"world_size": 3, "moe_ep_size": 3}, {"max_model_len": 10**9},
          ["dtype: attention on NPUs", "made for at most", "attn_tp_size: ", "has no experts", "needs torch_npu"]),
@@ -156,7 +160,7 @@ def test_everything_that_can_be_known_is_told_at_once(model, parallel, scheduler
     [
         (NPU | {"exe_mode": "ge_graph", "dtype": "float16"}, {"world_size": 8, "attn_tp_size": 4, "moe_ep_size": 2}),
         ({"device": "cpu", "soc": "atlas_300i_duo", "dtype": "float16"}, {}),
-        ({"device": "cuda", "exe_mode": "compile", "quantization": "w4a16"}, {"world_size": 2}),
+        ({"device": "cuda", "exe_mode": "compile", "quantization": "w8a8sc"}, {"world_size": 2}),
     ],
 )
 def test_the_advice_of_a_refusal_is_not_refused(model, parallel, monkeypatch):
@@ -253,7 +257,9 @@ def test_a_word_that_the_folder_is_not(tmp_path, word):
     folder = described(tmp_path / "folder", "W8A8", *MIXED)
     with pytest.raises(UserError, match=rf"says {word}, the checkpoint .*folder is w8a8 \(it holds w8a8, w8a8_dynamic"):
         prepared(folder, quantization=word)
-    with pytest.raises(UserError, match="the recipe says w8a8, the checkpoint .* is none; set quantization: auto"):
+    with pytest.raises(
+        UserError, match="the recipe says w8a8, the checkpoint .* is none: .*python -m executor.commands.quantize"
+    ):
         prepared(TINY, quantization="w8a8")
 
 

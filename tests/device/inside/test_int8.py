@@ -130,7 +130,7 @@ def test_groups_of_a_row_have_their_own_scales(group_size) -> None:
 
 def test_a_chip_says_what_it_cannot_multiply_by() -> None:
     weight = DynamicInt4(torch.zeros(8, 32, dtype=torch.int8), torch.ones(16))
-    with pytest.raises(UserError, match=f"{A2} has no product by DynamicInt4"):
+    with pytest.raises(UserError, match=f"{A2} has no product by W4A8_DYNAMIC weights of a linear"):
         backend(A2).prepare_linear(weight, None)
 
 
