@@ -66,11 +66,15 @@ class Job:
         return self.bench.checkpoint
 
 
+def without_memory(job: Job) -> Any:
+    """The whole model, to be looked at or filled stage by stage."""
+    with default_dtype(job.bench.dtype), deferred():
+        return job.build()
+
+
 def load_stage(job: Job, stage: Stage) -> Any:
     """A model of which this stage's modules alone have weights, in the device's form."""
-    bench = job.bench
-    with default_dtype(bench.dtype), deferred():
-        model = job.build()
+    bench, model = job.bench, without_memory(job)
     for prefix, module in stage.modules(model):
         materialise(module, bench.device.device)
         fill(_pulls(module, bench.checkpoint, prefix), bench.checkpoint)
@@ -97,7 +101,7 @@ def linears_of_stage(model: Any, stage: Stage, checkpoint: Checkpoint) -> list[L
 def run_stage(job: Job, stage: Stage, number: int, work: Work, names: list[str], linears: list[LinearSource]) -> None:
     """Run it for every sample, keep their states for the next, and write its tensors (`names`, all it has)."""
     is_run = stage.run is not None and job.settings.needs_activations
-    model = load_stage(job, stage) if is_run else _without_memory(job)
+    model = load_stage(job, stage) if is_run else without_memory(job)
     looked = Looked({}, {}, {})
     if is_run:
         looked = _look(job, stage, number, work, model, linears)
@@ -112,11 +116,6 @@ def run_stage(job: Job, stage: Stage, number: int, work: Work, names: list[str],
         looked = _look_again(job, stage, number, work, model, linears, looked, folding)
     del model
     work.finish_stage(number, *entries_of(job, names, linears, looked, folding))
-
-
-def _without_memory(job: Job) -> Any:
-    with default_dtype(job.bench.dtype), deferred():
-        return job.build()
 
 
 def _wanted(job: Job, linears: list[LinearSource]) -> set[str]:

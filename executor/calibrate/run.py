@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from executor.calibrate.identity import identity
-from executor.calibrate.layer import Job, linears_of_stage, run_stage
+from executor.calibrate.layer import Job, linears_of_stage, run_stage, without_memory
 from executor.calibrate.linears import LinearSource
 from executor.calibrate.memory import check_memory, most_bytes, patches_of_longest
 from executor.calibrate.plan import plan
@@ -34,14 +34,12 @@ from executor.calibrate.settings import Settings
 from executor.calibrate.stages import Bench, Stage, stages_of, tensors_of, with_cache
 from executor.calibrate.work import NAME, Work
 from executor.calibrate.write import is_other_file, pack
-from executor.checkpoint.load import default_dtype
-from executor.checkpoint.pull import deferred
 from executor.checkpoint.weights import Checkpoint
 from executor.checkpoint.writing import copy_files
 from executor.device import ops
 from executor.device.ops import Ops
 from executor.errors import UserError
-from executor.host.limits import host_memory_bytes, process_memory_bytes
+from executor.host.limits import host_memory_bytes, peak_memory_bytes, process_memory_bytes
 from executor.prompt.options import MediaOptions
 
 logger = logging.getLogger(__name__)
@@ -113,8 +111,7 @@ def _quantized(
     checkpoint = Checkpoint(source.folder)
     bench = Bench(device, getattr(torch, settings.dtype), checkpoint)
     job = Job(settings, bench, lambda: source.runner.build_model(source.config), {}, source.dtype == "float16")
-    with default_dtype(bench.dtype), deferred():
-        model = job.build()
+    model = without_memory(job)
     stages = stages_of(model)
     names = tensors_of(stages, checkpoint.catalog)
     linears = [linears_of_stage(model, stage, checkpoint) for stage in stages]
@@ -132,7 +129,8 @@ def _quantized(
     types = Counter(job.kinds.values())
     written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     seconds = time.monotonic() - started
-    return Report(dict(types), checkpoint.total_bytes, written, work.num_samples or 0, seconds, peak_bytes(), bound)
+    samples, peak = work.num_samples or 0, peak_memory_bytes()
+    return Report(dict(types), checkpoint.total_bytes, written, samples, seconds, peak, bound)
 
 
 def _written(
@@ -208,19 +206,10 @@ def _run_stages(
             if not on_terminal:
                 logger.info(
                     "%d of %d, %s: %.1f s, peak memory %.2f GB",
-                    number + 1, len(stages), stages[number].name, time.monotonic() - started, peak_bytes() / 1e9,
+                    number + 1, len(stages), stages[number].name, time.monotonic() - started, peak_memory_bytes() / 1e9,
                 )  # fmt: skip
 
 
 def _metadata(settings: Settings) -> dict[str, Any]:
     """What the description says of how it was made."""
     return {"quantized_with": {"tool": "executor.commands.quantize", **asdict(settings)}}
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held so far; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)

@@ -88,6 +88,15 @@ class CompressedInt8:
 
 QuantizedWeight = StaticInt8 | DynamicInt8 | MixedInt8 | WeightInt8 | DynamicInt4 | CompressedInt8
 Weight = Tensor | QuantizedWeight
+WORDS: dict[type, str] = {
+    StaticInt8: "W8A8",
+    DynamicInt8: "W8A8_DYNAMIC",
+    MixedInt8: "W8A8_MIX",
+    WeightInt8: "W8A16",
+    DynamicInt4: "W4A8_DYNAMIC",
+    CompressedInt8: "W8A8SC",
+}
+"""What descriptions call each: for messages."""
 
 
 def experts_of(weight: Weight) -> list[Weight]:

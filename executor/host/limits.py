@@ -38,11 +38,20 @@ def host_memory_bytes(root: Path = Path("/")) -> int:
 
 def process_memory_bytes(root: Path = Path("/")) -> int:
     """Memory that this process holds already, code of libraries included; 0 where the system does not say."""
+    return _status_bytes(root, "VmRSS")
+
+
+def peak_memory_bytes(root: Path = Path("/")) -> int:
+    """The most memory that this process has held so far; 0 where the system does not say."""
+    return _status_bytes(root, "VmHWM")
+
+
+def _status_bytes(root: Path, key: str) -> int:
     try:
         lines = (root / "proc/self/status").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
 
 
 def host_cores(root: Path = Path("/")) -> int:

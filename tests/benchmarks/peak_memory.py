@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from executor.checkpoint.load import build_on_meta
 from executor.commands.build import build_engine
 from executor.engine.engine import Engine
+from executor.host.limits import peak_memory_bytes
 from executor.recipe.schema import Recipe, build_recipe
 from executor.recipe.settle import prepare
 from executor.schedule.request import MediaItem, Prompt, SamplingParams, Span
@@ -68,9 +69,9 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     recipe = build_recipe({"model_config": model, "scheduler_config": sizes | {"enable_prefix_caching": False}})
     prepared = prepare(recipe)
     engine = build_engine(prepared.recipe)
-    loaded = _status("VmHWM")
+    loaded = peak_memory_bytes()
     answer(engine, prepared.recipe, args)
-    peak = _status("VmHWM")
+    peak = peak_memory_bytes()
     memory = prepared.memory
     return {
         "model": folder.name if args.folder else args.model,
@@ -143,13 +144,6 @@ def write_random(folder: Path, args: argparse.Namespace) -> None:
         save_file({pull.name: torch.randn(pull.file_shape).mul_(0.02).bfloat16()}, folder / name)
         index[pull.name] = name
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
 
 
 def _reset_high_water() -> None:

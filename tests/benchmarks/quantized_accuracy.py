@@ -55,22 +55,12 @@ def main() -> None:
 def make(source: str, scheme: str, words: Sequence[str], scratch: Path) -> str:
     pictures = scratch / "calibration"
     if not pictures.is_dir():
-        write_calibration(pictures)
+        world.write_rows(pictures, NUM_CALIBRATION, CALIBRATION_SEED)
     out = scratch / scheme
     named = ["--model_path", source, "--save_directory", str(out), "--scheme", scheme, "--device", "cpu"]
     document = quantize([*named, "--calibration", str(pictures), *words])
     print(json.dumps(document), file=sys.stderr)
     return str(out)
-
-
-def write_calibration(folder: Path, count: int = NUM_CALIBRATION) -> None:
-    """`count` pictures of the tiny models' world, each with a question of its own."""
-    folder.mkdir()
-    lines = []
-    for number, sample in enumerate(world.held_out(CALIBRATION_SEED, count, kinds=world.PICTURE_KINDS)):
-        world.write_picture(sample.scene, folder / f"{number:02d}.png")
-        lines.append(json.dumps({"image": f"{number:02d}.png", "text": sample.question.text}) + "\n")
-    (folder / "rows.jsonl").write_text("".join(lines))
 
 
 def measure(folder: str, args: argparse.Namespace, scratch: Path) -> tuple[dict, torch.Tensor]:

@@ -20,15 +20,11 @@ def tiny(family: str) -> Path:
 
 def write_calibration(folder: Path, count: int = NUM_SAMPLES) -> Path:
     """Pictures of the tiny models' world with a question each, and one clip."""
-    folder.mkdir()
-    lines = []
-    for number, sample in enumerate(world.held_out(7, count - 1, kinds=world.PICTURE_KINDS)):
-        world.write_picture(sample.scene, folder / f"{number:02d}.png")
-        lines.append({"image": f"{number:02d}.png", "question": sample.question.text})
+    world.write_rows(folder, count - 1, seed=7)
     clip = world.held_out(7, 1, kinds=world.CLIP_KINDS)[0]
     world.write_clip(clip.scene, folder / "clip.mp4")
-    lines.append({"video": "clip.mp4", "question": clip.question.text})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (folder / "rows.jsonl").open("a") as rows:
+        rows.write(json.dumps({"video": "clip.mp4", "question": clip.question.text}) + "\n")
     return folder
 
 

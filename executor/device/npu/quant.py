@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from executor.device.npu import layout
 from executor.device.npu.linear import SummedLinear, frozen
 from executor.device.weights import (
-    CompressedInt8,
-    DynamicInt4,
+    WORDS,
     DynamicInt8,
     MixedInt8,
     QuantizedWeight,
@@ -30,7 +29,6 @@ from executor.errors import UserError
 MOST_COLUMNS = 65535  # outputs of one product
 _TILE = 16  # divides both dims of a weight that the 300I DUO quantizes activations for
 _GROUP = 32  # divides the inputs that share a scale
-_NAMES = {DynamicInt4: "W4A8_DYNAMIC", CompressedInt8: "W8A8SC"}  # those without a product by a linear here
 _STATIC, _DYNAMIC = 0, 1  # quant_mode of npu_dequant_swiglu_quant
 
 
@@ -80,7 +78,7 @@ class Int8Products:
             self._check_groups(weight)
             return WeightLinear(self, weight, bias)
         raise UserError(
-            f"model_config.quantization: {self.chip} has no product by {_NAMES[type(weight)]} weights of a linear; "
+            f"model_config.quantization: {self.chip} has no product by {WORDS[type(weight)]} weights of a linear; "
             "quantize all linears outside of experts as W8A8_DYNAMIC, or run the model on the CPU"
         )
 

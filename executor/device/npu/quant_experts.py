@@ -18,12 +18,11 @@ from executor.device.npu.experts import Product, grouped
 from executor.device.npu.linear import frozen
 from executor.device.npu.soc import GROUPED_SWIGLU, Soc
 from executor.device.weights import (
-    CompressedInt8,
+    WORDS,
     DynamicInt4,
     DynamicInt8,
     MixedInt8,
     QuantizedWeight,
-    StaticInt8,
     WeightInt8,
     expert_form,
     unpack_int4,
@@ -38,13 +37,6 @@ _GROUP = 256  # inputs of four-bit weights come in multiples of this
 _MOST_INPUTS = 18432  # of four-bit weights
 _WORD = 8  # outputs of four-bit weights to an int32
 _ALIGNED = 16  # 300I DUO
-_WORDS = {
-    StaticInt8: "W8A8",
-    DynamicInt8: "W8A8_DYNAMIC",
-    DynamicInt4: "W4A8_DYNAMIC",
-    WeightInt8: "W8A16",
-    CompressedInt8: "W8A8SC",
-}
 _CONVERT = "quantize the experts as W8A8_DYNAMIC, or use the float checkpoint of the same model"
 
 
@@ -55,9 +47,9 @@ def check(soc: Soc, form: type, hidden_size: int, intermediate_size: int) -> Non
     form = DynamicInt8 if form is MixedInt8 else form
     served = (DynamicInt8, DynamicInt4, WeightInt8) if soc.routes_ranges else (DynamicInt8,)
     if form not in served:
-        allowed = ", ".join(_WORDS[each] for each in served)
+        allowed = ", ".join(WORDS[each] for each in served)
         raise UserError(
-            f"model_config.soc: {soc.name} has no kernel for {_WORDS[form]} experts, allowed {allowed}; {_CONVERT}"
+            f"model_config.soc: {soc.name} has no kernel for {WORDS[form]} experts, allowed {allowed}; {_CONVERT}"
         )
     if form is DynamicInt4:
         fits = intermediate_size % _GROUP == 0 and intermediate_size <= _MOST_INPUTS and hidden_size % _GROUP == 0
@@ -67,7 +59,7 @@ def check(soc: Soc, form: type, hidden_size: int, intermediate_size: int) -> Non
         wanted = f"multiples of {_ALIGNED}"
     if not fits:
         raise UserError(
-            f"model_config.soc: {_WORDS[form]} experts on {soc.name} want a hidden size and, on each rank, "
+            f"model_config.soc: {WORDS[form]} experts on {soc.name} want a hidden size and, on each rank, "
             f"an intermediate size that are {wanted}; got {hidden_size} and {intermediate_size}. Deal whole experts to "
             "the ranks (parallel_config.moe_ep_size) rather than slices of them"
         )
