@@ -31,6 +31,7 @@ COMMANDS = {
 }
 MODULES = {  # the commands of this release
     "generate": "executor.commands.generate.run",
+    "serve": "executor.commands.serve.run",
     "check": "executor.commands.check",
 }
 

@@ -291,9 +291,10 @@ class Engine:
         if request.finished:
             del self._answers[request.id]
             self.runner.forget(request)
+        logprobs = tuple(request.output_logprobs[-len(token_ids) :]) if token_ids else ()
         answer.outputs.append(
-            Output(answer.parent_id, answer.index, delta, token_ids, request.finish_reason, request)
-        )  # fmt: skip
+            Output(answer.parent_id, answer.index, delta, token_ids, request.finish_reason, request, logprobs)
+        )
 
     def _drop(self, request_id: str) -> None:
         """End a request at its caller's wish. Unread outputs of it go as well, all but the last of a `stream`."""

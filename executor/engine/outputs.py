@@ -20,6 +20,7 @@ class Output:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     request: Request
+    logprobs: tuple[Any, ...] = ()  # TokenLogprobs of `token_ids`, where they were asked for
 
     @property
     def finished(self) -> bool:

@@ -202,6 +202,8 @@ class DataSection(Section):
     """Bound every frame of a video by its own share of the pixels, too."""
     video_timestamps: Literal["per_frame", "outer_pair"] = "per_frame"
     """Form of a video in a Qwen3-VL prompt. per_frame is the trained one; outer_pair keeps one more pair of marks."""
+    allowed_media_domains: Words = ()
+    """Hosts that pictures and videos may be fetched from over http(s). None: addresses are refused."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Handed to the checkpoint's chat template."""
     results_path: str | None = None
@@ -209,18 +211,22 @@ class DataSection(Section):
 
 
 class ServerSection(Section):
-    """The HTTP server of the `serve` command, which is not in this release yet."""
+    """The HTTP server of the `serve` command."""
 
     host: str = "127.0.0.1"
     """Address it listens on. 0.0.0.0: every network of the machine."""
-    port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    """Port it listens on."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port it listens on. 0: a free one, which is printed."""
     served_model_name: str | None = None
     """Name clients use. null: the last part of model_path."""
     api_key: str | None = None
     """Key clients must send. null: none."""
+    allowed_origins: Words = ()
+    """Web pages of other addresses that browsers may let ask, as https://host:port. "*": all."""
     allowed_local_media_path: str | None = None
     """Folder below which requests may name files. null: none."""
+    max_body_bytes: Positive = 512 * 1024 * 1024
+    """Bytes of one HTTP request."""
     max_pictures: Annotated[int, Field(ge=0)] = 16
     """Pictures of one request."""
     max_videos: Annotated[int, Field(ge=0)] = 4
@@ -229,8 +235,24 @@ class ServerSection(Section):
     """Bytes of one picture or video."""
     max_media_pixels: Positive = 100_000_000
     """Pixels of one picture before the resize."""
-    max_queued_requests: Positive = 256
+    max_video_frames: Positive = 100_000
+    """Frames of one video, in the file."""
+    max_video_s: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds of one video."""
+    max_queued_requests: Positive = 2048
     """Requests that wait; further ones are told to come back."""
+    request_timeout_s: Annotated[float, Field(gt=0)] | None = None
+    """Seconds in which a request must be answered. null: no limit."""
+    drain_timeout_s: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds that running requests have to end after SIGTERM."""
+    ssl_certfile: str | None = None
+    """Certificate for https. null: http."""
+    ssl_keyfile: str | None = None
+    """Key of the certificate. null: in ssl_certfile."""
+    log_prompts: bool = False
+    """Write what is asked into the access log."""
+    replicas: Positive = 1
+    """Copies of the whole recipe on a Ray cluster that share the requests. 1: no Ray."""
 
 
 class Recipe(Section):

@@ -13,6 +13,18 @@ import numpy as np
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What an answer must be: `source` in the language that `kind` names. Checked when the request is prepared.
+
+    json_schema: a schema's JSON text. regex: a regular expression. choice: a JSON list of texts. ebnf: a grammar in
+    GBNF with the rule `root`. structural: a JSON object of the grammar library for texts with marked parts (calls).
+    """
+
+    kind: Literal["json_schema", "regex", "choice", "ebnf", "structural"]
+    source: str
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How one request's tokens are chosen. Defaults are greedy and without penalties.
 
@@ -36,6 +48,13 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the chosen token's and the k best
     n: int = 1
+    logit_bias: tuple[tuple[int, float], ...] = ()  # added to these tokens' scores, after the penalties
+    allowed_token_ids: tuple[int, ...] | None = None  # None: all
+    bad_words: tuple[str, ...] = ()  # texts that an answer may not hold
+    grammar: Grammar | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None  # as `logprobs`, of the prompt's tokens
 
     def __post_init__(self) -> None:
         for name, single in (("stop", str), ("stop_token_ids", int)):

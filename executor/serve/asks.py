@@ -1,0 +1,106 @@
+"""What is asked of an engine's front door, and what comes back: plain data, which other processes may be sent.
+
+Knows no HTTP and no engine. An `Ask` holds texts, addresses and numbers; media are read where it is answered.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from executor.schedule.request import SamplingParams
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation, as clients write it."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    media_options: Mapping[str, Any] = field(default_factory=dict)  # of all media that say nothing themselves
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """Text without a template; each placeholder in it takes the next of `media`, parts of a message."""
+
+    text: str
+    media: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """Token ids as they stand."""
+
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: a prompt, and how its `params.n` answers are chosen."""
+
+    id: str
+    prompt: ChatPrompt | TextPrompt | TokenPrompt
+    params: SamplingParams
+    timeout_s: float | None = None
+    fits_exactly: bool = False  # refuse a prompt that leaves no room for params.max_new_tokens; else they are fewer
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInfo:
+    """A chosen token's logprob, and the best candidates with theirs: (token id, natural logarithm)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added to one answer. The last one of an answer has a finish_reason."""
+
+    index: int  # which of the `n` answers
+    text: str
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    num_cached_tokens: int = 0
+    logprobs: tuple[TokenInfo, ...] = ()
+    finish_reason: Literal["stop", "length", "abort", "error"] | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None  # where finish_reason is "error"
+    prompt_logprobs: tuple[TokenInfo | None, ...] | None = None  # with the first delta, where asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The last event of a request that was answered. Times in seconds."""
+
+    num_prompt_tokens: int
+    num_vision_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int  # of all answers
+    prepare_s: float
+    ttft_s: float  # from the moment that the engine took it in
+    tpot_s: float
+    e2e_s: float
+    finish_reasons: tuple[str, ...]
+
+
+FailureKind = Literal["refused", "unreachable", "late", "aborted", "fault"]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The last event of a request that was not answered.
+
+    refused: its own mistake. unreachable: a medium's address answered with a mistake. late: its time was over.
+    aborted: somebody wished it. fault: ours, or the engine's end.
+    """
+
+    kind: FailureKind
+    message: str
+
+
+Event = Delta | Done | Failure

@@ -1,0 +1,123 @@
+"""Who answers an `Ask`: this process's engine here, others behind the same four names.
+
+A backend's `ask` returns a Feed at once or raises QueueFull; what goes wrong later is the feed's Failure.
+"""
+
+import asyncio
+from functools import partial
+from typing import Any, Protocol
+
+from executor.engine.engine import Question
+from executor.engine.loop import EngineLoop, Handle
+from executor.engine.loop import Event as LoopEvent
+from executor.engine.outputs import Completion, Output
+from executor.errors import UserError
+from executor.schedule.request import Prompt
+from executor.serve.asks import Ask, ChatPrompt, Delta, Done, Event, Failure, TextPrompt, TokenInfo
+from executor.serve.feed import Crossing, Feed
+
+
+class Backend(Protocol):
+    """Answers requests. All of it is called in the event loop's thread."""
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that it has and has not answered."""
+
+    @property
+    def fault(self) -> str | None:
+        """Why it answers nothing any more."""
+
+    def ask(self, ask: Ask) -> Feed:
+        """Raises executor.engine.loop.QueueFull, and RuntimeError when it has ended."""
+
+
+class EngineBackend:
+    """The engine of this process, driven by `loop`'s thread."""
+
+    def __init__(self, loop: EngineLoop, event_loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._crossing = Crossing(event_loop)
+
+    @property
+    def num_unfinished(self) -> int:
+        return self.loop.num_unfinished
+
+    @property
+    def fault(self) -> str | None:
+        return None if self.loop.fault is None else str(self.loop.fault)
+
+    def ask(self, ask: Ask) -> Feed:
+        feed, handles = Feed(), []
+
+        def on_event(event: LoopEvent) -> None:
+            self._crossing.put(feed, plain_event(event, handles[0] if handles else None))
+
+        handle = self.loop.submit(partial(self._make, ask), ask.params, on_event=on_event, timeout_s=ask.timeout_s)
+        handles.append(handle)
+        feed.abort = handle.abort
+        return feed
+
+    def _make(self, ask: Ask) -> Question:
+        """Runs in a preparing thread."""
+        engine = self.loop.engine
+        prompt = build_prompt(engine.processor, ask)
+        room_tokens = engine.scheduler.max_model_len - len(prompt.token_ids)
+        if ask.fits_exactly and ask.params.max_new_tokens > room_tokens:
+            raise UserError(
+                f"this model's maximum context length is {engine.scheduler.max_model_len} tokens, requested "
+                f"{len(prompt.token_ids) + ask.params.max_new_tokens}: {len(prompt.token_ids)} of the prompt and "
+                f"{ask.params.max_new_tokens} of the answer; shorten the prompt or ask for fewer tokens"
+            )
+        return prompt
+
+
+def build_prompt(processor: Any, ask: Ask) -> Prompt:
+    """The prompt of an ask. Raises UserError."""
+    prompt = ask.prompt
+    if isinstance(prompt, ChatPrompt):
+        return processor.build(
+            prompt.messages,
+            tools=prompt.tools or None,
+            add_generation_prompt=prompt.add_generation_prompt,
+            chat_template_kwargs=prompt.template_kwargs or None,
+        )
+    if isinstance(prompt, TextPrompt):
+        return processor.build_text(prompt.text, prompt.media)
+    raise NotImplementedError  # token ids: PromptBuilder.build_tokens
+
+
+def plain_event(event: LoopEvent, handle: Handle | None) -> Event:
+    """What a handle tells, as plain data."""
+    if isinstance(event, Output):
+        request = event.request
+        return Delta(
+            index=event.index,
+            text=event.text_delta,
+            token_ids=event.token_ids,
+            num_prompt_tokens=len(request.prompt.token_ids),
+            num_cached_tokens=request.num_cached_tokens,
+            logprobs=tuple(TokenInfo(x.token_id, x.logprob, x.top) for x in event.logprobs),
+            finish_reason=event.finish_reason and event.finish_reason.value,
+            stop_reason=request.stop_reason,
+            error=event.error,
+        )
+    if isinstance(event, Completion):
+        return Done(
+            num_prompt_tokens=event.prompt_tokens,
+            num_vision_tokens=event.vision_tokens,
+            num_cached_tokens=event.cached_tokens,
+            num_output_tokens=event.completion_tokens,
+            prepare_s=handle.prepare_s if handle else 0.0,
+            ttft_s=event.ttft_s,
+            tpot_s=event.tpot_s,
+            e2e_s=event.e2e_s,
+            finish_reasons=tuple(reason.value for reason in event.finish_reasons),
+        )
+    if isinstance(event, UserError):
+        return Failure("refused", str(event))
+    if isinstance(event, TimeoutError):
+        return Failure("late", str(event))
+    if handle is not None and handle.is_aborted:
+        return Failure("aborted", str(event))
+    return Failure("fault", f"{type(event).__name__}: {event}")

@@ -1,0 +1,78 @@
+"""The server's life: listens, becomes ready, drains at the first SIGTERM, stops at the second."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from executor.errors import UserError
+from executor.recipe.schema import ServerSection
+from executor.serve.service import Service
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048  # connections that wait to be accepted: as large as a benchmark's burst
+POLL_S = 0.05
+
+
+class Server(uvicorn.Server):
+    """Signals are this module's own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def listen(settings: ServerSection) -> socket.socket:
+    """The listening socket. Raises UserError where the address cannot be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"server_config: {settings.host}:{settings.port} cannot be listened on ({error.strerror}); choose another "
+            "with --host and --port"
+        ) from error
+    return listener
+
+
+async def serve(app: FastAPI, service: Service, listener: socket.socket) -> None:
+    """Until a signal, or the backend's fault: RuntimeError then."""
+    settings = service.recipe.server
+    config = uvicorn.Config(app, log_config=None, access_log=False, backlog=BACKLOG, timeout_keep_alive=60)
+    server = Server(config)
+    loop = asyncio.get_running_loop()
+    drained = asyncio.Event()
+
+    def on_signal() -> None:
+        if service.is_draining:
+            drained.set()
+        service.is_draining = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    running = asyncio.ensure_future(server.serve(sockets=[listener]))
+    try:
+        service.is_ready = True
+        while not running.done() and not service.is_draining and service.backend.fault is None:
+            await asyncio.sleep(POLL_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(settings.drain_timeout_s):
+                while service.backend.num_unfinished and not drained.is_set() and service.backend.fault is None:
+                    await asyncio.sleep(POLL_S)
+    finally:
+        service.is_draining = True
+        server.should_exit = True
+        await running
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+    if service.backend.fault is not None:
+        raise RuntimeError(f"the engine has ended: {service.backend.fault}")

@@ -1,0 +1,70 @@
+"""What all endpoints share: the recipe's settings, the model's name, and who answers.
+
+Knows requests as `Ask`s; nothing of HTTP routes.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from executor.engine.loop import QueueFull
+from executor.engine.params import check_params
+from executor.errors import UserError
+from executor.recipe.generation import sampling_params
+from executor.recipe.schema import Recipe
+from executor.schedule.request import SamplingParams
+from executor.serve.asks import Ask
+from executor.serve.backends import Backend
+from executor.serve.errors import ApiError, busy
+from executor.serve.feed import Feed
+
+
+@dataclass
+class Service:
+    """One served model. `recipe` is settled; `processor` is that of its checkpoint."""
+
+    recipe: Recipe
+    processor: Any
+    vocab_size: int
+    backend: Backend
+    created_s: int = field(default_factory=lambda: int(time.time()))
+    is_ready: bool = False
+    is_draining: bool = False
+
+    @property
+    def model_name(self) -> str:
+        return self.recipe.server.served_model_name or Path(self.recipe.model.model_path).name
+
+    @property
+    def max_model_len(self) -> int:
+        return self.recipe.scheduler.max_model_len
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError 404 for another model than this one."""
+        if name is not None and name != self.model_name:
+            raise ApiError(
+                404, f"the model {name!r} is not served here; this server has {self.model_name!r}", param="model",
+                code="model_not_found",
+            )  # fmt: skip
+
+    def params(self, overrides: Mapping[str, Any]) -> SamplingParams:
+        """A request's parameters: its own, then the recipe's, then the checkpoint's. Raises ApiError 400."""
+        try:
+            params = sampling_params(self.recipe.generation, self.processor.generation_config, overrides)
+            check_params(params, self.vocab_size)
+        except UserError as error:
+            raise ApiError(400, str(error)) from error
+        return params
+
+    def ask(self, ask: Ask) -> Feed:
+        """Raises ApiError when it takes nothing."""
+        if self.is_draining:
+            raise busy("the server is being stopped and takes no new requests")
+        try:
+            return self.backend.ask(ask)
+        except QueueFull as error:
+            raise busy(str(error)) from error
+        except RuntimeError as error:
+            raise ApiError(503, str(error)) from error

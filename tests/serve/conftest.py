@@ -1,0 +1,65 @@
+"""A server over a tiny checkpoint, in a thread of the test's process."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import httpx
+import pytest
+import uvicorn
+
+from executor.engine.engine import Engine
+from executor.engine.loop import EngineLoop
+from executor.recipe.schema import Recipe, build_recipe
+from executor.serve.app import build_app
+from executor.serve.backends import EngineBackend
+from executor.serve.server import Server, listen
+from executor.serve.service import Service
+from tests.engines import engine_over
+from tests.reference import REPO
+
+TINY = REPO / "models/tiny/qwen3_vl"
+
+
+@dataclass
+class Running:
+    """A server that listens: `http` asks it, `service` and `engine` are what it is made of."""
+
+    url: str
+    http: httpx.Client
+    service: Service
+    engine: Engine
+
+
+def start(engine: Engine, **server: object) -> Iterator[Running]:
+    """A generator of one Running; what follows the yield stops it. `server` changes fields of server_config."""
+    sections = {"model_config": {"model_path": str(TINY)}, "scheduler_config": {"max_model_len": 2048}}
+    recipe: Recipe = build_recipe({**sections, "server_config": {"port": 0, **server}})
+    listener = listen(recipe.server)
+    host, port = listener.getsockname()[:2]
+    event_loop = asyncio.new_event_loop()
+    with EngineLoop(engine, max_unfinished=recipe.server.max_queued_requests) as loop:
+        service = Service(recipe, engine.processor, engine.vocab_size, EngineBackend(loop.start(), event_loop))
+        service.is_ready = True
+        config = uvicorn.Config(build_app(service), log_config=None, access_log=False, lifespan="off")
+        server_ = Server(config)
+        thread = threading.Thread(target=event_loop.run_until_complete, args=(server_.serve(sockets=[listener]),))
+        thread.start()
+        url = f"http://{host}:{port}"
+        with httpx.Client(base_url=url, timeout=60) as http:
+            yield Running(url, http, service, engine)
+        server_.should_exit = True
+        thread.join()
+        event_loop.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_engine() -> Iterator[Engine]:
+    with engine_over(TINY) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def server(tiny_engine: Engine) -> Iterator[Running]:
+    yield from start(tiny_engine)
