@@ -11,12 +11,15 @@ class Feed:
     """The events of one request, for one reader. The last one is a Done or a Failure."""
 
     def __init__(self, abort: Callable[[], None] = lambda: None) -> None:
+        self.observer: Callable[[Event], None] | None = None  # sees every event before the reader
         self.abort = abort  # frees everything of the request within a step; nothing happens once it has ended
         self._events: deque[Event] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
     def push(self, event: Event) -> None:
         """In the event loop's thread only."""
+        if self.observer is not None:
+            self.observer(event)
         self._events.append(event)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

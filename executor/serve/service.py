@@ -19,6 +19,7 @@ from executor.serve.asks import Ask
 from executor.serve.backends import Backend
 from executor.serve.errors import ApiError, busy
 from executor.serve.feed import Feed
+from executor.serve.metrics import Metrics
 
 
 @dataclass
@@ -32,6 +33,9 @@ class Service:
     created_s: int = field(default_factory=lambda: int(time.time()))
     is_ready: bool = False
     is_draining: bool = False
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.model_name, self.max_model_len, self.backend)
 
     @property
     def model_name(self) -> str:
@@ -63,8 +67,10 @@ class Service:
         if self.is_draining:
             raise busy("the server is being stopped and takes no new requests")
         try:
-            return self.backend.ask(ask)
+            feed = self.backend.ask(ask)
         except QueueFull as error:
             raise busy(str(error)) from error
         except RuntimeError as error:
             raise ApiError(503, str(error)) from error
+        feed.observer = self.metrics.watch(ask)
+        return feed
