@@ -15,11 +15,21 @@ class Feed:
         self.abort = abort  # frees everything of the request within a step; nothing happens once it has ended
         self._events: deque[Event] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self._listener: Callable[[Event], None] | None = None
+
+    def listen(self, take: Callable[[Event], None]) -> None:
+        """Hand events to `take` as they come, instead of keeping them for a reader."""
+        self._listener = take
+        while self._events:
+            take(self._events.popleft())
 
     def push(self, event: Event) -> None:
         """In the event loop's thread only."""
         if self.observer is not None:
             self.observer(event)
+        if self._listener is not None:
+            self._listener(event)
+            return
         self._events.append(event)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
