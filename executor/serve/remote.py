@@ -150,7 +150,7 @@ class _Attendant:
             self._put(number, Failure("lost", str(error)))
         else:
             self._feeds[number] = feed
-            feed.listen(partial(self._put, number))
+            feed.divert(partial(self._put, number))
 
     def _put(self, number: int, event: Event) -> None:
         if isinstance(event, Done | Failure):

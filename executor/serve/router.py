@@ -145,7 +145,7 @@ class Router:
         backend = self._choose(asked.ask)
         self._asked_at[id(backend)] = next(self._count)
         asked.inner = backend.ask(asked.ask)
-        asked.inner.listen(lambda event: self._take(asked, event))
+        asked.inner.divert(lambda event: self._take(asked, event))
 
     def _choose(self, ask: Ask) -> Backend:
         backends = self.backends

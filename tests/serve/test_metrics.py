@@ -2,10 +2,13 @@
 
 import base64
 import io
+import json
+import re
 
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.reference import REPO
 from tests.serve.conftest import Running
 
 NAMES = {
@@ -76,3 +79,11 @@ def test_a_refused_request_counts_as_an_error(server: Running) -> None:
     reply = server.http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": content}]})
     assert reply.status_code == 400
     assert samples(server)["vllm:request_success_total error"] == before + 1
+
+
+def test_the_dashboard_asks_for_metrics_that_are_there(server: Running) -> None:
+    dashboard = json.loads((REPO / "docs/serving/dashboard.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for query in queries for name in re.findall(r"(?:vllm:|qwenvl:|process_)\w+", query)}
+    given = {line.split("{")[0].split(" ")[0] for line in server.http.get("/metrics").text.splitlines()}
+    assert len(asked) > 12 and asked <= given
