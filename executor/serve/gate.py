@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 HELLO_S = 10.0
 """How long someone who has connected may take to show the token."""
 HELLO_BYTES = 1 << 20
+BUFFER_BYTES = 1 << 20  # read ahead of a message's end
 BACKLOG = 128
 
 
@@ -99,7 +100,7 @@ class Gate:
                 writer.close()
 
         listener = _listen(address)
-        server = await asyncio.start_server(let_in, sock=listener, backlog=BACKLOG)
+        server = await asyncio.start_server(let_in, sock=listener, backlog=BACKLOG, limit=BUFFER_BYTES)
         return cls(server, Front(address, listener.getsockname()[1], token))
 
     def close(self) -> None:
@@ -108,7 +109,7 @@ class Gate:
 
 async def call(front: Front, hello: dict[str, Any]) -> Peer:
     """The leader's side: a connection that shows the token. Raises OSError."""
-    reader, writer = await asyncio.open_connection(front.address, front.port)
+    reader, writer = await asyncio.open_connection(front.address, front.port, limit=BUFFER_BYTES)
     peer = Peer(reader, writer, hello)
     peer.send({**hello, "token": front.token})
     return peer

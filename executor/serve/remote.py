@@ -6,6 +6,7 @@ Invariants: every feed ends, with Failure("lost") when the connection does; abor
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from functools import partial
@@ -21,6 +22,8 @@ from executor.serve.gate import Peer
 logger = logging.getLogger(__name__)
 
 STATS_S = 0.5
+END_S = 10.0
+"""How long a leader that has been let go may take to leave."""
 
 
 class RemoteBackend:
@@ -33,6 +36,7 @@ class RemoteBackend:
         self._feeds: dict[int, Feed] = {}
         self._numbers = itertools.count()
         self._stats = EngineStats()
+        self._is_over = asyncio.Event()
 
     @property
     def num_unfinished(self) -> int:
@@ -74,6 +78,7 @@ class RemoteBackend:
         for feed in feeds.values():
             feed.push(Failure("lost", self.fault))
         self._peer.close()
+        self._is_over.set()
 
     def _take(self, number: int, event: Event) -> None:
         is_last = isinstance(event, Done | Failure)
@@ -82,9 +87,10 @@ class RemoteBackend:
             feed.push(event)
 
     async def end(self) -> None:
-        """Let the leader go, once nothing is unfinished."""
+        """Let the leader go: it aborts what is unfinished."""
         self._peer.send({"end": True})
-        await self._peer.flush()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._is_over.wait(), END_S)
 
 
 async def attend(peer: Peer, backend: Backend) -> None:

@@ -61,6 +61,11 @@ def _feed(digest: Any, tree: Any) -> None:
         digest.update(b"%d:" % size + text.encode(errors="surrogatepass"))
 
 
+def slack_of(max_num_seqs: int) -> int:
+    """A quarter of what an engine answers at a time: below that, waiting costs less than reading pictures again."""
+    return max(1, max_num_seqs // 4)
+
+
 @dataclass
 class _Asked:
     """A request on its way: which backend has it, and what may still be done when that one is lost."""
