@@ -21,7 +21,7 @@ from executor.serve.gate import Peer
 
 logger = logging.getLogger(__name__)
 
-STATS_S = 0.5
+STATS_S = 0.2
 END_S = 10.0
 """How long a leader that has been let go may take to leave."""
 
@@ -98,7 +98,8 @@ async def attend(peer: Peer, backend: Backend) -> None:
 
     Raises RuntimeError for the backend's fault, and when the front door is gone.
     """
-    serving = asyncio.ensure_future(_Attendant(peer, backend).serve())
+    attendant = _Attendant(peer, backend)
+    serving = asyncio.ensure_future(attendant.serve())
     watching = asyncio.ensure_future(_watch(peer, backend))
     try:
         await asyncio.wait((serving, watching), return_when=asyncio.FIRST_COMPLETED)
@@ -113,6 +114,7 @@ async def attend(peer: Peer, backend: Backend) -> None:
             task.cancel()
         await asyncio.gather(serving, watching, return_exceptions=True)
         peer.close()
+        logger.info("%d requests were answered here", attendant.num_asked)
 
 
 async def _watch(peer: Peer, backend: Backend) -> None:
@@ -133,6 +135,7 @@ class _Attendant:
         self._peer, self._backend = peer, backend
         self._feeds: dict[int, Feed] = {}
         self._events: list[wire.Numbered] = []
+        self.num_asked = 0
 
     async def serve(self) -> bool:
         """Returns whether it was told that this is the end."""
@@ -146,6 +149,7 @@ class _Attendant:
         return False
 
     def _ask(self, number: int, tree: object) -> None:
+        self.num_asked += 1
         try:
             feed = self._backend.ask(wire.ask_from_tree(tree))
         except UserError as error:

@@ -25,7 +25,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 @pytest.mark.parametrize(
     "prompt",
     [
-        ChatPrompt([{"role": "user", "content": [{"type": "text", "text": "ü\ud800"}]}], [TOOL], media_options={"fps": 2}),
+        ChatPrompt([{"role": "user", "content": [{"text": "ü\ud800"}]}], [TOOL], media_options={"fps": 2}),
         TextPrompt("a <image>", [{"type": "image", "image": "data:,"}]),
         TokenPrompt([1, 2, 3]),
     ],
