@@ -9,8 +9,8 @@ from executor.serve.asks import Failure, FailureKind
 
 STATUS: dict[FailureKind, int] = {"refused": 400, "unreachable": 422, "late": 504, "aborted": 499, "fault": 500}
 TYPES = {
-    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 413: "invalid_request_error",
-    422: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error",
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
+    503: "service_unavailable_error", 504: "timeout_error",
 }  # fmt: skip
 RETRY_AFTER_S = 1
 
@@ -45,6 +45,10 @@ class ApiError(Exception):
 
 def of_failure(failure: Failure) -> ApiError:
     return ApiError(STATUS[failure.kind], failure.message)
+
+
+def hung_up() -> ApiError:
+    return ApiError(499, "the client has hung up")
 
 
 def busy(message: str) -> ApiError:

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from executor.serve.answers import gather
 from executor.serve.asks import Ask, ChatPrompt, Done, Failure
+from executor.serve.bodies import JsonRoute
 from executor.serve.errors import of_failure
 from executor.serve.feed import Feed
 from executor.serve.openai.sampling import SamplingFields, Whole, params_of
@@ -18,7 +19,7 @@ from executor.serve.parser import AnswerParser
 from executor.serve.service import Service
 from executor.serve.streams import DONE, EventStream, answered, event
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 class StreamOptions(BaseModel):
