@@ -12,14 +12,15 @@ from starlette.responses import JSONResponse
 
 from executor.errors import nearest
 from executor.recipe.schema import ServerSection
-from executor.serve import models
+from executor.serve import metrics, models
 from executor.serve.bodies import of_validation
 from executor.serve.errors import ApiError, hung_up
 from executor.serve.middleware import REQUEST_ID, AccessLog, BodyLimit, KeyGate, Net, OriginGate
 from executor.serve.openai import chat
+from executor.serve.page import route as page
 from executor.serve.service import Service
 
-ROUTERS = (models.router, chat.router)
+ROUTERS = (models.router, metrics.router, chat.router, page.router)
 OPEN_PATHS = ("/", "/health", "/ping")  # without the key: the page asks for it
 
 
