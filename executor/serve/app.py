@@ -10,11 +10,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from executor.errors import nearest
+from executor.errors import UserError, nearest
 from executor.recipe.schema import ServerSection
 from executor.serve import metrics, models
 from executor.serve.bodies import of_validation
-from executor.serve.errors import ApiError, hung_up
+from executor.serve.errors import ApiError, hung_up, in_words
 from executor.serve.middleware import REQUEST_ID, AccessLog, BodyLimit, KeyGate, Net, OriginGate
 from executor.serve.openai import chat
 from executor.serve.page import route as page
@@ -30,6 +30,7 @@ def build_app(service: Service) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(UserError, _user_error)
     app.add_exception_handler(ClientDisconnect, _hung_up)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
@@ -53,6 +54,10 @@ def _middleware(settings: ServerSection) -> Iterator[Middleware]:
 
 async def _api_error(request: Request, error: ApiError) -> JSONResponse:
     return error.response()
+
+
+async def _user_error(request: Request, error: UserError) -> JSONResponse:
+    return in_words(400, str(error)).response()
 
 
 async def _hung_up(request: Request, error: ClientDisconnect) -> JSONResponse:
