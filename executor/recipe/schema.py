@@ -31,6 +31,7 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) or value is None else [value]
 
 
+NonEmpty = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 # strict=False only lets YAML's lists become tuples: the items are checked as strictly as everything else.
 Words = Annotated[tuple[Annotated[str, Field(strict=True)], ...], Field(strict=False), BeforeValidator(_as_list)]
@@ -213,14 +214,14 @@ class DataSection(Section):
 class ServerSection(Section):
     """The HTTP server of the `serve` command."""
 
-    host: str = "127.0.0.1"
+    host: NonEmpty = "127.0.0.1"
     """Address it listens on. 0.0.0.0: every network of the machine."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port it listens on. 0: a free one, which is printed."""
-    served_model_name: str | None = None
+    served_model_name: NonEmpty | None = None
     """Name clients use. null: the last part of model_path."""
-    api_key: str | None = None
-    """Key clients must send. null: none."""
+    api_key: Annotated[NonEmpty, Field(pattern=r"^[!-~]+$")] | None = None
+    """Key clients must send: letters, digits and signs without spaces, as a header holds it. null: none."""
     allowed_origins: Words = ()
     """Web pages of other addresses that browsers may let ask, as https://host:port. "*": all."""
     allowed_local_media_path: str | None = None

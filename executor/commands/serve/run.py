@@ -36,9 +36,10 @@ async def _serve(recipe: Recipe, loop: Any, listener: Any) -> None:
     from executor.serve.backends import EngineBackend
     from executor.serve.server import serve
     from executor.serve.service import Service
+    from executor.serve.settings import greeting
 
     engine = loop.engine
     service = Service(recipe, engine.processor, engine.vocab_size, EngineBackend(loop, asyncio.get_running_loop()))
-    host, port = listener.getsockname()[:2]
-    logger.info("serving %s at http://%s:%d", service.model_name, host, port)
+    for line, is_warning in greeting(service, listener.getsockname()[1]):
+        logger.log(logging.WARNING if is_warning else logging.INFO, "%s", line)
     await serve(build_app(service), service, listener)
