@@ -105,17 +105,19 @@ class Detokenizer:
             return b""
         known = self._known_bytes.get(token_id)
         if known is None:
-            known = self._known_bytes[token_id] = self._read_bytes(token_id)
+            known = self._known_bytes[token_id] = token_bytes(self._tokenizer, token_id)
         return known
 
-    def _read_bytes(self, token_id: int) -> bytes:
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
-        if token is None:
-            return b""  # logits are often wider than the vocabulary
-        try:
-            return bytes(map(BYTE_OF.__getitem__, token))
-        except KeyError:
-            return token.encode()  # an added token, kept as plain text
+
+def token_bytes(tokenizer: Any, token_id: int) -> bytes:
+    """What a token of a byte-level tokenizer stands for; nothing for an id beyond its vocabulary."""
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    if token is None:
+        return b""  # logits are often wider than the vocabulary
+    try:
+        return bytes(map(BYTE_OF.__getitem__, token))
+    except KeyError:
+        return token.encode()  # an added token, kept as plain text
 
 
 def _byte_alphabet() -> dict[str, int]:
