@@ -21,7 +21,7 @@ from executor.engine.params import check_params, type_of, with_seed
 from executor.engine.replica import Replica
 from executor.engine.runner import FAULTS, Runner, describe
 from executor.errors import UserError
-from executor.schedule.request import FinishReason, Prompt, Request, SamplingParams
+from executor.schedule.request import FinishReason, Prompt, Request, SamplingParams, Status
 from executor.schedule.scheduler import Scheduler
 
 Question = Prompt | str | Sequence[Mapping[str, Any]]
@@ -53,6 +53,7 @@ class Engine:
         self.vocab_size = vocab_size
         self._answers: dict[str, _Answer] = {}
         self._outputs: deque[Output] = deque()  # of requests that were `add`ed: for the next `step`
+        self._known_bytes: dict[int, bytes] = {}  # of the tokens that were read
         self._aborted: deque[str] = deque()
         self._ids = itertools.count()
         self._lock = threading.Lock()
@@ -234,7 +235,7 @@ class Engine:
                     one = replace(one, prompt_logprobs=None)
                 request = Request(f"{ids[-1]}/{index}", prompt, one, bad_words=bad_words)
                 self.scheduler.check_possible(request)
-                detokenizer = Detokenizer(self.processor.tokenizer, one)
+                detokenizer = Detokenizer(self.processor.tokenizer, one, known_bytes=self._known_bytes)
                 answers.append(_Answer(ids[-1], index, request, detokenizer, outputs))
         for answer in answers:
             self.scheduler.add(answer.request)
@@ -278,9 +279,10 @@ class Engine:
             raise
         for number, reason in result.failures.items():
             self.scheduler.fail(plan.rows[number].request, reason)
-        logprobs = {row.request.id: new for row, new in zip(plan.rows, result.logprobs, strict=True) if new}
+        logprobs = {plan.rows[number].request.id: new for number, new in result.logprobs.items()}
         for request, token_ids in self.scheduler.update(plan, result.token_ids, result.missing):
-            request.output_logprobs += logprobs.get(request.id, ())[: len(token_ids)]
+            if request.id in logprobs:
+                request.output_logprobs += logprobs[request.id][: len(token_ids)]
             self._advance(self._answers[request.id], token_ids)
         for number in result.failures:
             self._emit(self._answers[plan.rows[number].request.id], "", ())
@@ -288,6 +290,13 @@ class Engine:
     def _advance(self, answer: _Answer, token_ids: list[int]) -> None:
         """The text of an answer's new tokens, up to a stop string."""
         request, detokenizer, delta = answer.request, answer.detokenizer, ""
+        if not request.params.stop and request.status is not Status.FINISHED:  # nothing in the text ends it
+            try:
+                delta = detokenizer.push(token_ids)
+            except FAULTS as error:
+                self._fail_text(request, error)
+            self._emit(answer, delta, tuple(token_ids))
+            return
         try:
             for count, token_id in enumerate(token_ids, start=1):
                 delta += detokenizer.push((token_id,))
@@ -301,15 +310,18 @@ class Engine:
             else:
                 delta += detokenizer.finish() if request.finished else ""
         except FAULTS as error:
-            self.scheduler.fail(request, f"its tokens cannot be read as text: {describe(error)}")
+            self._fail_text(request, error)
         self._emit(answer, delta, tuple(token_ids))
+
+    def _fail_text(self, request: Request, error: Exception) -> None:
+        self.scheduler.fail(request, f"its tokens cannot be read as text: {describe(error)}")
 
     def _emit(self, answer: _Answer, delta: str, token_ids: tuple[int, ...]) -> None:
         request = answer.request
-        if request.finished:
+        if request.status is Status.FINISHED:
             del self._answers[request.id]
             self.runner.forget(request)
-        logprobs = tuple(request.output_logprobs[-len(token_ids) :]) if token_ids else ()
+        logprobs = tuple(request.output_logprobs[-len(token_ids) :]) if request.output_logprobs and token_ids else ()
         answer.outputs.append(
             Output(answer.parent_id, answer.index, delta, token_ids, request.finish_reason, request, logprobs)
         )

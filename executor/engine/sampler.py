@@ -56,6 +56,10 @@ class Sampled:
     logprobs: list[TokenLogprobs | None]
     failures: dict[int, str] = field(default_factory=dict)  # row -> why it has no token, and what to check
 
+    @property
+    def has_logprobs(self) -> bool:
+        return any(each is not None for each in self.logprobs)
+
 
 @dataclass(frozen=True)
 class _Rows:
