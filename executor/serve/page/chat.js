@@ -174,17 +174,21 @@ function showState() {
   find("send").hidden = isBusy;
   find("stop").hidden = !isBusy;
   find("turns").setAttribute("aria-busy", String(isBusy));
-  for (const turn of turns) {
-    turn.element.classList.toggle("changing", isEditing && turn === last());
-    turn.actions.replaceChildren(...(turn.isOver ? actionsOf(turn, turn === last() && !isBusy) : []));
-  }
+  keepAtEnd(() => {
+    for (const turn of turns) {
+      turn.element.classList.toggle("changing", isEditing && turn === last());
+      turn.actions.replaceChildren(...(turn.isOver ? actionsOf(turn, turn === last() && !isBusy) : []));
+    }
+  });
 }
 
 function actionsOf(turn, isLast) {
-  const actions = [];
-  if (isLast) actions.push(button(turn.state === "failed" ? "Retry" : "Regenerate", again), button("Edit question", edit));
-  if (turn.counts) actions.unshift(copyButton("Copy", () => turn.answer.text));
+  const actions = turn.counts ? [copyButton("Copy", () => turn.answer.text)] : [];
   actions.push(copyButton("Copy as curl", () => curlOf(turn), () => curlAdvice(mediaOf(turn.request.asked))));
+  if (isLast) {
+    actions.push(button("Edit question", edit));
+    actions.unshift(button(turn.state === "failed" ? "Retry" : "Regenerate", again));
+  }
   return actions;
 }
 

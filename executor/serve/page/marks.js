@@ -37,7 +37,8 @@ class MarkedPicture {
     const labels = [...new Set(marks.map((mark) => mark.label))];
     const canvas = make("div", { className: "canvas" });
     const words = marks.map((mark) => `${mark.label || "unnamed"} at ${(mark.box ?? mark.point).map(Math.round).join(", ")}`);
-    const image = make("img", { src: medium.url, alt: `${medium.name}, with ${marks.length} marked: ${words.join("; ")}` });
+    const alt = `${medium.name}, with ${marks.length} marked: ${words.join("; ")}`;
+    const image = make("img", { src: medium.url, alt, width: medium.width, height: medium.height });
     canvas.classList.toggle("small", medium.width < 240);
     canvas.append(image, ...marks.map((mark) => this.makeMark(mark, medium, labels.indexOf(mark.label) % NUM_COLORS)));
     const parts = [canvas];
@@ -45,8 +46,10 @@ class MarkedPicture {
     const named = labels.filter(Boolean).join(", ");
     const count = `${marks.length} ${marks.length === 1 ? "place" : "places"}`;
     parts.push(make("figcaption", { textContent: named ? `${count}: ${named}` : count }));
-    this.figure.replaceChildren(...parts);
-    this.figure.hidden = false;
+    keepAtEnd(() => {
+      this.figure.replaceChildren(...parts);
+      this.figure.hidden = false;
+    });
   }
 
   makeMark(mark, medium, color) {

@@ -38,7 +38,7 @@ class Turn {
     this.fault = make("div", { className: "fault", hidden: true });
     this.actions = make("div", { className: "actions" });
     this.figures = make("p", { className: "figures" });
-    this.foot = make("div", { className: "foot", hidden: true }, this.actions, this.figures);
+    this.foot = make("div", { className: "foot", hidden: true }, this.figures, this.actions);
     const answered = make("div", { className: "answer" }, make("h2", { className: "unseen", textContent: "Answer" }));
     answered.append(this.thinking, this.wait, this.body, this.calls, this.marked.figure, this.fault, this.foot);
     this.element = make("article", { className: "turn" }, asked, answered);
