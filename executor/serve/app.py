@@ -5,12 +5,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from executor.serve import models
+from executor.serve import models, tokens
 from executor.serve.errors import ApiError
-from executor.serve.openai import chat
+from executor.serve.openai import chat, completions
 from executor.serve.service import Service
 
-ROUTERS = (models.router, chat.router)
+ROUTERS = (models.router, tokens.router, chat.router, completions.router)
 
 
 def build_app(service: Service) -> FastAPI:
