@@ -7,10 +7,11 @@ from starlette.responses import JSONResponse
 
 from executor.serve import models, tokens
 from executor.serve.errors import ApiError
+from executor.serve.mindie import generate
 from executor.serve.openai import chat, completions
 from executor.serve.service import Service
 
-ROUTERS = (models.router, tokens.router, chat.router, completions.router)
+ROUTERS = (models.router, tokens.router, chat.router, completions.router, generate.router)
 
 
 def build_app(service: Service) -> FastAPI:
