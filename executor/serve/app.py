@@ -5,13 +5,22 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from executor.serve import models, tokens
+from executor.serve import metrics, models, tokens
 from executor.serve.errors import ApiError
 from executor.serve.mindie import generate
 from executor.serve.openai import chat, completions
+from executor.serve.page import route as page
 from executor.serve.service import Service
 
-ROUTERS = (models.router, tokens.router, chat.router, completions.router, generate.router)
+ROUTERS = (
+    models.router,
+    metrics.router,
+    tokens.router,
+    chat.router,
+    completions.router,
+    generate.router,
+    page.router,
+)
 
 
 def build_app(service: Service) -> FastAPI:

@@ -12,6 +12,7 @@ class Feed:
     """The events of one request, for one reader. The last one is a Done or a Failure."""
 
     def __init__(self, abort: Callable[[], None] = lambda: None) -> None:
+        self.observer: Callable[[Event], None] | None = None  # sees every event before the reader
         self.abort = abort  # frees everything of the request within a step; nothing happens once it has ended
         self._events: deque[Event] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -19,6 +20,8 @@ class Feed:
 
     def push(self, event: Event) -> None:
         """In the event loop's thread only."""
+        if self.observer is not None:
+            self.observer(event)
         if self._take is not None:
             self._take(event)
             return

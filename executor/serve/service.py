@@ -20,6 +20,7 @@ from executor.serve.asks import Ask
 from executor.serve.backends import Backend
 from executor.serve.errors import ApiError, busy
 from executor.serve.feed import Feed, Joined
+from executor.serve.metrics import Metrics
 
 _RECIPE_KEY = re.compile(r"generation_config\.(\w+)")
 
@@ -35,6 +36,9 @@ class Service:
     created_s: int = field(default_factory=lambda: int(time.time()))
     is_ready: bool = False
     is_draining: bool = False
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.model_name, self.max_model_len, self.backend)
 
     @property
     def model_name(self) -> str:
@@ -69,11 +73,13 @@ class Service:
         if self.is_draining:
             raise busy("the server is being stopped and takes no new requests")
         try:
-            return self.backend.ask(ask)
+            feed = self.backend.ask(ask)
         except QueueFull as error:
             raise busy(str(error)) from error
         except RuntimeError as error:
             raise ApiError(503, str(error)) from error
+        feed.observer = self.metrics.watch(ask)
+        return feed
 
     def ask_all(self, asks: Sequence[Ask]) -> Joined:
         """All of them or none: raises ApiError when it does not take each."""
