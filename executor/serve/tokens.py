@@ -10,11 +10,12 @@ from executor.errors import UserError
 from executor.prompt.expand import encode_pieces
 from executor.serve.asks import Ask, ChatPrompt
 from executor.serve.backends import build_prompt
+from executor.serve.bodies import JsonRoute
 from executor.serve.errors import ApiError
 from executor.serve.openai.sampling import Flag, Text, refuse_unserved
 from executor.serve.service import Service
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 TokenId = Annotated[int, Strict(), Field(ge=0)]
 

@@ -6,7 +6,6 @@ begin with the prompt's text and a space; a stream gives the answers alone, in J
 byte, every object with one text for each of the `n` answers.
 """
 
-import uuid
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -15,14 +14,16 @@ from starlette.responses import JSONResponse, Response
 
 from executor.serve.answers import gather
 from executor.serve.asks import Ask, ChatPrompt, Done, Failure, TextPrompt
+from executor.serve.bodies import JsonRoute
 from executor.serve.errors import ApiError, of_failure
 from executor.serve.feed import Feed
 from executor.serve.jsontext import dumps
+from executor.serve.openai.chat import answer_id
 from executor.serve.openai.sampling import SamplingFields, Text, Whole, params_of
 from executor.serve.service import Service
 from executor.serve.streams import EventStream, answered
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 NO_MODEL = "None"  # MindIE's word for a request that names no adapter
 END = "\0"
@@ -48,7 +49,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     if not isinstance(body.prompt, str):
         prompt = ChatPrompt([{"role": "user", "content": body.prompt}])
     ask = Ask(
-        f"generate-{uuid.uuid4().hex}", prompt, params, service.recipe.server.request_timeout_s,
+        answer_id(request, "generate"), prompt, params, service.recipe.server.request_timeout_s,
         fits_exactly=body.max_tokens is not None,
     )  # fmt: skip
     feed = service.ask(ask)

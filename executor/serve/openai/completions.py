@@ -5,7 +5,6 @@ Special tokens in a text count as such. A request may hold several prompts: choi
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -17,16 +16,19 @@ from starlette.responses import JSONResponse, Response
 from executor.schedule.request import SamplingParams
 from executor.serve.answers import Answers, gather_all
 from executor.serve.asks import Ask, Delta, Done, Failure, TextPrompt, TokenInfo, TokenPrompt
+from executor.serve.bodies import JsonRoute
 from executor.serve.errors import ApiError, of_failure
 from executor.serve.feed import Joined
-from executor.serve.openai.chat import StreamOptions, usage_of
+from executor.serve.openai.chat import StreamOptions, answer_id
+from executor.serve.openai.chat_reply import usage_of
+from executor.serve.openai.logprobs import bytes_by
 from executor.serve.openai.sampling import Flag, SamplingFields, Text, Whole, params_of
 from executor.serve.openai.text_logprobs import TextLogprobs
 from executor.serve.service import Service
 from executor.serve.streams import DONE, EventStream, answered, event
 from executor.serve.tokens import raw_token_ids
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 MAX_TOKENS = 16  # where a request says nothing: the protocol's own default
 
@@ -68,7 +70,7 @@ class Job:
 async def completions(body: CompletionRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_model(body.model)
-    job = await _job_of(service, body)
+    job = await _job_of(service, body, answer_id(request, "cmpl"))
     asks = [
         Ask(
             f"{job.frame['id']}-{index}", prompt, job.params, service.recipe.server.request_timeout_s,
@@ -89,7 +91,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     return JSONResponse({**job.frame, "choices": choices, "usage": usage.tree})
 
 
-async def _job_of(service: Service, body: CompletionRequest) -> Job:
+async def _job_of(service: Service, body: CompletionRequest, name: str) -> Job:
     """Raises ApiError 400."""
     if body.suffix:
         raise ApiError(400, "suffix is not supported: these models write on and fill no gaps", param="suffix")
@@ -116,7 +118,7 @@ async def _job_of(service: Service, body: CompletionRequest) -> Job:
     if body.echo:
         echoes, first = await asyncio.to_thread(_echoes, service.processor, prompts)
     frame = {
-        "id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
+        "id": name, "object": "text_completion", "created": int(time.time()),
         "model": service.model_name,
     }  # fmt: skip
     return Job(body, params, prompts, echoes, first, frame, is_prompt_only)
@@ -149,7 +151,7 @@ def _choices(service: Service, job: Job, index: int, answers: Answers) -> list[d
     for number, answer in enumerate(answers.answers):
         logprobs = None
         if job.body.logprobs is not None:
-            writer = TextLogprobs(service.processor.tokenizer)
+            writer = TextLogprobs(bytes_by(service.processor.tokenizer))
             logprobs = writer.of(_logprobs(job, index, answers.prompt_logprobs, tuple(answer.logprobs)))
         text = job.echoes[index] + ("" if job.is_prompt_only else answer.text)
         choices.append(job.choice(index * job.params.n + number, text, logprobs, answer))
@@ -205,7 +207,7 @@ async def chunks(service: Service, feeds: Joined, job: Job) -> AsyncIterator[str
         infos = held.setdefault(number, [])
         text = "" if job.is_prompt_only else item.text
         if number not in writers:
-            writers[number] = TextLogprobs(service.processor.tokenizer)
+            writers[number] = TextLogprobs(bytes_by(service.processor.tokenizer))
             text = job.echoes[index] + text
             infos += _logprobs(job, index, item.prompt_logprobs, item.logprobs)
         elif not job.is_prompt_only:

@@ -4,17 +4,15 @@ import codecs
 from collections.abc import Iterable
 from typing import Any
 
-from executor.engine.detokenize import token_bytes
 from executor.serve.asks import TokenInfo
-
-LEAST = -9999.0  # JSON has no infinity
+from executor.serve.openai.logprobs import LEAST, BytesOf, token_text
 
 
 class TextLogprobs:
     """One choice's, written as its tokens come: offsets go on from call to call."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, bytes_of: BytesOf) -> None:
+        self._bytes_of = bytes_of
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0  # characters before the next token
 
@@ -23,23 +21,16 @@ class TextLogprobs:
         tree: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for info in infos:
             token_id = info if isinstance(info, int) else info.token_id
-            tree["tokens"].append(self._text_of(token_id))
+            data = self._bytes_of(token_id)
+            tree["tokens"].append(token_text(data))
             tree["text_offset"].append(self._offset)
-            self._offset += len(self._characters.decode(token_bytes(self._tokenizer, token_id)))
+            self._offset += len(self._characters.decode(data))
             if isinstance(info, int):
                 tree["token_logprobs"].append(None)
                 tree["top_logprobs"].append(None)
             else:
-                best = {self._text_of(other): max(logprob, LEAST) for other, logprob in info.top}
+                best = {token_text(self._bytes_of(other)): max(logprob, LEAST) for other, logprob in info.top}
                 best.setdefault(tree["tokens"][-1], max(info.logprob, LEAST))
                 tree["token_logprobs"].append(max(info.logprob, LEAST))
                 tree["top_logprobs"].append(best)
         return tree
-
-    def _text_of(self, token_id: int) -> str:
-        """Bytes that are no whole characters are named, so that two tokens never look alike."""
-        data = token_bytes(self._tokenizer, token_id)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
