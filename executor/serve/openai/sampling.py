@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 MAX_BIAS = 100.0  # of logit_bias, as the OpenAI protocol has it
 NO_SEED = -1  # vLLM's and MindIE's word for "another one each time"
 SEEDS = 1 << 64
+MAX_STOPS, MAX_STOP_CHARACTERS = 64, 4096
 MAX_NAMES = 500  # unknown fields are the clients': their number is not ours
 
 
@@ -77,6 +78,17 @@ def _top_k(value: int) -> int:
     return 0 if value == -1 else value
 
 
+def _stop(value: str | list[str]) -> tuple[str, ...]:
+    """Every token's text is searched for all of them."""
+    stops = (value,) if isinstance(value, str) else tuple(value)
+    if len(stops) > MAX_STOPS or sum(map(len, stops)) > MAX_STOP_CHARACTERS:
+        raise ApiError(
+            400, f"stop has {len(stops)} texts of {sum(map(len, stops))} characters; allowed: {MAX_STOPS} texts of "
+            f"{MAX_STOP_CHARACTERS} characters together", param="stop",
+        )  # fmt: skip
+    return stops
+
+
 def _seed(value: int) -> int | None:
     """Below 0 too, as the protocol has it: another number of 64 bits."""
     return None if value == NO_SEED else value % SEEDS if value < 0 else value
@@ -108,7 +120,7 @@ OVERRIDES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "max_tokens": ("max_new_tokens", _same),
     "min_tokens": ("min_new_tokens", _same),
     "seed": ("seed", _seed),
-    "stop": ("stop", _same),
+    "stop": ("stop", _stop),
     "stop_token_ids": ("stop_token_ids", tuple),
     "include_stop_str_in_output": ("include_stop_str_in_output", _same),
     "ignore_eos": ("ignore_eos", _same),
