@@ -12,15 +12,24 @@ from starlette.responses import JSONResponse
 
 from executor.errors import UserError, nearest
 from executor.recipe.schema import ServerSection
-from executor.serve import metrics, models
+from executor.serve import metrics, models, tokens
 from executor.serve.bodies import of_validation
 from executor.serve.errors import ApiError, hung_up, in_words
 from executor.serve.middleware import REQUEST_ID, AccessLog, BodyLimit, KeyGate, Net, OriginGate
-from executor.serve.openai import chat
+from executor.serve.mindie import generate
+from executor.serve.openai import chat, completions
 from executor.serve.page import route as page
 from executor.serve.service import Service
 
-ROUTERS = (models.router, metrics.router, chat.router, page.router)
+ROUTERS = (
+    models.router,
+    metrics.router,
+    tokens.router,
+    chat.router,
+    completions.router,
+    generate.router,
+    page.router,
+)
 OPEN_PATHS = ("/", "/health", "/ping")  # without the key: the page asks for it
 
 

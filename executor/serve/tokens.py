@@ -93,9 +93,9 @@ def _token_ids(service: Service, body: TokenizeRequest) -> list[int]:
 
 
 def raw_token_ids(processor: Any, text: str) -> list[int]:
-    """What the checkpoint's tokenizer makes of `text`; Qwen's write nothing around it, whatever add_special_tokens says.
+    """What the checkpoint's tokenizer makes of `text`.
 
-    Its special tokens are taken out here and not by the tokenizer: that is a setting of the tokenizer, which other
-    threads use meanwhile with the other value.
+    Qwen's tokenizers write nothing around a text, whatever add_special_tokens says. Special tokens are taken out here
+    and not by the tokenizer: that is a setting of it, and other threads use it meanwhile with the other value.
     """
     return encode_pieces(processor.tokenizer, processor.chat.special.split(text))[0]
