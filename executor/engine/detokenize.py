@@ -88,15 +88,18 @@ class Detokenizer:
         return 0
 
     def _bytes_of(self, token_id: int) -> bytes:
-        if token_id in self._skipped:
-            return b""
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
-        if token is None:
-            return b""  # logits are often wider than the vocabulary
-        try:
-            return bytes(map(BYTE_OF.__getitem__, token))
-        except KeyError:
-            return token.encode()  # an added token, kept as plain text
+        return b"" if token_id in self._skipped else token_bytes(self._tokenizer, token_id)
+
+
+def token_bytes(tokenizer: Any, token_id: int) -> bytes:
+    """What a token of a byte-level tokenizer stands for; nothing for an id beyond its vocabulary."""
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    if token is None:
+        return b""  # logits are often wider than the vocabulary
+    try:
+        return bytes(map(BYTE_OF.__getitem__, token))
+    except KeyError:
+        return token.encode()  # an added token, kept as plain text
 
 
 def _byte_alphabet() -> dict[str, int]:

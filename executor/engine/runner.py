@@ -7,6 +7,7 @@ Legend: T tokens of the step, M visual tokens of a media item, n hidden size.
 """
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,6 +46,30 @@ class StepResult:
     logprobs: list[list[TokenLogprobs]]
     failures: dict[int, str] = field(default_factory=dict)
     missing: frozenset[bytes] = frozenset()
+
+
+@dataclass
+class StepTimes:
+    """Seconds that steps have taken on the host, to the moment when it has read their tokens, and how many there were.
+
+    `vision_s`: of them, handing pictures to the encoder; a device that computes behind the host's back goes on after.
+    """
+
+    prefill_s: float = 0.0  # of steps in which some prompt had more than one token
+    decode_s: float = 0.0
+    vision_s: float = 0.0
+    num_prefill_steps: int = 0
+    num_decode_steps: int = 0
+
+    def add(self, plan: Plan, seconds: float) -> None:
+        if not plan.rows:
+            return
+        if plan.rows[-1].num_tokens > 1:  # the longer rows come last
+            self.prefill_s += seconds
+            self.num_prefill_steps += 1
+        else:
+            self.decode_s += seconds
+            self.num_decode_steps += 1
 
 
 @dataclass
@@ -88,6 +113,7 @@ class Runner:
         self.replica = replica
         self.encode_tokens = ENCODE_TOKENS  # visual tokens of one pass of the encoder
         self.features: dict[bytes, Tensor] = {}  # media digest -> [M, 1 + taps, n]
+        self.times = StepTimes()
         self._has_assisted = self._has_dismissed = False
 
     @torch.inference_mode()
@@ -99,8 +125,11 @@ class Runner:
         plan = self.replica.lead(plan, self._is_captured(plan))
         if plan is None:
             return StepResult([], [])
+        started = time.perf_counter()
         try:
-            return self._computed(plan)
+            result = self._computed(plan)
+            self.times.add(plan, time.perf_counter() - started)
+            return result
         except FAULTS as error:
             if not self.replica.is_alone:
                 raise
@@ -182,7 +211,9 @@ class Runner:
         for digest in plan.release:
             self.features.pop(digest, None)
         if plan.encode:
+            started = time.perf_counter()
             self.encode(plan.encode)
+            self.times.vision_s += time.perf_counter() - started
         if plan.in_graph:
             return self.graphs(plan.rows, plan.padded_tokens)
         if not plan.rows:

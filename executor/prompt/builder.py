@@ -160,7 +160,7 @@ class PromptBuilder(ABC):
 
     def open_picture(self, part: MediaPart, options: MediaOptions) -> MediaItem:
         """Decode and resize one picture."""
-        from executor.media.image import decode_image, resize, smart_resize
+        from executor.media.image import decode_image, resize
         from executor.media.media import MediaLimits, load_media
 
         limits = options.limits or MediaLimits()
@@ -170,10 +170,7 @@ class PromptBuilder(ABC):
             raise UserError(f"{part.where}: min_pixels {least} is above max_pixels {most}; set both, or neither")
         opened = load_media(part.source, "image", limits)
         frame = decode_image(opened.content, source=opened.source, limits=limits)
-        if options.resized:
-            height, width = self._resized(options.resized)
-        else:
-            height, width = smart_resize(frame.shape[1], frame.shape[2], settings.factor, least, most)
+        height, width = self.picture_size(frame.shape[1], frame.shape[2], options)
         _check_resized(part.where, height, width)
         resized = resize(frame[None], height, width)
         return make_media_item("image", resized, settings, source=opened.source, original_hw=tuple(frame.shape[1:]))
@@ -226,6 +223,15 @@ class PromptBuilder(ABC):
             original_hw=(sampled.height, sampled.width),
             warnings=sampled.warnings,
         )
+
+    def picture_size(self, height: int, width: int, options: MediaOptions) -> tuple[int, int]:
+        """What a picture of this size is resized to. Raises UserError for a picture too long for its breadth."""
+        from executor.media.image import smart_resize
+
+        if options.resized:
+            return self._resized(options.resized)
+        least, most = options.min_pixels or self.picture.min_pixels, options.max_pixels or self.picture.max_pixels
+        return smart_resize(height, width, self.picture.factor, least, most)
 
     def _resized(self, wanted: tuple[int, int]) -> tuple[int, int]:
         """A size that a part names, rounded to whole tokens as the official tools do (qwen_vl_utils: 4 to 16384)."""

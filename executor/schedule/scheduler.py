@@ -82,10 +82,16 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # in order of admission
         self._records: dict[str, _Record] = {}
+        self.num_preemptions = 0
 
     @property
     def has_work(self) -> bool:
         return bool(self._records)
+
+    @property
+    def encoder_queries(self) -> tuple[int, int]:
+        """Media that requests have asked the encoder cache for, and how many of them were there."""
+        return self._encoder.num_queries, self._encoder.num_hits
 
     @property
     def num_waiting(self) -> int:
@@ -299,6 +305,7 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.status = Status.WAITING
         request.num_preemptions += 1
+        self.num_preemptions += 1
         self._waiting.appendleft(request)
 
     def _schedule_prefill(self, open_plan: _OpenPlan) -> None:

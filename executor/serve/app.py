@@ -5,12 +5,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from executor.serve import models
+from executor.serve import metrics, models
 from executor.serve.errors import ApiError
 from executor.serve.openai import chat
+from executor.serve.page import route as page
 from executor.serve.service import Service
 
-ROUTERS = (models.router, chat.router)
+ROUTERS = (models.router, metrics.router, chat.router, page.router)
 
 
 def build_app(service: Service) -> FastAPI:

@@ -104,3 +104,24 @@ class Failure:
 
 
 Event = Delta | Done | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine holds now and has done since its start; those of several engines add up. Times in seconds."""
+
+    num_running: int = 0
+    num_waiting: int = 0  # being prepared, or queued
+    num_blocks: int = 0  # of the KV cache
+    num_used_blocks: int = 0
+    num_preemptions: int = 0
+    num_encoder_queries: int = 0
+    num_encoder_hits: int = 0
+    vision_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    num_prefill_steps: int = 0
+    num_decode_steps: int = 0
+
+    def __add__(self, other: "EngineStats") -> "EngineStats":
+        return EngineStats(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))

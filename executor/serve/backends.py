@@ -13,7 +13,7 @@ from executor.engine.loop import Event as LoopEvent
 from executor.engine.outputs import Completion, Output
 from executor.errors import UserError
 from executor.schedule.request import Prompt
-from executor.serve.asks import Ask, ChatPrompt, Delta, Done, Event, Failure, TextPrompt, TokenInfo
+from executor.serve.asks import Ask, ChatPrompt, Delta, Done, EngineStats, Event, Failure, TextPrompt, TokenInfo
 from executor.serve.feed import Crossing, Feed
 
 
@@ -27,6 +27,9 @@ class Backend(Protocol):
     @property
     def fault(self) -> str | None:
         """Why it answers nothing any more."""
+
+    def stats(self) -> EngineStats:
+        """Of all its engines."""
 
     def ask(self, ask: Ask) -> Feed:
         """Raises executor.engine.loop.QueueFull, and RuntimeError when it has ended."""
@@ -46,6 +49,21 @@ class EngineBackend:
     @property
     def fault(self) -> str | None:
         return None if self.loop.fault is None else str(self.loop.fault)
+
+    def stats(self) -> EngineStats:
+        scheduler, times = self.loop.engine.scheduler, self.loop.engine.runner.times
+        num_running = scheduler.num_running
+        queries, hits = scheduler.encoder_queries
+        return EngineStats(
+            num_running=num_running,
+            num_waiting=max(0, self.num_unfinished - num_running),
+            num_blocks=scheduler.pool.num_blocks,
+            num_used_blocks=scheduler.pool.num_blocks - scheduler.pool.num_free,
+            num_preemptions=scheduler.num_preemptions,
+            num_encoder_queries=queries,
+            num_encoder_hits=hits,
+            **vars(times),
+        )
 
     def ask(self, ask: Ask) -> Feed:
         feed, handles = Feed(), []

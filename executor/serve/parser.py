@@ -4,6 +4,7 @@ Invariant: the pieces of kind "content" joined are the text without marks; nothi
 than a mark may still come.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,8 +23,18 @@ class Piece:
 class AnswerParser:
     """One answer's. `push` takes its text as it comes, `finish` gives what was held back."""
 
-    def __init__(self, *, takes_tools: bool = False, thinks: bool = False) -> None:
-        """`takes_tools`: calls are looked for. `thinks`: the answer begins inside its reasoning."""
+    def __init__(
+        self, *, takes_tools: bool = False, thinks: bool = False, tool_names: Collection[str] | None = None
+    ) -> None:
+        """`takes_tools`: calls are looked for. `thinks`: the answer begins inside its reasoning.
+
+        `tool_names`: a call of another name is given as content; None takes any name.
+        """
+
+    @property
+    def num_calls(self) -> int:
+        """How many calls have begun: with one or more, a finish_reason `stop` is told as `tool_calls`."""
+        return 0
 
     def push(self, text: str) -> list[Piece]:
         return [Piece("content", text)] if text else []

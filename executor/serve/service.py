@@ -3,8 +3,9 @@
 Knows requests as `Ask`s; nothing of HTTP routes.
 """
 
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from executor.schedule.request import SamplingParams
 from executor.serve.asks import Ask
 from executor.serve.backends import Backend
 from executor.serve.errors import ApiError, busy
-from executor.serve.feed import Feed
+from executor.serve.feed import Feed, Joined
+from executor.serve.metrics import Metrics
+
+_RECIPE_KEY = re.compile(r"generation_config\.(\w+)")
 
 
 @dataclass
@@ -32,6 +36,9 @@ class Service:
     created_s: int = field(default_factory=lambda: int(time.time()))
     is_ready: bool = False
     is_draining: bool = False
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.model_name, self.max_model_len, self.backend)
 
     @property
     def model_name(self) -> str:
@@ -49,13 +56,16 @@ class Service:
                 code="model_not_found",
             )  # fmt: skip
 
-    def params(self, overrides: Mapping[str, Any]) -> SamplingParams:
-        """A request's parameters: its own, then the recipe's, then the checkpoint's. Raises ApiError 400."""
+    def params(self, overrides: Mapping[str, Any], names: Mapping[str, str] | None = None) -> SamplingParams:
+        """A request's parameters: its own, then the recipe's, then the checkpoint's.
+
+        `names`: {parameter: how the request calls it}. Raises ApiError 400, whose `param` is the request's name.
+        """
         try:
             params = sampling_params(self.recipe.generation, self.processor.generation_config, overrides)
             check_params(params, self.vocab_size)
         except UserError as error:
-            raise ApiError(400, str(error)) from error
+            raise _in_words_of(names or {}, str(error)) from error
         return params
 
     def ask(self, ask: Ask) -> Feed:
@@ -63,8 +73,29 @@ class Service:
         if self.is_draining:
             raise busy("the server is being stopped and takes no new requests")
         try:
-            return self.backend.ask(ask)
+            feed = self.backend.ask(ask)
         except QueueFull as error:
             raise busy(str(error)) from error
         except RuntimeError as error:
             raise ApiError(503, str(error)) from error
+        feed.observer = self.metrics.watch(ask)
+        return feed
+
+    def ask_all(self, asks: Sequence[Ask]) -> Joined:
+        """All of them or none: raises ApiError when it does not take each."""
+        feeds: list[Feed] = []
+        try:
+            for ask in asks:
+                feeds.append(self.ask(ask))
+        except ApiError:
+            for feed in feeds:
+                feed.abort()
+            raise
+        return Joined(feeds)
+
+
+def _in_words_of(names: Mapping[str, str], message: str) -> ApiError:
+    """A message about keys of the recipe, about fields of a request."""
+    keys = _RECIPE_KEY.findall(message)
+    param = names.get(keys[0], keys[0]) if keys else None
+    return ApiError(400, _RECIPE_KEY.sub(lambda match: names.get(match[1], match[1]), message), param=param)

@@ -13,6 +13,7 @@ from executor.serve.answers import gather
 from executor.serve.asks import Ask, ChatPrompt, Done, Failure
 from executor.serve.errors import of_failure
 from executor.serve.feed import Feed
+from executor.serve.openai.sampling import SamplingFields, Whole, params_of
 from executor.serve.parser import AnswerParser
 from executor.serve.service import Service
 from executor.serve.streams import DONE, EventStream, answered, event
@@ -26,16 +27,10 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class ChatRequest(BaseModel):
-    model_config = ConfigDict(extra="allow")
+class ChatRequest(SamplingFields):
     messages: list[Any]
-    model: str | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    temperature: float | None = None
-    stream: bool | None = None
+    max_completion_tokens: Whole | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
 
 
 @router.post("/v1/chat/completions")
@@ -44,9 +39,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_model(body.model)
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    params = service.params(
-        {"max_new_tokens": asked or service.max_model_len, "temperature": body.temperature, "n": body.n}
-    )
+    params = params_of(service, body, more={"max_new_tokens": asked})
     ask = Ask(
         f"chatcmpl-{uuid.uuid4().hex}", ChatPrompt(body.messages), params, service.recipe.server.request_timeout_s,
         fits_exactly=asked is not None,
