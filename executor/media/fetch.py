@@ -92,8 +92,8 @@ class Fetcher:
         if not any(rule.fits(place) for rule in (*self.hosts, *self.private_hosts)):
             key = DOMAINS_KEY if place.address is None else PRIVATE_KEY
             raise UserError(
-                f"{shown(url)}: {place.host_header} is not among the hosts that media may be fetched from; add it to {key}, or "
-                "send the media as a base64 data: URL"
+                f"{shown(url)}: {place.host_header} is not among the hosts that media may be fetched from; add it to "
+                f"{key}, or send the media as a base64 data: URL"
             )
         return place
 
@@ -111,15 +111,15 @@ class Fetcher:
                     now = _next(reply, now)
             except TimeoutError as error:
                 raise Unreachable(
-                    f"{shown(asked)}: did not come in time ({self.timeout_s:g} s for all of it, {CONNECT_S:g} s to connect, "
-                    f"{IDLE_S:g} s without a byte)"
+                    f"{shown(asked)}: did not come in time ({self.timeout_s:g} s for all of it, {CONNECT_S:g} s to "
+                    f"connect, {IDLE_S:g} s without a byte)"
                 ) from error
             except (OSError, http.client.HTTPException) as error:
                 raise Unreachable(f"{shown(asked)}: could not be fetched ({_reason(error)})") from error
         raise Unreachable(f"{shown(asked)}: more than {MOST_REDIRECTS} redirects")
 
     def fetch_all(self, wanted: Mapping[str, int], together_bytes: int) -> dict[str, bytes | UserError]:
-        """The files at several addresses, some at a time; `wanted`: address to its most bytes. Of one that fails, why."""
+        """The files at several addresses, some at a time; of one that fails, why. `wanted`: each one's most bytes."""
         budget = _Budget(together_bytes)
 
         def one(url: str) -> bytes | UserError:

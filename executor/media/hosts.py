@@ -122,8 +122,8 @@ def _parse_rule(entry: str, key: str) -> HostRule:
         port = parts.port
     except ValueError as error:
         raise UserError(
-            f"{key}: {entry!r} is no host; write a name (example.org), all below it (*.example.org) or an address, with "
-            ":port where it is not 80 or 443, and no https://"
+            f"{key}: {entry!r} is no host; write a name (example.org), all below it (*.example.org) or an address, "
+            "with :port where it is not 80 or 443, and no https://"
         ) from error
     if below and (":" in name or name.rpartition(".")[2].isdecimal()):
         raise UserError(f"{key}: {entry!r}: an address has nothing below it; write it in full")

@@ -96,8 +96,8 @@ def _spellings(name: str) -> Iterator[str]:
 
 def _outside(name: str) -> UserError:
     return UserError(
-        f"{_short(name)}: lies outside of the folder that {FOLDER_KEY} allows; name a file below it, or send the media as "
-        "a base64 data: URL"
+        f"{_short(name)}: lies outside of the folder that {FOLDER_KEY} allows; name a file below it, or send the media "
+        "as a base64 data: URL"
     )
 
 

@@ -12,6 +12,7 @@ import binascii
 import os
 import re
 import urllib.parse
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -149,8 +150,8 @@ def web_addresses(source: object) -> Iterator[str]:
 def _fetcher(url: str, limits: MediaLimits) -> Fetcher:
     if limits.fetcher is None:
         raise UserError(
-            f"{shown(url)}: http(s) addresses are not read here, because {DOMAINS_KEY} is empty; add the host to it, or give "
-            f"the media as {'a path or ' if limits.paths else ''}a base64 data: URL"
+            f"{shown(url)}: http(s) addresses are not read here, because {DOMAINS_KEY} is empty; add the host to it, "
+            f"or give the media as {'a path or ' if limits.paths else ''}a base64 data: URL"
         )
     return limits.fetcher
 
@@ -167,8 +168,8 @@ def _check_name(source: str, limits: MediaLimits) -> None:
         if len(source) > 100 and re.fullmatch(r"[A-Za-z0-9+/=\s]+", source[:4096]):
             raise UserError(f"{_short(source, 40)}: base64 text is given as data:image/png;base64,TEXT")
         raise UserError(
-            f"{_short(source)}: no files may be named here, because {FOLDER_KEY} is not set; send the media as a base64 data: "
-            "URL"
+            f"{_short(source)}: no files may be named here, because {FOLDER_KEY} is not set; send the media as a "
+            "base64 data: URL"
         )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from executor.errors import printable
 from executor.serve.asks import Failure, FailureKind
 
 STATUS: dict[FailureKind, int] = {"refused": 400, "unreachable": 422, "late": 504, "aborted": 499, "fault": 500}
@@ -29,7 +30,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = printable(message)  # requests hold halves of characters, which cannot be sent
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
@@ -44,7 +45,10 @@ class ApiError(Exception):
 
 
 def of_failure(failure: Failure) -> ApiError:
-    return ApiError(STATUS[failure.kind], failure.message)
+    message, param = failure.message, failure.param
+    if param and not message.startswith(param):
+        message = f"{param}: {message}"
+    return ApiError(STATUS[failure.kind], message, param=param)
 
 
 def busy(message: str) -> ApiError:
