@@ -204,7 +204,13 @@ class DataSection(Section):
     video_timestamps: Literal["per_frame", "outer_pair"] = "per_frame"
     """Form of a video in a Qwen3-VL prompt. per_frame is the trained one; outer_pair keeps one more pair of marks."""
     allowed_media_domains: Words = ()
-    """Hosts that pictures and videos may be fetched from over http(s). None: addresses are refused."""
+    """Hosts that pictures and videos may be fetched from over http(s), such as example.org, *.example.org (all below
+    it) or example.org:8443; they must have public addresses. None: http(s) addresses are refused."""
+    allowed_private_hosts: Words = ()
+    """Hosts of your own network that they may be fetched from too, by name or address: store.internal:9000,
+    10.0.0.5:9000."""
+    fetch_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 30.0
+    """Seconds in which a picture or video must have come over http(s)."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Handed to the checkpoint's chat template."""
     results_path: str | None = None
@@ -225,7 +231,7 @@ class ServerSection(Section):
     allowed_origins: Words = ()
     """Web pages of other addresses that browsers may let ask, as https://host:port. "*": all."""
     allowed_local_media_path: str | None = None
-    """Folder below which requests may name files. null: none."""
+    """Folder below which requests may name files, by path or as file:///path. null: none."""
     max_body_bytes: Positive = 512 * 1024 * 1024
     """Bytes of one HTTP request."""
     max_pictures: Annotated[int, Field(ge=0)] = 16
@@ -234,8 +240,8 @@ class ServerSection(Section):
     """Videos of one request."""
     max_media_bytes: Positive = 256 * 1024 * 1024
     """Bytes of one picture or video."""
-    max_media_pixels: Positive = 100_000_000
-    """Pixels of one picture before the resize."""
+    max_media_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 100_000_000
+    """Pixels of one picture or frame before the resize. Pillow opens no larger ones than 178,956,970."""
     max_video_frames: Positive = 100_000
     """Frames of one video, in the file."""
     max_video_s: Annotated[float, Field(gt=0)] = 3600.0

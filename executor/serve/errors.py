@@ -36,7 +36,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = printable(message)  # requests hold halves of characters, which cannot be sent
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
@@ -51,7 +51,10 @@ class ApiError(Exception):
 
 
 def of_failure(failure: Failure) -> ApiError:
-    return in_words(STATUS[failure.kind], failure.message)
+    message, param = failure.message, failure.param
+    if param and not message.startswith(param):
+        message = f"{param}: {message}"
+    return in_words(STATUS[failure.kind], message)
 
 
 def in_words(status: int, message: str) -> ApiError:

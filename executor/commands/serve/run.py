@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 
 def run(recipe: Recipe) -> tuple[dict[str, Any], int]:
     """Serve until SIGTERM; returns the JSON document and the exit status."""
-    from executor.commands.build import engine_of, open_rank
+    from executor.commands.build import engine_of, open_rank, request_limits
     from executor.engine.loop import EngineLoop
 
     place = rank_place()
     prepared = prepare(recipe, place.local_world_size)
     listener = None if place.rank else listen(recipe.server)
     device, parallel = open_rank(prepared)
-    with engine_of(prepared, device, parallel) as engine:
+    with engine_of(prepared, device, parallel, limits=request_limits(recipe)) as engine:
         if place.rank:
             engine.follow()
             return {"command": "serve"}, 0
