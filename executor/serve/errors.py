@@ -9,7 +9,9 @@ from fastapi.responses import JSONResponse
 from executor.errors import printable
 from executor.serve.asks import Failure, FailureKind
 
-STATUS: dict[FailureKind, int] = {"refused": 400, "unreachable": 422, "late": 504, "aborted": 499, "fault": 500}
+STATUS: dict[FailureKind, int] = {
+    "refused": 400, "unreachable": 422, "late": 504, "aborted": 499, "lost": 503, "fault": 500,
+}  # fmt: skip
 TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
     503: "service_unavailable_error", 504: "timeout_error",
