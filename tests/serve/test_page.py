@@ -50,7 +50,9 @@ def test_the_policy_allows_what_the_page_holds_and_nothing_else(server: Running)
 
 def test_nothing_on_the_page_parses_html() -> None:
     for path in sorted(FOLDER.glob("*.js")):
-        found = re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", path.read_text())
+        found = re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", path.read_text()
+        )
         assert not found, f"{path.name}: {found.group()}"
 
 
@@ -193,7 +195,9 @@ def test_answers_are_the_apis_and_the_conversation_goes_on(visit: Open, server: 
     told = {"role": "assistant", "content": expected}
     assert opened.answers()[1] == api_answer(server, first, told, message("Count the objects."))
     figures = opened.page.locator(".figures").all_inner_texts()
-    assert all(re.search(r"TTFT [\d.]+ m?s · TPOT [\d.]+ m?s · \d+ tokens in.* · \d+ out", line) for line in figures[:1])
+    assert all(
+        re.search(r"TTFT [\d.]+ m?s · TPOT [\d.]+ m?s · \d+ tokens in.* · \d+ out", line) for line in figures[:1]
+    )
     usage = re.search(r"(\d+) tokens in", figures[0])
     assert usage and int(usage[1]) > 16  # with the picture's
 
@@ -303,7 +307,7 @@ def test_the_curl_command_runs_as_it_stands(
     picture.write_bytes(PICTURE.read_bytes() + b"\0" * num_bytes)  # what follows a PNG's end is left
     opened = visit(permissions=["clipboard-read", "clipboard-write"])
     opened.add(picture)
-    opened.ask("What color is the square? It's `$HOME` \\ \"here\"\n!")
+    opened.ask('What color is the square? It\'s `$HOME` \\ "here"\n!')
     opened.page.get_by_role("button", name="Copy as curl").click()
     opened.page.get_by_text("Copied").wait_for()
     command = opened.page.evaluate("navigator.clipboard.readText()")
@@ -409,7 +413,12 @@ def test_markdown_is_shown_and_stays_text(visit: Open, scripted: Any) -> None:
                     "td": ["1", "2"], "pre": ['print("<b>")']}  # fmt: skip
     assert body.locator("img, a, script").count() == 0
     text = body.inner_text()
-    for plain in ("<img src=x onerror=alert(1)>", "![seen](http://example.com/x.png)", "2 * 3 * 4", "[link](javascript:"):
+    for plain in (
+        "<img src=x onerror=alert(1)>",
+        "![seen](http://example.com/x.png)",
+        "2 * 3 * 4",
+        "[link](javascript:",
+    ):
         assert plain in text
 
 
@@ -433,7 +442,9 @@ def test_a_page_that_everybody_can_use(browser: Any, visit: Open, scripted: Any,
     """axe-core's rules at 360 px, with an answer, a drawing, the settings and pictures in the tray; no side scroll."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     scripted(MARKDOWN, '\n{"bbox_2d": [100, 100, 500, 500], "label": "' + "a long label " * 5 + '"}', "\n" + "x" * 300)
-    opened = visit(viewport={"width": 360, "height": 740}, color_scheme=scheme, bypass_csp=True, reduced_motion="reduce")
+    opened = visit(
+        viewport={"width": 360, "height": 740}, color_scheme=scheme, bypass_csp=True, reduced_motion="reduce"
+    )
     opened.add(PICTURE, WORD)
     opened.ask("Where? " + "y" * 200)
     opened.page.locator(".mark").wait_for()
@@ -464,7 +475,18 @@ def test_the_keyboard_reaches_everything_in_order(visit: Open, scripted: Any) ->
         reached.append(opened.page.evaluate("document.activeElement.id || document.activeElement.textContent"))
         outline = opened.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
         assert outline == "solid" or reached[-1] in ("question", "main")
-    names = ["new", "show-settings", "theme", "Regenerate", "Copy", "Copy as curl", "Edit question", "question", "choose", "send"]
+    names = [
+        "new",
+        "show-settings",
+        "theme",
+        "Regenerate",
+        "Copy",
+        "Copy as curl",
+        "Edit question",
+        "question",
+        "choose",
+        "send",
+    ]
     assert [name for name in reached if name != "main"][: len(names)] == names[: len(reached)]
     opened.page.fill("#question", "one")
     opened.page.press("#question", "Shift+Enter")
