@@ -5,7 +5,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import uvicorn
 from fastapi import FastAPI
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 BACKLOG = 2048  # connections that wait to be accepted: as large as a benchmark's burst
 KEEP_ALIVE_S = 60
 POLL_S = 0.05
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Protocol(HttpToolsProtocol):
@@ -51,6 +52,7 @@ def listen(settings: ServerSection) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
+        listener.listen(BACKLOG)  # whoever connects from now on waits until the application runs
     except (OSError, ValueError) as error:
         listener.close()
         reason = error.strerror if isinstance(error, OSError) else error
@@ -70,8 +72,10 @@ def config_of(app: FastAPI, settings: ServerSection) -> uvicorn.Config:
     )  # fmt: skip
 
 
-async def serve(app: FastAPI, service: Service, listener: socket.socket) -> None:
-    """Until a signal, or the backend's fault: RuntimeError then."""
+async def serve(
+    app: FastAPI, service: Service, listener: socket.socket, signals: Iterable[signal.Signals] = SIGNALS
+) -> None:
+    """Until one of `signals`, or the backend's fault: RuntimeError then."""
     settings = service.recipe.server
     server = Server(config_of(app, settings))
     loop = asyncio.get_running_loop()
@@ -82,7 +86,7 @@ async def serve(app: FastAPI, service: Service, listener: socket.socket) -> None
             drained.set()
         service.is_draining = True
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in signals:
         loop.add_signal_handler(number, on_signal)
     running = asyncio.ensure_future(server.serve(sockets=[listener]))
     try:
@@ -97,7 +101,7 @@ async def serve(app: FastAPI, service: Service, listener: socket.socket) -> None
         service.is_draining = True
         server.should_exit = True
         await running
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in signals:
             loop.remove_signal_handler(number)
     if service.backend.fault is not None:
         raise RuntimeError(f"the engine has ended: {service.backend.fault}")
