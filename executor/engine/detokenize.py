@@ -112,8 +112,11 @@ class Detokenizer:
 def token_bytes(tokenizer: Any, token_id: int) -> bytes:
     """What a token of a byte-level tokenizer stands for; nothing for an id beyond its vocabulary."""
     token = tokenizer.convert_ids_to_tokens(token_id)
-    if token is None:
-        return b""  # logits are often wider than the vocabulary
+    return b"" if token is None else word_bytes(token)  # logits are often wider than the vocabulary
+
+
+def word_bytes(token: str) -> bytes:
+    """What a token stands for, as the vocabulary writes it."""
     try:
         return bytes(map(BYTE_OF.__getitem__, token))
     except KeyError:

@@ -101,6 +101,7 @@ class Handle:
             made = self._make()
             if isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], SamplingParams):
                 made, self.params = made
+            self._loop.engine.check(self.params)
             self.prompt = build(made)
         except Exception as error:  # handed to whoever waits for it, as a future does
             self.refusal = error
