@@ -31,6 +31,7 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) or value is None else [value]
 
 
+NonEmpty = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 # strict=False only lets YAML's lists become tuples: the items are checked as strictly as everything else.
 Words = Annotated[tuple[Annotated[str, Field(strict=True)], ...], Field(strict=False), BeforeValidator(_as_list)]
@@ -97,6 +98,12 @@ class ParallelSection(Section):
     """tp: every rank computes a slice of each picture's encoder. data: whole pictures are dealt to ranks."""
     hang_timeout_s: Positive = 300
     """Seconds a rank may give no sign of life before it is reported and the job is ended."""
+    ray_jobs: Positive = 1
+    """Jobs of the whole recipe on a Ray cluster, each of world_size ranks on one node, that share what is served or
+    generated. 1: no Ray."""
+    ray_address: str | None = None
+    """The Ray cluster, as HOST:PORT of its head. null: RAY_ADDRESS, else one on this machine for the time of the
+    command."""
 
 
 class SchedulerSection(Section):
@@ -219,14 +226,14 @@ class DataSection(Section):
 class ServerSection(Section):
     """The HTTP server of the `serve` command."""
 
-    host: str = "127.0.0.1"
+    host: NonEmpty = "127.0.0.1"
     """Address it listens on. 0.0.0.0: every network of the machine."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port it listens on. 0: a free one, which is printed."""
-    served_model_name: str | None = None
+    served_model_name: NonEmpty | None = None
     """Name clients use. null: the last part of model_path."""
-    api_key: str | None = None
-    """Key clients must send. null: none."""
+    api_key: Annotated[NonEmpty, Field(pattern=r"^[!-~]+$")] | None = None
+    """Key clients must send: letters, digits and signs without spaces, as a header holds it. null: none."""
     allowed_origins: Words = ()
     """Web pages of other addresses that browsers may let ask, as https://host:port. "*": all."""
     allowed_local_media_path: str | None = None
@@ -257,8 +264,8 @@ class ServerSection(Section):
     """Key of the certificate. null: in ssl_certfile."""
     log_prompts: bool = False
     """Write what is asked into the access log."""
-    replicas: Positive = 1
-    """Copies of the whole recipe on a Ray cluster that share the requests. 1: no Ray."""
+    replicas: Positive | None = None
+    """Jobs of the whole recipe on a Ray cluster that share the requests. null: parallel_config.ray_jobs."""
 
 
 class Recipe(Section):
@@ -275,6 +282,12 @@ class Recipe(Section):
     def attn_tp_size(self) -> int:
         """Ranks that share one copy of attention and MLP."""
         return self.parallel.attn_tp_size or self.parallel.world_size
+
+    def num_jobs(self, command: str) -> int:
+        """How many jobs of the recipe a Ray cluster runs for a command; 1: no Ray."""
+        if command == "serve" and self.server.replicas is not None:
+            return self.server.replicas
+        return self.parallel.ray_jobs if command in ("serve", "generate") else 1
 
     def replace(self, **sections: dict[str, Any]) -> "Recipe":
         """A checked copy with fields changed: `recipe.replace(model={"dtype": "float32"})`."""

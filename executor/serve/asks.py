@@ -88,7 +88,7 @@ class Done:
     finish_reasons: tuple[str, ...]
 
 
-FailureKind = Literal["refused", "unreachable", "late", "aborted", "fault"]
+FailureKind = Literal["refused", "unreachable", "late", "aborted", "lost", "fault"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,8 @@ class Failure:
     """The last event of a request that was not answered.
 
     refused: its own mistake. unreachable: a medium's address answered with a mistake. late: its time was over.
-    aborted: somebody wished it. fault: ours, or the engine's end.
+    aborted: somebody wished it. lost: whoever answered it has died, and another may answer it. fault: ours, or the
+    engine's end.
     """
 
     kind: FailureKind
