@@ -17,7 +17,8 @@ from executor.serve.bodies import of_validation
 from executor.serve.errors import ApiError, hung_up, in_words
 from executor.serve.middleware import REQUEST_ID, AccessLog, BodyLimit, KeyGate, Net, OriginGate
 from executor.serve.mindie import generate
-from executor.serve.openai import chat, completions
+from executor.serve.openai import chat, completions, responses
+from executor.serve.openai.response_store import ResponseStore
 from executor.serve.page import route as page
 from executor.serve.service import Service
 
@@ -27,6 +28,7 @@ ROUTERS = (
     tokens.router,
     chat.router,
     completions.router,
+    responses.router,
     generate.router,
     page.router,
 )
@@ -36,6 +38,7 @@ OPEN_PATHS = ("/", "/health", "/ping")  # without the key: the page asks for it
 def build_app(service: Service) -> FastAPI:
     app = FastAPI(title="Qwen-VL", docs_url=None, redoc_url=None, middleware=list(_middleware(service.recipe.server)))
     app.state.service = service
+    app.state.responses = ResponseStore()
     for router in ROUTERS:
         app.include_router(router)
     app.add_exception_handler(ApiError, _api_error)
