@@ -53,8 +53,8 @@ class ResponseStore:
         if name not in self._kept:
             raise ApiError(
                 404, f"the response {name[:80]!r} is not kept here: it never was, or newer ones took its place "
-                f"(at most {self._max_responses} responses and {self._max_bytes} bytes, until the server ends); hand in "
-                "the whole conversation as input", param=param, code="previous_response_not_found" if param else None,
+                f"(at most {self._max_responses} responses and {self._max_bytes} bytes, until the server ends); hand "
+                "in the whole conversation as input", param=param, code="previous_response_not_found" if param else None,
             )  # fmt: skip
         self._kept.move_to_end(name)
         return self._kept[name]
