@@ -286,10 +286,13 @@ class Engine:
             self._emit(self._answers[plan.rows[number].request.id], "", ())
 
     def _advance(self, answer: _Answer, token_ids: list[int]) -> None:
-        """The text of an answer's new tokens, up to a stop string."""
+        """The text of an answer's new tokens, up to a stop string, or to the token that has ended it."""
         request, detokenizer, delta = answer.request, answer.detokenizer, ""
+        num_written = len(token_ids)
+        if request.finish_reason is FinishReason.STOP and not request.params.include_stop_str_in_output:
+            num_written -= 1
         try:
-            for count, token_id in enumerate(token_ids, start=1):
+            for count, token_id in enumerate(token_ids[:num_written], start=1):
                 delta += detokenizer.push((token_id,))
                 if detokenizer.stopped:
                     num_kept = len(request.output_token_ids) - len(token_ids) + count
