@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from executor.engine.bad_words import BadWords
 from executor.engine.detokenize import Detokenizer
 from executor.engine.noise import child_seed
 from executor.engine.outputs import Collector, Completion, Output
@@ -226,9 +227,13 @@ class Engine:
             params = with_seed(params)
             ids.append(self._request_id(request_id, in_use))
             in_use.add(ids[-1])
+            bad_words = BadWords.of(self.processor.tokenizer, params.bad_words)
+            self._check_first_token(params, bad_words)
             for index in range(params.n):
                 one = replace(params, n=1, seed=child_seed(params.seed, index))
-                request = Request(f"{ids[-1]}/{index}", prompt, one)
+                if index:  # the prompt's are the same
+                    one = replace(one, prompt_logprobs=None)
+                request = Request(f"{ids[-1]}/{index}", prompt, one, bad_words=bad_words)
                 self.scheduler.check_possible(request)
                 detokenizer = Detokenizer(self.processor.tokenizer, one, known_bytes=self._known_bytes)
                 answers.append(_Answer(ids[-1], index, request, detokenizer, outputs))
@@ -236,6 +241,19 @@ class Engine:
             self.scheduler.add(answer.request)
             self._answers[answer.request.id] = answer
         return ids
+
+    def _check_first_token(self, params: SamplingParams, bad_words: BadWords | None) -> None:
+        """Raises UserError where no token at all may come first."""
+        if params.allowed_token_ids is None:
+            return
+        barred = set() if bad_words is None else bad_words.after((), 0)
+        if params.min_new_tokens:
+            barred.update(params.stop_token_ids, () if params.ignore_eos else self.processor.eos_token_ids)
+        if barred.issuperset(params.allowed_token_ids):
+            raise UserError(
+                "generation_config.allowed_token_ids holds only tokens that bad_words, or min_new_tokens with the end "
+                "tokens, rule out; allow more tokens, or rule out fewer"
+            )
 
     def _request_id(self, asked: str | None, in_use: set[str]) -> str:
         """The id that was asked for, or a new one. UserError where it cannot be had."""
