@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -122,6 +123,11 @@ class Visit:
             self.page.locator(".foot").nth(num_turns).wait_for()
             self.page.locator("#send").wait_for()
 
+    def copied_curl(self) -> str:
+        self.page.get_by_role("button", name="Copy as curl").click()
+        self.page.get_by_text("Copied").wait_for()
+        return self.page.evaluate("navigator.clipboard.readText()")
+
     def answers(self) -> list[str]:
         return self.page.locator(".body").all_inner_texts()
 
@@ -131,6 +137,14 @@ class Visit:
 
 
 Open = Callable[..., Visit]
+CLIPBOARD = ["clipboard-read", "clipboard-write"]
+
+
+def run_curl(command: str, folder: Path, **environment: str) -> dict[str, Any]:
+    """The reply of a copied command, which may say before it which files it reads."""
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=os.environ | environment, capture_output=True,
+                          text=True, timeout=60)  # fmt: skip
+    return json.loads(done.stdout[done.stdout.index("{") :])
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +267,7 @@ def test_an_answer_is_stopped_and_kept(visit: Open, scripted: Any) -> None:
     opened.page.keyboard.press("Escape")
     opened.page.get_by_text("Stopped.").first.wait_for()
     opened.page.wait_for_function("!document.querySelector('#send').hidden")
-    opened.page.wait_for_timeout(50)
+    opened.page.wait_for_timeout(100)  # until the server has seen that the connection is gone
     assert backend.num_aborted == 1 and opened.answers() == ["One. Two"]
     backend = scripted("Four.")
     opened.ask("Go on.")
@@ -296,37 +310,37 @@ def test_settings_go_with_the_question(visit: Open, scripted: Any) -> None:
 
 @pytest.mark.parametrize("num_bytes", [0, 60_000])
 def test_the_curl_command_runs_as_it_stands(
-    visit: Open, server: Running, tmp_path: Path, num_bytes: int, browser: Any
+    visit: Open, server: Running, tmp_path: Path, num_bytes: int
 ) -> None:
     """A small picture stands in the command, a large one is read from its file."""
     picture = tmp_path / "it's a picture.png"
     picture.write_bytes(PICTURE.read_bytes() + b"\0" * num_bytes)  # what follows a PNG's end is left
-    opened = visit(permissions=["clipboard-read", "clipboard-write"])
+    opened = visit(permissions=CLIPBOARD)
     opened.add(picture)
     opened.ask("What color is the square? It's `$HOME` \\ \"here\"\n!")
-    opened.page.get_by_role("button", name="Copy as curl").click()
-    opened.page.get_by_text("Copied").wait_for()
-    command = opened.page.evaluate("navigator.clipboard.readText()")
+    command = opened.copied_curl()
     assert len(command) < 4_000
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    reply = json.loads(done.stdout[done.stdout.index("{") :])
+    reply = run_curl(command, tmp_path)
     assert reply["choices"][0]["message"]["content"] == opened.answers()[0]
 
 
-def test_the_key_is_asked_for_and_kept_for_the_tab(visit: Open, tiny_engine: Engine) -> None:
+def test_the_key_is_asked_for_and_kept_for_the_tab(visit: Open, tiny_engine: Engine, tmp_path: Path) -> None:
     for running in start(tiny_engine, api_key="open sesame"):
         assert running.http.get("/").status_code == 200
-        opened = visit(running, allowed="401")
+        opened = visit(running, allowed="401", permissions=CLIPBOARD)
         opened.page.locator("#key-dialog").wait_for()
         for key in ("wrong", "open sesame"):
             opened.page.fill("#key", key)
             opened.page.press("#key", "Enter")
-            opened.page.wait_for_timeout(100)
             if key == "wrong":
                 opened.page.get_by_text("does not accept this key").wait_for()
         opened.page.locator("#key-dialog").wait_for(state="hidden")
         opened.ask("What is a square?")
         assert len(opened.answers()) == 1 and opened.page.locator(".fault").is_hidden()
+        command = opened.copied_curl()
+        assert "open sesame" not in command, "a command that is handed on must not hold the key"
+        reply = run_curl(command, tmp_path, API_KEY="open sesame")
+        assert reply["choices"][0]["message"]["content"] == opened.answers()[0]
         opened.page.reload()
         opened.page.get_by_role("heading", name=running.service.model_name).wait_for()
         assert not opened.page.locator("#key-dialog").is_visible()
@@ -457,15 +471,17 @@ def test_the_keyboard_reaches_everything_in_order(visit: Open, scripted: Any) ->
     opened = visit()
     opened.ask("Well?")
     assert opened.page.evaluate("document.activeElement.id") == "question"
-    opened.page.evaluate("document.activeElement.blur()")
+    names = ["new", "show-settings", "theme", "Regenerate", "Edit question", "Copy", "Copy as curl", "question", "choose", "send"]
     reached = []
-    for _ in range(10):
+    for _ in range(2 * len(names)):  # from the question on, over the end of the page, and around
         opened.page.keyboard.press("Tab")
-        reached.append(opened.page.evaluate("document.activeElement.id || document.activeElement.textContent"))
-        outline = opened.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
-        assert outline == "solid" or reached[-1] in ("question", "main")
-    names = ["new", "show-settings", "theme", "Regenerate", "Copy", "Copy as curl", "Edit question", "question", "choose", "send"]
-    assert [name for name in reached if name != "main"][: len(names)] == names[: len(reached)]
+        told = "const e = document.activeElement; [e === document.body, e.id || e.textContent, getComputedStyle(e).outlineStyle]"
+        is_page, name, outline = opened.page.evaluate(told)
+        if not is_page:
+            reached.append(name)
+            assert outline == "solid" or name == "question", f"{name} does not show that it has the focus"
+    first = reached.index("new")
+    assert reached[first : first + len(names)] == names
     opened.page.fill("#question", "one")
     opened.page.press("#question", "Shift+Enter")
     assert opened.page.input_value("#question") == "one\n" and opened.page.locator(".turn").count() == 1
