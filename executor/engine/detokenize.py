@@ -21,8 +21,16 @@ class Detokenizer:
     `stopped` says that a stop string was found, `stop_string` which one; tokens after it are not taken.
     """
 
-    def __init__(self, tokenizer: Any, params: SamplingParams, *, skip_special_tokens: bool = True):
-        """tokenizer: a fast tokenizer of transformers; UserError when it is not byte-level."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        params: SamplingParams,
+        *,
+        skip_special_tokens: bool = True,
+        known_bytes: dict[int, bytes] | None = None,
+    ):
+        """tokenizer: a fast tokenizer of transformers; UserError when it is not byte-level. `known_bytes`: of tokens
+        that were seen, for all detokenizers of one tokenizer."""
         decoder = tokenizer.backend_tokenizer.decoder
         if not isinstance(decoder, decoders.ByteLevel):
             raise UserError(
@@ -31,6 +39,7 @@ class Detokenizer:
             )
         self.stop_string: str | None = None
         self._tokenizer = tokenizer
+        self._known_bytes = {} if known_bytes is None else known_bytes
         self._stops = params.stop
         self._skipped: frozenset[int] = frozenset()
         if skip_special_tokens:
@@ -60,6 +69,10 @@ class Detokenizer:
     def _advance(self, data: bytes, final: bool) -> str:
         if self.stopped:
             return ""
+        if not self._stops:
+            delta = self._characters.decode(data, final)
+            self._pieces.append(delta)
+            return delta
         pending = self._held + self._characters.decode(data, final)
         end = self._find_stop(pending)
         if end is None:
@@ -88,7 +101,12 @@ class Detokenizer:
         return 0
 
     def _bytes_of(self, token_id: int) -> bytes:
-        return b"" if token_id in self._skipped else token_bytes(self._tokenizer, token_id)
+        if token_id in self._skipped:
+            return b""
+        known = self._known_bytes.get(token_id)
+        if known is None:
+            known = self._known_bytes[token_id] = token_bytes(self._tokenizer, token_id)
+        return known
 
 
 def token_bytes(tokenizer: Any, token_id: int) -> bytes:

@@ -306,7 +306,8 @@ class EngineLoop:
         for output in outputs:
             handle = self._running[output.request_id]
             handle.tell(output)
-            for completion in self._collector.feed((output,)):
+            completion = self._collector.take(output)
+            if completion is not None:
                 ended.append(self._end_handle(handle, completion))
         return ended
 

@@ -30,7 +30,8 @@ class SamplingParams:
 
     `seed` None: another one for each request, drawn when the engine takes it in. A `Request`'s is a number: the noise
     of a token is a hash of (seed, position, candidate), so the answer is the same alone or in any batch.
-    `stop` and `stop_token_ids` may be given as one string, one id, or any list of them.
+    `stop`, `stop_token_ids` and `bad_words` may be given as one string, one id, or any list of them, `logit_bias` as a
+    mapping.
     """
 
     max_new_tokens: int = 128
@@ -48,7 +49,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the chosen token's and the k best
     n: int = 1
-    logit_bias: tuple[tuple[int, float], ...] = ()  # added to these tokens' scores, after the penalties
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its score), before the penalties
     allowed_token_ids: tuple[int, ...] | None = None  # None: all
     bad_words: tuple[str, ...] = ()  # texts that an answer may not hold
     grammar: Grammar | None = None
@@ -57,13 +58,17 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # as `logprobs`, of the prompt's tokens
 
     def __post_init__(self) -> None:
-        for name, single in (("stop", str), ("stop_token_ids", int)):
+        for name, single in (("stop", str), ("stop_token_ids", int), ("bad_words", str)):
             value = getattr(self, name)
             if isinstance(value, single):
                 value = (value,)
             elif isinstance(value, list | set | frozenset):
                 value = tuple(value)
             object.__setattr__(self, name, value)
+        if isinstance(self.allowed_token_ids, list | set | frozenset):
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        if isinstance(self.logit_bias, dict):
+            object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
 
     @property
     def needs_history(self) -> bool:
@@ -142,6 +147,7 @@ class Request:
 
     output_token_ids: list[int] = field(default_factory=list)
     output_logprobs: list[Any] = field(default_factory=list)
+    bad_words: Any = None  # executor.engine.bad_words.BadWords of params.bad_words, set by the engine
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token id or stop string

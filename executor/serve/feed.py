@@ -57,7 +57,7 @@ class Feed:
 
 
 class Joined:
-    """Several requests' feeds as one: (which request, event), in the order in which they come, to the last one's end."""
+    """Several requests' feeds as one: (which request, event) as they come, until the last one has ended."""
 
     def __init__(self, feeds: Sequence[Feed]) -> None:
         self._feeds = feeds

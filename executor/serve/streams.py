@@ -13,7 +13,7 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from executor.serve.errors import ApiError
+from executor.serve.errors import ApiError, hung_up
 from executor.serve.feed import Feed, Joined
 from executor.serve.jsontext import dumps
 
@@ -102,7 +102,7 @@ async def answered(request: Request, feed: Feed | Joined, work: Awaitable[T]) ->
     try:
         await asyncio.wait((worker, leaver), return_when=asyncio.FIRST_COMPLETED)
         if not worker.done():
-            raise ApiError(499, "the client has hung up")
+            raise hung_up()
         return worker.result()
     finally:
         if not worker.done() or worker.cancelled() or worker.exception() is not None:

@@ -10,11 +10,12 @@ from executor.errors import UserError
 from executor.prompt.expand import encode_pieces
 from executor.serve.asks import Ask, ChatPrompt
 from executor.serve.backends import build_prompt
+from executor.serve.bodies import JsonRoute
 from executor.serve.errors import ApiError
 from executor.serve.openai.sampling import Flag, Text, refuse_unserved
 from executor.serve.service import Service
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 TokenId = Annotated[int, Strict(), Field(ge=0)]
 
@@ -92,9 +93,9 @@ def _token_ids(service: Service, body: TokenizeRequest) -> list[int]:
 
 
 def raw_token_ids(processor: Any, text: str) -> list[int]:
-    """What the checkpoint's tokenizer makes of `text`; Qwen's write nothing around it, whatever add_special_tokens says.
+    """What the checkpoint's tokenizer makes of `text`.
 
-    Its special tokens are taken out here and not by the tokenizer: that is a setting of the tokenizer, which other
-    threads use meanwhile with the other value.
+    Qwen's tokenizers write nothing around a text, whatever add_special_tokens says. Special tokens are taken out here
+    and not by the tokenizer: that is a setting of it, and other threads use it meanwhile with the other value.
     """
     return encode_pieces(processor.tokenizer, processor.chat.special.split(text))[0]

@@ -17,10 +17,11 @@ from starlette.responses import HTMLResponse
 
 from executor.errors import UserError
 from executor.media.draw import Mark, find_marks, to_pixels
+from executor.serve.bodies import JsonRoute
 from executor.serve.errors import ApiError
 from executor.serve.service import Service
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, route_class=JsonRoute)
 
 FOLDER = Path(__file__).parent
 _INCLUDE = re.compile(r'<(script|style)([^>]*?) data-from="([^"]+)"></\1>')
