@@ -101,6 +101,7 @@ class Handle:
             made = self._make()
             if isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], SamplingParams):
                 made, self.params = made
+            self._loop.engine.check(self.params)
             self.prompt = build(made)
         except Exception as error:  # handed to whoever waits for it, as a future does
             self.refusal = error
@@ -306,7 +307,8 @@ class EngineLoop:
         for output in outputs:
             handle = self._running[output.request_id]
             handle.tell(output)
-            for completion in self._collector.feed((output,)):
+            completion = self._collector.take(output)
+            if completion is not None:
                 ended.append(self._end_handle(handle, completion))
         return ended
 

@@ -10,6 +10,8 @@ from executor.schedule.request import SamplingParams
 
 MAX_LOGPROBS = 20  # as the OpenAI protocol has it
 MAX_ANSWERS = 128  # likewise: `n` answers are as many requests
+MAX_BIAS = 100.0  # likewise
+MAX_BAD_WORDS, MAX_BAD_CHARACTERS = 1024, 1 << 16  # of a request: they are tokenized in the engine's thread
 
 
 def check_params(params: SamplingParams, vocab_size: int) -> None:
@@ -29,8 +31,9 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
         ("frequency_penalty", number, -2, 2, "from -2 to 2; 0 is none"),
         ("n", whole, 1, MAX_ANSWERS, f"a whole number from 1 to {MAX_ANSWERS}"),
     ]
-    if params.logprobs is not None:
-        rules.append(("logprobs", whole, 0, MAX_LOGPROBS, f"none, or a whole number from 0 to {MAX_LOGPROBS}"))
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None:
+            rules.append((name, whole, 0, MAX_LOGPROBS, f"none, or a whole number from 0 to {MAX_LOGPROBS}"))
     if params.seed is not None:
         rules.append(("seed", whole, 0, math.inf, "a whole number of 0 or more, or none for another one each time"))
     for name, types, minimum, maximum, allowed in rules:
@@ -39,19 +42,58 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
         # Infinity is a bound here and never a value.
         if not is_number or not minimum <= value <= maximum or (isinstance(value, float) and math.isinf(value)):
             raise UserError(f"generation_config.{name} is {value!r}; allowed: {allowed}")
-    if not isinstance(params.ignore_eos, bool):
-        raise UserError(f"generation_config.ignore_eos is {params.ignore_eos!r}; allowed: true or false")
-    for name, allowed in (("stop", "a string or a list of strings"), ("stop_token_ids", "a token id or a list of ids")):
-        if not isinstance(getattr(params, name), tuple):
-            raise UserError(f"generation_config.{name} is {getattr(params, name)!r}; allowed: {allowed}")
-    for text in params.stop:
-        if not isinstance(text, str) or not text:
-            raise UserError(f"generation_config.stop holds {text!r}; allowed: strings that are not empty")
-    for token_id in params.stop_token_ids:
-        if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
+    for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+        if not isinstance(getattr(params, name), bool):
+            raise UserError(f"generation_config.{name} is {getattr(params, name)!r}; allowed: true or false")
+    for name in ("stop", "bad_words"):
+        _check_texts(name, getattr(params, name))
+    if len(params.bad_words) > MAX_BAD_WORDS or sum(map(len, params.bad_words)) > MAX_BAD_CHARACTERS:
+        raise UserError(
+            f"generation_config.bad_words has {len(params.bad_words)} texts of {sum(map(len, params.bad_words))} "
+            f"characters; allowed: {MAX_BAD_WORDS} texts of {MAX_BAD_CHARACTERS} characters together"
+        )
+    _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+    if params.allowed_token_ids is not None:
+        _check_ids("allowed_token_ids", params.allowed_token_ids, vocab_size)
+        if not params.allowed_token_ids:
             raise UserError(
-                f"generation_config.stop_token_ids holds {token_id!r}; allowed: token ids from 0 to {vocab_size - 1}"
+                "generation_config.allowed_token_ids is empty; allowed: one token id or more, or none for all"
             )
+    _check_bias(params.logit_bias, vocab_size)
+
+
+def _check_texts(name: str, values: Any) -> None:
+    if not isinstance(values, tuple):
+        raise UserError(f"generation_config.{name} is {values!r}; allowed: a string or a list of strings")
+    for text in values:
+        if not isinstance(text, str) or not text:
+            raise UserError(f"generation_config.{name} holds {text!r}; allowed: strings that are not empty")
+
+
+def _check_ids(name: str, values: Any, vocab_size: int) -> None:
+    if not isinstance(values, tuple):
+        raise UserError(f"generation_config.{name} is {values!r}; allowed: a token id or a list of ids")
+    for token_id in values:
+        if not _is_token(token_id, vocab_size):
+            raise UserError(
+                f"generation_config.{name} holds {token_id!r}; allowed: token ids from 0 to {vocab_size - 1}"
+            )
+
+
+def _check_bias(pairs: Any, vocab_size: int) -> None:
+    words = f"token ids from 0 to {vocab_size - 1}, each once, with numbers from {-MAX_BIAS:g} to {MAX_BIAS:g}"
+    if not isinstance(pairs, tuple) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise UserError(f"generation_config.logit_bias is {pairs!r}; allowed: {words}")
+    for token_id, value in pairs:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not _is_token(token_id, vocab_size) or not is_number or not -MAX_BIAS <= value <= MAX_BIAS:
+            raise UserError(f"generation_config.logit_bias holds {token_id!r}: {value!r}; allowed: {words}")
+    if len({token_id for token_id, _ in pairs}) < len(pairs):
+        raise UserError(f"generation_config.logit_bias names a token twice; allowed: {words}")
+
+
+def _is_token(token_id: Any, vocab_size: int) -> bool:
+    return isinstance(token_id, int) and not isinstance(token_id, bool) and 0 <= token_id < vocab_size
 
 
 def type_of(value: Any) -> str:

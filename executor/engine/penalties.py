@@ -1,13 +1,12 @@
-"""What repetition, presence and frequency penalties and a minimum of new tokens do to the logits of some tokens.
+"""What repetition, presence and frequency penalties do to the logits of some tokens.
 
 The repetition penalty counts the tokens of prompt and answer (as transformers does), presence and frequency those of
-the answer only (as OpenAI and vLLM do). Only tokens that were seen, or may not come yet, change: their values are
-patched where the logits lie, and put back afterwards; nothing else is read, nothing is copied.
+the answer only (as OpenAI and vLLM do). Only tokens that were seen change: their values are patched where the logits
+lie, and put back afterwards; nothing else is read, nothing is copied.
 The list of seen tokens of a batch stays on the device: while the rows stay the same, a step sends only its new tokens.
 Legend: R rows, V width of the logits' rows, M tokens seen by all rows that have penalties.
 """
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,40 +19,28 @@ from executor.schedule.request import Request
 class Penalties:
     """Patches logits; keeps the histories of requests with penalties until `forget`."""
 
-    def __init__(self, vocab_size: int, device: torch.device, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
         self.device = device
-        self.eos_token_ids = frozenset(eos_token_ids)
         self._histories: dict[str, _History] = {}
         self._batch: _Batch | None = None
 
     @contextmanager
-    def applied(self, scores: torch.Tensor, requests: Sequence[Request], num_tokens: Sequence[int]) -> Iterator[None]:
-        """`scores` float32 [R, V], contiguous, changed in place; inside the context only.
-
-        `num_tokens`: how many tokens, prompt included, come before the one that a row chooses.
-        """
-        flat = scores.view(-1)
-        before = []
+    def applied(self, scores: torch.Tensor, requests: Sequence[Request]) -> Iterator[None]:
+        """`scores` float32 [R, V], contiguous, changed in place; inside the context only."""
         seen = self._seen(requests, scores.shape[-1])
-        if seen is not None:
-            index, repetition, offset = seen
-            picked = flat[index]
-            before.append((index, picked))
+        if seen is None:
+            yield
+            return
+        index, repetition, offset = seen
+        flat = scores.view(-1)
+        picked = flat[index]
+        try:
             changed = torch.where(picked < 0, picked * repetition, picked / repetition)
             flat[index] = changed.sub_(offset)
-        barred = self._barred(requests, num_tokens, scores.shape[-1])
-        if barred:
-            index = torch.tensor(barred, device=self.device)
-            picked = flat[index]
-            before.append((index, picked))
-            # What is not a number, or infinite, stays: it is a fault of the row and must show.
-            flat[index] = picked.masked_fill(picked < math.inf, -math.inf)
-        try:
             yield
         finally:
-            for index, picked in reversed(before):
-                flat[index] = picked
+            flat[index] = picked
 
     def forget(self, request_id: str) -> None:
         """Frees what is kept for a request that is finished; nothing happens when nothing is kept."""
@@ -64,16 +51,6 @@ class Penalties:
         """Asserts that nothing is kept for requests other than `live_ids`."""
         stale = sorted(self._histories.keys() - set(live_ids))
         assert not stale, f"penalty histories of requests that are gone: {stale}"
-
-    def _barred(self, requests: Sequence[Request], num_tokens: Sequence[int], width: int) -> list[int]:
-        """Places in the flat logits of the tokens that would end an answer before its minimum."""
-        barred = []
-        for row, (request, count) in enumerate(zip(requests, num_tokens, strict=True)):
-            params = request.params
-            if count - len(request.prompt.token_ids) < params.min_new_tokens:
-                ids = {*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)}
-                barred += [row * width + token_id for token_id in ids if token_id < self.vocab_size]
-        return barred
 
     def _seen(self, requests: Sequence[Request], width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Of every seen token its place in the flat logits, its row's divisor, and what is taken off: [M] each."""

@@ -36,14 +36,14 @@ among them: a defect of ours is nobody's request's."""
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a plan's rows have yielded, in their order: tokens, and their logprobs where they were asked for.
+    """What a plan's rows have yielded: tokens, in the rows' order.
 
-    `failures`: row -> why its request cannot go on; such a row has no tokens. `missing`: digests of media that could
-    not be encoded.
+    `logprobs`: row -> those of its tokens, where they were asked for. `failures`: row -> why its request cannot go on;
+    such a row has no tokens. `missing`: digests of media that could not be encoded.
     """
 
     token_ids: list[list[int]]
-    logprobs: list[list[TokenLogprobs]]
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
     missing: frozenset[bytes] = frozenset()
 
@@ -124,7 +124,7 @@ class Runner:
         """
         plan = self.replica.lead(plan, self._is_captured(plan))
         if plan is None:
-            return StepResult([], [])
+            return StepResult([])
         started = time.perf_counter()
         try:
             result = self._computed(plan)
@@ -140,15 +140,17 @@ class Runner:
         logits = self.forward(plan)
         yielding = [number for number, row in enumerate(plan.rows) if row.max_yield]
         sampled = self.sampler.sample(logits, [plan.rows[number].request for number in yielding])
-        result = StepResult([[] for _ in plan.rows], [[] for _ in plan.rows])
-        for place, number in enumerate(yielding):
-            if place in sampled.failures:
-                result.failures[number] = sampled.failures[place]
-                continue
-            result.token_ids[number].append(sampled.token_ids[place])
-            if sampled.logprobs[place] is not None:
-                result.logprobs[number].append(sampled.logprobs[place])
-        return result
+        token_ids: list[list[int]] = [[] for _ in plan.rows]
+        for number, token_id in zip(yielding, sampled.token_ids, strict=True):
+            token_ids[number].append(token_id)
+        failures = {yielding[place]: reason for place, reason in sampled.failures.items()}
+        for number in failures:
+            token_ids[number].clear()
+        logprobs = {}
+        if sampled.has_logprobs:
+            pairs = zip(yielding, sampled.logprobs, strict=True)
+            logprobs = {number: [each] for number, each in pairs if each is not None and number not in failures}
+        return StepResult(token_ids, logprobs, failures)
 
     def _row_by_row(self, plan: Plan) -> StepResult:
         """The step again, each media item and each row by itself. Rows write to their own slots: it harms nobody."""
@@ -160,9 +162,9 @@ class Runner:
                 self.encode([item])
             except FAULTS as error:
                 unreadable[item.digest] = f"{item.source or f'the {item.kind}'} cannot be encoded: {describe(error)}"
-        result = StepResult([], [], missing=frozenset(unreadable))
+        result = StepResult([], missing=frozenset(unreadable))
         for number, row in enumerate(plan.rows):
-            alone, reason = StepResult([[]], [[]]), _unreadable(row, unreadable)
+            alone, reason = StepResult([[]]), _unreadable(row, unreadable)
             try:
                 if reason is None:
                     alone = self._computed(replace(plan, rows=(row,), encode=(), release=()))
@@ -170,7 +172,8 @@ class Runner:
             except FAULTS as error:
                 reason = f"its step failed: {describe(error)}"
             result.token_ids.extend(alone.token_ids)
-            result.logprobs.extend(alone.logprobs)
+            if 0 in alone.logprobs:
+                result.logprobs[number] = alone.logprobs[0]
             if reason is not None:
                 result.failures[number] = reason
         return result
@@ -267,8 +270,8 @@ class Runner:
         host = _HostInputs(
             np.empty(total, dtype=np.int64), np.empty((3, total), dtype=np.int64), np.empty(total, dtype=np.int64)
         )
-        at = 0
-        for row in rows:
+        at = self._gather_decode(host, rows)
+        for row in rows[at:]:
             end = at + row.num_tokens
             host.token_ids[at:end] = row.request.token_ids(row.start, row.start + row.num_tokens)
             host.positions[:, at:end] = _positions(row)
@@ -279,6 +282,22 @@ class Runner:
                 host.select.append(end - 1)
             at = end
         return host
+
+    def _gather_decode(self, host: _HostInputs, rows: Sequence[Row]) -> int:
+        """The rows in front that have one token, which the answer ended with; how many these are."""
+        size = self.block_size
+        token_ids, positions, slots = [], [], []
+        for request, start, num_tokens, max_yield in rows:
+            prompt, output = request.prompt, request.output_token_ids
+            if num_tokens != 1 or not max_yield or start + 1 != len(prompt.token_ids) + len(output) or not output:
+                break
+            token_ids.append(output[-1])
+            positions.append(start + prompt.position_delta)
+            slots.append(request.block_ids[start // size] * size + start % size)
+        count = len(token_ids)
+        host.token_ids[:count], host.positions[:, :count], host.slots[:count] = token_ids, positions, slots
+        host.select.extend(range(count))
+        return count
 
     def _slots(self, row: Row) -> np.ndarray | int:
         if row.num_tokens == 1:

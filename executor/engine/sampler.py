@@ -1,7 +1,8 @@
 """Chooses the next token of every sampling row of a step from its logits.
 
-Order and meaning follow transformers' `generate`: repetition penalty, (presence and frequency penalty), minimum of new
-tokens, temperature, top-k, top-p, min-p. Logprobs are those of the model itself, before any of it.
+Order and meaning follow transformers' `generate`: biases, repetition penalty, (presence and frequency penalty), tokens
+that may not come (bad words, allowed tokens, minimum of new tokens, grammar), temperature, top-k, top-p, min-p.
+Logprobs are those of the model itself, before any of it.
 Invariant: a request's token depends on its own logits, parameters and seed only, never on the other rows of the batch.
 Therefore randomness is a hash of (seed, position, candidate), and sums over candidates are taken in integers, where no
 order of addition can matter.
@@ -12,7 +13,8 @@ Legend: R rows, N rows chosen in one way, V vocabulary padded to whole chunks, C
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -28,8 +30,10 @@ from executor.engine.filters import (
     survivors,
     usable_temperature,
 )
+from executor.engine.masks import masked
 from executor.engine.noise import as_int64, gumbel_noise, least_bits, may_reach, noise_key
 from executor.engine.penalties import Penalties
+from executor.engine.token_rules import TokenRules
 from executor.schedule.request import Request, SamplingParams
 
 _FAILED, _OPEN = -1, -2  # in place of a token id on its way to the host
@@ -52,6 +56,10 @@ class Sampled:
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
     failures: dict[int, str] = field(default_factory=dict)  # row -> why it has no token, and what to check
+
+    @property
+    def has_logprobs(self) -> bool:
+        return any(each is not None for each in self.logprobs)
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,8 @@ class Sampler:
         self.vocab_size = vocab_size
         self.dtype = dtype
         self.device = torch.device(device)
-        self.penalties = Penalties(vocab_size, self.device, eos_token_ids)
+        self.penalties = Penalties(vocab_size, self.device)
+        self.rules = TokenRules(vocab_size, self.device, eos_token_ids)
 
     @torch.inference_mode()
     def sample(
@@ -106,19 +115,40 @@ class Sampler:
         scores = logits if logits.dtype == torch.float32 and logits.is_contiguous() else logits.float().contiguous()
         if self.vocab_size % CHUNK:
             scores = F.pad(scores, (0, -self.vocab_size % CHUNK), value=-math.inf)
-        with self.penalties.applied(scores, requests, num_tokens):
+        with self.adjusted(scores, requests, num_tokens) as faults:
             token_ids = self._choose(scores, [request.params for request in requests], num_tokens)
         failed = [row for row, token_id in enumerate(token_ids) if token_id == _FAILED]
         failures = {row: _reason(logits[row], num_tokens[row], self.dtype) for row in failed}
+        for row in faults.keys() - failures.keys():
+            token_ids[row], failures[row] = _FAILED, faults[row]
         return Sampled(token_ids, _logprobs(logits, token_ids, requests), failures)
+
+    @contextmanager
+    def adjusted(
+        self, scores: torch.Tensor, requests: Sequence[Request], num_tokens: Sequence[int]
+    ) -> Iterator[dict[int, str]]:
+        """`scores` float32 [R, V], contiguous, as tokens are chosen from them; inside the context only.
+
+        Gives the rows whose grammar has failed, and why.
+        """
+        with (
+            self.rules.biased(scores, requests),
+            self.penalties.applied(scores, requests),
+            self.rules.barred(scores, requests, num_tokens),
+            masked(scores, requests) as faults,
+        ):
+            yield faults
 
     def forget(self, request_id: str) -> None:
         """Frees what is kept for a request that is finished; nothing happens when nothing is kept."""
         self.penalties.forget(request_id)
+        self.rules.forget(request_id)
 
     def check(self, live_ids: Collection[str]) -> None:
         """Asserts that nothing is kept for requests other than `live_ids`."""
         self.penalties.check(live_ids)
+        stale = sorted(self.rules.kept_ids() - set(live_ids))
+        assert not stale, f"biases and allowed tokens of requests that are gone: {stale}"
 
     def _choose(self, scores: torch.Tensor, params: Sequence[SamplingParams], num_tokens: Sequence[int]) -> list[int]:
         """Each row's token id, or _FAILED."""
@@ -237,7 +267,10 @@ def _reason(logits: torch.Tensor, num_tokens: int, dtype: torch.dtype) -> str:
             f"{where}: the model's logits are not finite ({found if num_nan or num_infinite else 'all are -inf'}); "
             f"{check}"
         )
-    return f"{where}: min_new_tokens and the penalties leave no finite score; lower min_new_tokens or the penalties"
+    return (
+        f"{where}: min_new_tokens, allowed_token_ids, bad_words, the grammar and the penalties leave no finite score; "
+        "lower min_new_tokens or the penalties, allow more tokens or bar fewer words"
+    )
 
 
 def _logprobs(

@@ -119,7 +119,7 @@ class ContainerFrames:
     def _open(self) -> None:
         self.close()
         in_memory = isinstance(self._content, bytes)
-        file = io.BytesIO(self._content) if in_memory else str(self._content.resolve())
+        file = io.BytesIO(self._content) if in_memory else os.path.abspath(self._content)
         try:
             self._container = av.open(file, options={"format_whitelist": _DEMUXERS}, metadata_errors="replace")
         except av.FFmpegError as error:

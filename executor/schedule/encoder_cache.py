@@ -155,6 +155,10 @@ class MediaReads:
         self._last_spans = _last_spans(spans)
         self._held: set[int] = set()
 
+    @property
+    def holds_any(self) -> bool:
+        return bool(self._held)
+
     def take(self, start: int, num_tokens: int, whole: bool, may_take: bool) -> int:
         """Hold what tokens [start, start + num_tokens) read; returns how many of them can be computed now.
 

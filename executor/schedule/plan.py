@@ -4,12 +4,12 @@ Knows nothing of policy, tensors or text.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from executor.schedule.request import MediaItem, Request
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """Compute tokens [start, start + num_tokens) of a request, and yield up to `max_yield` new ones behind them.
 
     0 where the request goes on behind the row; else at least one token is yielded, the one that the last token's logits

@@ -11,17 +11,27 @@ from typing import Any, Literal
 
 import numpy as np
 
+# How Qwen's checkpoints mark the parts of an answer; each is a token that their tokenizers do not call special.
+CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
+THINK_BEGIN, THINK_END = "<think>", "</think>"
+
 
 @dataclass(frozen=True)
 class Grammar:
     """What an answer must be: `source` in the language that `kind` names. Checked when the request is prepared.
 
     json_schema: a schema's JSON text. regex: a regular expression. choice: a JSON list of texts. ebnf: a grammar in
-    GBNF with the rule `root`. structural: a JSON object of the grammar library for texts with marked parts (calls).
+    GBNF with the rule `root`, or in Lark with `start`. calls: calls of tools in Qwen's form, `{"tools": [{"name",
+    "parameters": schema or null}], "parallel": whether several may follow each other}`.
     """
 
-    kind: Literal["json_schema", "regex", "choice", "ebnf", "structural"]
+    kind: Literal["json_schema", "regex", "choice", "ebnf", "calls"]
     source: str
+    after: str | None = None  # text is free until this token has come: the end of the reasoning
+    is_lazy: bool = False  # of calls: text is free but for the calls that it makes
+
+    def __post_init__(self) -> None:
+        assert self.kind == "calls" or not self.is_lazy, "only calls can be lazy"
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,8 @@ class SamplingParams:
 
     `seed` None: another one for each request, drawn when the engine takes it in. A `Request`'s is a number: the noise
     of a token is a hash of (seed, position, candidate), so the answer is the same alone or in any batch.
-    `stop` and `stop_token_ids` may be given as one string, one id, or any list of them.
+    `stop`, `stop_token_ids` and `bad_words` may be given as one string, one id, or any list of them, `logit_bias` as a
+    mapping.
     """
 
     max_new_tokens: int = 128
@@ -48,7 +59,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the chosen token's and the k best
     n: int = 1
-    logit_bias: tuple[tuple[int, float], ...] = ()  # added to these tokens' scores, after the penalties
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its score), before the penalties
     allowed_token_ids: tuple[int, ...] | None = None  # None: all
     bad_words: tuple[str, ...] = ()  # texts that an answer may not hold
     grammar: Grammar | None = None
@@ -57,13 +68,17 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # as `logprobs`, of the prompt's tokens
 
     def __post_init__(self) -> None:
-        for name, single in (("stop", str), ("stop_token_ids", int)):
+        for name, single in (("stop", str), ("stop_token_ids", int), ("bad_words", str)):
             value = getattr(self, name)
             if isinstance(value, single):
                 value = (value,)
             elif isinstance(value, list | set | frozenset):
                 value = tuple(value)
             object.__setattr__(self, name, value)
+        if isinstance(self.allowed_token_ids, list | set | frozenset):
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        if isinstance(self.logit_bias, dict):
+            object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
 
     @property
     def needs_history(self) -> bool:
@@ -142,6 +157,8 @@ class Request:
 
     output_token_ids: list[int] = field(default_factory=list)
     output_logprobs: list[Any] = field(default_factory=list)
+    bad_words: Any = None  # executor.engine.bad_words.BadWords of params.bad_words, set by the engine
+    matcher: Any = None  # executor.engine.matcher.Matcher of params.grammar, likewise
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token id or stop string

@@ -84,11 +84,12 @@ async def _invalid(request: Request, error: RequestValidationError) -> JSONRespo
 
 async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     """Of the framework: a route that is not there, or another method."""
-    asked = f"{request.method} {request.url.path}"
+    path = request.scope["path"]
+    asked = f"{request.method} {path}"
     if error.status_code == 404:
         served = _served(request.app)
-        hint = nearest(request.url.path, [path for path, _ in served])
-        routes = ", ".join(f"{method} {path}" for path, method in served)
+        hint = nearest(path, [each for each, _ in served])
+        routes = ", ".join(f"{method} {each}" for each, method in served)
         words = f"{asked} is not served here{hint}; served: {routes}"
     elif error.status_code == 405:
         words = f"{asked} is not served here; allowed: {(error.headers or {}).get('Allow', 'another method')}"

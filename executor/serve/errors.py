@@ -12,7 +12,9 @@ from fastapi.responses import JSONResponse
 from executor.errors import printable
 from executor.serve.asks import Failure, FailureKind
 
-STATUS: dict[FailureKind, int] = {"refused": 400, "unreachable": 422, "late": 504, "aborted": 499, "fault": 500}
+STATUS: dict[FailureKind, int] = {
+    "refused": 400, "unreachable": 422, "late": 504, "aborted": 499, "lost": 503, "fault": 500,
+}  # fmt: skip
 TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
     503: "service_unavailable_error", 504: "timeout_error",
@@ -44,7 +46,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = printable(message)  # requests hold halves of characters, which cannot be sent
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
@@ -66,7 +68,10 @@ def anthropic_body(error: ApiError) -> dict[str, Any]:
 
 
 def of_failure(failure: Failure) -> ApiError:
-    return in_words(STATUS[failure.kind], failure.message)
+    message, param = failure.message, failure.param
+    if param and not message.startswith(param):
+        message = f"{param}: {message}"
+    return in_words(STATUS[failure.kind], message)
 
 
 def in_words(status: int, message: str) -> ApiError:

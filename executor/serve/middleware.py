@@ -81,10 +81,10 @@ def _write_line(scope: Scope, exchange: Exchange) -> None:
     if not access.isEnabledFor(level):
         return
     host, port = scope.get("client") or ("-", 0)
-    line = (
-        f"{scope['method']} {path} {exchange.status or '-'} {(time.monotonic() - exchange.started_s) * 1000:.1f} ms "
-        f"request={exchange.request_id} client={host}:{port}"
-    )
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    took_ms = (time.monotonic() - exchange.started_s) * 1000
+    line = f"{now} {scope['method']} {path} {exchange.status or '-'} {took_ms:.1f} ms"
+    line += f" request={exchange.request_id} client={host}:{port}"
     if exchange.answer_id:
         line += f" answer={exchange.answer_id}"
     if not exchange.is_whole:
@@ -97,8 +97,7 @@ def _write_line(scope: Scope, exchange: Exchange) -> None:
 def shortened(tree: Any) -> Any:
     """JSON with its long texts cut: pictures are megabytes."""
     if isinstance(tree, str):
-        cut = tree if len(tree) <= LOGGED_CHARACTERS else f"{tree[:40]}... ({len(tree)} characters)"
-        return cut if cut.isascii() else cut.encode("utf-8", "backslashreplace").decode()
+        return tree if len(tree) <= LOGGED_CHARACTERS else f"{tree[:40]}... ({len(tree)} characters)"
     if isinstance(tree, Mapping):
         return {key: shortened(value) for key, value in tree.items()}
     if isinstance(tree, list):

@@ -64,7 +64,7 @@ def after_temperature(params: list[SamplingParams]) -> torch.Tensor:
 
 def penalised(sampler: Sampler, logits: torch.Tensor, requests: list[Request]) -> torch.Tensor:
     """The logits as they are chosen from."""
-    with sampler.penalties.applied(logits, requests, [request.num_tokens for request in requests]):
+    with sampler.adjusted(logits, requests, [request.num_tokens for request in requests]):
         return logits.clone()
 
 

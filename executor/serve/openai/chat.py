@@ -16,7 +16,7 @@ from executor.serve.asks import Ask, ChatPrompt
 from executor.serve.bodies import JsonRoute
 from executor.serve.errors import ApiError
 from executor.serve.middleware import EXCHANGE
-from executor.serve.openai.chat_reply import ReplyStyle, chunks, usage_of, whole_reply  # noqa: F401 (completions)
+from executor.serve.openai.chat_reply import ReplyStyle, chunks, whole_reply
 from executor.serve.openai.logprobs import bytes_by
 from executor.serve.openai.sampling import Flag, FormFields, Text, Whole, form_fields, params_of
 from executor.serve.parser import AnswerParser
