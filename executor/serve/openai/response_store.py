@@ -51,10 +51,11 @@ class ResponseStore:
     def get(self, name: str, *, param: str | None = None) -> Kept:
         """Raises ApiError 404."""
         if name not in self._kept:
+            bounds = f"at most {self._max_responses} responses and {self._max_bytes} bytes, until the server ends"
             raise ApiError(
                 404, f"the response {name[:80]!r} is not kept here: it never was, or newer ones took its place "
-                f"(at most {self._max_responses} responses and {self._max_bytes} bytes, until the server ends); hand "
-                "in the whole conversation as input", param=param, code="previous_response_not_found" if param else None,
+                f"({bounds}); hand in the whole conversation as input", param=param,
+                code="previous_response_not_found" if param else None,
             )  # fmt: skip
         self._kept.move_to_end(name)
         return self._kept[name]
