@@ -210,7 +210,13 @@ class DataSection(Section):
     video_timestamps: Literal["per_frame", "outer_pair"] = "per_frame"
     """Form of a video in a Qwen3-VL prompt. per_frame is the trained one; outer_pair keeps one more pair of marks."""
     allowed_media_domains: Words = ()
-    """Hosts that pictures and videos may be fetched from over http(s). None: addresses are refused."""
+    """Hosts that pictures and videos may be fetched from over http(s), such as example.org, *.example.org (all below
+    it) or example.org:8443; they must have public addresses. None: http(s) addresses are refused."""
+    allowed_private_hosts: Words = ()
+    """Hosts of your own network that they may be fetched from too, by name or address: store.internal:9000,
+    10.0.0.5:9000."""
+    fetch_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 30.0
+    """Seconds in which a picture or video must have come over http(s)."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Handed to the checkpoint's chat template."""
     results_path: str | None = None
@@ -226,12 +232,12 @@ class ServerSection(Section):
     """Port it listens on. 0: a free one, which is printed."""
     served_model_name: NonEmpty | None = None
     """Name clients use. null: the last part of model_path."""
-    api_key: Annotated[NonEmpty, Field(pattern=r"^[!-~]+$")] | None = None
-    """Key clients must send: letters, digits and signs without spaces, as a header holds it. null: none."""
+    api_key: Annotated[NonEmpty, Field(pattern=r"^[!-~]([ -~]*[!-~])?$")] | None = None
+    """Key clients must send: letters, digits and signs of ASCII, as a header holds it. null: none."""
     allowed_origins: Words = ()
     """Web pages of other addresses that browsers may let ask, as https://host:port. "*": all."""
     allowed_local_media_path: str | None = None
-    """Folder below which requests may name files. null: none."""
+    """Folder below which requests may name files, by path or as file:///path. null: none."""
     max_body_bytes: Positive = 512 * 1024 * 1024
     """Bytes of one HTTP request."""
     max_pictures: Annotated[int, Field(ge=0)] = 16
@@ -240,12 +246,14 @@ class ServerSection(Section):
     """Videos of one request."""
     max_media_bytes: Positive = 256 * 1024 * 1024
     """Bytes of one picture or video."""
-    max_media_pixels: Positive = 100_000_000
-    """Pixels of one picture before the resize."""
+    max_media_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 100_000_000
+    """Pixels of one picture or frame before the resize. Pillow opens no larger ones than 178,956,970."""
     max_video_frames: Positive = 100_000
     """Frames of one video, in the file."""
     max_video_s: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds of one video."""
+    max_video_decode_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds that decoding one video may take: a small file can hold much work."""
     max_queued_requests: Positive = 2048
     """Requests that wait; further ones are told to come back."""
     request_timeout_s: Annotated[float, Field(gt=0)] | None = None

@@ -102,6 +102,7 @@ class Failure:
 
     kind: FailureKind
     message: str
+    param: str | None = None  # the part of the request that is wrong, as in "messages[0].content[1]"
 
 
 Event = Delta | Done | Failure

@@ -12,6 +12,7 @@ from executor.engine.loop import EngineLoop, Handle
 from executor.engine.loop import Event as LoopEvent
 from executor.engine.outputs import Completion, Output
 from executor.errors import UserError
+from executor.media.fetch import Unreachable
 from executor.schedule.request import Prompt
 from executor.serve.asks import Ask, ChatPrompt, Delta, Done, EngineStats, Event, Failure, TextPrompt, TokenInfo
 from executor.serve.feed import Crossing, Feed
@@ -133,7 +134,8 @@ def plain_event(event: LoopEvent, handle: Handle | None) -> Event:
             finish_reasons=tuple(reason.value for reason in event.finish_reasons),
         )
     if isinstance(event, UserError):
-        return Failure("refused", str(event))
+        kind = "unreachable" if isinstance(event, Unreachable) else "refused"
+        return Failure(kind, str(event), event.where)
     if isinstance(event, TimeoutError):
         return Failure("late", str(event))
     if handle is not None and handle.is_aborted:

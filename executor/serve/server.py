@@ -52,6 +52,7 @@ def listen(settings: ServerSection) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
+        listener.listen(BACKLOG)  # whoever connects from now on waits until the application runs
     except (OSError, ValueError) as error:
         listener.close()
         reason = error.strerror if isinstance(error, OSError) else error

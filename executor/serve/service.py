@@ -98,4 +98,7 @@ def _in_words_of(names: Mapping[str, str], message: str) -> ApiError:
     """A message about keys of the recipe, about fields of a request."""
     keys = _RECIPE_KEY.findall(message)
     param = names.get(keys[0], keys[0]) if keys else None
-    return ApiError(400, _RECIPE_KEY.sub(lambda match: names.get(match[1], match[1]), message), param=param)
+    message = _RECIPE_KEY.sub(lambda match: names.get(match[1], match[1]), message)
+    for name in ("max_new_tokens", "min_new_tokens"):  # bounds of each other
+        message = re.sub(rf"\b{name}\b", names.get(name, name), message)
+    return ApiError(400, message, param=param)

@@ -25,7 +25,7 @@ def run(recipe: Recipe) -> tuple[dict[str, Any], int]:
         from executor.commands.serve.cluster import run_cluster
 
         return run_cluster(recipe)
-    from executor.commands.build import engine_of, open_rank
+    from executor.commands.build import engine_of, open_rank, request_limits
     from executor.engine.loop import EngineLoop
 
     place, variables = rank_place(), environment()
@@ -35,7 +35,7 @@ def run(recipe: Recipe) -> tuple[dict[str, Any], int]:
             signal.signal(number, signal.SIG_IGN)
     prepared = prepare(recipe, place.local_world_size)
     device, parallel = open_rank(prepared)
-    with engine_of(prepared, device, parallel) as engine:
+    with engine_of(prepared, device, parallel, limits=request_limits(recipe)) as engine:
         if not parallel.leads:
             engine.follow()
             return {"command": "serve"}, 0
