@@ -6,6 +6,8 @@ no chip. A job that dies is started again while the others serve.
 
 import asyncio
 import logging
+import signal
+from collections.abc import Iterable
 from typing import Any
 
 from executor.cluster.jobs import Jobs
@@ -19,7 +21,7 @@ from executor.recipe.schema import Recipe, build_recipe
 from executor.serve.gate import Gate, Peer
 from executor.serve.remote import RemoteBackend
 from executor.serve.router import Router
-from executor.serve.server import listen
+from executor.serve.server import SIGNALS, listen
 from executor.serve.service import Service
 
 logger = logging.getLogger(__name__)
@@ -37,8 +39,10 @@ def run_cluster(recipe: Recipe) -> tuple[dict[str, Any], int]:
     return {"command": "serve", "model": recipe.model.model_path, "replicas": num_jobs}, 0
 
 
-async def serve_over(cluster: Any, recipe: Recipe, num_jobs: int, listener: Any) -> None:
-    """HTTP over `num_jobs` jobs on a cluster (executor.cluster.jobs)."""
+async def serve_over(
+    cluster: Any, recipe: Recipe, num_jobs: int, listener: Any, signals: Iterable[signal.Signals] = SIGNALS
+) -> None:
+    """HTTP over `num_jobs` jobs on a cluster (executor.cluster.jobs), until one of `signals`."""
     fleet = Fleet(recipe, num_jobs)
     gate = await Gate.open(cluster.address, fleet.on_peer)
     event_loop = asyncio.get_running_loop()
@@ -54,7 +58,7 @@ async def serve_over(cluster: Any, recipe: Recipe, num_jobs: int, listener: Any)
         jobs.are_up = True
         logger.info("%d jobs share the requests", num_jobs)
         fleet.service = service_of(fleet.recipe, fleet.router)
-        await open_door(fleet.service, listener)
+        await open_door(fleet.service, listener, signals)
     finally:
         await fleet.end()
         gate.close()

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -61,9 +61,11 @@ def router_of(recipe: Recipe, backends: Iterable[Backend] = (), *, survives: boo
     )  # fmt: skip
 
 
-async def find_front(recipe: Recipe, parallel: Any) -> tuple[Front, dict[str, Any]]:
-    """Where this leader is to go, and what it says there: to its cluster's front door, or to rank 0's."""
-    variables = environment()
+async def find_front(recipe: Recipe, parallel: Any, variables: Mapping[str, str]) -> tuple[Front, dict[str, Any]]:
+    """Where this leader is to go, and what it says there: to its cluster's front door, or to rank 0's.
+
+    `variables`: the environment.
+    """
     if "RECIPE_FRONT" not in variables:
         return Front.from_text(await asyncio.to_thread(parallel.store.get, KEY)), {"rank": parallel.rank}
     hello = {

@@ -73,5 +73,5 @@ async def _attend(prepared: Prepared, loop: Any, parallel: Any) -> None:
     from executor.serve.gate import call
     from executor.serve.remote import attend
 
-    front, hello = await find_front(prepared.recipe, parallel)
+    front, hello = await find_front(prepared.recipe, parallel, environment())
     await attend(await call(front, hello), EngineBackend(loop, asyncio.get_running_loop()))
