@@ -67,6 +67,22 @@ class SamplingFields(BaseModel):
     user: Text | None = None
 
 
+class FormFields(SamplingFields):
+    """What a request may say of its answer's form besides: read by executor.serve.structured."""
+
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: Text | None = None
+    guided_choice: list[Any] | None = None
+    guided_grammar: Text | None = None
+
+
+def form_fields(body: BaseModel) -> dict[str, Any]:
+    """A request's fields as they came, for what reads the form of the answer."""
+    return {**body.__dict__, **(body.model_extra or {})}
+
+
 def _same(value: Any) -> Any:
     return value
 
