@@ -161,7 +161,7 @@ def _compile(grammar: Grammar, vocab: Vocabulary) -> Compiled:
     return Compiled(grammar, start, vocab, after_id, lead_id, call_id, is_repeated)
 
 
-def oneone_line(message: str) -> str:
+def one_line(message: str) -> str:
     """An error of the library, without its state."""
     return " ".join(message.split("<state>")[0].split())[:300] or "no reason is given"
 

@@ -252,6 +252,8 @@ class ServerSection(Section):
     """Frames of one video, in the file."""
     max_video_s: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds of one video."""
+    max_video_decode_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds that decoding one video may take: a small file can hold much work."""
     max_queued_requests: Positive = 2048
     """Requests that wait; further ones are told to come back."""
     request_timeout_s: Annotated[float, Field(gt=0)] | None = None

@@ -1,8 +1,8 @@
 """The `serve` command: the recipe's model behind HTTP.
 
 Rank 0 listens. Where `attn_tp_size` makes several replicas of a job each one's leader answers requests: rank 0's own
-engine, and the others by `executor.serve.remote`. A job that a Ray cluster has started (executor.commands.serve.
-cluster) has no HTTP: all its leaders attend the cluster's front door.
+engine, and the others by `executor.serve.remote`. A job that a Ray cluster has started has no HTTP: all its leaders
+attend the front door of the cluster (executor.commands.serve.cluster).
 """
 
 import asyncio
