@@ -6,7 +6,7 @@ Knows requests as `Ask`s; nothing of HTTP routes.
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from executor.serve.backends import Backend
 from executor.serve.errors import ApiError, busy
 from executor.serve.feed import Feed, Joined
 from executor.serve.metrics import Metrics
+
+NARROWING = ("top_k", "top_p", "min_p")  # without a meaning for greedy answers, which does not make every value right
+ALL_TOKENS = -1  # vLLM's top_k
 
 _RECIPE_KEY = re.compile(r"generation_config\.(\w+)")
 
@@ -63,7 +66,8 @@ class Service:
         """
         try:
             params = sampling_params(self.recipe.generation, self.processor.generation_config, overrides)
-            check_params(params, self.vocab_size)
+            narrowing = {name: overrides[name] for name in NARROWING if overrides.get(name) not in (None, ALL_TOKENS)}
+            check_params(replace(params, **narrowing), self.vocab_size)
         except UserError as error:
             raise _in_words_of(names or {}, str(error)) from error
         return params
