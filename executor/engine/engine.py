@@ -310,7 +310,7 @@ class Engine:
             self.scheduler.fail(request, f"its grammar cannot be followed any further: {error}")
 
     def _advance(self, answer: _Answer, token_ids: list[int]) -> None:
-        """The text of an answer's new tokens, up to a stop string."""
+        """The text of an answer's new tokens, up to a stop string, or to the token that has ended it."""
         request, detokenizer, delta = answer.request, answer.detokenizer, ""
         if not request.params.stop and request.status is not Status.FINISHED:  # nothing in the text ends it
             try:
@@ -319,8 +319,14 @@ class Engine:
                 self._fail_text(request, error)
             self._emit(answer, delta, tuple(token_ids))
             return
+        num_written = len(token_ids)
+        has_stop_token = request.finish_reason is FinishReason.STOP and (  # else its grammar has ended it
+            token_ids[-1] in self.scheduler.eos_token_ids or token_ids[-1] in request.params.stop_token_ids
+        )
+        if has_stop_token and not request.params.include_stop_str_in_output:
+            num_written -= 1
         try:
-            for count, token_id in enumerate(token_ids, start=1):
+            for count, token_id in enumerate(token_ids[:num_written], start=1):
                 delta += detokenizer.push((token_id,))
                 if detokenizer.stopped:
                     num_kept = len(request.output_token_ids) - len(token_ids) + count

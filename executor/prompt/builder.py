@@ -23,6 +23,7 @@ from executor.checkpoint.settings import (
     read_video_settings,
 )
 from executor.errors import UserError
+from executor.prompt.admit import admitted, located
 from executor.prompt.chat import Chat, Piece
 from executor.prompt.digest import make_media_item
 from executor.prompt.expand import Fill, VisionTokens, check_media, encode_pieces, expand_media, pieces_text
@@ -144,7 +145,7 @@ class PromptBuilder(ABC):
         if not pieces:
             raise UserError("the prompt is empty; give it some text")
         check_media(pieces, parts, self.tokens)
-        media = tuple(self._open(part) for part in parts)
+        media = tuple(self._open(part) for part in admitted(parts, self.options.limits))
         expanded = expand_media(
             pieces, media, self.tokens, self.video_pieces, replace_video_pair=self.replaces_video_pair
         )
@@ -154,7 +155,8 @@ class PromptBuilder(ABC):
 
     def _open(self, part: MediaPart) -> MediaItem:
         options = self.options.with_overrides(part)
-        return self.open_video(part, options) if part.kind == "video" else self.open_picture(part, options)
+        with located(part.where):
+            return self.open_video(part, options) if part.kind == "video" else self.open_picture(part, options)
 
     def open_picture(self, part: MediaPart, options: MediaOptions) -> MediaItem:
         """Decode and resize one picture."""

@@ -88,7 +88,7 @@ class Done:
     finish_reasons: tuple[str, ...]
 
 
-FailureKind = Literal["refused", "unreachable", "late", "aborted", "fault"]
+FailureKind = Literal["refused", "unreachable", "late", "aborted", "lost", "fault"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +96,13 @@ class Failure:
     """The last event of a request that was not answered.
 
     refused: its own mistake. unreachable: a medium's address answered with a mistake. late: its time was over.
-    aborted: somebody wished it. fault: ours, or the engine's end.
+    aborted: somebody wished it. lost: whoever answered it has died, and another may answer it. fault: ours, or the
+    engine's end.
     """
 
     kind: FailureKind
     message: str
+    param: str | None = None  # the part of the request that is wrong, as in "messages[0].content[1]"
 
 
 Event = Delta | Done | Failure

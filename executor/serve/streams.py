@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 DONE = "data: [DONE]\n\n"
+# A browser throws away what it has received and not yet handed to its page when the connection breaks.
+READ_ERROR_S = 0.25
 
 
 def event(tree: object, name: str | None = None) -> str:
@@ -91,6 +93,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": line.encode(), "more_body": True})
         except ApiError as error:
             await send({"type": "http.response.body", "body": self._write_error(error).encode(), "more_body": True})
+            await asyncio.sleep(READ_ERROR_S)
             return  # without the end of the body: the server closes the connection
         await send({"type": "http.response.body", "body": b""})
 

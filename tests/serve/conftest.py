@@ -3,11 +3,12 @@
 import asyncio
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 import pytest
 
+from executor.commands.build import request_limits
 from executor.engine.engine import Engine
 from executor.engine.loop import EngineLoop
 from executor.recipe.schema import Recipe, build_recipe
@@ -32,10 +33,15 @@ class Running:
     engine: Engine
 
 
-def start(engine: Engine, **server: object) -> Iterator[Running]:
-    """A generator of one Running; what follows the yield stops it. `server` changes fields of server_config."""
+def start(engine: Engine, *, data: dict[str, object] | None = None, **server: object) -> Iterator[Running]:
+    """A generator of one Running; what follows the yield stops it. `server` changes fields of server_config.
+
+    `data` changes fields of data_config. The engine reads media within the server's limits for as long as it runs.
+    """
     sections = {"model_config": {"model_path": str(TINY)}, "scheduler_config": {"max_model_len": 2048}}
-    recipe: Recipe = build_recipe({**sections, "server_config": {"port": 0, **server}})
+    recipe: Recipe = build_recipe({**sections, "server_config": {"port": 0, **server}, "data_config": data or {}})
+    options = engine.processor.options
+    engine.processor.options = replace(options, limits=request_limits(recipe))
     listener = listen(recipe.server)
     port = listener.getsockname()[1]
     event_loop = asyncio.new_event_loop()
@@ -51,6 +57,7 @@ def start(engine: Engine, **server: object) -> Iterator[Running]:
         server_.should_exit = True
         thread.join()
         event_loop.close()
+    engine.processor.options = options
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ async function answerTo(text, media) {
   turns.push(turn);
   find("turns").append(turn.element);
   showState();
-  find("main").scrollTop = find("main").scrollHeight;
+  goToEnd();
   notice("");
   running = new AbortController();
   showState();
@@ -185,10 +185,7 @@ function showState() {
 function actionsOf(turn, isLast) {
   const actions = turn.counts ? [copyButton("Copy", () => turn.answer.text)] : [];
   actions.push(copyButton("Copy as curl", () => curlOf(turn), () => curlAdvice(mediaOf(turn.request.asked))));
-  if (isLast) {
-    actions.push(button("Edit question", edit));
-    actions.unshift(button(turn.state === "failed" ? "Retry" : "Regenerate", again));
-  }
+  if (isLast) actions.unshift(button(turn.state === "failed" ? "Retry" : "Regenerate", again), button("Edit question", edit));
   return actions;
 }
 
@@ -299,6 +296,11 @@ document.addEventListener("drop", (event) => {
   showDrop(0);
   tray.add(event.dataTransfer.files, true);
 });
+
+// The settings, pictures and a longer question take room from the conversation: its end stays in sight.
+let wasAtEnd = true;
+find("main").addEventListener("scroll", () => (wasAtEnd = isAtEnd()), { passive: true });
+new ResizeObserver(() => wasAtEnd && goToEnd()).observe(find("main"));
 
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme);
 showTheme();

@@ -24,11 +24,11 @@ function dataUrl(medium) {
 }
 
 /** A picture as the browser shows it; what it cannot show (TIFF, say) has its name, and is sent all the same. */
-function preview(medium, alt) {
+function preview(medium, alt, controls = false) {
   const holder = make("span", { className: "preview" });
   const broken = () => holder.replaceChildren(make("span", { className: "nameless", textContent: medium.name }));
   if (medium.kind === "video") {
-    const video = make("video", { src: medium.url, muted: true, playsInline: true, preload: "metadata", onerror: broken });
+    const video = make("video", { src: medium.url, muted: true, controls, playsInline: true, preload: "metadata", onerror: broken });
     video.setAttribute("aria-label", alt);
     holder.append(video);
     return holder;

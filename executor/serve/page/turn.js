@@ -26,7 +26,7 @@ class Turn {
     const { text, media } = this.question;
     const asked = make("div", { className: "question" }, make("h2", { className: "unseen", textContent: "You" }));
     if (media.length) {
-      const items = media.map((medium, index) => make("li", {}, preview(medium, nameOf(medium, index))));
+      const items = media.map((medium, index) => make("li", {}, preview(medium, nameOf(medium, index), true)));
       asked.append(make("ol", { className: "shown" }, ...items));
     }
     if (text) asked.append(make("p", { className: "said", textContent: text }));
@@ -106,9 +106,9 @@ class Turn {
   showFault() {
     const { error, finish } = this.answer;
     const words = [];
-    if (this.state === "failed") words.push(error);
+    if (this.state === "failed") words.push(error[0].toUpperCase() + error.slice(1));
     if (this.state === "stopped") words.push("Stopped.");
-    if (finish === "length") words.push("The answer was cut at the most tokens allowed.");
+    if (finish === "length") words.push("The answer was cut at max tokens, or at the end of the context.");
     if (this.isOver && !this.counts) words.push("Without an answer, this question is left out of the conversation.");
     this.fault.hidden = !words.length;
     this.fault.classList.toggle("error", this.state === "failed");
@@ -139,10 +139,18 @@ function makeCall(call) {
   return make("div", { className: "code" }, make("div", { className: "code-head", textContent: `Calls ${call.name}` }), pre);
 }
 
+const isAtEnd = () => {
+  const page = find("main");
+  return page.scrollHeight - page.scrollTop - page.clientHeight < 80;
+};
+
+function goToEnd() {
+  find("main").scrollTop = find("main").scrollHeight;
+}
+
 /** Runs `change`, and stays at the conversation's end where the user was there. */
 function keepAtEnd(change) {
-  const page = find("main");
-  const wasAtEnd = page.scrollHeight - page.scrollTop - page.clientHeight < 80;
+  const wasAtEnd = isAtEnd();
   change();
-  if (wasAtEnd) page.scrollTop = page.scrollHeight;
+  if (wasAtEnd) goToEnd();
 }
