@@ -111,7 +111,7 @@ def test_pictures_by_data_url_before_and_after_the_text(server: Running, tmp_pat
     sample = next(each for each in world.held_out(5, 20) if not each.scene.is_clip)
     world.write_picture(sample.scene, tmp_path / "a.png")
     url = "data:image/jpeg;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()  # it is a PNG
-    question = {"type": "text", "text": sample.questions[0].text}
+    question = {"type": "text", "text": sample.question.text}
     picture = {"type": "image_url", "image_url": {"url": url}}
     for parts in ([picture, question], [question, picture], [picture]):
         messages = [{"role": "user", "content": parts}]
@@ -140,7 +140,9 @@ def test_logprobs_are_those_of_the_engine(server: Running) -> None:
 
 
 def test_without_a_bound_the_answer_may_fill_the_context(server: Running) -> None:
-    whole = ask(server, max_completion_tokens=None, ignore_eos=True)
+    nearly = [{"role": "user", "content": "a " * (server.service.max_model_len - 60)}]
+    whole = ask(server, messages=nearly, max_completion_tokens=None, ignore_eos=True)
+    assert whole["usage"]["completion_tokens"] > 12
     assert whole["usage"]["total_tokens"] == server.service.max_model_len
     assert whole["choices"][0]["finish_reason"] == "length"
 

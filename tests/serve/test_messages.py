@@ -99,11 +99,8 @@ def test_the_events_add_up_to_the_message(server: Running) -> None:
         ({"model": "other"}, "other"),
     ],
 )
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_answered_is_refused_in_its_form(
-    server: Running, fields: dict[str, Any], words: str, stream: bool
-) -> None:
-    body = {"messages": [{"role": "user", "content": "a"}], "stream": stream, **LIMITS, **fields}
+def test_what_cannot_be_answered_is_refused_in_its_form(server: Running, fields: dict[str, Any], words: str) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "stream": True, **LIMITS, **fields}
     reply = server.http.post("/v1/messages", json=body)
     tree = reply.json()
     assert reply.status_code == (404 if "model" in fields else 400)

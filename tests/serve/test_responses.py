@@ -168,11 +168,10 @@ def test_a_kept_response_is_read_and_forgotten(server: Running) -> None:
         ({"model": "other"}, "model", "other"),
     ],
 )
-@pytest.mark.parametrize("stream", [False, True])
 def test_what_cannot_be_answered_is_refused(
-    server: Running, fields: dict[str, Any], param: str | None, words: str, stream: bool
+    server: Running, fields: dict[str, Any], param: str | None, words: str
 ) -> None:
-    reply = server.http.post("/v1/responses", json={"input": "a", "stream": stream, **LIMITS, **fields})
+    reply = server.http.post("/v1/responses", json={"input": "a", "stream": True, **LIMITS, **fields})
     error = reply.json()["error"]
     is_unknown = any(name in str(fields) for name in ("resp_1", "msg_1", "other"))
     assert reply.status_code == (404 if is_unknown else 400) and words in error["message"]
