@@ -39,6 +39,8 @@ from models.registry import family_runner
 
 logger = logging.getLogger(__name__)
 
+ANIMATION_FRAMES = 5  # of the largest size, that a server draws of one animated picture
+
 
 def build_engine(recipe: Recipe, runner: Any = None) -> Engine:
     """Check the recipe, load the model, and return an engine that is ready for requests.
@@ -240,6 +242,8 @@ def request_limits(recipe: Recipe) -> MediaLimits:
         video_bytes=server.max_media_bytes,
         video_duration_s=server.max_video_s,
         video_frames=server.max_video_frames,
+        animation_pixels=ANIMATION_FRAMES * server.max_media_pixels,
+        decode_s=server.max_video_decode_s,
     )
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 from executor.engine.bad_words import BadWords
 from executor.engine.detokenize import Detokenizer
+from executor.engine.grammar import GrammarFault
+from executor.engine.matcher import Matchers
 from executor.engine.noise import child_seed
 from executor.engine.outputs import Collector, Completion, Output
 from executor.engine.params import check_params, type_of, with_seed
@@ -51,6 +53,7 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self.vocab_size = vocab_size
+        self.matchers = Matchers(processor.tokenizer, vocab_size, processor.eos_token_ids)
         self._answers: dict[str, _Answer] = {}
         self._outputs: deque[Output] = deque()  # of requests that were `add`ed: for the next `step`
         self._known_bytes: dict[int, bytes] = {}  # of the tokens that were read
@@ -81,6 +84,10 @@ class Engine:
             f"a prompt is {type_of(question)}; allowed: a Prompt (engine.processor.build makes it), a text, or a list "
             "of messages"
         )
+
+    def check(self, params: SamplingParams) -> None:
+        """What of parameters takes time to check: the grammar. UserError; from any thread, before `add` does it."""
+        self.matchers.check(params)
 
     def add(self, question: Question, params: SamplingParams, request_id: str | None = None) -> str:
         """Queue a request; returns its id. Its outputs come out of `step`.
@@ -185,6 +192,7 @@ class Engine:
                 for _ in self.runner.assist():
                     pass
             self.runner.close()
+            self.matchers.close()
             self._is_closed = True
 
     def __enter__(self) -> "Engine":
@@ -234,6 +242,7 @@ class Engine:
                 if index:  # the prompt's are the same
                     one = replace(one, prompt_logprobs=None)
                 request = Request(f"{ids[-1]}/{index}", prompt, one, bad_words=bad_words)
+                request.matcher = self.matchers.begin(one)
                 self.scheduler.check_possible(request)
                 detokenizer = Detokenizer(self.processor.tokenizer, one, known_bytes=self._known_bytes)
                 answers.append(_Answer(ids[-1], index, request, detokenizer, outputs))
@@ -283,12 +292,25 @@ class Engine:
         for request, token_ids in self.scheduler.update(plan, result.token_ids, result.missing):
             if request.id in logprobs:
                 request.output_logprobs += logprobs[request.id][: len(token_ids)]
+            if request.matcher is not None:
+                self._follow_grammar(request, token_ids)
             self._advance(self._answers[request.id], token_ids)
         for number in result.failures:
             self._emit(self._answers[plan.rows[number].request.id], "", ())
 
+    def _follow_grammar(self, request: Request, token_ids: list[int]) -> None:
+        """The answer ends where its grammar must, and fails where that cannot be followed."""
+        if request.finished:
+            return
+        try:
+            (token_id,) = token_ids  # guesses would have to be told the masks
+            if request.matcher.take(token_id):
+                self.scheduler.finish(request, FinishReason.STOP)
+        except GrammarFault as error:
+            self.scheduler.fail(request, f"its grammar cannot be followed any further: {error}")
+
     def _advance(self, answer: _Answer, token_ids: list[int]) -> None:
-        """The text of an answer's new tokens, up to a stop string."""
+        """The text of an answer's new tokens, up to a stop string, or to the token that has ended it."""
         request, detokenizer, delta = answer.request, answer.detokenizer, ""
         if not request.params.stop and request.status is not Status.FINISHED:  # nothing in the text ends it
             try:
@@ -297,8 +319,14 @@ class Engine:
                 self._fail_text(request, error)
             self._emit(answer, delta, tuple(token_ids))
             return
+        num_written = len(token_ids)
+        has_stop_token = request.finish_reason is FinishReason.STOP and (  # else its grammar has ended it
+            token_ids[-1] in self.scheduler.eos_token_ids or token_ids[-1] in request.params.stop_token_ids
+        )
+        if has_stop_token and not request.params.include_stop_str_in_output:
+            num_written -= 1
         try:
-            for count, token_id in enumerate(token_ids, start=1):
+            for count, token_id in enumerate(token_ids[:num_written], start=1):
                 delta += detokenizer.push((token_id,))
                 if detokenizer.stopped:
                     num_kept = len(request.output_token_ids) - len(token_ids) + count

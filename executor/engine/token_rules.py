@@ -97,7 +97,7 @@ class TokenRules:
         """Of every biased token its place in the flat logits, int64 [M], and its bias, float32 [M]."""
         index = [row * width + token_id for row, request in rows for token_id, _ in request.params.logit_bias]
         values = [value for _, request in rows for _, value in request.params.logit_bias]
-        table = np.array([index, np.array(values).view(np.int64)])
+        table = np.array([index, np.array(values, dtype=np.float64).view(np.int64)])
         sent = torch.from_numpy(table).to(self.device)
         return sent[0].clone(), sent[1].view(torch.float64).to(torch.float32)
 

@@ -213,13 +213,13 @@ class _Socket:
         return io.BufferedReader(_Reader(self))
 
     def close(self) -> None:
-        self._raw.close()
+        """http.client closes what it has sent its request by, and goes on reading."""
 
     def __enter__(self) -> "_Socket":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self._raw.close()
 
 
 class _Reader(io.RawIOBase):

@@ -160,6 +160,8 @@ def plain_host(host: str) -> str:
     """
     if len(host) > _MOST_HOST_CHARACTERS:
         raise ValueError("its host is too long")
+    if "%" in host:
+        raise ValueError("its host is no name")  # also an interface behind an IPv6 address
     if ":" in host:
         return str(ipaddress.IPv6Address(host))
     name = host if host.isascii() else host.encode("idna").decode()

@@ -9,8 +9,10 @@ Does not know models, tensors or how pixels are decoded (image.py, video.py).
 
 import base64
 import binascii
+import math
 import os
 import re
+import time
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +46,8 @@ class MediaLimits:
     video_bytes: int = 16 * 2**30
     video_duration_s: float = 6 * 3600.0
     video_frames: int = 1_000_000  # in the file, not of the sample
+    animation_pixels: int = 2**36  # of all frames of an animated picture, each of which must be drawn
+    decode_s: float = math.inf  # of one video: a small file can hold much work
 
     def most_bytes(self, kind: Kind | None) -> int:
         """Bytes of one source of this kind; None: of either."""
@@ -52,6 +56,22 @@ class MediaLimits:
 
 
 DEFAULT_LIMITS = MediaLimits()
+
+
+class Deadline:
+    """When the work on one source must be done: `check` raises UserError from then on."""
+
+    def __init__(self, source: str, limits: MediaLimits) -> None:
+        self._source = source
+        self._limit_s = limits.decode_s
+        self._started_s = time.monotonic()
+
+    def check(self) -> None:
+        if time.monotonic() - self._started_s > self._limit_s:
+            raise UserError(
+                f"{self._source}: takes more than {self._limit_s:g} seconds to decode, the most that is allowed; make it "
+                "shorter or smaller"
+            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -232,8 +232,8 @@ class ServerSection(Section):
     """Port it listens on. 0: a free one, which is printed."""
     served_model_name: NonEmpty | None = None
     """Name clients use. null: the last part of model_path."""
-    api_key: Annotated[NonEmpty, Field(pattern=r"^[!-~]+$")] | None = None
-    """Key clients must send: letters, digits and signs without spaces, as a header holds it. null: none."""
+    api_key: Annotated[NonEmpty, Field(pattern=r"^[!-~]([ -~]*[!-~])?$")] | None = None
+    """Key clients must send: letters, digits and signs of ASCII, as a header holds it. null: none."""
     allowed_origins: Words = ()
     """Web pages of other addresses that browsers may let ask, as https://host:port. "*": all."""
     allowed_local_media_path: str | None = None
@@ -252,6 +252,8 @@ class ServerSection(Section):
     """Frames of one video, in the file."""
     max_video_s: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds of one video."""
+    max_video_decode_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds that decoding one video may take: a small file can hold much work."""
     max_queued_requests: Positive = 2048
     """Requests that wait; further ones are told to come back."""
     request_timeout_s: Annotated[float, Field(gt=0)] | None = None

@@ -13,11 +13,13 @@ from starlette.responses import JSONResponse
 from executor.errors import UserError, nearest
 from executor.recipe.schema import ServerSection
 from executor.serve import metrics, models, tokens
+from executor.serve.anthropic import messages
 from executor.serve.bodies import of_validation
 from executor.serve.errors import ApiError, hung_up, in_words
 from executor.serve.middleware import REQUEST_ID, AccessLog, BodyLimit, KeyGate, Net, OriginGate
 from executor.serve.mindie import generate
-from executor.serve.openai import chat, completions
+from executor.serve.openai import chat, completions, responses
+from executor.serve.openai.response_store import ResponseStore
 from executor.serve.page import route as page
 from executor.serve.service import Service
 
@@ -27,6 +29,8 @@ ROUTERS = (
     tokens.router,
     chat.router,
     completions.router,
+    responses.router,
+    messages.router,
     generate.router,
     page.router,
 )
@@ -36,6 +40,7 @@ OPEN_PATHS = ("/", "/health", "/ping")  # without the key: the page asks for it
 def build_app(service: Service) -> FastAPI:
     app = FastAPI(title="Qwen-VL", docs_url=None, redoc_url=None, middleware=list(_middleware(service.recipe.server)))
     app.state.service = service
+    app.state.responses = ResponseStore()
     for router in ROUTERS:
         app.include_router(router)
     app.add_exception_handler(ApiError, _api_error)
@@ -62,34 +67,35 @@ def _middleware(settings: ServerSection) -> Iterator[Middleware]:
 
 
 async def _api_error(request: Request, error: ApiError) -> JSONResponse:
-    return error.response()
+    return error.response(request.url.path)
 
 
 async def _user_error(request: Request, error: UserError) -> JSONResponse:
-    return in_words(400, str(error)).response()
+    return in_words(400, str(error)).response(request.url.path)
 
 
 async def _hung_up(request: Request, error: ClientDisconnect) -> JSONResponse:
-    return hung_up().response()
+    return hung_up().response(request.url.path)
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    return of_validation(error.errors()).response()
+    return of_validation(error.errors()).response(request.url.path)
 
 
 async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     """Of the framework: a route that is not there, or another method."""
-    asked = f"{request.method} {request.url.path}"
+    path = request.scope["path"]
+    asked = f"{request.method} {path}"
     if error.status_code == 404:
         served = _served(request.app)
-        hint = nearest(request.url.path, [path for path, _ in served])
-        routes = ", ".join(f"{method} {path}" for path, method in served)
+        hint = nearest(path, [each for each, _ in served])
+        routes = ", ".join(f"{method} {each}" for each, method in served)
         words = f"{asked} is not served here{hint}; served: {routes}"
     elif error.status_code == 405:
         words = f"{asked} is not served here; allowed: {(error.headers or {}).get('Allow', 'another method')}"
     else:
         words = f"{asked}: {error.detail}"
-    return ApiError(error.status_code, words, headers=error.headers).response()
+    return ApiError(error.status_code, words, headers=error.headers).response(request.url.path)
 
 
 def _served(app: FastAPI) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Request bodies as JSON objects, whatever their content type claims, and what is wrong with them in plain words."""
 
 import asyncio
+import json
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
@@ -10,11 +11,12 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.types import Scope
 
-from executor.prompt.messages import describe
 from executor.serve.errors import ApiError
 from executor.serve.middleware import EXCHANGE, Exchange
 
 ASIDE_BYTES = 256 * 1024  # larger bodies are parsed in a thread beside the event loop
+
+SHOWN_CHARACTERS = 60
 
 _TAG = re.compile(r"\[|^(str|int|float|bool|dict|list|function|nullable)\b|^[A-Z]")
 _ALLOWED = {  # pydantic's error types
@@ -79,7 +81,7 @@ def parse_object(pieces: Sequence[bytes]) -> dict[str, Any]:
     except ValueError as error:
         raise ApiError(400, f"the body is no valid JSON ({error}); allowed: a JSON object in UTF-8") from error
     if not isinstance(tree, dict):
-        raise ApiError(400, f"the body is {describe(tree)}; allowed: a JSON object")
+        raise ApiError(400, f"the body is {in_json(tree)}; allowed: a JSON object")
     place = _endless(tree)
     if place is not None:
         raise ApiError(400, f"{place} is a number too large for a computer; allowed: numbers below 1e308", param=place)
@@ -113,8 +115,18 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "missing":
         return ApiError(400, f"{place or 'the body'} is missing; it must be given", param=place or None)
     allowed = " or ".join(dict.fromkeys(_ALLOWED.get(error["type"], error["msg"]) for error in group))
-    got = describe(first["input"])
+    got = in_json(first["input"])
     return ApiError(400, f"{place or 'the body'} is {got}; allowed: {allowed}", param=place or None)
+
+
+def in_json(value: Any) -> str:
+    """The beginning of a value, as the client wrote it."""
+    if isinstance(value, str):
+        value = value[: SHOWN_CHARACTERS + 1]
+    elif isinstance(value, list | dict) and len(value) > SHOWN_CHARACTERS:
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def _place(parts: Sequence[Any]) -> str:

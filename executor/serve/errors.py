@@ -1,4 +1,7 @@
-"""Errors as clients read them: `{"error": {"message", "type", "param", "code"}}` and an HTTP status."""
+"""Errors as clients read them: `{"error": {"message", "type", "param", "code"}}` and an HTTP status.
+
+Anthropic's clients read `{"type": "error", "error": {"type", "message"}}`: they get it where its protocol is spoken.
+"""
 
 import re
 from collections.abc import Mapping
@@ -15,6 +18,11 @@ STATUS: dict[FailureKind, int] = {
 TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
     503: "service_unavailable_error", 504: "timeout_error",
+}  # fmt: skip
+ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
 }  # fmt: skip
 RETRY_AFTER_S = 1
 
@@ -48,8 +56,15 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, headers=self.headers)
+    def response(self, path: str = "") -> JSONResponse:
+        """The reply to a request for `path`, in the form of the protocol that is spoken there."""
+        body = anthropic_body(self) if path.startswith(ANTHROPIC_PATH) else self.body
+        return JSONResponse(body, self.status, headers=self.headers)
+
+
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    kind = ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
 def of_failure(failure: Failure) -> ApiError:

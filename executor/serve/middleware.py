@@ -121,7 +121,7 @@ class Net:
             logger.exception("%s %s failed (request %s)", scope["method"], scope["path"], exchange.request_id)
             if exchange.status is None:
                 words = f"the server failed with {type(error).__name__}; its log has the request {exchange.request_id}"
-                await ApiError(500, words, code="internal_error").response()(scope, receive, send)
+                await ApiError(500, words, code="internal_error").response(scope["path"])(scope, receive, send)
 
 
 class KeyGate:
@@ -138,7 +138,7 @@ class KeyGate:
                 401, "the API key is missing or wrong; send it as the header 'Authorization: Bearer KEY'",
                 code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
@@ -162,7 +162,9 @@ class OriginGate:
             origin = headers.get("origin", "")
             if headers.get("sec-fetch-site") in ("cross-site", "same-site") and origin not in self.allowed:
                 words = f"the web page {origin or 'of another address'} may not ask this server; its operator can allow"
-                await ApiError(403, f"{words} it in server_config.allowed_origins").response()(scope, receive, send)
+                await ApiError(403, f"{words} it in server_config.allowed_origins").response(scope["path"])(
+                    scope, receive, send
+                )
                 return
         await self.app(scope, receive, send)
 
@@ -180,7 +182,7 @@ class BodyLimit:
             return
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length) > self.max_bytes:
-            await self._error(f"{length} bytes").response()(scope, receive, send)
+            await self._error(f"{length} bytes").response(scope["path"])(scope, receive, send)
             return
         num_bytes = 0
 

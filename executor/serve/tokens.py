@@ -6,7 +6,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
-from executor.errors import UserError
 from executor.prompt.expand import encode_pieces
 from executor.serve.asks import Ask, ChatPrompt
 from executor.serve.backends import build_prompt
@@ -76,20 +75,17 @@ def _token_ids(service: Service, body: TokenizeRequest) -> list[int]:
     """Of messages: with the tokens of their pictures and videos, as a chat is charged. Runs beside the event loop."""
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt, a text, or messages, a conversation", param="prompt")
-    try:
-        if body.prompt is not None:
-            return raw_token_ids(service.processor, body.prompt)
-        prompt = ChatPrompt(
-            body.messages,
-            tools=body.tools or (),
-            add_generation_prompt=body.add_generation_prompt is not False,
-            continue_final_message=bool(body.continue_final_message),
-            template_kwargs=body.chat_template_kwargs or {},
-            media_options=body.mm_processor_kwargs or {},
-        )
-        return list(build_prompt(service.processor, Ask("tokenize", prompt, None)).token_ids)
-    except UserError as error:
-        raise ApiError(400, str(error)) from error
+    if body.prompt is not None:
+        return raw_token_ids(service.processor, body.prompt)
+    prompt = ChatPrompt(
+        body.messages,
+        tools=body.tools or (),
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+        template_kwargs=body.chat_template_kwargs or {},
+        media_options=body.mm_processor_kwargs or {},
+    )
+    return list(build_prompt(service.processor, Ask("tokenize", prompt, None)).token_ids)
 
 
 def raw_token_ids(processor: Any, text: str) -> list[int]:

@@ -54,7 +54,7 @@ def test_random_tokens_equal_decoding_at_once(tokenizer, seed, skip_special_toke
     token_ids = [rng.randrange(256) if rng.random() < 0.5 else rng.randrange(len(tokenizer) + 5) for _ in range(60)]
     expected = whole(tokenizer, token_ids, skip_special_tokens)
     for sizes in (None, rng):
-        detokenizer = Detokenizer(tokenizer, SamplingParams(), skip_special_tokens=skip_special_tokens)
+        detokenizer = Detokenizer(tokenizer, SamplingParams(skip_special_tokens=skip_special_tokens))
         deltas = in_pieces(detokenizer, token_ids, sizes)
         assert "".join(deltas) == detokenizer.text == expected
         assert not detokenizer.stopped
@@ -91,13 +91,13 @@ def test_special_tokens_inside_a_character_do_not_break_it(tokenizer):
     assert "".join(in_pieces(detokenizer, token_ids)) == "中" == whole(tokenizer, token_ids)
 
 
-def cut(text: str, stops: tuple[str, ...]) -> tuple[str, str | None]:
+def cut(text: str, stops: tuple[str, ...], num_exempt: int = 0, *, keep: bool = False) -> tuple[str, str | None]:
     """Character by character: the definition of where a text stops."""
-    for end in range(1, len(text) + 1):
+    for end in range(num_exempt + 1, len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:
             stop = max(complete, key=len)
-            return text[: end - len(stop)], stop
+            return text[: end if keep else end - len(stop)], stop
     return text, None
 
 
@@ -110,9 +110,13 @@ def test_stop_strings_are_found_wherever_tokens_begin_and_end(tokenizer, seed):
         start = rng.randrange(len(text))
         stops.append(text[start : start + rng.randint(1, 6)] + rng.choice(["", "", "a", "🙃"]))
     token_ids = tokenizer.encode(text)
-    expected, stop = cut(whole(tokenizer, token_ids), tuple(stops))
+    keep, min_new_tokens = rng.random() < 0.3, rng.choice([0, 0, 5, 10])
+    # Characters that are complete with the tokens of the minimum: no stop string ends among them.
+    num_exempt = len(whole(tokenizer, token_ids[:min_new_tokens]).rstrip("\ufffd"))
+    expected, stop = cut(whole(tokenizer, token_ids), tuple(stops), num_exempt, keep=keep)
+    params = SamplingParams(stop=stops, include_stop_str_in_output=keep, min_new_tokens=min_new_tokens)
     for sizes in (None, rng):
-        detokenizer = Detokenizer(tokenizer, SamplingParams(stop=tuple(stops)))
+        detokenizer = Detokenizer(tokenizer, params)
         deltas = in_pieces(detokenizer, token_ids, sizes)
         assert "".join(deltas) == detokenizer.text == expected
         assert detokenizer.stop_string == stop

@@ -364,11 +364,78 @@ def test_a_text_held_back_for_a_stop_string_is_given_at_the_end(engine, describe
 
 
 def test_stop_token_ids(engine, describe):
+    """As vLLM has it, the token that ends an answer is counted, and no part of its text."""
     (whole,) = engine.generate([describe], DESCRIBE)
     token = whole.token_ids[0][4]
-    (cut,) = engine.generate([describe], replace(DESCRIBE, stop_token_ids=(token,)))
-    assert list(cut.token_ids[0]) == list(whole.token_ids[0][: whole.token_ids[0].index(token) + 1])
-    assert cut.finish_reason is FinishReason.STOP
+    ended = replace(DESCRIBE, stop_token_ids=(token,))
+    cut, kept = engine.generate([describe] * 2, [ended, replace(ended, include_stop_str_in_output=True)])
+    token_ids = list(whole.token_ids[0][: whole.token_ids[0].index(token) + 1])
+    assert list(cut.token_ids[0]) == list(kept.token_ids[0]) == token_ids
+    assert cut.finish_reason is kept.finish_reason is FinishReason.STOP
+    decode = engine.processor.tokenizer.decode
+    assert (cut.text, kept.text) == (decode(token_ids[:-1]), decode(token_ids)) and cut.text != kept.text
+
+
+def test_special_tokens_and_stop_strings_stay_in_the_text_where_wanted(engine, describe):
+    (whole,) = engine.generate([describe], DESCRIBE)
+    shown = replace(DESCRIBE, skip_special_tokens=False)
+    found, ended, on = engine.generate(
+        [describe] * 3,
+        [
+            shown,
+            replace(shown, include_stop_str_in_output=True),
+            replace(shown, ignore_eos=True, max_new_tokens=len(whole.token_ids[0]) + 1),
+        ],
+    )
+    assert found.text == whole.text and ended.text == whole.text + "<|im_end|>"
+    assert on.text.startswith(ended.text) and on.finish_reason is FinishReason.LENGTH
+    stopped = replace(DESCRIBE, stop="top right", include_stop_str_in_output=True)
+    (kept,) = engine.generate([describe], stopped)
+    assert kept.text == whole.text.split("top right")[0] + "top right"
+    pieces = [output.text_delta for output in engine.stream(describe, stopped)]
+    assert "".join(pieces) == kept.text
+
+
+def test_a_minimum_holds_for_stop_strings_too(engine, describe):
+    (whole,) = engine.generate([describe], DESCRIBE)
+    (cut,) = engine.generate([describe], replace(DESCRIBE, stop="e"))
+    assert 0 < cut.completion_tokens < 10
+    (least,) = engine.generate([describe], replace(DESCRIBE, stop="e", min_new_tokens=10))
+    assert 10 < least.completion_tokens < whole.completion_tokens
+    begun = engine.processor.tokenizer.decode(whole.token_ids[0][:10])
+    assert "e" in begun and least.text == begun + whole.text.removeprefix(begun).split("e")[0]
+
+
+def test_bad_words_bias_and_allowed_tokens_hold_in_an_answer(engine, describe):
+    """Together as alone, and an answer beside them is what it was."""
+    (whole,) = engine.generate([describe], DESCRIBE)
+    tokenizer = engine.processor.tokenizer
+    word = next(word for word in whole.text.split() if word.isalpha() and len(word) > 3)
+    digits = tuple(tokenizer.convert_tokens_to_ids(digit) for digit in "0123456789")
+    params = [
+        DESCRIBE,
+        replace(DESCRIBE, bad_words=word),
+        replace(DESCRIBE, logit_bias={whole.token_ids[0][0]: -100}),
+        replace(DESCRIBE, allowed_token_ids=digits, max_new_tokens=12, temperature=1.0, seed=4),
+        replace(DESCRIBE, logit_bias={digits[7]: 100}, max_new_tokens=5),
+    ]
+    plain, worded, biased, numbers, sevens = engine.generate([describe] * 5, params)
+    assert plain.token_ids == whole.token_ids
+    assert word in whole.text and word not in worded.text
+    assert biased.token_ids[0][0] != whole.token_ids[0][0]
+    assert numbers.text.isdigit() and len(numbers.text) == 12 and len(set(numbers.text)) > 1
+    assert sevens.text == "77777"
+    for one, found in zip(params[1:], (worded, biased, numbers, sevens), strict=True):
+        assert engine.generate([describe], one)[0].token_ids == found.token_ids
+
+
+def test_allowed_tokens_that_are_all_ruled_out_are_refused(engine, describe):
+    end = engine.processor.eos_token_ids[0]
+    for change in ({"min_new_tokens": 1}, {"bad_words": engine.processor.tokenizer.decode([end])}):
+        with pytest.raises(UserError, match="allowed_token_ids holds only tokens that bad_words, or min_new_tokens"):
+            engine.generate([describe], replace(DESCRIBE, allowed_token_ids=[end], **change))
+    (empty,) = engine.generate([describe], replace(DESCRIBE, allowed_token_ids=[end]))
+    assert (empty.text, empty.token_ids, empty.finish_reason) == ("", ((end,),), FinishReason.STOP)
 
 
 def test_lengths(engine, describe):

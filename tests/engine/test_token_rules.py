@@ -31,7 +31,7 @@ def expected_scores(request: Request, words, logits: torch.Tensor) -> torch.Tens
     seen = torch.tensor([request.token_ids(0, request.num_tokens)])
     steps = []
     if params.logit_bias:
-        bias = {(token_id,): value for token_id, value in params.logit_bias}
+        bias = {(token_id,): float(value) for token_id, value in params.logit_bias}
         steps.append((reference.SequenceBiasLogitsProcessor(bias), seen))
     steps.append((reference.RepetitionPenaltyLogitsProcessor(params.repetition_penalty), seen))
     if words:
@@ -55,7 +55,10 @@ def cases(rng: random.Random) -> list[tuple[Request, list[tuple[int, ...]]]]:
     for row in range(12):
         # A small alphabet, so that words are completed often.
         words = [tuple(rng.randrange(6) for _ in range(rng.randint(1, 3))) for _ in range(rng.choice([0, 0, 1, 5]))]
-        bias = {rng.randrange(VOCAB): rng.uniform(-100, 100) for _ in range(rng.choice([0, 0, 2, 20]))}
+        bias = {
+            rng.randrange(VOCAB): rng.choice([rng.uniform(-100, 100), 7, -100])
+            for _ in range(rng.choice([0, 0, 2, 20]))
+        }
         allowed = tuple(rng.sample(range(VOCAB), 25)) if rng.random() < 0.4 else None
         params = SamplingParams(
             logit_bias=bias,

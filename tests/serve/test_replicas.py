@@ -38,7 +38,7 @@ def served(job: Job, *settings: str, config: str = MOE, timeout_s: float = 90) -
 
     def address() -> re.Match[str] | None:
         assert job.launchers[0].poll() is None, job.err()
-        return re.search(r"serving \S+ at (http://\S+)", job.err())
+        return re.search(r"serving \S+ at (http://[\w.:]+\d)", job.err())
 
     client = httpx.Client(base_url=job.until(address, timeout_s)[1], timeout=60)
     assert client.get("/health").status_code == 200
@@ -94,19 +94,19 @@ def answered_on(job: Job, rank: int) -> int:
 def check_shared_experts(job: Job, client: httpx.Client) -> None:
     check_answers(client, "qwen3_vl_moe")
     endless = {"messages": turns("word.png"), "stream": True, "ignore_eos": True, "max_tokens": 1500}
-    for _ in range(2):  # one on each replica
+    for _ in range(2):  # one on each replica, as the first to be asked is the one that was asked longest ago
         with client.stream("POST", CHAT, json=endless) as stream:
             next(stream.iter_lines())
             assert num_running(client) >= 1 or job.until(lambda: num_running(client) >= 1, 5)
         job.until(lambda: num_running(client) == 0, 5)  # who hangs up is forgotten on every replica
         endless["messages"] = turns("number.jpg")
-    endless |= {"max_tokens": 200, "messages": [{"role": "user", "content": "What?"}]}
+    endless |= {"max_tokens": 200, "messages": turns("objects.png"), "stream_options": {"include_usage": True}}
     with client.stream("POST", CHAT, json=endless) as stream:
         lines = stream.iter_lines()
         next(lines)
         job.launchers[0].send_signal(signal.SIGTERM)
         rest = [line for line in lines if line]
-    assert rest[-1] == "data: [DONE]" and len(rest) > 150, "what was under way was answered to its end"
+    assert rest[-1] == "data: [DONE]" and '"completion_tokens":200' in rest[-2], "what was under way is answered"
     assert job.wait() == [0], job.err()
     assert job.document() == {"command": "serve", "model": "models/tiny/qwen3_vl_moe"}
     assert not job.processes()

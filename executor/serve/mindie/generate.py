@@ -19,9 +19,10 @@ from executor.serve.errors import ApiError, of_failure
 from executor.serve.feed import Feed
 from executor.serve.jsontext import dumps
 from executor.serve.openai.chat import answer_id
-from executor.serve.openai.sampling import SamplingFields, Text, Whole, params_of
+from executor.serve.openai.sampling import FormFields, Text, Whole, form_fields, params_of
 from executor.serve.service import Service
 from executor.serve.streams import EventStream, answered
+from executor.serve.structured import grammar_of
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -29,7 +30,7 @@ NO_MODEL = "None"  # MindIE's word for a request that names no adapter
 END = "\0"
 
 
-class GenerateRequest(SamplingFields):
+class GenerateRequest(FormFields):
     prompt: Text | dict[str, Any] | list[Text | dict[str, Any]]
     best_of: Whole | None = None
 
@@ -42,7 +43,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
         raise ApiError(
             400, f"best_of is {body.best_of}; allowed: n ({body.n or 1}), all answers are given", param="best_of"
         )
-    params = params_of(service, body)
+    params = params_of(service, body, more={"grammar": grammar_of(form_fields(body))})
     if not body.prompt:
         raise ApiError(400, "prompt is empty; give a text or a list of parts", param="prompt")
     prompt = TextPrompt(body.prompt)

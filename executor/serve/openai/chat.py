@@ -16,9 +16,9 @@ from executor.serve.asks import Ask, ChatPrompt
 from executor.serve.bodies import JsonRoute
 from executor.serve.errors import ApiError
 from executor.serve.middleware import EXCHANGE
-from executor.serve.openai.chat_reply import ReplyStyle, chunks, usage_of, whole_reply  # noqa: F401 (completions)
+from executor.serve.openai.chat_reply import ReplyStyle, chunks, whole_reply
 from executor.serve.openai.logprobs import bytes_by
-from executor.serve.openai.sampling import Flag, SamplingFields, Text, Whole, params_of
+from executor.serve.openai.sampling import Flag, FormFields, Text, Whole, form_fields, params_of
 from executor.serve.parser import AnswerParser
 from executor.serve.service import Service
 from executor.serve.streams import EventStream, answered
@@ -33,7 +33,7 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: Flag | None = None
 
 
-class ChatRequest(SamplingFields):
+class ChatRequest(FormFields):
     """null: not said. What messages, tools and formats hold is checked where they are read."""
 
     messages: list[Any]
@@ -41,12 +41,6 @@ class ChatRequest(SamplingFields):
     logprobs: Flag | None = None
     top_logprobs: Whole | None = None
     stream_options: StreamOptions | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    guided_json: Any = None
-    guided_regex: Text | None = None
-    guided_choice: list[Any] | None = None
-    guided_grammar: Text | None = None
     tools: list[Any] | None = None
     tool_choice: Text | dict[str, Any] | None = None
     parallel_tool_calls: Flag | None = None
@@ -122,11 +116,6 @@ def media_options(processor: Mapping[str, Any] | None, reading: Mapping[str, Any
             )  # fmt: skip
         options.update({name: value for name, value in values.items() if value is not None})
     return {**options, **{name: value for name, value in (processor or {}).items() if value is not None}}
-
-
-def form_fields(body: BaseModel) -> dict[str, Any]:
-    """A request's fields as they came, for what reads the form of the answer."""
-    return {**body.__dict__, **(body.model_extra or {})}
 
 
 def chat_params(service: Service, body: ChatRequest, *, begins_thinking: bool) -> SamplingParams:

@@ -21,11 +21,12 @@ from executor.serve.errors import ApiError, of_failure
 from executor.serve.feed import Joined
 from executor.serve.openai.chat import StreamOptions, answer_id
 from executor.serve.openai.chat_reply import usage_of
-from executor.serve.openai.logprobs import bytes_by
-from executor.serve.openai.sampling import Flag, SamplingFields, Text, Whole, params_of
+from executor.serve.openai.logprobs import bytes_by, prompt_logprobs
+from executor.serve.openai.sampling import Flag, FormFields, Text, Whole, form_fields, params_of
 from executor.serve.openai.text_logprobs import TextLogprobs
 from executor.serve.service import Service
 from executor.serve.streams import DONE, EventStream, answered, event
+from executor.serve.structured import grammar_of
 from executor.serve.tokens import raw_token_ids
 
 router = APIRouter(route_class=JsonRoute)
@@ -35,7 +36,7 @@ MAX_TOKENS = 16  # where a request says nothing: the protocol's own default
 TokenId = Annotated[int, Strict(), Field(ge=0)]
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(FormFields):
     prompt: Text | list[TokenId] | list[Text] | list[list[TokenId]]
     echo: Flag | None = None
     logprobs: Whole | None = None
@@ -106,13 +107,17 @@ async def _job_of(service: Service, body: CompletionRequest, name: str) -> Job:
     if len(prompts) > most:
         raise ApiError(400, f"{len(prompts)} prompts in one request; at most {most} are taken", param="prompt")
     is_prompt_only = bool(body.echo) and body.max_tokens == 0
-    more: dict[str, Any] = {"logprobs": body.logprobs}
+    more: dict[str, Any] = {"logprobs": body.logprobs, "grammar": grammar_of(form_fields(body))}
     if body.max_tokens is None:
         more["max_new_tokens"] = service.recipe.generation.max_new_tokens or MAX_TOKENS
     if is_prompt_only:
         more["max_new_tokens"] = 1  # the engine answers with one token at least: it is left out
     if body.echo and body.logprobs is not None:
-        more["prompt_logprobs"] = body.logprobs
+        more["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
+    if body.prompt_logprobs is not None and body.stream:
+        raise ApiError(
+            400, "prompt_logprobs cannot be streamed; ask with stream false, or without it", param="prompt_logprobs"
+        )
     params = params_of(service, body, more=more, names={"logprobs": "logprobs"})
     echoes, first = [""] * len(prompts), [None] * len(prompts)
     if body.echo:
@@ -148,13 +153,17 @@ def _echoes(processor: Any, prompts: list[TextPrompt | TokenPrompt]) -> tuple[li
 def _choices(service: Service, job: Job, index: int, answers: Answers) -> list[dict[str, Any]]:
     """Of one prompt, not streamed."""
     choices = []
+    bytes_of = bytes_by(service.processor.tokenizer)
     for number, answer in enumerate(answers.answers):
         logprobs = None
         if job.body.logprobs is not None:
-            writer = TextLogprobs(bytes_by(service.processor.tokenizer))
+            writer = TextLogprobs(bytes_of, job.body.logprobs)
             logprobs = writer.of(_logprobs(job, index, answers.prompt_logprobs, tuple(answer.logprobs)))
         text = job.echoes[index] + ("" if job.is_prompt_only else answer.text)
-        choices.append(job.choice(index * job.params.n + number, text, logprobs, answer))
+        choice = job.choice(index * job.params.n + number, text, logprobs, answer)
+        if job.body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(answers.prompt_logprobs, bytes_of)
+        choices.append(choice)
     return choices
 
 
@@ -163,7 +172,7 @@ def _logprobs(
 ) -> list[TokenInfo | int]:
     """The prompt's where it is given back, then the answer's; the prompt's first token has an id and no logprob."""
     infos: list[TokenInfo | int] = [] if job.is_prompt_only else list(of_answer)
-    if of_prompt:
+    if of_prompt and job.body.echo:
         infos[:0] = [job.first_token_ids[index] if info is None else info for info in of_prompt]
     return infos
 
@@ -207,7 +216,7 @@ async def chunks(service: Service, feeds: Joined, job: Job) -> AsyncIterator[str
         infos = held.setdefault(number, [])
         text = "" if job.is_prompt_only else item.text
         if number not in writers:
-            writers[number] = TextLogprobs(bytes_by(service.processor.tokenizer))
+            writers[number] = TextLogprobs(bytes_by(service.processor.tokenizer), job.body.logprobs or 0)
             text = job.echoes[index] + text
             infos += _logprobs(job, index, item.prompt_logprobs, item.logprobs)
         elif not job.is_prompt_only:

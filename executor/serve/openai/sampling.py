@@ -15,14 +15,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from executor.errors import nearest
 from executor.schedule.request import SamplingParams
+from executor.serve.bodies import in_json
 from executor.serve.errors import ApiError
 from executor.serve.service import Service
 
 logger = logging.getLogger(__name__)
 
-MAX_BIAS = 100.0  # of logit_bias, as the OpenAI protocol has it
-NO_SEED = -1  # vLLM's and MindIE's word for "another one each time"
-SEEDS = 1 << 64
+MAX_STOPS, MAX_STOP_CHARACTERS = 64, 4096
 MAX_NAMES = 500  # unknown fields are the clients': their number is not ours
 
 
@@ -68,47 +67,47 @@ class SamplingFields(BaseModel):
     user: Text | None = None
 
 
+class FormFields(SamplingFields):
+    """What a request may say of its answer's form besides: read by executor.serve.structured."""
+
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: Text | None = None
+    guided_choice: list[Any] | None = None
+    guided_grammar: Text | None = None
+
+
+def form_fields(body: BaseModel) -> dict[str, Any]:
+    """A request's fields as they came, for what reads the form of the answer."""
+    return {**body.__dict__, **(body.model_extra or {})}
+
+
 def _same(value: Any) -> Any:
     return value
 
 
-def _top_k(value: int) -> int:
-    """-1 is another word for 0: all tokens."""
-    return 0 if value == -1 else value
-
-
-def _seed(value: int) -> int | None:
-    """Below 0 too, as the protocol has it: another number of 64 bits."""
-    return None if value == NO_SEED else value % SEEDS if value < 0 else value
-
-
-def _bias(value: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-    pairs = []
-    for name, bias in value.items():
-        if not (name.isascii() and name.isdecimal() and len(name) < 20):
-            raise ApiError(
-                400, f"logit_bias names the token {name[:40]!r}; allowed: token ids, as texts of digits",
-                param="logit_bias",
-            )  # fmt: skip
-        if abs(bias) > MAX_BIAS:
-            raise ApiError(
-                400, f"logit_bias of token {name} is {bias}; allowed: from -{MAX_BIAS:g} to {MAX_BIAS:g}",
-                param="logit_bias",
-            )  # fmt: skip
-        pairs.append((int(name), bias))
-    return tuple(pairs)
+def _stop(value: str | list[str]) -> tuple[str, ...]:
+    """Every token's text is searched for all of them."""
+    stops = (value,) if isinstance(value, str) else tuple(value)
+    if len(stops) > MAX_STOPS or sum(map(len, stops)) > MAX_STOP_CHARACTERS:
+        raise ApiError(
+            400, f"stop has {len(stops)} texts of {sum(map(len, stops))} characters; allowed: {MAX_STOPS} texts of "
+            f"{MAX_STOP_CHARACTERS} characters together", param="stop",
+        )  # fmt: skip
+    return stops
 
 
 OVERRIDES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "temperature": ("temperature", _same),
     "top_p": ("top_p", _same),
-    "top_k": ("top_k", _top_k),
+    "top_k": ("top_k", _same),
     "min_p": ("min_p", _same),
     "n": ("n", _same),
     "max_tokens": ("max_new_tokens", _same),
     "min_tokens": ("min_new_tokens", _same),
-    "seed": ("seed", _seed),
-    "stop": ("stop", _same),
+    "seed": ("seed", _same),
+    "stop": ("stop", _stop),
     "stop_token_ids": ("stop_token_ids", tuple),
     "include_stop_str_in_output": ("include_stop_str_in_output", _same),
     "ignore_eos": ("ignore_eos", _same),
@@ -116,7 +115,7 @@ OVERRIDES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "frequency_penalty": ("frequency_penalty", _same),
     "presence_penalty": ("presence_penalty", _same),
     "repetition_penalty": ("repetition_penalty", _same),
-    "logit_bias": ("logit_bias", _bias),
+    "logit_bias": ("logit_bias", _same),
     "bad_words": ("bad_words", tuple),
     "allowed_token_ids": ("allowed_token_ids", tuple),
     "prompt_logprobs": ("prompt_logprobs", _same),
@@ -207,9 +206,9 @@ def refuse_unserved(body: BaseModel) -> None:
         if name in UNSERVED:
             neutral, advice = UNSERVED[name]
             if value is not None and not any(value == each and type(value) is type(each) for each in neutral):
-                allowed = " or ".join(["null", *map(repr, neutral)])
+                allowed = " or ".join(["null", *map(in_json, neutral)])
                 raise ApiError(
-                    400, f"{name} is {str(value)[:80]!r}, which is not supported; allowed: {allowed}"
+                    400, f"{name} is {in_json(value)}, which is not supported; allowed: {allowed}"
                     f"{'; ' if advice else ''}{advice}", param=name, code="unsupported_parameter",
                 )  # fmt: skip
         elif name not in HARMLESS:

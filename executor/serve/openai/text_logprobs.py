@@ -11,8 +11,10 @@ from executor.serve.openai.logprobs import LEAST, BytesOf, token_text
 class TextLogprobs:
     """One choice's, written as its tokens come: offsets go on from call to call."""
 
-    def __init__(self, bytes_of: BytesOf) -> None:
+    def __init__(self, bytes_of: BytesOf, num_top: int) -> None:
+        """`num_top`: candidates of each place, besides the token itself."""
         self._bytes_of = bytes_of
+        self._num_top = num_top
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0  # characters before the next token
 
@@ -29,7 +31,10 @@ class TextLogprobs:
                 tree["token_logprobs"].append(None)
                 tree["top_logprobs"].append(None)
             else:
-                best = {token_text(self._bytes_of(other)): max(logprob, LEAST) for other, logprob in info.top}
+                best = {
+                    token_text(self._bytes_of(other)): max(logprob, LEAST)
+                    for other, logprob in info.top[: self._num_top]
+                }
                 best.setdefault(tree["tokens"][-1], max(info.logprob, LEAST))
                 tree["token_logprobs"].append(max(info.logprob, LEAST))
                 tree["top_logprobs"].append(best)
