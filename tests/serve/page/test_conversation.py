@@ -2,6 +2,7 @@
 
 import base64
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def test_an_answer_is_stopped_and_kept(visit: Open, scripted: Any) -> None:
     opened.page.keyboard.press("Escape")
     opened.page.get_by_text("Stopped.").first.wait_for()
     opened.page.wait_for_function("!document.querySelector('#send').hidden")
-    opened.page.wait_for_timeout(100)  # until the server has seen that the connection is gone
+    deadline_s = time.monotonic() + 30
+    while not backend.num_aborted and time.monotonic() < deadline_s:  # until the server sees that the client has left
+        time.sleep(0.01)
     assert backend.num_aborted == 1 and opened.answers() == ["One. Two"]
     backend = scripted("Four.")
     opened.ask("Go on.")
