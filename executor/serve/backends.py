@@ -4,13 +4,16 @@ A backend's `ask` returns a Feed at once or raises QueueFull; what goes wrong la
 """
 
 import asyncio
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Protocol
 
 from executor.engine.engine import Question
-from executor.engine.loop import EngineLoop, Handle
-from executor.engine.loop import Event as LoopEvent
+from executor.engine.handle import Event as LoopEvent
+from executor.engine.handle import Handle
+from executor.engine.loop import EngineLoop, Stopped
 from executor.engine.outputs import Completion, Output
+from executor.engine.prepare import Lane
 from executor.errors import UserError
 from executor.media.fetch import Unreachable
 from executor.schedule.request import Prompt
@@ -72,7 +75,9 @@ class EngineBackend:
         def on_event(event: LoopEvent) -> None:
             self._crossing.put(feed, plain_event(event, handles[0] if handles else None))
 
-        handle = self.loop.submit(partial(self._make, ask), ask.params, on_event=on_event, timeout_s=ask.timeout_s)
+        handle = self.loop.submit(
+            partial(self._make, ask), ask.params, lane=lane_of(ask), on_event=on_event, timeout_s=ask.timeout_s
+        )
         handles.append(handle)
         feed.abort = handle.abort
         return feed
@@ -89,6 +94,20 @@ class EngineBackend:
                 f"{ask.params.max_new_tokens} of the answer; shorten the prompt or ask for fewer tokens"
             )
         return prompt
+
+
+def lane_of(ask: Ask) -> Lane:
+    """What its preparation takes: media are whatever a message holds beside text."""
+    prompt = ask.prompt
+    if isinstance(prompt, TextPrompt) and prompt.media:
+        return "media"
+    if isinstance(prompt, ChatPrompt):
+        contents = [message.get("content") for message in prompt.messages if isinstance(message, Mapping)]
+        parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
+        if any(isinstance(part, Mapping) and part.get("type", "text" if "text" in part else None) != "text"
+               for part in parts):  # fmt: skip
+            return "media"
+    return "text" if ask.params.grammar is None else "grammar"
 
 
 def build_prompt(processor: Any, ask: Ask) -> Prompt:
@@ -138,6 +157,8 @@ def plain_event(event: LoopEvent, handle: Handle | None) -> Event:
         return Failure(kind, str(event), event.where)
     if isinstance(event, TimeoutError):
         return Failure("late", str(event))
+    if isinstance(event, Stopped):
+        return Failure("lost", str(event))
     if handle is not None and handle.is_aborted:
         return Failure("aborted", str(event))
     return Failure("fault", f"{type(event).__name__}: {event}")

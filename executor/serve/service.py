@@ -16,7 +16,7 @@ from executor.errors import UserError
 from executor.recipe.generation import sampling_params
 from executor.recipe.schema import Recipe
 from executor.schedule.request import SamplingParams
-from executor.serve.asks import Ask
+from executor.serve.asks import Ask, Done, Event, Failure
 from executor.serve.backends import Backend
 from executor.serve.errors import ApiError, busy
 from executor.serve.feed import Feed, Joined
@@ -41,6 +41,8 @@ class Service:
     is_draining: bool = False
 
     def __post_init__(self) -> None:
+        self.num_answered = self.num_failed = 0
+        self._open: set[Feed] = set()
         self.metrics = Metrics(self.model_name, self.max_model_len, self.backend)
 
     @property
@@ -72,17 +74,40 @@ class Service:
             raise _in_words_of(names or {}, str(error)) from error
         return params
 
+    @property
+    def num_open(self) -> int:
+        """Requests that were taken and have not ended."""
+        return len(self._open)
+
+    def end_all(self, reason: str) -> None:
+        """Give up what is not answered yet, however the engine is: whoever waits for it is told why."""
+        for feed in tuple(self._open):
+            feed.abort()
+            feed.push(Failure("lost", reason))
+
     def ask(self, ask: Ask) -> Feed:
         """Raises ApiError when it takes nothing."""
         if self.is_draining:
             raise busy("the server is being stopped and takes no new requests")
+        if not self.is_ready:
+            raise busy("the model is being loaded")
         try:
             feed = self.backend.ask(ask)
         except QueueFull as error:
             raise busy(str(error)) from error
         except RuntimeError as error:
             raise ApiError(503, str(error)) from error
-        feed.observer = self.metrics.watch(ask)
+        measure = self.metrics.watch(ask)
+
+        def observe(event: Event) -> None:
+            measure(event)
+            if isinstance(event, Done | Failure):
+                self.num_answered += isinstance(event, Done)
+                self.num_failed += isinstance(event, Failure)
+                self._open.discard(feed)
+
+        feed.observer = observe
+        self._open.add(feed)
         return feed
 
     def ask_all(self, asks: Sequence[Ask]) -> Joined:
