@@ -22,13 +22,15 @@ class Grammar:
 
     json_schema: a schema's JSON text. regex: a regular expression. choice: a JSON list of texts. ebnf: a grammar in
     GBNF with the rule `root`, or in Lark with `start`. calls: calls of tools in Qwen's form, `{"tools": [{"name",
-    "parameters": schema or null}], "parallel": whether several may follow each other}`.
+    "parameters": schema or null}], "parallel": whether several may follow each other, "else": the JSON text of a schema
+    for an answer without calls, where such may be}`.
     """
 
     kind: Literal["json_schema", "regex", "choice", "ebnf", "calls"]
     source: str
     after: str | None = None  # text is free until this token has come: the end of the reasoning
     is_lazy: bool = False  # of calls: text is free but for the calls that it makes
+    asked_by: str = field(default="", compare=False)  # for messages: the field of a request
 
     def __post_init__(self) -> None:
         assert self.kind == "calls" or not self.is_lazy, "only calls can be lazy"
