@@ -37,6 +37,7 @@ class _Answer:
     request: Request
     detokenizer: Detokenizer
     outputs: deque[Output]  # of whoever asked
+    is_begun: bool = False  # its first token was told
 
 
 class Engine:
@@ -278,6 +279,8 @@ class Engine:
             raise
         for number, reason in result.failures.items():
             self.scheduler.fail(plan.rows[number].request, reason)
+        for number, scores in result.prompt_logprobs.items():
+            plan.rows[number].request.prompt_logprobs += scores
         logprobs = {row.request.id: new for row, new in zip(plan.rows, result.logprobs, strict=True) if new}
         for request, token_ids in self.scheduler.update(plan, result.token_ids, result.missing):
             request.output_logprobs += logprobs.get(request.id, ())[: len(token_ids)]
@@ -313,9 +316,12 @@ class Engine:
             del self._answers[request.id]
             self.runner.forget(request)
         logprobs = tuple(request.output_logprobs[-len(token_ids) :]) if token_ids else ()
-        answer.outputs.append(
-            Output(answer.parent_id, answer.index, delta, token_ids, request.finish_reason, request, logprobs)
-        )
+        output = Output(answer.parent_id, answer.index, delta, token_ids, request.finish_reason, request, logprobs)
+        if token_ids and not answer.is_begun:
+            answer.is_begun = True
+            if request.prompt_logprobs:
+                output = replace(output, prompt_logprobs=tuple(request.prompt_logprobs))
+        answer.outputs.append(output)
 
     def _drop(self, request_id: str) -> None:
         """End a request at its caller's wish. Unread outputs of it go as well, all but the last of a `stream`."""

@@ -55,6 +55,7 @@ class TokenInfo:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None  # of the token among all, 1 for the best; of a prompt's tokens only
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from executor.engine.engine import Question
+from executor.engine.logprobs import TokenLogprobs
 from executor.engine.loop import EngineLoop, Handle
 from executor.engine.loop import Event as LoopEvent
 from executor.engine.outputs import Completion, Output
@@ -87,6 +88,10 @@ def build_prompt(processor: Any, ask: Ask) -> Prompt:
     raise NotImplementedError  # token ids: PromptBuilder.build_tokens
 
 
+def _token_info(x: TokenLogprobs) -> TokenInfo:
+    return TokenInfo(x.token_id, x.logprob, x.top, x.rank)
+
+
 def plain_event(event: LoopEvent, handle: Handle | None) -> Event:
     """What a handle tells, as plain data."""
     if isinstance(event, Output):
@@ -97,10 +102,11 @@ def plain_event(event: LoopEvent, handle: Handle | None) -> Event:
             token_ids=event.token_ids,
             num_prompt_tokens=len(request.prompt.token_ids),
             num_cached_tokens=request.num_cached_tokens,
-            logprobs=tuple(TokenInfo(x.token_id, x.logprob, x.top) for x in event.logprobs),
+            logprobs=tuple(map(_token_info, event.logprobs)),
             finish_reason=event.finish_reason and event.finish_reason.value,
             stop_reason=request.stop_reason,
             error=event.error,
+            prompt_logprobs=event.prompt_logprobs and tuple(x and _token_info(x) for x in event.prompt_logprobs),
         )
     if isinstance(event, Completion):
         return Done(
