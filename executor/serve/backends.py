@@ -81,11 +81,13 @@ def build_prompt(processor: Any, ask: Ask) -> Prompt:
             prompt.messages,
             tools=prompt.tools or None,
             add_generation_prompt=prompt.add_generation_prompt,
+            continue_final_message=prompt.continue_final_message,
             chat_template_kwargs=prompt.template_kwargs or None,
+            media_options=prompt.media_options or None,
         )
     if isinstance(prompt, TextPrompt):
-        return processor.build_text(prompt.text, prompt.media)
-    raise NotImplementedError  # token ids: PromptBuilder.build_tokens
+        return processor.build_text(prompt.text, prompt.media, media_options=prompt.media_options or None)
+    return processor.build_tokens(prompt.token_ids)
 
 
 def _token_info(x: TokenLogprobs) -> TokenInfo:
