@@ -308,7 +308,7 @@ class Runner:
         """The rows in front that have one token, which the answer ended with; how many these are."""
         size = self.block_size
         token_ids, positions, slots = [], [], []
-        for request, start, num_tokens, max_yield in rows:
+        for request, start, num_tokens, max_yield, _ in rows:
             prompt, output = request.prompt, request.output_token_ids
             if num_tokens != 1 or not max_yield or start + 1 != len(prompt.token_ids) + len(output) or not output:
                 break
