@@ -146,15 +146,13 @@ class AnswerParser:
         return [Piece("tool_call", text, self._num_calls - 1)]
 
     def _call_end(self, is_last: bool) -> list[Piece] | None:
-        """Behind the arguments: the object's end and the mark. Anything else there is content."""
-        end = self._held.find(CALL_END)
-        if end < 0 and not is_last:
+        """Behind the arguments: the object's end and the mark, as far as they are there. Then it is content again."""
+        rest = self._held[_CLOSING.match(self._held).end() :]
+        if CALL_END.startswith(rest) and rest != CALL_END and not is_last:
             return None
-        rest, self._held = (self._held, "") if end < 0 else (self._held[:end], self._held[end + len(CALL_END) :])
-        if end < 0:
-            rest = rest[: len(rest) - _overlap(rest, CALL_END)]  # cut off
-        self._end_call()
-        return [] if _CLOSING.fullmatch(rest) else [Piece("content", rest)]
+        is_cut = is_last and CALL_END.startswith(rest)
+        self._held = "" if is_cut else rest.removeprefix(CALL_END)
+        return self._end_call()
 
     # What the states share
 
@@ -163,9 +161,9 @@ class AnswerParser:
         self._has_begun, self._breaks = False, ""
         return []
 
-    def _end_call(self) -> None:
-        self._enter(self._content)
+    def _end_call(self) -> list[Piece]:
         self._follows_mark = True
+        return self._enter(self._content)
 
     def _is_known(self, name: str) -> bool:
         return self._tool_names is None or name in self._tool_names

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Iterable
 
 import pytest
@@ -46,6 +47,7 @@ def call(name: str, arguments: str) -> str:
 
 TOOLS = {"takes_tools": True, "tool_names": ("f", "g")}
 THINKS = {"thinks": True}
+END = "(<(/(t(o(o(l(_(c(a(l(l(>)?)?)?)?)?)?)?)?)?)?)?)?"  # of a call, or what an answer that was cut off has of it
 ARGUMENTS = '{"a": [1, {"b": "}"}],  "c": "</tool_call> \\" {"}'
 CASES: dict[str, tuple[str, dict[str, object], Parts]] = {
     "plain": ("a <tool_call> b </think>\n", {}, [("content", None, "a <tool_call> b </think>\n")]),
@@ -59,17 +61,30 @@ CASES: dict[str, tuple[str, dict[str, object], Parts]] = {
     ),
     "text between": (
         call("f", "{}") + "\nand\n" + call("g", "{}") + "\nend\n",
-        TOOLS, [("tool_call", "f", "{}"), ("content", None, "and"), ("tool_call", "g", "{}"), ("content", None, "end\n")],
+        TOOLS,
+        [("tool_call", "f", "{}"), ("content", None, "and"), ("tool_call", "g", "{}"), ("content", None, "end\n")],
     ),
     "compact": ('<tool_call>{"name":"f","arguments":{"x":1}}</tool_call>', TOOLS, [("tool_call", "f", '{"x":1}')]),
     "escaped name": ('<tool_call>{"name":"\\u0066","arguments":{}}</tool_call>', TOOLS, [("tool_call", "f", "{}")]),
-    "arguments first": ('<tool_call>{"arguments": {"x": 1}, "name": "f"}</tool_call>', TOOLS, [("tool_call", "f", '{"x": 1}')]),
-    "quoted arguments": ('<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}</tool_call>', TOOLS, [("tool_call", "f", '{"x": 1}')]),
+    "arguments first": (
+        '<tool_call>{"arguments": {"x": 1}, "name": "f"}</tool_call>',
+        TOOLS, [("tool_call", "f", '{"x": 1}')],
+    ),
+    "quoted arguments": (
+        '<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}</tool_call>',
+        TOOLS, [("tool_call", "f", '{"x": 1}')],
+    ),
     "no arguments": ('<tool_call>{"name": "f"}</tool_call>', TOOLS, [("tool_call", "f", "{}")]),
     "unknown tool": ("x\n" + call("h", "{}") + "\ny", TOOLS, [("content", None, "x\n" + call("h", "{}") + "\ny")]),
     "no JSON": ("<tool_call>f()</tool_call>!", TOOLS, [("content", None, "<tool_call>f()</tool_call>!")]),
-    "broken JSON": ('<tool_call>{"name": "f", }</tool_call>!', TOOLS, [("content", None, '<tool_call>{"name": "f", }</tool_call>!')]),
-    "arguments no object": ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', TOOLS, [("content", None, '<tool_call>{"name": "f", "arguments": [1]}</tool_call>')]),
+    "broken JSON": (
+        '<tool_call>{"name": "f", }</tool_call>!',
+        TOOLS, [("content", None, '<tool_call>{"name": "f", }</tool_call>!')],
+    ),
+    "arguments no object": (
+        '<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
+        TOOLS, [("content", None, '<tool_call>{"name": "f", "arguments": [1]}</tool_call>')],
+    ),
     "broken, then right": (
         '<tool_call>{"name": "f}\n</tool_call>' + call("g", "{}"),
         TOOLS, [("content", None, '<tool_call>{"name": "f}\n</tool_call>'), ("tool_call", "g", "{}")],
@@ -77,23 +92,46 @@ CASES: dict[str, tuple[str, dict[str, object], Parts]] = {
     "mark in the mark": ("<tool_<tool_call>x", TOOLS, [("content", None, "<tool_<tool_call>x")]),
     "cut in the mark": ("ab<tool_ca", TOOLS, [("content", None, "ab<tool_ca")]),
     "cut in the name": ('<tool_call>\n{"name": "f', TOOLS, [("content", None, '<tool_call>\n{"name": "f')]),
-    "cut in the arguments": ('<tool_call>\n{"name": "f", "arguments": {"a": "b', TOOLS, [("tool_call", "f", '{"a": "b')]),
-    "cut behind the arguments": ('<tool_call>\n{"name": "f", "arguments": {}}\n</too', TOOLS, [("tool_call", "f", "{}")]),
+    "cut in the arguments": (
+        '<tool_call>\n{"name": "f", "arguments": {"a": "b',
+        TOOLS, [("tool_call", "f", '{"a": "b')],
+    ),
+    "cut behind the arguments": (
+        '<tool_call>\n{"name": "f", "arguments": {}}\n</too',
+        TOOLS, [("tool_call", "f", "{}")],
+    ),
+    "end forgotten": (
+        '<tool_call>\n{"name": "f", "arguments": {}}\n' + call("g", "{}"),
+        TOOLS,
+        [("tool_call", "f", "{}"), ("tool_call", "g", "{}")],
+    ),
     "more keys": (
         '<tool_call>{"name": "f", "arguments": {}, "id": 3}</tool_call>',
-        TOOLS, [("tool_call", "f", "{}"), ("content", None, ', "id": 3}')],
+        TOOLS, [("tool_call", "f", "{}"), ("content", None, ', "id": 3}</tool_call>')],
     ),
-    "reasoning": ("\nHm\n\nso\n</think>\n\nred\n", THINKS, [("reasoning", None, "Hm\n\nso"), ("content", None, "red\n")]),
-    "reasoning that opens itself": ("<think>\nHm</think>red", THINKS, [("reasoning", None, "Hm"), ("content", None, "red")]),
+    "reasoning": (
+        "\nHm\n\nso\n</think>\n\nred\n",
+        THINKS, [("reasoning", None, "Hm\n\nso"), ("content", None, "red\n")],
+    ),
+    "reasoning that opens itself": (
+        "<think>\nHm</think>red",
+        THINKS, [("reasoning", None, "Hm"), ("content", None, "red")],
+    ),
     "no reasoning": ("\n</think>\n\nred", THINKS, [("content", None, "red")]),
     "reasoning cut off": ("Hm </thi", THINKS, [("reasoning", None, "Hm </thi")]),
     "reasoning only": ("Hm</think>\n\n", THINKS, [("reasoning", None, "Hm")]),
-    "reasoning of marks": ("a </thin <tool_call> </think>b", {**TOOLS, **THINKS}, [("reasoning", None, "a </thin <tool_call> "), ("content", None, "b")]),
+    "reasoning of marks": (
+        "a </thin <tool_call> </think>b",
+        {**TOOLS, **THINKS}, [("reasoning", None, "a </thin <tool_call> "), ("content", None, "b")],
+    ),
     "reasoning and calls": (
         "Hm\n</think>\n\nSo:\n" + call("f", "{}"),
         {**TOOLS, **THINKS}, [("reasoning", None, "Hm"), ("content", None, "So:"), ("tool_call", "f", "{}")],
     ),
-    "reasoning, call": ("Hm\n</think>\n\n" + call("f", "{}"), {**TOOLS, **THINKS}, [("reasoning", None, "Hm"), ("tool_call", "f", "{}")]),
+    "reasoning, call": (
+        "Hm\n</think>\n\n" + call("f", "{}"),
+        {**TOOLS, **THINKS}, [("reasoning", None, "Hm"), ("tool_call", "f", "{}")],
+    ),
 }  # fmt: skip
 
 
@@ -115,8 +153,21 @@ def test_the_parts_do_not_depend_on_the_cuts(name: str):
         assert parsed(text, cuts, **options) == expected, cuts
 
 
-def test_random_answers_do_not_depend_on_the_cuts():
-    """And nothing is lost: without line breaks, content and what a call was read from are the text."""
+def frame(whole: Parts, *, thinks: bool) -> str:
+    """A regular expression of the texts that have these parts: marks, and line breaks next to them, besides."""
+    found = r"\n*(<think>)?\n*" if thinks else ""
+    if thinks and (not whole or whole[0][0] != "reasoning"):
+        found += "(</think>)?"
+    for kind, name, part in whole:
+        found += {
+            "content": r"\n*" + re.escape(part),
+            "reasoning": re.escape(part) + r"(\n*</think>)?",
+            "tool_call": rf'\n*<tool_call>\n\{{"name": "{name}", "arguments": {re.escape(part)}[ \n]*\}}?[ \n]*{END}',
+        }[kind]
+    return found + r"\n*"
+
+
+def test_random_answers_do_not_depend_on_the_cuts_and_lose_nothing():
     dice = random.Random(1)
     bits = (
         *("<tool_call>", "</tool_call>", "</think>", "<think>", "\n", "<", "a", "}", "{", '"', '"name"', ": ", '"f"'),
@@ -128,21 +179,7 @@ def test_random_answers_do_not_depend_on_the_cuts():
         whole = parsed(text, **options)
         for cuts in (range(len(text)), sorted(dice.choices(range(len(text) + 1), k=5))):
             assert parsed(text, cuts, **options) == whole, (text, options)
-        if not options["thinks"]:
-            rest = text
-            for kind, name, part in whole:
-                if kind == "content":
-                    place = rest.find(part)
-                    assert place >= 0 and not rest[:place].strip(" \n}"), (text, whole)
-                    rest = rest[place + len(part) :]
-                    continue
-                begin = rest.index("<tool_call>")
-                assert not rest[:begin].strip("\n"), (text, whole)
-                place = rest.index(part, rest.index('"arguments": ', begin))
-                assert f'"name": "{name}"' in rest[begin:place]
-                rest = rest[place + len(part) :]
-                rest = rest[rest.find("</tool_call>") + len("</tool_call>") :] if "</tool_call>" in rest else rest
-            assert not rest.strip(" \n}</tool_call>"), (text, whole)
+        assert re.fullmatch(frame(whole, thinks=options["thinks"]), text), (text, whole)
 
 
 def test_arguments_come_as_they_are_written():
