@@ -75,10 +75,20 @@ def _run(argv: Sequence[str] | None) -> int:
 def _rank() -> "Rank | None":
     """This process as a rank, where a launcher (ours, torchrun, Slurm) has made it one."""
     if not {"RANK", "SLURM_PROCID"} & environment().keys():
+        _end_with_starter()
         return None
     from executor.launch.rank import Rank
 
     return Rank.of_this_process()
+
+
+def _end_with_starter() -> None:
+    """A job on a cluster ends with the worker that has started it; its ranks end with their launcher."""
+    starter = environment().get("RECIPE_PARENT")
+    if starter is not None:
+        from executor.launch.processes import die_with_parent
+
+        die_with_parent(int(starter))
 
 
 def run(arguments: argparse.Namespace, argv: Sequence[str], rank: "Rank | None" = None) -> tuple[dict[str, Any], int]:
@@ -91,8 +101,9 @@ def run(arguments: argparse.Namespace, argv: Sequence[str], rank: "Rank | None" 
     from executor.recipe.schema import load_recipe  # pydantic takes a moment that --help need not wait for
 
     recipe = load_recipe(arguments.config, arguments.overrides)
-    if arguments.command in ONE_PROCESS or (rank is None and recipe.parallel.world_size == 1):
-        if arguments.command not in ONE_PROCESS:
+    is_head = rank is None and recipe.num_jobs(arguments.command) > 1  # jobs on a cluster have the ranks
+    if arguments.command in ONE_PROCESS or is_head or (rank is None and recipe.parallel.world_size == 1):
+        if arguments.command not in ONE_PROCESS and not is_head:
             _set_options(recipe, local_ranks=1)
         options = {} if arguments.save is None else {"save": arguments.save}
         return importlib.import_module(name).run(recipe, **options)
@@ -128,10 +139,10 @@ def _set_options(recipe: "Recipe", local_ranks: int) -> None:
 
 
 def end(status: int) -> NoReturn:
-    """End this process. A thread that still asks the job's store (which may never answer), or that still reads a long
-    video, comes back from C++ into an interpreter that is being taken down, and aborts it: then the status would be
-    SIGABRT's."""
-    if any(thread.name.startswith(("store: ", "prepare: ")) for thread in threading.enumerate()):
+    """End this process. A thread that still asks the job's store (which may never answer), reads a long video or
+    computes a step comes back from C++ into an interpreter that is being taken down, and aborts it: then the status
+    would be SIGABRT's."""
+    if any(thread.name.startswith(("store: ", "prepare: ", "engine")) for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -75,6 +75,17 @@ FOREIGN = {  # flags of vLLM, MindIE, PaddleMIX and others -> what stands for th
     "quant-type": "--set model_config.quantization=wint8 (for weight_only_int8, with the float checkpoint)",
     "served-model-name": "--set server_config.served_model_name=NAME",
     "api-key": "--set server_config.api_key=KEY",
+    "allowed-local-media-path": "--set server_config.allowed_local_media_path=FOLDER",
+    "allowed-media-domains": "--set data_config.allowed_media_domains=[HOST,...]",
+    "allowed-origins": "--set server_config.allowed_origins=[ORIGIN,...]",
+    "limit-mm-per-prompt": "--set server_config.max_pictures=N server_config.max_videos=N",
+    "mm-processor-kwargs": "--set data_config.min_pixels=N data_config.max_pixels=N data_config.fps=X",
+    "ssl-certfile": "--set server_config.ssl_certfile=FILE",
+    "ssl-keyfile": "--set server_config.ssl_keyfile=FILE",
+    "enable-auto-tool-choice": "nothing: tools are taken wherever the checkpoint's chat template takes them",
+    "tool-call-parser": "nothing: Qwen's form of tool calls is known",
+    "reasoning-parser": "nothing: told from the checkpoint's chat template",
+    "async-scheduling": "nothing",
     "model-name-or-path": "--model PATH",
     "question-file": "--set data_config.dataset=jsonl data_config.dataset_path=FILE",
     "image-file": "--image FILE",
@@ -103,6 +114,7 @@ EXAMPLES = """without a recipe (each has --help):
 examples:
   bash infer.sh config/quickstart.yaml
   bash infer.sh config/quickstart.yaml --image a.png --question "What do you see?"
+  bash infer.sh config/quickstart.yaml serve --port 8000
   bash infer.sh config/quickstart.yaml --set generation_config.temperature=0.7 data_config.media=[a.png,b.mp4]
 """
 ANSWERED, REFUSED = 64, 65

@@ -16,11 +16,13 @@ class UserError(ValueError):
     """The user can mend it. The message says what, got, allowed, and what to do.
 
     more: a long list for people, shown behind the message on the screen and left out of the JSON.
+    where: the part of a request that is wrong, as in "messages[0].content[1]", where the message may not say it.
     """
 
-    def __init__(self, message: str = "", *, more: str = "") -> None:
+    def __init__(self, message: str = "", *, more: str = "", where: str | None = None) -> None:
         super().__init__(message)
         self.more = more
+        self.where = where
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -36,6 +36,7 @@ RANKS = {
     "emulator": 8,
     "executor.serve": 8,
     "executor.launch": 8,
+    "executor.cluster": 9,
     "executor.command_line": 9,
     "executor.calibrate": 9,
     "executor.commands": 10,

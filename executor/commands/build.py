@@ -24,6 +24,10 @@ from executor.engine.runner import Runner
 from executor.engine.sampler import Sampler
 from executor.engine.step import ModelStep, cache_scales
 from executor.host.env import code_digest, rank_place
+from executor.media.fetch import Fetcher
+from executor.media.hosts import DOMAINS_KEY, PRIVATE_KEY, parse_rules
+from executor.media.local import Folder
+from executor.media.media import MediaLimits
 from executor.parallel.groups import Parallel
 from executor.prompt.options import MediaOptions
 from executor.quant.choose import MADE, choose_cache, choose_schemes, make_schemes
@@ -34,6 +38,8 @@ from executor.schedule.scheduler import Scheduler
 from models.registry import family_runner
 
 logger = logging.getLogger(__name__)
+
+ANIMATION_FRAMES = 5  # of the largest size, that a server draws of one animated picture
 
 
 def build_engine(recipe: Recipe, runner: Any = None) -> Engine:
@@ -53,9 +59,15 @@ def open_rank(prepared: Prepared, runner: Any = None) -> tuple[ops.Ops, Parallel
     return device, runner.connect(prepared.recipe, device)
 
 
-def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel, runner: Any = None) -> Engine:
-    """The engine of a recipe that has been settled and checked, on what `open_rank` gives."""
+def engine_of(
+    prepared: Prepared, device: ops.Ops, parallel: Parallel, runner: Any = None, limits: MediaLimits | None = None
+) -> Engine:
+    """The engine of a recipe that has been settled and checked, on what `open_rank` gives.
+
+    limits: of its media; None: those of a user's own command (media_limits).
+    """
     recipe = prepared.recipe
+    options = replace(media_options(recipe), limits=limits or media_limits(recipe))
     runner = runner or family_runner(prepared.config)
     ops.bind(device)
     free_bytes = device.free_bytes()
@@ -68,7 +80,7 @@ def engine_of(prepared: Prepared, device: ops.Ops, parallel: Parallel, runner: A
     logger.info("%s", memory)
     # One scheduler plans for all of them.
     (num_blocks,) = parallel.control.min(memory.num_blocks)
-    processor = runner.build_processor(prepared.folder, media_options(recipe))
+    processor = runner.build_processor(prepared.folder, options)
     dtype = getattr(torch, recipe.model.dtype)
     checkpoint = open_checkpoint(prepared.folder, parallel.text.rank, parallel.text.size)
     model, _ = load_model(
@@ -207,6 +219,40 @@ def graph_key(recipe: Recipe, step: ModelStep, device: ops.Ops) -> str:
         "code": code_digest(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def media_limits(recipe: Recipe) -> MediaLimits:
+    """Of a user's own command: files anywhere, and the hosts that the recipe allows. Raises UserError for odd hosts."""
+    return MediaLimits(fetcher=fetcher_of(recipe))
+
+
+def request_limits(recipe: Recipe) -> MediaLimits:
+    """Of a server's requests. Raises UserError for odd hosts and a folder that is not there."""
+    server = recipe.server
+    folder = server.allowed_local_media_path
+    return MediaLimits(
+        paths=folder is not None,
+        folder=None if folder is None else Folder.at(folder),
+        fetcher=fetcher_of(recipe),
+        pictures=server.max_pictures,
+        videos=server.max_videos,
+        fetched_bytes=server.max_body_bytes,
+        image_bytes=server.max_media_bytes,
+        image_pixels=server.max_media_pixels,
+        video_bytes=server.max_media_bytes,
+        video_duration_s=server.max_video_s,
+        video_frames=server.max_video_frames,
+        animation_pixels=ANIMATION_FRAMES * server.max_media_pixels,
+        decode_s=server.max_video_decode_s,
+    )
+
+
+def fetcher_of(recipe: Recipe) -> Fetcher | None:
+    """None where the recipe allows no hosts."""
+    data = recipe.data
+    hosts = parse_rules(data.allowed_media_domains, DOMAINS_KEY)
+    private_hosts = parse_rules(data.allowed_private_hosts, PRIVATE_KEY)
+    return Fetcher(hosts, private_hosts, data.fetch_timeout_s) if hosts or private_hosts else None
 
 
 def media_options(recipe: Recipe) -> MediaOptions:

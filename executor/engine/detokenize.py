@@ -23,8 +23,9 @@ class Detokenizer:
     `stopped` says that a stop string was found, `stop_string` which one; tokens after it are not taken.
     """
 
-    def __init__(self, tokenizer: Any, params: SamplingParams):
-        """tokenizer: a fast tokenizer of transformers; UserError when it is not byte-level."""
+    def __init__(self, tokenizer: Any, params: SamplingParams, *, known_bytes: dict[int, bytes] | None = None):
+        """tokenizer: a fast tokenizer of transformers; UserError when it is not byte-level. `known_bytes`: of tokens
+        that were seen, for all detokenizers of one tokenizer."""
         decoder = tokenizer.backend_tokenizer.decoder
         if not isinstance(decoder, decoders.ByteLevel):
             raise UserError(
@@ -33,6 +34,7 @@ class Detokenizer:
             )
         self.stop_string: str | None = None
         self._tokenizer = tokenizer
+        self._known_bytes = {} if known_bytes is None else known_bytes
         self._stops = params.stop
         self._keeps_stop = params.include_stop_str_in_output
         self._num_exempt_tokens = params.min_new_tokens if self._stops else 0
@@ -72,6 +74,10 @@ class Detokenizer:
     def _advance(self, data: bytes, final: bool, is_exempt: bool = False) -> str:
         if self.stopped:
             return ""
+        if not self._stops:
+            delta = self._characters.decode(data, final)
+            self._pieces.append(delta)
+            return delta
         pending = self._held + self._characters.decode(data, final)
         if is_exempt:
             self._exempt = len(pending)
@@ -109,13 +115,24 @@ class Detokenizer:
     def _bytes_of(self, token_id: int) -> bytes:
         if token_id in self._skipped:
             return b""
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
-        if token is None:
-            return b""  # logits are often wider than the vocabulary
-        try:
-            return bytes(map(BYTE_OF.__getitem__, token))
-        except KeyError:
-            return token.encode()  # an added token, kept as plain text
+        known = self._known_bytes.get(token_id)
+        if known is None:
+            known = self._known_bytes[token_id] = token_bytes(self._tokenizer, token_id)
+        return known
+
+
+def token_bytes(tokenizer: Any, token_id: int) -> bytes:
+    """What a token of a byte-level tokenizer stands for; nothing for an id beyond its vocabulary."""
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    return b"" if token is None else word_bytes(token)  # logits are often wider than the vocabulary
+
+
+def word_bytes(token: str) -> bytes:
+    """What a token stands for, as the vocabulary writes it."""
+    try:
+        return bytes(map(BYTE_OF.__getitem__, token))
+    except KeyError:
+        return token.encode()  # an added token, kept as plain text
 
 
 def _byte_alphabet() -> dict[str, int]:

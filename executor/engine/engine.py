@@ -15,13 +15,15 @@ from typing import Any
 
 from executor.engine.bad_words import BadWords
 from executor.engine.detokenize import Detokenizer
+from executor.engine.grammar import GrammarFault
+from executor.engine.matcher import Matchers
 from executor.engine.noise import child_seed
 from executor.engine.outputs import Collector, Completion, Output
 from executor.engine.params import check_params, type_of, with_seed
 from executor.engine.replica import Replica
 from executor.engine.runner import FAULTS, Runner, describe
 from executor.errors import UserError
-from executor.schedule.request import FinishReason, Prompt, Request, SamplingParams
+from executor.schedule.request import FinishReason, Prompt, Request, SamplingParams, Status
 from executor.schedule.scheduler import Scheduler
 
 Question = Prompt | str | Sequence[Mapping[str, Any]]
@@ -37,7 +39,7 @@ class _Answer:
     request: Request
     detokenizer: Detokenizer
     outputs: deque[Output]  # of whoever asked
-    is_begun: bool = False  # its first token was told
+    is_begun: bool = False  # the prompt's logprobs were told with its first token
 
 
 class Engine:
@@ -52,8 +54,10 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self.vocab_size = vocab_size
+        self.matchers = Matchers(processor.tokenizer, vocab_size, processor.eos_token_ids)
         self._answers: dict[str, _Answer] = {}
         self._outputs: deque[Output] = deque()  # of requests that were `add`ed: for the next `step`
+        self._known_bytes: dict[int, bytes] = {}  # of the tokens that were read
         self._aborted: deque[str] = deque()
         self._ids = itertools.count()
         self._lock = threading.Lock()
@@ -81,6 +85,10 @@ class Engine:
             f"a prompt is {type_of(question)}; allowed: a Prompt (engine.processor.build makes it), a text, or a list "
             "of messages"
         )
+
+    def check(self, params: SamplingParams) -> None:
+        """What of parameters takes time to check: the grammar. UserError; from any thread, before `add` does it."""
+        self.matchers.check(params)
 
     def add(self, question: Question, params: SamplingParams, request_id: str | None = None) -> str:
         """Queue a request; returns its id. Its outputs come out of `step`.
@@ -185,6 +193,7 @@ class Engine:
                 for _ in self.runner.assist():
                     pass
             self.runner.close()
+            self.matchers.close()
             self._is_closed = True
 
     def __enter__(self) -> "Engine":
@@ -234,8 +243,9 @@ class Engine:
                 if index:  # the prompt's are the same
                     one = replace(one, prompt_logprobs=None)
                 request = Request(f"{ids[-1]}/{index}", prompt, one, bad_words=bad_words)
+                request.matcher = self.matchers.begin(one)
                 self.scheduler.check_possible(request)
-                detokenizer = Detokenizer(self.processor.tokenizer, one)
+                detokenizer = Detokenizer(self.processor.tokenizer, one, known_bytes=self._known_bytes)
                 answers.append(_Answer(ids[-1], index, request, detokenizer, outputs))
         for answer in answers:
             self.scheduler.add(answer.request)
@@ -281,18 +291,42 @@ class Engine:
             self.scheduler.fail(plan.rows[number].request, reason)
         for number, scores in result.prompt_logprobs.items():
             plan.rows[number].request.prompt_logprobs += scores
-        logprobs = {row.request.id: new for row, new in zip(plan.rows, result.logprobs, strict=True) if new}
+        logprobs = {plan.rows[number].request.id: new for number, new in result.logprobs.items()}
         for request, token_ids in self.scheduler.update(plan, result.token_ids, result.missing):
-            request.output_logprobs += logprobs.get(request.id, ())[: len(token_ids)]
+            if request.id in logprobs:
+                request.output_logprobs += logprobs[request.id][: len(token_ids)]
+            if request.matcher is not None:
+                self._follow_grammar(request, token_ids)
             self._advance(self._answers[request.id], token_ids)
         for number in result.failures:
             self._emit(self._answers[plan.rows[number].request.id], "", ())
 
+    def _follow_grammar(self, request: Request, token_ids: list[int]) -> None:
+        """The answer ends where its grammar must, and fails where that cannot be followed."""
+        if request.finished:
+            return
+        try:
+            (token_id,) = token_ids  # guesses would have to be told the masks
+            if request.matcher.take(token_id):
+                self.scheduler.finish(request, FinishReason.STOP)
+        except GrammarFault as error:
+            self.scheduler.fail(request, f"its grammar cannot be followed any further: {error}")
+
     def _advance(self, answer: _Answer, token_ids: list[int]) -> None:
         """The text of an answer's new tokens, up to a stop string, or to the token that has ended it."""
         request, detokenizer, delta = answer.request, answer.detokenizer, ""
+        if not request.params.stop and request.status is not Status.FINISHED:  # nothing in the text ends it
+            try:
+                delta = detokenizer.push(token_ids)
+            except FAULTS as error:
+                self._fail_text(request, error)
+            self._emit(answer, delta, tuple(token_ids))
+            return
         num_written = len(token_ids)
-        if request.finish_reason is FinishReason.STOP and not request.params.include_stop_str_in_output:
+        has_stop_token = request.finish_reason is FinishReason.STOP and (  # else its grammar has ended it
+            token_ids[-1] in self.scheduler.eos_token_ids or token_ids[-1] in request.params.stop_token_ids
+        )
+        if has_stop_token and not request.params.include_stop_str_in_output:
             num_written -= 1
         try:
             for count, token_id in enumerate(token_ids[:num_written], start=1):
@@ -307,21 +341,27 @@ class Engine:
             else:
                 delta += detokenizer.finish() if request.finished else ""
         except FAULTS as error:
-            self.scheduler.fail(request, f"its tokens cannot be read as text: {describe(error)}")
+            self._fail_text(request, error)
         self._emit(answer, delta, tuple(token_ids))
+
+    def _fail_text(self, request: Request, error: Exception) -> None:
+        self.scheduler.fail(request, f"its tokens cannot be read as text: {describe(error)}")
 
     def _emit(self, answer: _Answer, delta: str, token_ids: tuple[int, ...]) -> None:
         request = answer.request
-        if request.finished:
+        if request.status is Status.FINISHED:
             del self._answers[request.id]
             self.runner.forget(request)
-        logprobs = tuple(request.output_logprobs[-len(token_ids) :]) if token_ids else ()
-        output = Output(answer.parent_id, answer.index, delta, token_ids, request.finish_reason, request, logprobs)
-        if token_ids and not answer.is_begun:
-            answer.is_begun = True
-            if request.prompt_logprobs:
-                output = replace(output, prompt_logprobs=tuple(request.prompt_logprobs))
-        answer.outputs.append(output)
+        logprobs = tuple(request.output_logprobs[-len(token_ids) :]) if request.output_logprobs and token_ids else ()
+        prompt_logprobs = None
+        if request.prompt_logprobs and token_ids and not answer.is_begun:
+            answer.is_begun, prompt_logprobs = True, tuple(request.prompt_logprobs)
+        answer.outputs.append(
+            Output(
+                answer.parent_id, answer.index, delta, token_ids, request.finish_reason, request, logprobs,
+                prompt_logprobs,
+            )
+        )  # fmt: skip
 
     def _drop(self, request_id: str) -> None:
         """End a request at its caller's wish. Unread outputs of it go as well, all but the last of a `stream`."""

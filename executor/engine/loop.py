@@ -1,118 +1,44 @@
 """Requests from any thread, prepared by threads beside the engine and answered by one that steps it.
 
-A submitted question waits until the engine has room for it, is prepared (media read, decoded, resized), queued and
-answered. At most `max_ahead` requests more than can run are prepared or queued at a time: pixels take memory. Whoever
-drives the loop calls `turn` again and again, or lets a thread do so: `start`.
+A submitted question waits in its lane until the engine has room for it, is prepared (media read, decoded, resized),
+queued and answered. Whoever drives the loop calls `turn` again and again, or lets a thread do so: `start`. What a turn
+costs beside its step does not grow with the number of requests that wait.
 Invariants: every handle ends, with a completion or a failure, and says so once; a request's failure is its own. Only
 the driving thread touches the engine.
 Knows no HTTP and no files: how a prompt is made is the submitter's.
 """
 
 import atexit
+import heapq
+import itertools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from queue import Empty, SimpleQueue
+from collections.abc import Callable
 
 from executor.engine.engine import Engine, Question
+from executor.engine.handle import Event, Handle, Made
+from executor.engine.lanes import Lanes
 from executor.engine.outputs import Collector, Completion, Output
-from executor.engine.prepare import Preparers
+from executor.engine.prepare import Lane, Preparers
 from executor.errors import UserError
 from executor.schedule.request import Prompt, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 MAX_AHEAD = 2  # prompts kept ready beyond those being answered
-NUM_PREPARERS = 1
 SHARED_WAIT_S = 0.005  # between empty steps, where other replicas need this one's
+MAX_STALE = 1000  # deadlines that are kept of requests that have ended, beyond those of unfinished ones
 MAX_FAULTS = 3  # steps that fail one after another until a thread gives the engine up
-
-Event = Output | Completion | Exception
-"""What a handle tells: outputs, and in the end the completion, or what kept the request from being answered."""
 
 
 class QueueFull(RuntimeError):
     """As many requests are unfinished as are allowed."""
 
 
-class Handle:
-    """A submitted request. `on_event` is called with every Event, in the driving thread; it must not raise.
-
-    Without `on_event` events are kept for `outputs` and `result`, which wait for them.
-    """
-
-    def __init__(
-        self,
-        loop: "EngineLoop",
-        make: Callable[[], Question | tuple[Question, SamplingParams]],
-        params: SamplingParams,
-        on_event: Callable[[Event], None] | None,
-        deadline_s: float | None,
-    ) -> None:
-        self.params = params
-        self.prompt: Prompt | None = None  # once it is prepared
-        self.prepare_s = 0.0
-        self.completion: Completion | None = None
-        self.failure: Exception | None = None
-        self.refusal: Exception | None = None  # what its preparation raised
-        self.request_id: str | None = None  # of the engine, once it is queued there
-        self.deadline_s = deadline_s  # of time.monotonic
-        self.is_aborted = False
-        self._loop = loop
-        self._make = make
-        self._events: SimpleQueue[Event] = SimpleQueue()
-        self._on_event = on_event or self._events.put
-
-    @property
-    def ended(self) -> bool:
-        return self.completion is not None or self.failure is not None
-
-    def abort(self) -> None:
-        """From any thread: everything of it is freed within a step, and it fails with RuntimeError."""
-        self.is_aborted = True
-        self._loop.wake()
-
-    def outputs(self, timeout_s: float | None = None) -> Iterator[Output]:
-        """Its outputs as they come. Raises what it failed with; TimeoutError when none comes for `timeout_s`."""
-        while not isinstance(event := self._next(timeout_s), Completion):
-            yield event
-
-    def result(self, timeout_s: float | None = None) -> Completion:
-        """Its completion; as `outputs`."""
-        while not isinstance(event := self._next(timeout_s), Completion):
-            pass
-        return event
-
-    def _next(self, timeout_s: float | None) -> Output | Completion:
-        try:
-            event = self._events.get(timeout=timeout_s)
-        except Empty:
-            raise TimeoutError(f"no output for {timeout_s} s") from None
-        if isinstance(event, Exception):
-            raise event
-        return event
-
-    def prepare(self, build: Callable[[Question], Prompt]) -> None:
-        """Make its prompt; in a thread of the pool. What goes wrong is this request's."""
-        started = time.monotonic()
-        try:
-            made = self._make()
-            if isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], SamplingParams):
-                made, self.params = made
-            self.prompt = build(made)
-        except Exception as error:  # handed to whoever waits for it, as a future does
-            self.refusal = error
-        self.prepare_s = time.monotonic() - started
-        self._loop.prepared(self)
-
-    def finish(self, end: Completion | Exception) -> None:
-        self.completion, self.failure = (None, end) if isinstance(end, Exception) else (end, None)
-        self.tell(end)
-
-    def tell(self, event: Event) -> None:
-        self._on_event(event)
+class Stopped(RuntimeError):
+    """The request was not answered because the loop was stopped."""
 
 
 class EngineLoop:
@@ -122,24 +48,26 @@ class EngineLoop:
         self,
         engine: Engine,
         *,
-        num_preparers: int = NUM_PREPARERS,
         max_ahead: int = MAX_AHEAD,
         max_unfinished: int | None = None,
     ) -> None:
         self.engine = engine
-        self._max_taken = engine.scheduler.max_num_seqs + max_ahead
         self._max_unfinished = max_unfinished
-        self._preparers = Preparers(num_preparers)
-        self._lock = threading.Lock()  # of the two sets below
-        self._waiting: deque[Handle] = deque()
+        self._preparers = Preparers()
+        self._lock = threading.Lock()  # of the four below
+        self._lanes = Lanes(engine.scheduler.max_num_seqs + max_ahead, max_ahead)
         self._unfinished: set[Handle] = set()
+        self._deadlines: list[tuple[float, int]] = []  # a heap: (when, number of a request); those that ended too
+        self._timed: dict[int, Handle] = {}  # unfinished ones with a deadline
+        self._numbers = itertools.count()
+        self._aborted: deque[Handle] = deque()
         self._prepared: deque[Handle] = deque()
-        self._num_taken = 0  # being prepared, or in the engine
         self._running: dict[str, Handle] = {}
         self._collector = Collector()
         self._awake = threading.Event()
         self._thread: threading.Thread | None = None
-        self._is_stopping = False
+        self._is_stopping = False  # takes no new requests
+        self._is_aborting = False  # and answers those it has no more
         self._num_faults = 0  # steps that failed since one did not
         self.fault: Exception | None = None  # what has ended the thread
 
@@ -149,26 +77,39 @@ class EngineLoop:
 
     def submit(
         self,
-        question: Question | Callable[[], Question | tuple[Question, SamplingParams]],
+        question: Question | Callable[[], Made],
         params: SamplingParams,
         *,
+        lane: Lane | None = None,
         on_event: Callable[[Event], None] | None = None,
         timeout_s: float | None = None,
     ) -> Handle:
         """Hand in a question, or what makes one, or one and its parameters, in a preparing thread; from any thread.
 
+        `lane`: what making it takes; None: nothing for a prompt or a text, media for whatever else.
         `timeout_s`: it fails with TimeoutError when it is not answered by then. Raises QueueFull, and RuntimeError
         when the loop has ended.
         """
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        handle = Handle(self, question if callable(question) else lambda: question, params, on_event, deadline_s)
+        handle = Handle(
+            question if callable(question) else lambda: question,
+            params,
+            lane or ("text" if isinstance(question, Prompt | str) else "media"),
+            on_event=on_event,
+            on_abort=self._note_abort,
+            deadline_s=None if timeout_s is None else time.monotonic() + timeout_s,
+        )
         with self._lock:
             if self._is_stopping or self.fault is not None:
                 raise RuntimeError(f"the engine takes no requests any more: {self.fault or 'it is being stopped'}")
             if self._max_unfinished is not None and len(self._unfinished) >= self._max_unfinished:
                 raise QueueFull(f"{self._max_unfinished} requests are unfinished, which is as many as are allowed")
             self._unfinished.add(handle)
-            self._waiting.append(handle)
+            self._lanes.add(handle)
+            if handle.deadline_s is not None:
+                number = next(self._numbers)
+                heapq.heappush(self._deadlines, (handle.deadline_s, number))
+                self._timed[number] = handle
+                handle.number = number
         self.wake()
         return handle
 
@@ -176,7 +117,13 @@ class EngineLoop:
         """There is something new for the driving thread."""
         self._awake.set()
 
-    def prepared(self, handle: Handle) -> None:
+    def _note_abort(self, handle: Handle) -> None:
+        self._aborted.append(handle)
+        self.wake()
+
+    def _prepare(self, handle: Handle) -> None:
+        """In a preparing thread."""
+        handle.prepare(self.engine.prompt, self.engine.check)
         self._prepared.append(handle)
         self.wake()
 
@@ -192,11 +139,18 @@ class EngineLoop:
             ended += self._deliver(self.engine.step())
             self._num_faults = 0
         elif not ended and self.engine.replica.in_step:
-            self._awake.wait(min(wait_s, SHARED_WAIT_S))
+            self._awake.wait(min(self._patience_s(wait_s), SHARED_WAIT_S))
             self.engine.step()
         elif not ended:
-            self._awake.wait(wait_s)
+            self._awake.wait(self._patience_s(wait_s))
         return ended
+
+    def _patience_s(self, most_s: float) -> float:
+        """At most until the next deadline."""
+        with self._lock:
+            if not self._deadlines:
+                return most_s
+            return max(0.0, min(most_s, self._deadlines[0][0] - time.monotonic()))
 
     def start(self) -> "EngineLoop":
         """Drive it in a thread of its own until `stop`."""
@@ -205,10 +159,11 @@ class EngineLoop:
         atexit.register(self.stop)  # a step that is cut off by the interpreter's end aborts the process
         return self
 
-    def stop(self, *, drain: bool = False, timeout_s: float | None = None) -> None:
+    def stop(self, *, drain: bool = False, timeout_s: float | None = None, patience_s: float | None = None) -> bool:
         """Take nothing new, answer what is unfinished (`drain`) or abort it, and end all threads.
 
-        `timeout_s`: what is not answered by then is aborted.
+        `timeout_s`: what is not answered by then is aborted. `patience_s`: how long a step that is under way may take;
+        False where it goes on then: the engine must be left alone, and ends with the process.
         """
         with self._lock:
             self._is_stopping = True
@@ -220,12 +175,15 @@ class EngineLoop:
                 break
             else:
                 time.sleep(0.01)
-        for handle in list(self._unfinished):
-            handle.abort()
+        self._is_aborting = True
+        self.wake()
         if self._thread is not None:
-            self._thread.join()
-        self._end()
+            self._thread.join(patience_s)
         atexit.unregister(self.stop)
+        if self._thread is not None and self._thread.is_alive():
+            return False
+        self._end()
+        return True
 
     def __enter__(self) -> "EngineLoop":
         return self
@@ -234,57 +192,66 @@ class EngineLoop:
         self.stop()
 
     def _drive(self) -> None:
-        while not (self._is_stopping and not self._unfinished):
-            try:
-                self.turn(0.2)
-            except Exception as error:  # the thread's end would leave everybody waiting
-                self._num_faults += 1
-                logger.exception("a step of the engine failed")
-                for request_id, handle in list(self._running.items()):
-                    self.engine.abort(request_id)
-                    self._end_handle(handle, RuntimeError(f"the step failed: {type(error).__name__}: {error}"))
-                if self._num_faults == MAX_FAULTS:
-                    self.fault = error
-                    break
-        self._end()
+        try:
+            while not (self._is_aborting or (self._is_stopping and not self._unfinished)):
+                try:
+                    self.turn(0.2)
+                except Exception as error:  # the thread's end would leave everybody waiting
+                    self._num_faults += 1
+                    logger.exception("a step of the engine failed")
+                    for handle in list(self._running.values()):
+                        self._end_handle(handle, RuntimeError(f"the step failed: {type(error).__name__}: {error}"))
+                    # Other ranks of the same step may be anywhere in it.
+                    if self._num_faults == MAX_FAULTS or not self.engine.replica.is_alone:
+                        self.fault = error
+                        break
+        finally:
+            if not self._is_stopping and self.fault is None:
+                self.fault = RuntimeError("its thread has ended")
+            self._end()
 
     def _end(self) -> None:
         """Abort what is left, and let the preparing threads go."""
-        for request_id in list(self._running):
-            self.engine.abort(request_id)
-        for handle in list(self._unfinished):
-            self._end_handle(handle, RuntimeError(f"the engine was stopped: {self.fault or 'aborted'}"))
+        with self._lock:
+            self._is_stopping = True
+            left = list(self._unfinished)
+        for handle in left:
+            words = f"the engine has ended: {self.fault}" if self.fault else "the engine is being stopped"
+            self._end_handle(handle, Stopped(f"the request was aborted: {words}"))
         self._preparers.stop()
 
     def _drop(self) -> list[Handle]:
         """End what was aborted or has waited too long."""
-        now_s, ended = time.monotonic(), []
-        for handle in list(self._unfinished):
-            is_late = handle.deadline_s is not None and now_s >= handle.deadline_s
-            if not handle.is_aborted and not is_late:
-                continue
-            if handle.request_id is not None:
-                self.engine.abort(handle.request_id)
-            reason = RuntimeError("the request was aborted")
-            if is_late:
-                reason = TimeoutError("the request was not answered in the time that it had")
+        ended = []
+        while self._aborted:
+            handle = self._aborted.popleft()
+            if not handle.ended:
+                ended.append(self._end_handle(handle, RuntimeError("the request was aborted")))
+        now_s, late = time.monotonic(), []
+        with self._lock:
+            while self._deadlines and self._deadlines[0][0] <= now_s:
+                handle = self._timed.get(heapq.heappop(self._deadlines)[1])
+                if handle is not None:
+                    late.append(handle)
+            if len(self._deadlines) > 2 * len(self._timed) + MAX_STALE:
+                self._deadlines = [entry for entry in self._deadlines if entry[1] in self._timed]
+                heapq.heapify(self._deadlines)
+        for handle in late:
+            reason = TimeoutError("the request was not answered in the time that it had")
             ended.append(self._end_handle(handle, reason))
         return ended
 
     def _start_preparing(self) -> None:
         with self._lock:
-            while self._waiting and self._num_taken < self._max_taken:
-                handle = self._waiting.popleft()
-                if not handle.ended:
-                    self._num_taken += 1
-                    self._preparers.submit(lambda handle=handle: handle.prepare(self.engine.prompt))
+            for handle in self._lanes.take():
+                self._preparers.submit(handle.lane, lambda handle=handle: self._prepare(handle))
 
     def _queue_prepared(self) -> list[Handle]:
         ended = []
         while self._prepared:
             handle = self._prepared.popleft()
-            if handle not in self._unfinished:  # aborted meanwhile
-                self._num_taken -= 1
+            if handle.ended:  # aborted meanwhile
+                self._release(handle)
                 continue
             refusal = handle.refusal
             try:
@@ -293,7 +260,7 @@ class EngineLoop:
             except UserError as error:
                 refusal = error
             if refusal is not None:
-                self._num_taken -= 1
+                self._release(handle)
                 ended.append(self._end_handle(handle, refusal))
                 continue
             self._running[handle.request_id] = handle
@@ -306,15 +273,24 @@ class EngineLoop:
         for output in outputs:
             handle = self._running[output.request_id]
             handle.tell(output)
-            for completion in self._collector.feed((output,)):
+            completion = self._collector.take(output)
+            if completion is not None:
                 ended.append(self._end_handle(handle, completion))
         return ended
 
     def _end_handle(self, handle: Handle, end: Completion | Exception) -> Handle:
         if self._running.pop(handle.request_id, None) is not None:
-            self._num_taken -= 1
-            self._collector.forget(handle.request_id)
+            if isinstance(end, Exception):
+                self.engine.abort(handle.request_id)
+                self._collector.forget(handle.request_id)
+            self._release(handle)
         with self._lock:
             self._unfinished.discard(handle)
+            self._lanes.discard(handle)
+            self._timed.pop(handle.number, None)
         handle.finish(end)
         return handle
+
+    def _release(self, handle: Handle) -> None:
+        with self._lock:
+            self._lanes.release(handle)

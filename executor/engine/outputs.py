@@ -5,13 +5,12 @@ Knows requests and text; nothing of how they come about.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from executor.schedule.request import FinishReason, Request
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """What one step added to one answer: text that is certain, and one or more tokens (none when it failed)."""
 
     request_id: str
@@ -91,17 +90,25 @@ class Collector:
     def feed(self, outputs: Iterable[Output]) -> Iterator[Completion]:
         """The requests that these outputs complete. Outputs of requests not expected are left alone."""
         for output in outputs:
-            texts = self._texts.get(output.request_id)
-            if texts is None:
-                continue
-            texts[output.index].append(output.text_delta)
-            finished = self._finished[output.request_id]
-            if output.finished:
-                finished[output.index] = output.request
-            if len(finished) == len(texts):
-                requests = [finished[index] for index in range(len(texts))]
-                del self._texts[output.request_id], self._finished[output.request_id]
-                yield _completion(output.request_id, requests, ["".join(pieces) for pieces in texts])
+            completion = self.take(output)
+            if completion is not None:
+                yield completion
+
+    def take(self, output: Output) -> Completion | None:
+        """The completion of the request that this output completes."""
+        texts = self._texts.get(output.request_id)
+        if texts is None:
+            return None
+        texts[output.index].append(output.text_delta)
+        if output.finish_reason is None:
+            return None
+        finished = self._finished[output.request_id]
+        finished[output.index] = output.request
+        if len(finished) < len(texts):
+            return None
+        requests = [finished[index] for index in range(len(texts))]
+        del self._texts[output.request_id], self._finished[output.request_id]
+        return _completion(output.request_id, requests, ["".join(pieces) for pieces in texts])
 
 
 def _completion(request_id: str, requests: Sequence[Request], texts: Sequence[str]) -> Completion:

@@ -7,6 +7,7 @@ Legend: T tokens of the step, M visual tokens of a media item, n hidden size.
 """
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,17 +37,42 @@ among them: a defect of ours is nobody's request's."""
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a plan's rows have yielded, in their order: tokens, and their logprobs where they were asked for.
+    """What a plan's rows have yielded: tokens, in the rows' order.
 
-    `prompt_logprobs`: row -> those of the prompt tokens that it scores. `failures`: row -> why its request cannot go
-    on; such a row has no tokens. `missing`: digests of media that could not be encoded.
+    `logprobs`: row -> those of its tokens, `prompt_logprobs`: row -> those of the prompt tokens that it scores, where
+    they were asked for. `failures`: row -> why its request cannot go on; such a row has no tokens. `missing`: digests
+    of media that could not be encoded.
     """
 
     token_ids: list[list[int]]
-    logprobs: list[list[TokenLogprobs]]
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
     missing: frozenset[bytes] = frozenset()
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+
+
+@dataclass
+class StepTimes:
+    """Seconds that steps have taken on the host, to the moment when it has read their tokens, and how many there were.
+
+    `vision_s`: of them, handing pictures to the encoder; a device that computes behind the host's back goes on after.
+    """
+
+    prefill_s: float = 0.0  # of steps in which some prompt had more than one token
+    decode_s: float = 0.0
+    vision_s: float = 0.0
+    num_prefill_steps: int = 0
+    num_decode_steps: int = 0
+
+    def add(self, plan: Plan, seconds: float) -> None:
+        if not plan.rows:
+            return
+        if plan.rows[-1].num_tokens > 1:  # the longer rows come last
+            self.prefill_s += seconds
+            self.num_prefill_steps += 1
+        else:
+            self.decode_s += seconds
+            self.num_decode_steps += 1
 
 
 @dataclass
@@ -91,6 +117,7 @@ class Runner:
         self.replica = replica
         self.encode_tokens = ENCODE_TOKENS  # visual tokens of one pass of the encoder
         self.features: dict[bytes, Tensor] = {}  # media digest -> [M, 1 + taps, n]
+        self.times = StepTimes()
         self._has_assisted = self._has_dismissed = False
 
     @torch.inference_mode()
@@ -101,9 +128,12 @@ class Runner:
         """
         plan = self.replica.lead(plan, self._is_captured(plan))
         if plan is None:
-            return StepResult([], [])
+            return StepResult([])
+        started = time.perf_counter()
         try:
-            return self._computed(plan)
+            result = self._computed(plan)
+            self.times.add(plan, time.perf_counter() - started)
+            return result
         except FAULTS as error:
             if not self.replica.is_alone:
                 raise
@@ -111,21 +141,22 @@ class Runner:
             return self._row_by_row(plan)
 
     def _computed(self, plan: Plan) -> StepResult:
-        scores = PromptScores(plan.rows) if any(row.num_scored for row in plan.rows) else None
+        scores = PromptScores(plan.rows) if any(row.scored for row in plan.rows) else None
         logits = self.forward(plan) if scores is None else self.forward(plan, scores)
         yielding = [number for number, row in enumerate(plan.rows) if row.max_yield]
         sampled = self.sampler.sample(logits, [plan.rows[number].request for number in yielding])
-        result = StepResult([[] for _ in plan.rows], [[] for _ in plan.rows])
-        if scores is not None:
-            result.prompt_logprobs.update(scores.by_row())
-        for place, number in enumerate(yielding):
-            if place in sampled.failures:
-                result.failures[number] = sampled.failures[place]
-                continue
-            result.token_ids[number].append(sampled.token_ids[place])
-            if sampled.logprobs[place] is not None:
-                result.logprobs[number].append(sampled.logprobs[place])
-        return result
+        token_ids: list[list[int]] = [[] for _ in plan.rows]
+        for number, token_id in zip(yielding, sampled.token_ids, strict=True):
+            token_ids[number].append(token_id)
+        failures = {yielding[place]: reason for place, reason in sampled.failures.items()}
+        for number in failures:
+            token_ids[number].clear()
+        logprobs = {}
+        if sampled.has_logprobs:
+            pairs = zip(yielding, sampled.logprobs, strict=True)
+            logprobs = {number: [each] for number, each in pairs if each is not None and number not in failures}
+        prompt_logprobs = {} if scores is None else scores.by_row()
+        return StepResult(token_ids, logprobs, failures, prompt_logprobs=prompt_logprobs)
 
     def _row_by_row(self, plan: Plan) -> StepResult:
         """The step again, each media item and each row by itself. Rows write to their own slots: it harms nobody."""
@@ -137,9 +168,9 @@ class Runner:
                 self.encode([item])
             except FAULTS as error:
                 unreadable[item.digest] = f"{item.source or f'the {item.kind}'} cannot be encoded: {describe(error)}"
-        result = StepResult([], [], missing=frozenset(unreadable))
+        result = StepResult([], missing=frozenset(unreadable))
         for number, row in enumerate(plan.rows):
-            alone, reason = StepResult([[]], [[]]), _unreadable(row, unreadable)
+            alone, reason = StepResult([[]]), _unreadable(row, unreadable)
             try:
                 if reason is None:
                     alone = self._computed(replace(plan, rows=(row,), encode=(), release=()))
@@ -147,7 +178,8 @@ class Runner:
             except FAULTS as error:
                 reason = f"its step failed: {describe(error)}"
             result.token_ids.extend(alone.token_ids)
-            result.logprobs.extend(alone.logprobs)
+            if 0 in alone.logprobs:
+                result.logprobs[number] = alone.logprobs[0]
             if alone.prompt_logprobs:
                 result.prompt_logprobs[number] = alone.prompt_logprobs[0]
             if reason is not None:
@@ -191,14 +223,16 @@ class Runner:
         for digest in plan.release:
             self.features.pop(digest, None)
         if plan.encode:
+            started = time.perf_counter()
             self.encode(plan.encode)
+            self.times.vision_s += time.perf_counter() - started
         if plan.in_graph:
             return self.graphs(plan.rows, plan.padded_tokens)
         if not plan.rows:
             self.model.help(plan.padded_tokens)
             return torch.empty(0, self.model.config.text.vocab_size)
         inputs = self._inputs(plan.rows)
-        num_scored = sum(row.num_scored for row in plan.rows)
+        num_scored = sum(len(row.scored) for row in plan.rows)
         if not num_scored:
             return self.step(*inputs, plan.padded_tokens)
         hidden = self.step.hidden(*inputs, plan.padded_tokens)
@@ -255,8 +289,8 @@ class Runner:
         host = _HostInputs(
             np.empty(total, dtype=np.int64), np.empty((3, total), dtype=np.int64), np.empty(total, dtype=np.int64)
         )
-        at = 0
-        for row in rows:
+        at = self._gather_decode(host, rows)
+        for row in rows[at:]:
             end = at + row.num_tokens
             host.token_ids[at:end] = row.request.token_ids(row.start, row.start + row.num_tokens)
             host.positions[:, at:end] = _positions(row)
@@ -265,10 +299,25 @@ class Runner:
                 self._add_visual(host, row, at)
             if row.max_yield:  # of several only the first is found: nothing guesses the others yet
                 host.select.append(end - 1)
-            if row.num_scored:
-                host.scored += range(at + row.scored[0] - row.start, at + row.scored[1] - row.start)
+            host.scored += [at + place - row.start for place in row.scored]
             at = end
         return host
+
+    def _gather_decode(self, host: _HostInputs, rows: Sequence[Row]) -> int:
+        """The rows in front that have one token, which the answer ended with; how many these are."""
+        size = self.block_size
+        token_ids, positions, slots = [], [], []
+        for request, start, num_tokens, max_yield, _ in rows:
+            prompt, output = request.prompt, request.output_token_ids
+            if num_tokens != 1 or not max_yield or start + 1 != len(prompt.token_ids) + len(output) or not output:
+                break
+            token_ids.append(output[-1])
+            positions.append(start + prompt.position_delta)
+            slots.append(request.block_ids[start // size] * size + start % size)
+        count = len(token_ids)
+        host.token_ids[:count], host.positions[:, :count], host.slots[:count] = token_ids, positions, slots
+        host.select.extend(range(count))
+        return count
 
     def _slots(self, row: Row) -> np.ndarray | int:
         if row.num_tokens == 1:

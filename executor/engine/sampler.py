@@ -1,8 +1,8 @@
 """Chooses the next token of every sampling row of a step from its logits.
 
 Order and meaning follow transformers' `generate`: biases, repetition penalty, (presence and frequency penalty), tokens
-that may not come (bad words, allowed tokens, minimum of new tokens), temperature, top-k, top-p, min-p. Logprobs are
-those of the model itself, before any of it.
+that may not come (bad words, allowed tokens, minimum of new tokens, grammar), temperature, top-k, top-p, min-p.
+Logprobs are those of the model itself, before any of it.
 Invariant: a request's token depends on its own logits, parameters and seed only, never on the other rows of the batch.
 Therefore randomness is a hash of (seed, position, candidate), and sums over candidates are taken in integers, where no
 order of addition can matter.
@@ -31,6 +31,7 @@ from executor.engine.filters import (
     usable_temperature,
 )
 from executor.engine.logprobs import TokenLogprobs, token_logprobs
+from executor.engine.masks import masked
 from executor.engine.noise import as_int64, gumbel_noise, least_bits, may_reach, noise_key
 from executor.engine.penalties import Penalties
 from executor.engine.token_rules import TokenRules
@@ -47,6 +48,10 @@ class Sampled:
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
     failures: dict[int, str] = field(default_factory=dict)  # row -> why it has no token, and what to check
+
+    @property
+    def has_logprobs(self) -> bool:
+        return any(each is not None for each in self.logprobs)
 
 
 @dataclass(frozen=True)
@@ -102,21 +107,29 @@ class Sampler:
         scores = logits if logits.dtype == torch.float32 and logits.is_contiguous() else logits.float().contiguous()
         if self.vocab_size % CHUNK:
             scores = F.pad(scores, (0, -self.vocab_size % CHUNK), value=-math.inf)
-        with self.adjusted(scores, requests, num_tokens):
+        with self.adjusted(scores, requests, num_tokens) as faults:
             token_ids = self._choose(scores, [request.params for request in requests], num_tokens)
         failed = [row for row, token_id in enumerate(token_ids) if token_id == _FAILED]
         failures = {row: _reason(logits[row], num_tokens[row], self.dtype) for row in failed}
+        for row in faults.keys() - failures.keys():
+            token_ids[row], failures[row] = _FAILED, faults[row]
         return Sampled(token_ids, _logprobs(logits, token_ids, requests), failures)
 
     @contextmanager
-    def adjusted(self, scores: torch.Tensor, requests: Sequence[Request], num_tokens: Sequence[int]) -> Iterator[None]:
-        """`scores` float32 [R, V], contiguous, as tokens are chosen from them; inside the context only."""
+    def adjusted(
+        self, scores: torch.Tensor, requests: Sequence[Request], num_tokens: Sequence[int]
+    ) -> Iterator[dict[int, str]]:
+        """`scores` float32 [R, V], contiguous, as tokens are chosen from them; inside the context only.
+
+        Gives the rows whose grammar has failed, and why.
+        """
         with (
             self.rules.biased(scores, requests),
             self.penalties.applied(scores, requests),
             self.rules.barred(scores, requests, num_tokens),
+            masked(scores, requests) as faults,
         ):
-            yield
+            yield faults
 
     def forget(self, request_id: str) -> None:
         """Frees what is kept for a request that is finished; nothing happens when nothing is kept."""
@@ -247,8 +260,8 @@ def _reason(logits: torch.Tensor, num_tokens: int, dtype: torch.dtype) -> str:
             f"{check}"
         )
     return (
-        f"{where}: min_new_tokens, allowed_token_ids, bad_words and the penalties leave no finite score; lower "
-        "min_new_tokens or the penalties, allow more tokens or bar fewer words"
+        f"{where}: min_new_tokens, allowed_token_ids, bad_words, the grammar and the penalties leave no finite score; "
+        "lower min_new_tokens or the penalties, allow more tokens or bar fewer words"
     )
 
 

@@ -165,6 +165,10 @@ class Heartbeat(threading.Thread):
         self._began = self._awake()
         self._watched = [*self._watched, *keys]
 
+    def has_seen(self, key: str) -> bool:
+        """Whether a watched key was ever there."""
+        return key in self._last
+
     def silence_s(self, key: str, patience_s: float | None = None) -> float:
         """Seconds since the last beat of a watched key. Before the first: since the watch began, less `patience_s`;
         0 without it, for those who may come at any time."""

@@ -58,6 +58,12 @@ LEAVE_S = 5.0
 REPORT_S = 10.0
 """How long a node that cannot take part tries to say so to the master."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+DRAINING = ("serve",)
+"""Commands whose rank 0 ends a job in good order when it gets DRAIN; a second signal ends it at once."""
+DRAIN_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+DRAIN = signal.SIGUSR1
+DRAIN_KEY = "drain"
+"""Set in the job's store by another node's launcher, for the master's."""
 
 Document = dict[str, Any]
 T = TypeVar("T")
@@ -134,6 +140,7 @@ class Job:
         self._faults: dict[int, Fault] = {}  # of ranks of this node that have ended badly, the first one _failed_at
         self._failed_at = inf
         self._signal: int | None = None
+        self._drained_by: int | None = None  # the signal after which rank 0 was asked to come to an end
 
     def run(self) -> tuple[Document, int]:
         """The JSON document of this node's launcher and the job's exit status. UserError for what preflight finds."""
@@ -249,6 +256,7 @@ class Job:
             self._ranks.append(start_rank(rank, self._argv, variables | place, folder))
         if layout.node == 0:
             self._follower = Follower(self._ranks[0].log)
+            self._heart.watch([DRAIN_KEY])
         timeout_s = self._recipe.parallel.hang_timeout_s
         self._watch.add(
             watched_rank(rank.rank, timeout_s, partial(self._hanging, rank), partial(_has_ended, rank))
@@ -260,12 +268,12 @@ class Job:
     def _look(self) -> None:
         """Raise _Over for the first fault there is."""
         self._copy_log()
+        self._drain()
         if self._signal:
             where = f" on node {self._layout.address}" if self._layout.address != LOCAL_ADDRESS else ""
             saved = self._recipe.data.results_path
             resume = f"; the answers so far are in {saved}, and the same command goes on from there" if saved else ""
-            summary = f"interrupted by {signal.Signals(self._signal).name}{where}{resume}"
-            raise _Over(Fault(summary, kind=Kind.KILLED, own_status=128 + self._signal))
+            raise _Over(_interrupted(self._signal, f"{where}{resume}"))
         if self._watch is None:
             return
         if not self._heart.fault:  # what ended here says more than who is silent
@@ -274,7 +282,26 @@ class Job:
         if fault:
             raise _Over(fault)
 
+    def _drain(self) -> None:
+        """Pass the first signal on to rank 0, where the command knows what to do then."""
+        if self._command not in DRAINING or self._drained_by or not self._ranks:
+            return
+        is_master = self._layout.node == 0
+        if self._signal in DRAIN_SIGNALS:
+            self._drained_by, self._signal = self._signal, None
+            logger.info(
+                "%s: the job comes to its end; a second one ends it at once", signal.Signals(self._drained_by).name
+            )
+            if not is_master:
+                stores.soon(lambda: self._store.set(DRAIN_KEY, "yes"), FAREWELL_S)
+        elif is_master and self._heart.has_seen(DRAIN_KEY):
+            self._drained_by = signal.SIGTERM
+        if self._drained_by and is_master and self._ranks[0].exit_code is None:
+            os.kill(self._ranks[0].process.pid, DRAIN)
+
     def _look_at_ranks(self) -> None:
+        if self._drained_by and self._ranks[0].exit_code == -DRAIN:  # it was not so far yet that it could be asked
+            raise _Over(_interrupted(self._drained_by))
         for rank in self._ranks:
             if rank.exit_code and rank.rank not in self._faults:
                 self._failed_at = min(self._failed_at, time.monotonic())
@@ -371,6 +398,10 @@ class Job:
 
     def _document(self) -> Document:
         return {"command": self._command, "node": self._layout.node, "ranks": list(self._layout.ranks)}
+
+
+def _interrupted(number: int, more: str = "") -> Fault:
+    return Fault(f"interrupted by {signal.Signals(number).name}{more}", kind=Kind.KILLED, own_status=128 + number)
 
 
 def _has_ended(rank: RankProcess) -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 from executor.errors import UserError
 from executor.media.extent import missing_bytes
 from executor.media.formats import HEAD_BYTES, foreign
-from executor.media.media import MediaLimits
+from executor.media.media import Deadline, MediaLimits
 from executor.media.structure import damaged_at
 from executor.media.timeline import Timeline
 from executor.media.track import choose_track
@@ -51,6 +51,7 @@ class ContainerFrames:
         self.seeks = 0
         self.warnings: list[str] = []
         self._can_seek = True
+        self._deadline = Deadline(source, limits)
         self._container = None
         self._track: int | None = None
         self._open()
@@ -119,7 +120,7 @@ class ContainerFrames:
     def _open(self) -> None:
         self.close()
         in_memory = isinstance(self._content, bytes)
-        file = io.BytesIO(self._content) if in_memory else str(self._content.resolve())
+        file = io.BytesIO(self._content) if in_memory else os.path.abspath(self._content)
         try:
             self._container = av.open(file, options={"format_whitelist": _DEMUXERS}, metadata_errors="replace")
         except av.FFmpegError as error:
@@ -177,6 +178,7 @@ class ContainerFrames:
         self._demux_fault: str | None = None
         try:
             for packet in self._packets:
+                self._deadline.check()
                 if packet.size == 0:  # the end marker
                     continue
                 is_behind = self._damaged_at is not None and self._damaged_at < (packet.pos or 0)
@@ -349,6 +351,7 @@ class ContainerFrames:
         self.decoded_groups += max(1, bisect.bisect_right(self._keys, last) - bisect.bisect_left(self._keys, key))
         # Drained, the decoder hands out what it holds back for reordering: no packet of the next group is needed.
         for packet in itertools.chain(itertools.islice(self._packets, last + 1 - self._position), [None]):
+            self._deadline.check()
             if packet is not None:
                 self._position += 1
                 self.decoded_frames += 1
@@ -406,6 +409,7 @@ class ContainerFrames:
         previous: av.VideoFrame | None = None
         is_whole = True  # the group so far
         for shown, frame in enumerate(self._decoded_from_here()):
+            self._deadline.check()
             self.decoded_frames += 1
             self.decoded_groups += frame.key_frame
             is_whole = (is_whole or frame.key_frame) and not frame.is_corrupt

@@ -2,40 +2,76 @@
 
 Job: turn whatever the user named into a `Media` whose kind is known from its first bytes, within limits.
 Invariant: nothing is decoded here, and a video that lies in a file is never read into memory.
-Does not know models, tensors or how pixels are decoded (image.py, video.py). Fetches nothing over the network.
+What a string may name is in the limits: files anywhere (a user's own command) or below one folder (local.py), and
+http(s) addresses of allowed hosts (fetch.py); `admit` asks only that, and opens nothing.
+Does not know models, tensors or how pixels are decoded (image.py, video.py).
 """
 
 import base64
 import binascii
+import math
 import os
 import re
+import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from executor.errors import UserError, nearest
+from executor.media.fetch import Fetcher
 from executor.media.formats import HEAD_BYTES, Kind, foreign, sniff
+from executor.media.hosts import DOMAINS_KEY, shown
+from executor.media.local import FOLDER_KEY, Folder, opened_path
 
 Content = Path | bytes | Image.Image | np.ndarray | tuple["Media", ...]
 
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """How large a source may be. What is above a limit is refused, never cut."""
+    """Where a source may come from, and how large it may be. What is above a limit is refused, never cut."""
 
     paths: bool = True  # whether a string may name a file; a server that answers strangers says no
+    folder: Folder | None = None  # and then only one below this folder
+    fetcher: Fetcher | None = None  # of http(s) addresses; None: they are refused
+    pictures: int | None = None  # of one prompt
+    videos: int | None = None
+    fetched_bytes: int = 2**30  # over http(s), of one prompt: they lie in memory
     image_bytes: int = 256 * 2**20
     image_pixels: int = 89_000_000  # of one picture or one video frame, before any resize
     video_bytes: int = 16 * 2**30
     video_duration_s: float = 6 * 3600.0
     video_frames: int = 1_000_000  # in the file, not of the sample
+    animation_pixels: int = 2**36  # of all frames of an animated picture, each of which must be drawn
+    decode_s: float = math.inf  # of one video: a small file can hold much work
+
+    def most_bytes(self, kind: Kind | None) -> int:
+        """Bytes of one source of this kind; None: of either."""
+        most = {"image": self.image_bytes, "video": self.video_bytes}
+        return most.get(kind, max(most.values()))
 
 
 DEFAULT_LIMITS = MediaLimits()
+
+
+class Deadline:
+    """When the work on one source must be done: `check` raises UserError from then on."""
+
+    def __init__(self, source: str, limits: MediaLimits) -> None:
+        self._source = source
+        self._limit_s = limits.decode_s
+        self._started_s = time.monotonic()
+
+    def check(self) -> None:
+        if time.monotonic() - self._started_s > self._limit_s:
+            raise UserError(
+                f"{self._source}: takes more than {self._limit_s:g} seconds to decode, the most that is allowed; make it "
+                "shorter or smaller"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +81,7 @@ class Media:
     kind: Kind
     content: Content  # a tuple: the frames of a video, each a Media of kind "image"
     source: str  # for messages: the path, or "base64 data", "an array", ...
+    held: BinaryIO | None = None  # the open file that `content` is a path to
 
 
 def load_media(
@@ -68,20 +105,20 @@ def load_media(
             frames = _frames_of_data_url(source)
             if frames:
                 return _from_frames(frames, kind, limits, "base64 data")
-            return _from_bytes(_decode_data_url(source, limits), kind, "base64 data", limits)
-        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", source)
-        if scheme and scheme[1].lower() == "file":
+            return from_bytes(_decode_data_url(source, limits), kind, "base64 data", limits)
+        if is_web_address(source):
+            data = _fetcher(source, limits).fetch(source, limits.most_bytes(kind))
+            return from_bytes(data, kind, shown(source), limits)
+        _check_name(source, limits)
+        if limits.folder is not None:
+            return _from_folder(limits.folder, source, kind, limits)
+        if source[:7].lower() == "file://":
             return _from_path(path_of_file_url(source), kind, limits)
-        if scheme:
-            raise UserError(
-                f"{_short(source)}: {scheme[1]}:// addresses are not read; download the file and give its path, or a "
-                "base64 data: URL"
-            )
         return _from_path(Path(source), kind, limits)
     if isinstance(source, Path):
         return _from_path(source, kind, limits)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _from_bytes(bytes(source), kind, "bytes", limits)
+        return from_bytes(bytes(source), kind, "bytes", limits)
     if isinstance(source, Image.Image):
         return Media(kind or "image", source, getattr(source, "filename", "") or "a PIL picture")
     if isinstance(source, np.ndarray):
@@ -92,6 +129,68 @@ def load_media(
         f"media: got {type(source).__name__}, want a path, bytes, a data: URL, a PIL picture, an array or a list of "
         "frames"
     )
+
+
+def admit(source: object, limits: MediaLimits = DEFAULT_LIMITS) -> None:
+    """Raises UserError where `load_media` would not read this for where it comes from; opens, asks and decodes nothing.
+
+    So a request is known to be allowed before the first of its files is looked at.
+    """
+    if isinstance(source, list | tuple):
+        _check_num_frames(len(source), limits, f"a list of {len(source)} frames")
+        for frame in source:
+            admit(frame, limits)
+    elif isinstance(source, Path) and limits.folder is not None:
+        admit(str(source), limits)
+    elif isinstance(source, str) and source[:5].lower() == "data:":
+        frames = _frames_of_data_url(source)
+        _check_num_frames(len(frames), limits, "base64 data")
+        _check_base64_size(source, limits)
+    elif isinstance(source, str) and is_web_address(source):
+        _fetcher(source, limits).check(source)
+    elif isinstance(source, str):
+        _check_name(source, limits)
+        if limits.folder is not None:
+            limits.folder.find(source)
+
+
+def is_web_address(source: object) -> bool:
+    return isinstance(source, str) and re.match(r"https?:", source, re.IGNORECASE) is not None
+
+
+def web_addresses(source: object) -> Iterator[str]:
+    """The http(s) addresses in a source: itself, or those among its frames."""
+    if isinstance(source, list | tuple):
+        for frame in source:
+            yield from web_addresses(frame)
+    elif is_web_address(source):
+        yield source
+
+
+def _fetcher(url: str, limits: MediaLimits) -> Fetcher:
+    if limits.fetcher is None:
+        raise UserError(
+            f"{shown(url)}: http(s) addresses are not read here, because {DOMAINS_KEY} is empty; add the host to it, "
+            f"or give the media as {'a path or ' if limits.paths else ''}a base64 data: URL"
+        )
+    return limits.fetcher
+
+
+def _check_name(source: str, limits: MediaLimits) -> None:
+    """Whether a string may be a path at all."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", source)
+    if scheme and scheme[1].lower() != "file":
+        raise UserError(
+            f"{_short(source)}: {_short(scheme[1], 20)}:// addresses are not read; give the media as a base64 data: URL"
+            f"{' or a path' if limits.paths else ''}"
+        )
+    if not limits.paths:
+        if len(source) > 100 and re.fullmatch(r"[A-Za-z0-9+/=\s]+", source[:4096]):
+            raise UserError(f"{_short(source, 40)}: base64 text is given as data:image/png;base64,TEXT")
+        raise UserError(
+            f"{_short(source)}: no files may be named here, because {FOLDER_KEY} is not set; send the media as a "
+            "base64 data: URL"
+        )
 
 
 _ENDINGS: dict[Kind, tuple[str, ...]] = {
@@ -155,8 +254,9 @@ def _frames_in(folder: Path) -> list[Path]:
 
 
 def _from_path(path: Path, kind: Kind | None, limits: MediaLimits) -> Media:
-    if not limits.paths:
-        raise UserError(f"{_short(path)}: paths are not allowed here; send the media as a base64 data: URL")
+    if not limits.paths or limits.folder is not None:  # of Python's callers; strings have been looked at
+        admit(str(path), limits)
+        return _from_folder(limits.folder, str(path), kind, limits)
     try:
         if path.is_dir():
             if kind == "video":
@@ -178,7 +278,24 @@ def _from_path(path: Path, kind: Kind | None, limits: MediaLimits) -> Media:
     return Media(_check(num_bytes, head, kind, str(path), limits), path, str(path))
 
 
-def _from_bytes(data: bytes, kind: Kind | None, source: str, limits: MediaLimits) -> Media:
+def _from_folder(folder: Folder, name: str, kind: Kind | None, limits: MediaLimits) -> Media:
+    """A picture is read at once, so that a video of many of them holds no files open."""
+    file = folder.open(name)
+    try:
+        num_bytes = os.fstat(file.fileno()).st_size
+        kind = _check(num_bytes, file.read(HEAD_BYTES), kind, _short(name), limits)
+        if kind == "video":
+            return Media(kind, opened_path(file), _short(name), file)
+        file.seek(0)
+        data = file.read(num_bytes)
+    except OSError as error:
+        raise UserError(f"{_short(name)}: cannot be read ({error.strerror})") from error
+    file.close()
+    return from_bytes(data, kind, _short(name), limits)
+
+
+def from_bytes(data: bytes, kind: Kind | None, source: str, limits: MediaLimits) -> Media:
+    """The bytes of a file that came from `source`. Errors as `load_media`."""
     return Media(_check(len(data), data[:HEAD_BYTES], kind, source, limits), data, source)
 
 
@@ -196,7 +313,13 @@ def _from_frames(frames: Sequence, kind: Kind | None, limits: MediaLimits, sourc
         raise UserError(f"{source}: several frames are a video; give a picture by itself")
     if not frames:
         raise UserError(f"{source}: a video needs at least one frame")
+    _check_num_frames(len(frames), limits, source)
     return Media("video", tuple(load_media(frame, "image", limits) for frame in frames), source)
+
+
+def _check_num_frames(num_frames: int, limits: MediaLimits, source: str) -> None:
+    if num_frames > limits.video_frames:
+        raise UserError(f"{source}: {num_frames} frames, at most {limits.video_frames} allowed; leave some out")
 
 
 def _check(num_bytes: int, head: bytes, kind: Kind | None, source: str, limits: MediaLimits) -> Kind:
@@ -212,7 +335,7 @@ def _check(num_bytes: int, head: bytes, kind: Kind | None, source: str, limits: 
     if sniffed and sniffed[0] == "video" and kind == "image":
         raise UserError(f"{source}: asked for as a picture, but it is a video ({sniffed[1]})")
     kind = kind or sniffed[0]
-    allowed = limits.image_bytes if kind == "image" else limits.video_bytes
+    allowed = limits.most_bytes(kind)
     if num_bytes > allowed:
         raise UserError(f"{source}: {num_bytes} bytes, at most {allowed} allowed for {_a(kind)}; make it smaller")
     return kind
@@ -222,13 +345,17 @@ def _decode_data_url(url: str, limits: MediaLimits) -> bytes:
     header, comma, payload = url.partition(",")
     if not comma or not header.lower().endswith(";base64"):
         raise UserError(f"{_short(url)}: a data: URL must read data:<type>;base64,<data>")
-    allowed = max(limits.image_bytes, limits.video_bytes)
-    if len(payload) * 3 // 4 > allowed + 2:
-        raise UserError(f"{_short(url)}: about {len(payload) * 3 // 4} bytes, at most {allowed} allowed")
+    _check_base64_size(url, limits)
     try:
         return base64.b64decode("".join(payload.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise UserError(f"{_short(url)}: not valid base64 ({error})") from error
+
+
+def _check_base64_size(url: str, limits: MediaLimits) -> None:
+    num_bytes, allowed = (len(url) - url.find(",") - 1) * 3 // 4, limits.most_bytes(None)
+    if num_bytes > allowed + 2:
+        raise UserError(f"{_short(url)}: about {num_bytes} bytes, at most {allowed} allowed")
 
 
 def _head(path: Path) -> bytes:

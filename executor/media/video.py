@@ -5,6 +5,7 @@ from a rate assumed constant; only the sampled frames are held, resized one by o
 Does not know models, prompts or patches.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from executor.media.container import ContainerFrames
 from executor.media.extent import missing_bytes
 from executor.media.formats import HEAD_BYTES, sniff
 from executor.media.image import DECODE_ERRORS, decode_image, open_picture, resize, upright
-from executor.media.media import DEFAULT_LIMITS, Media, MediaLimits
+from executor.media.media import DEFAULT_LIMITS, Deadline, Media, MediaLimits
 from executor.media.sampling import Sampling
 from executor.media.timeline import Timeline
 
@@ -207,6 +208,7 @@ class _PictureFrames:
         self._picture = open_picture(whole, source, limits)
         self._owned = not isinstance(content, Image.Image)
         self._source, self.decoded_frames, self.warnings = source, 0, []
+        self._deadline = Deadline(source, limits)
         try:
             delays_s = self._find_frames(limits)
         except BaseException:
@@ -236,6 +238,13 @@ class _PictureFrames:
                     f"{self._source}: {promised or 'more'} frames, at most {limits.video_frames} allowed; cut it into "
                     "parts"
                 )
+            num_pixels = (promised or len(delays_s)) * math.prod(self._picture.size)
+            if num_pixels > limits.animation_pixels:
+                raise UserError(
+                    f"{self._source}: an animation of {num_pixels} pixels in all its frames, at most "
+                    f"{limits.animation_pixels} are drawn; send it as a video (MP4, WebM)"
+                )
+            self._deadline.check()
             try:
                 self._show(len(delays_s))
             except DECODE_ERRORS as error:
@@ -261,6 +270,7 @@ class _PictureFrames:
 
     def read(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         for index in indices:
+            self._deadline.check()
             try:
                 self._show(index)
             except DECODE_ERRORS as error:

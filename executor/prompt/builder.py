@@ -23,10 +23,11 @@ from executor.checkpoint.settings import (
     read_video_settings,
 )
 from executor.errors import UserError
+from executor.prompt.admit import admitted, located
 from executor.prompt.chat import Chat, Piece
 from executor.prompt.digest import make_media_item
 from executor.prompt.expand import Fill, VisionTokens, check_media, encode_pieces, expand_media, pieces_text
-from executor.prompt.messages import MediaPart, describe, normalise_messages
+from executor.prompt.messages import MediaPart, describe, describe_value, normalise_messages
 from executor.prompt.options import MAX_PICTURE_PIXELS, MAX_VIDEO_PIXELS, MediaOptions
 from executor.prompt.request_options import RequestOptions, read_request_options
 from executor.schedule.request import MediaItem, Prompt, Span
@@ -156,7 +157,7 @@ class PromptBuilder(ABC):
         """
         options = read_request_options(media_options)
         if not isinstance(text, str):
-            raise UserError(f"the prompt must be a text, got {describe(text)}")
+            raise UserError(f"prompt must be a text, got {describe(text)}")
         parts: list[MediaPart] = []
         if media:
             _, parts = normalise_messages([{"role": "user", "content": list(media)}])
@@ -171,16 +172,15 @@ class PromptBuilder(ABC):
         placeholders: there are no media for them."""
         vocab_size = self.config.text.vocab_size
         if not isinstance(token_ids, list | tuple) or not token_ids:
-            raise UserError(f"a prompt of token ids must be a list of one or more, got {describe(token_ids)}")
+            raise UserError(f"prompt must be a text, or a list of one or more token ids, got {describe(token_ids)}")
         for place, token_id in enumerate(token_ids):
             if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
                 raise UserError(
-                    f"the prompt's token ids hold {describe(token_id)} at place {place}; allowed: whole numbers from 0 "
-                    f"to {vocab_size - 1}"
+                    f"prompt[{place}] is {describe_value(token_id)}; allowed: token ids from 0 to {vocab_size - 1}"
                 )
             if token_id in self._pads:
                 raise UserError(
-                    f"the prompt's token ids hold {token_id} at place {place}, which stands for a picture or video "
+                    f"prompt[{place}] is {token_id}, which stands for a picture or video "
                     f"({self.tokenizer.convert_ids_to_tokens(token_id)}); leave it out, or ask with messages"
                 )
         positions, delta = self.positions(len(token_ids), (), ())
@@ -196,7 +196,7 @@ class PromptBuilder(ABC):
         if not pieces:
             raise UserError("the prompt is empty; give it some text")
         check_media(pieces, parts, self.tokens)
-        media = tuple(self._open(part, options) for part in parts)
+        media = tuple(self._open(part, options) for part in admitted(parts, self.options.limits))
         expanded = expand_media(
             pieces, media, self.tokens, self.video_pieces, replace_video_pair=self.replaces_video_pair
         )
@@ -206,11 +206,12 @@ class PromptBuilder(ABC):
 
     def _open(self, part: MediaPart, said: RequestOptions) -> MediaItem:
         options = self.options.of_request(part.kind, said, sizes_all_frames=self.sizes_all_frames).with_overrides(part)
-        return self.open_video(part, options) if part.kind == "video" else self.open_picture(part, options)
+        with located(part.where):
+            return self.open_video(part, options) if part.kind == "video" else self.open_picture(part, options)
 
     def open_picture(self, part: MediaPart, options: MediaOptions) -> MediaItem:
         """Decode and resize one picture."""
-        from executor.media.image import decode_image, resize, smart_resize
+        from executor.media.image import decode_image, resize
         from executor.media.media import MediaLimits, load_media
 
         limits = options.limits or MediaLimits()
@@ -220,10 +221,7 @@ class PromptBuilder(ABC):
             raise UserError(f"{part.where}: min_pixels {least} is above max_pixels {most}; set both, or neither")
         opened = load_media(part.source, "image", limits)
         frame = decode_image(opened.content, source=opened.source, limits=limits)
-        if options.resized:
-            height, width = self._resized(options.resized)
-        else:
-            height, width = smart_resize(frame.shape[1], frame.shape[2], settings.factor, least, most)
+        height, width = self.picture_size(frame.shape[1], frame.shape[2], options)
         _check_resized(part.where, height, width)
         resized = resize(frame[None], height, width)
         return make_media_item("image", resized, settings, source=opened.source, original_hw=tuple(frame.shape[1:]))
@@ -276,6 +274,15 @@ class PromptBuilder(ABC):
             original_hw=(sampled.height, sampled.width),
             warnings=sampled.warnings,
         )
+
+    def picture_size(self, height: int, width: int, options: MediaOptions) -> tuple[int, int]:
+        """What a picture of this size is resized to. Raises UserError for a picture too long for its breadth."""
+        from executor.media.image import smart_resize
+
+        if options.resized:
+            return self._resized(options.resized)
+        least, most = options.min_pixels or self.picture.min_pixels, options.max_pixels or self.picture.max_pixels
+        return smart_resize(height, width, self.picture.factor, least, most)
 
     def _resized(self, wanted: tuple[int, int]) -> tuple[int, int]:
         """A size that a part names, rounded to whole tokens as the official tools do (qwen_vl_utils: 4 to 16384)."""

@@ -31,6 +31,7 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) or value is None else [value]
 
 
+NonEmpty = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 # strict=False only lets YAML's lists become tuples: the items are checked as strictly as everything else.
 Words = Annotated[tuple[Annotated[str, Field(strict=True)], ...], Field(strict=False), BeforeValidator(_as_list)]
@@ -97,6 +98,12 @@ class ParallelSection(Section):
     """tp: every rank computes a slice of each picture's encoder. data: whole pictures are dealt to ranks."""
     hang_timeout_s: Positive = 300
     """Seconds a rank may give no sign of life before it is reported and the job is ended."""
+    ray_jobs: Positive = 1
+    """Jobs of the whole recipe on a Ray cluster, each of world_size ranks on one node, that share what is served or
+    generated. 1: no Ray."""
+    ray_address: str | None = None
+    """The Ray cluster, as HOST:PORT of its head. null: RAY_ADDRESS, else one on this machine for the time of the
+    command."""
 
 
 class SchedulerSection(Section):
@@ -203,7 +210,13 @@ class DataSection(Section):
     video_timestamps: Literal["per_frame", "outer_pair"] = "per_frame"
     """Form of a video in a Qwen3-VL prompt. per_frame is the trained one; outer_pair keeps one more pair of marks."""
     allowed_media_domains: Words = ()
-    """Hosts that pictures and videos may be fetched from over http(s). None: addresses are refused."""
+    """Hosts that pictures and videos may be fetched from over http(s), such as example.org, *.example.org (all below
+    it) or example.org:8443; they must have public addresses. None: http(s) addresses are refused."""
+    allowed_private_hosts: Words = ()
+    """Hosts of your own network that they may be fetched from too, by name or address: store.internal:9000,
+    10.0.0.5:9000."""
+    fetch_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 30.0
+    """Seconds in which a picture or video must have come over http(s)."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Handed to the checkpoint's chat template."""
     results_path: str | None = None
@@ -213,18 +226,18 @@ class DataSection(Section):
 class ServerSection(Section):
     """The HTTP server of the `serve` command."""
 
-    host: str = "127.0.0.1"
+    host: NonEmpty = "127.0.0.1"
     """Address it listens on. 0.0.0.0: every network of the machine."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port it listens on. 0: a free one, which is printed."""
-    served_model_name: str | None = None
+    served_model_name: NonEmpty | None = None
     """Name clients use. null: the last part of model_path."""
-    api_key: str | None = None
-    """Key clients must send. null: none."""
+    api_key: Annotated[NonEmpty, Field(pattern=r"^[!-~]([ -~]*[!-~])?$")] | None = None
+    """Key clients must send: letters, digits and signs of ASCII, as a header holds it. null: none."""
     allowed_origins: Words = ()
     """Web pages of other addresses that browsers may let ask, as https://host:port. "*": all."""
     allowed_local_media_path: str | None = None
-    """Folder below which requests may name files. null: none."""
+    """Folder below which requests may name files, by path or as file:///path. null: none."""
     max_body_bytes: Positive = 512 * 1024 * 1024
     """Bytes of one HTTP request."""
     max_pictures: Annotated[int, Field(ge=0)] = 16
@@ -233,12 +246,14 @@ class ServerSection(Section):
     """Videos of one request."""
     max_media_bytes: Positive = 256 * 1024 * 1024
     """Bytes of one picture or video."""
-    max_media_pixels: Positive = 100_000_000
-    """Pixels of one picture before the resize."""
+    max_media_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 100_000_000
+    """Pixels of one picture or frame before the resize. Pillow opens no larger ones than 178,956,970."""
     max_video_frames: Positive = 100_000
     """Frames of one video, in the file."""
     max_video_s: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds of one video."""
+    max_video_decode_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds that decoding one video may take: a small file can hold much work."""
     max_queued_requests: Positive = 2048
     """Requests that wait; further ones are told to come back."""
     request_timeout_s: Annotated[float, Field(gt=0)] | None = None
@@ -251,8 +266,8 @@ class ServerSection(Section):
     """Key of the certificate. null: in ssl_certfile."""
     log_prompts: bool = False
     """Write what is asked into the access log."""
-    replicas: Positive = 1
-    """Copies of the whole recipe on a Ray cluster that share the requests. 1: no Ray."""
+    replicas: Positive | None = None
+    """Jobs of the whole recipe on a Ray cluster that share the requests. null: parallel_config.ray_jobs."""
 
 
 class Recipe(Section):
@@ -269,6 +284,12 @@ class Recipe(Section):
     def attn_tp_size(self) -> int:
         """Ranks that share one copy of attention and MLP."""
         return self.parallel.attn_tp_size or self.parallel.world_size
+
+    def num_jobs(self, command: str) -> int:
+        """How many jobs of the recipe a Ray cluster runs for a command; 1: no Ray."""
+        if command == "serve" and self.server.replicas is not None:
+            return self.server.replicas
+        return self.parallel.ray_jobs if command in ("serve", "generate") else 1
 
     def replace(self, **sections: dict[str, Any]) -> "Recipe":
         """A checked copy with fields changed: `recipe.replace(model={"dtype": "float32"})`."""

@@ -36,6 +36,8 @@ class EncoderCache:
         self._planned: dict[bytes, MediaItem] = {}  # handed out by `drain` and not settled yet
         self._planned_release: tuple[bytes, ...] = ()
         self._doubtful: dict[bytes, None] = {}  # of plans that failed: to be dropped in case they are there
+        self.num_queries = 0  # media that requests have asked for
+        self.num_hits = 0  # and that were there, or on their way already
 
     @property
     def num_tokens(self) -> int:
@@ -119,6 +121,8 @@ class EncoderCache:
 
     def _hold(self, holder: tuple[str, int], item: MediaItem) -> None:
         digest = item.digest
+        self.num_queries += 1
+        self.num_hits += digest in self._held or digest in self._idle or digest in self._release
         if digest not in self._held:
             self._held[digest] = _Held(item.num_tokens)
             self._held_tokens += item.num_tokens
@@ -150,6 +154,10 @@ class MediaReads:
         self._span_ends = [span.start + span.num_tokens for span in spans]
         self._last_spans = _last_spans(spans)
         self._held: set[int] = set()
+
+    @property
+    def holds_any(self) -> bool:
+        return bool(self._held)
 
     def take(self, start: int, num_tokens: int, whole: bool, may_take: bool) -> int:
         """Hold what tokens [start, start + num_tokens) read; returns how many of them can be computed now.

@@ -11,17 +11,29 @@ from typing import Any, Literal
 
 import numpy as np
 
+# How Qwen's checkpoints mark the parts of an answer; each is a token that their tokenizers do not call special.
+CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
+THINK_BEGIN, THINK_END = "<think>", "</think>"
+
 
 @dataclass(frozen=True)
 class Grammar:
     """What an answer must be: `source` in the language that `kind` names. Checked when the request is prepared.
 
     json_schema: a schema's JSON text. regex: a regular expression. choice: a JSON list of texts. ebnf: a grammar in
-    GBNF with the rule `root`. structural: a JSON object of the grammar library for texts with marked parts (calls).
+    GBNF with the rule `root`, or in Lark with `start`. calls: calls of tools in Qwen's form, `{"tools": [{"name",
+    "parameters": schema or null}], "parallel": whether several may follow each other, "else": the JSON text of a schema
+    for an answer without calls, where such may be}`.
     """
 
-    kind: Literal["json_schema", "regex", "choice", "ebnf", "structural"]
+    kind: Literal["json_schema", "regex", "choice", "ebnf", "calls"]
     source: str
+    after: str | None = None  # text is free until this token has come: the end of the reasoning
+    is_lazy: bool = False  # of calls: text is free but for the calls that it makes
+    asked_by: str = field(default="", compare=False)  # for messages: the field of a request
+
+    def __post_init__(self) -> None:
+        assert self.kind == "calls" or not self.is_lazy, "only calls can be lazy"
 
 
 @dataclass(frozen=True)
@@ -149,6 +161,7 @@ class Request:
     output_logprobs: list[Any] = field(default_factory=list)
     prompt_logprobs: list[Any] = field(default_factory=list)  # of the prompt's tokens so far; the first has None
     bad_words: Any = None  # executor.engine.bad_words.BadWords of params.bad_words, set by the engine
+    matcher: Any = None  # executor.engine.matcher.Matcher of params.grammar, likewise
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token id or stop string

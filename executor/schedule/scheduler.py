@@ -34,6 +34,7 @@ class _Record:
     digests: BlockDigests
     media: MediaReads
     num_registered_blocks: int = 0
+    next_full_tokens: int = 0  # so many computed tokens fill a block that is not registered yet
     claimed: range = range(0)
 
 
@@ -82,10 +83,16 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # in order of admission
         self._records: dict[str, _Record] = {}
+        self.num_preemptions = 0
 
     @property
     def has_work(self) -> bool:
         return bool(self._records)
+
+    @property
+    def encoder_queries(self) -> tuple[int, int]:
+        """Media that requests have asked the encoder cache for, and how many of them were there."""
+        return self._encoder.num_queries, self._encoder.num_hits
 
     @property
     def num_waiting(self) -> int:
@@ -171,25 +178,25 @@ class Scheduler:
         now_s = time.monotonic()
         self._encoder.settle(missing)
         updated = []
-        for row, new in zip(plan.rows, token_ids, strict=True):
-            request = row.request
-            if request.finished:
+        for (request, start, num_tokens, max_yield, _), new in zip(plan.rows, token_ids, strict=True):
+            if request.status is Status.FINISHED:
                 continue
-            assert min(row.max_yield, 1) <= len(new) <= row.max_yield, (
-                f"request '{request.id}': {len(new)} tokens of a row that may yield {row.max_yield}"
+            assert (max_yield > 0) <= len(new) <= max_yield, (
+                f"request '{request.id}': {len(new)} tokens of a row that may yield {max_yield}"
             )
             record = self._records[request.id]
-            kept = self._append(request, record, new)
+            kept, end = self._append(request, record, new)
             # Of what it yields all but the last has been computed in the same step.
-            request.num_computed_tokens = row.start + row.num_tokens + max(0, len(kept) - 1)
-            self._register_blocks(request, record)
-            record.media.give_back(request.num_computed_tokens)
+            num_computed = request.num_computed_tokens = start + num_tokens + max(0, len(kept) - 1)
+            if num_computed >= record.next_full_tokens:
+                self._register_blocks(request, record)
+            if record.media.holds_any:
+                record.media.give_back(num_computed)
             if not kept:
                 continue
             if request.first_token_s is None:
                 request.first_token_s = now_s
             updated.append((request, kept))
-            end = self._end_of(request, record)
             if end is not None:
                 self.finish(request, *end)
         return updated
@@ -254,16 +261,21 @@ class Scheduler:
 
     def _schedule_decode(self, open_plan: _OpenPlan) -> None:
         candidates = [request for request in self._running if _is_decode(request)]
+        block_size, guesses = self.pool.block_size, self.max_yield > 1
         for place, request in enumerate(candidates):
             if not open_plan.budget_tokens:
                 return
             # A request preempted by an earlier row is no longer running. Older rows are never preempted by later ones.
-            if request.status is Status.RUNNING and self._grow(request, open_plan):
-                # Each row has its token before any row has a second one.
+            if request.status is not Status.RUNNING:
+                continue
+            start, num_more = request.num_computed_tokens, 0
+            if len(request.block_ids) * block_size <= start and not self._grow(request, open_plan):
+                continue
+            if guesses:  # each row has its token before any row has a second one
                 spare_tokens = max(0, open_plan.budget_tokens - (len(candidates) - place))
                 num_more = self._grow_more(request, min(self.max_yield - 1, spare_tokens))
-                open_plan.rows.append(Row(request, request.num_computed_tokens, 1, 1 + num_more))
-                open_plan.budget_tokens -= 1 + num_more
+            open_plan.rows.append(Row(request, start, 1, 1 + num_more))
+            open_plan.budget_tokens -= 1 + num_more
 
     def _grow_more(self, request: Request, wanted: int) -> int:
         """Slots for up to `wanted` tokens behind the next one, from free blocks only; how many there are."""
@@ -299,6 +311,7 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.status = Status.WAITING
         request.num_preemptions += 1
+        self.num_preemptions += 1
         self._waiting.appendleft(request)
 
     def _schedule_prefill(self, open_plan: _OpenPlan) -> None:
@@ -363,6 +376,7 @@ class Scheduler:
         request.block_ids = cached + fresh
         record.claimed = pool.claim(fresh[-1] + 1, room)
         record.num_registered_blocks = len(cached)
+        record.next_full_tokens = (len(cached) + 1) * pool.block_size
 
     def _add_prefill_row(self, request: Request, num_tokens: int, open_plan: _OpenPlan) -> None:
         start = request.num_computed_tokens
@@ -388,6 +402,7 @@ class Scheduler:
 
     def _register_blocks(self, request: Request, record: _Record) -> None:
         num_full = request.num_computed_tokens // self.pool.block_size
+        record.next_full_tokens = (num_full + 1) * self.pool.block_size
         if num_full <= record.num_registered_blocks or not self.pool.enable_prefix_caching:
             return
         digests = record.digests.extend(request.num_computed_tokens)
@@ -395,15 +410,18 @@ class Scheduler:
             self.pool.register(request.block_ids[index], digests[index])
         record.num_registered_blocks = num_full
 
-    def _append(self, request: Request, record: _Record, token_ids: Sequence[int]) -> list[int]:
-        """Take the new tokens up to the one that ends the answer; returns those taken."""
+    def _append(
+        self, request: Request, record: _Record, token_ids: Sequence[int]
+    ) -> tuple[list[int], tuple[FinishReason, int | None] | None]:
+        """Take the new tokens up to the one that ends the answer; returns those taken, and why it ends if it does."""
         kept: list[int] = []
         for token_id in token_ids:
             kept.append(int(token_id))
             request.output_token_ids.append(kept[-1])
-            if self._end_of(request, record) is not None:
-                break
-        return kept
+            end = self._end_of(request, record)
+            if end is not None:
+                return kept, end
+        return kept, None
 
     def _end_of(self, request: Request, record: _Record) -> tuple[FinishReason, int | None] | None:
         """Why the answer ends with its last token: EOS, stop ids, and the lengths that `add` has put together."""
@@ -423,20 +441,20 @@ class Scheduler:
         self.pool.unclaim(record.claimed)
         record.media.give_back(request.num_tokens)
         record.claimed = range(0)
-        record.num_registered_blocks = 0
+        record.num_registered_blocks = record.next_full_tokens = 0
 
 
-def _scored(request: Request, start: int, end: int) -> tuple[int, int]:
+def _scored(request: Request, start: int, end: int) -> range:
     """Of the tokens [start, end) those whose logits give the next of the prompt logprobs that the request awaits."""
     if not request.awaits_prompt_logprobs:
-        return 0, 0
+        return range(0)
     # The logits of a token judge the one behind it; what was known before a preemption is not asked for again.
-    first, last = max(start, len(request.prompt_logprobs) - 1), min(end, len(request.prompt.token_ids) - 1)
-    return (first, last) if first < last else (0, 0)
+    return range(max(start, len(request.prompt_logprobs) - 1), min(end, len(request.prompt.token_ids) - 1))
 
 
 def _is_decode(request: Request) -> bool:
-    return bool(request.output_token_ids) and request.num_tokens - request.num_computed_tokens == 1
+    num_output = len(request.output_token_ids)
+    return num_output > 0 and len(request.prompt.token_ids) + num_output - request.num_computed_tokens == 1
 
 
 def _what_shortens(prompt: Prompt) -> str:

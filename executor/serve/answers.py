@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from executor.serve.asks import Delta, Done, Failure, TokenInfo
+from executor.serve.asks import Delta, Done, Event, Failure, TokenInfo
 from executor.serve.errors import ApiError, of_failure
-from executor.serve.feed import Feed
+from executor.serve.feed import Feed, Joined
 
 
 @dataclass
@@ -32,6 +32,15 @@ class Answers:
     def num_output_tokens(self) -> int:
         return sum(len(answer.token_ids) for answer in self.answers)
 
+    def take(self, event: Event) -> None:
+        """Raises ApiError for a request or an answer that failed."""
+        if isinstance(event, Failure):
+            raise of_failure(event)
+        if isinstance(event, Done):
+            self.done = event
+        else:
+            self.add(event)
+
     def add(self, delta: Delta) -> None:
         """Raises ApiError for an answer that failed."""
         if delta.error is not None:
@@ -50,10 +59,13 @@ async def gather(feed: Feed, n: int) -> Answers:
     """Raises ApiError for a request that is not answered."""
     answers = Answers([Answer() for _ in range(n)])
     async for event in feed:
-        if isinstance(event, Failure):
-            raise of_failure(event)
-        if isinstance(event, Done):
-            answers.done = event
-        else:
-            answers.add(event)
+        answers.take(event)
+    return answers
+
+
+async def gather_all(feeds: Joined, n: int, num_requests: int) -> list[Answers]:
+    """Of several requests, in their order. Raises ApiError for the first that is not answered."""
+    answers = [Answers([Answer() for _ in range(n)]) for _ in range(num_requests)]
+    async for index, event in feeds:
+        answers[index].take(event)
     return answers

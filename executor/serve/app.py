@@ -1,38 +1,104 @@
-"""The HTTP application: its routes, and errors in one form."""
+"""The HTTP application: its routes, what stands before them, and errors in one form."""
+
+from collections.abc import Iterator
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from executor.serve import models
-from executor.serve.errors import ApiError
-from executor.serve.openai import chat
+from executor.errors import UserError, nearest
+from executor.recipe.schema import ServerSection
+from executor.serve import metrics, models, tokens
+from executor.serve.anthropic import messages
+from executor.serve.bodies import of_validation
+from executor.serve.errors import ApiError, hung_up, in_words
+from executor.serve.middleware import REQUEST_ID, AccessLog, BodyLimit, KeyGate, Net, OriginGate
+from executor.serve.mindie import generate
+from executor.serve.openai import chat, completions, responses
+from executor.serve.openai.response_store import ResponseStore
+from executor.serve.page import route as page
 from executor.serve.service import Service
 
-ROUTERS = (models.router, chat.router)
+ROUTERS = (
+    models.router,
+    metrics.router,
+    tokens.router,
+    chat.router,
+    completions.router,
+    responses.router,
+    messages.router,
+    generate.router,
+    page.router,
+)
+OPEN_PATHS = ("/", "/health", "/ping")  # without the key: the page asks for it
 
 
 def build_app(service: Service) -> FastAPI:
-    app = FastAPI(title="Qwen-VL", docs_url=None, redoc_url=None)
+    app = FastAPI(title="Qwen-VL", docs_url=None, redoc_url=None, middleware=list(_middleware(service.recipe.server)))
     app.state.service = service
+    app.state.responses = ResponseStore()
     for router in ROUTERS:
         app.include_router(router)
     app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(UserError, _user_error)
+    app.add_exception_handler(ClientDisconnect, _hung_up)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     return app
 
 
+def _middleware(settings: ServerSection) -> Iterator[Middleware]:
+    """From the outermost in."""
+    yield Middleware(AccessLog, log_prompts=settings.log_prompts)
+    if settings.allowed_origins:
+        yield Middleware(
+            CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=("GET", "POST"), allow_headers=("*",),
+            expose_headers=(REQUEST_ID, "Retry-After"),
+        )  # fmt: skip
+    yield Middleware(OriginGate, allowed=settings.allowed_origins)
+    yield Middleware(Net)
+    if settings.api_key:
+        yield Middleware(KeyGate, key=settings.api_key, open_paths=OPEN_PATHS)
+    yield Middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+
+
 async def _api_error(request: Request, error: ApiError) -> JSONResponse:
-    return error.response()
+    return error.response(request.url.path)
+
+
+async def _user_error(request: Request, error: UserError) -> JSONResponse:
+    return in_words(400, str(error)).response(request.url.path)
+
+
+async def _hung_up(request: Request, error: ClientDisconnect) -> JSONResponse:
+    return hung_up().response(request.url.path)
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"][1:])
-    return ApiError(400, f"{place or 'the body'}: {first['msg']}", param=place or None).response()
+    return of_validation(error.errors()).response(request.url.path)
 
 
 async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
-    return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
+    """Of the framework: a route that is not there, or another method."""
+    path = request.scope["path"]
+    asked = f"{request.method} {path}"
+    if error.status_code == 404:
+        served = _served(request.app)
+        hint = nearest(path, [each for each, _ in served])
+        routes = ", ".join(f"{method} {each}" for each, method in served)
+        words = f"{asked} is not served here{hint}; served: {routes}"
+    elif error.status_code == 405:
+        words = f"{asked} is not served here; allowed: {(error.headers or {}).get('Allow', 'another method')}"
+    else:
+        words = f"{asked}: {error.detail}"
+    return ApiError(error.status_code, words, headers=error.headers).response(request.url.path)
+
+
+def _served(app: FastAPI) -> list[tuple[str, str]]:
+    """(path, method) of every documented route."""
+    paths = app.openapi()["paths"]
+    return [(path, method.upper()) for path, methods in paths.items() for method in methods]

@@ -90,7 +90,7 @@ class Done:
     finish_reasons: tuple[str, ...]
 
 
-FailureKind = Literal["refused", "unreachable", "late", "aborted", "fault"]
+FailureKind = Literal["refused", "unreachable", "late", "aborted", "lost", "fault"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +98,34 @@ class Failure:
     """The last event of a request that was not answered.
 
     refused: its own mistake. unreachable: a medium's address answered with a mistake. late: its time was over.
-    aborted: somebody wished it. fault: ours, or the engine's end.
+    aborted: somebody wished it. lost: whoever answered it has died, and another may answer it. fault: ours, or the
+    engine's end.
     """
 
     kind: FailureKind
     message: str
+    param: str | None = None  # the part of the request that is wrong, as in "messages[0].content[1]"
 
 
 Event = Delta | Done | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine holds now and has done since its start; those of several engines add up. Times in seconds."""
+
+    num_running: int = 0
+    num_waiting: int = 0  # being prepared, or queued
+    num_blocks: int = 0  # of the KV cache
+    num_used_blocks: int = 0
+    num_preemptions: int = 0
+    num_encoder_queries: int = 0
+    num_encoder_hits: int = 0
+    vision_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    num_prefill_steps: int = 0
+    num_decode_steps: int = 0
+
+    def __add__(self, other: "EngineStats") -> "EngineStats":
+        return EngineStats(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))

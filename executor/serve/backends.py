@@ -4,17 +4,21 @@ A backend's `ask` returns a Feed at once or raises QueueFull; what goes wrong la
 """
 
 import asyncio
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Protocol
 
 from executor.engine.engine import Question
+from executor.engine.handle import Event as LoopEvent
+from executor.engine.handle import Handle
 from executor.engine.logprobs import TokenLogprobs
-from executor.engine.loop import EngineLoop, Handle
-from executor.engine.loop import Event as LoopEvent
+from executor.engine.loop import EngineLoop, Stopped
 from executor.engine.outputs import Completion, Output
+from executor.engine.prepare import Lane
 from executor.errors import UserError
+from executor.media.fetch import Unreachable
 from executor.schedule.request import Prompt
-from executor.serve.asks import Ask, ChatPrompt, Delta, Done, Event, Failure, TextPrompt, TokenInfo
+from executor.serve.asks import Ask, ChatPrompt, Delta, Done, EngineStats, Event, Failure, TextPrompt, TokenInfo
 from executor.serve.feed import Crossing, Feed
 
 
@@ -28,6 +32,9 @@ class Backend(Protocol):
     @property
     def fault(self) -> str | None:
         """Why it answers nothing any more."""
+
+    def stats(self) -> EngineStats:
+        """Of all its engines."""
 
     def ask(self, ask: Ask) -> Feed:
         """Raises executor.engine.loop.QueueFull, and RuntimeError when it has ended."""
@@ -48,13 +55,30 @@ class EngineBackend:
     def fault(self) -> str | None:
         return None if self.loop.fault is None else str(self.loop.fault)
 
+    def stats(self) -> EngineStats:
+        scheduler, times = self.loop.engine.scheduler, self.loop.engine.runner.times
+        num_running = scheduler.num_running
+        queries, hits = scheduler.encoder_queries
+        return EngineStats(
+            num_running=num_running,
+            num_waiting=max(0, self.num_unfinished - num_running),
+            num_blocks=scheduler.pool.num_blocks,
+            num_used_blocks=scheduler.pool.num_blocks - scheduler.pool.num_free,
+            num_preemptions=scheduler.num_preemptions,
+            num_encoder_queries=queries,
+            num_encoder_hits=hits,
+            **vars(times),
+        )
+
     def ask(self, ask: Ask) -> Feed:
         feed, handles = Feed(), []
 
         def on_event(event: LoopEvent) -> None:
             self._crossing.put(feed, plain_event(event, handles[0] if handles else None))
 
-        handle = self.loop.submit(partial(self._make, ask), ask.params, on_event=on_event, timeout_s=ask.timeout_s)
+        handle = self.loop.submit(
+            partial(self._make, ask), ask.params, lane=lane_of(ask), on_event=on_event, timeout_s=ask.timeout_s
+        )
         handles.append(handle)
         feed.abort = handle.abort
         return feed
@@ -71,6 +95,20 @@ class EngineBackend:
                 f"{ask.params.max_new_tokens} of the answer; shorten the prompt or ask for fewer tokens"
             )
         return prompt
+
+
+def lane_of(ask: Ask) -> Lane:
+    """What its preparation takes: media are whatever a message holds beside text."""
+    prompt = ask.prompt
+    if isinstance(prompt, TextPrompt) and prompt.media:
+        return "media"
+    if isinstance(prompt, ChatPrompt):
+        contents = [message.get("content") for message in prompt.messages if isinstance(message, Mapping)]
+        parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
+        if any(isinstance(part, Mapping) and part.get("type", "text" if "text" in part else None) != "text"
+               for part in parts):  # fmt: skip
+            return "media"
+    return "text" if ask.params.grammar is None else "grammar"
 
 
 def build_prompt(processor: Any, ask: Ask) -> Prompt:
@@ -123,9 +161,12 @@ def plain_event(event: LoopEvent, handle: Handle | None) -> Event:
             finish_reasons=tuple(reason.value for reason in event.finish_reasons),
         )
     if isinstance(event, UserError):
-        return Failure("refused", str(event))
+        kind = "unreachable" if isinstance(event, Unreachable) else "refused"
+        return Failure(kind, str(event), event.where)
     if isinstance(event, TimeoutError):
         return Failure("late", str(event))
+    if isinstance(event, Stopped):
+        return Failure("lost", str(event))
     if handle is not None and handle.is_aborted:
         return Failure("aborted", str(event))
     return Failure("fault", f"{type(event).__name__}: {event}")

@@ -1,18 +1,36 @@
-"""Errors as clients read them: `{"error": {"message", "type", "param", "code"}}` and an HTTP status."""
+"""Errors as clients read them: `{"error": {"message", "type", "param", "code"}}` and an HTTP status.
 
+Anthropic's clients read `{"type": "error", "error": {"type", "message"}}`: they get it where its protocol is spoken.
+"""
+
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from executor.errors import printable
 from executor.serve.asks import Failure, FailureKind
 
-STATUS: dict[FailureKind, int] = {"refused": 400, "unreachable": 422, "late": 504, "aborted": 499, "fault": 500}
+STATUS: dict[FailureKind, int] = {
+    "refused": 400, "unreachable": 422, "late": 504, "aborted": 499, "lost": 503, "fault": 500,
+}  # fmt: skip
 TYPES = {
-    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 413: "invalid_request_error",
-    422: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error",
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
+    503: "service_unavailable_error", 504: "timeout_error",
+}  # fmt: skip
+ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
 }  # fmt: skip
 RETRY_AFTER_S = 1
+
+_PLACE = re.compile(
+    r"(messages|tools|tool_choice|prompt|response_format|structured_outputs|guided_[a-z]+|mm_processor_kwargs|"
+    r"media_io_kwargs|chat_template_kwargs)"
+    r"(\[\d+\]|\.\w+)*(?=[ :])"
+)
 
 
 class ApiError(Exception):
@@ -29,7 +47,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = printable(message)  # requests hold halves of characters, which cannot be sent
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
@@ -39,12 +57,33 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, headers=self.headers)
+    def response(self, path: str = "") -> JSONResponse:
+        """The reply to a request for `path`, in the form of the protocol that is spoken there."""
+        body = anthropic_body(self) if path.startswith(ANTHROPIC_PATH) else self.body
+        return JSONResponse(body, self.status, headers=self.headers)
+
+
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    kind = ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
 def of_failure(failure: Failure) -> ApiError:
-    return ApiError(STATUS[failure.kind], failure.message)
+    message, param = failure.message, failure.param
+    if param and not message.startswith(param):
+        message = f"{param}: {message}"
+    return in_words(STATUS[failure.kind], message)
+
+
+def in_words(status: int, message: str) -> ApiError:
+    """An error of a message that begins with the place it speaks of ("messages[0].content[1]: ..."), if it does."""
+    place = _PLACE.match(message)
+    code = "context_length_exceeded" if "maximum context length" in message else None
+    return ApiError(status, printable(message), param=place[0] if place else None, code=code)
+
+
+def hung_up() -> ApiError:
+    return ApiError(499, "the client has hung up")
 
 
 def busy(message: str) -> ApiError:

@@ -5,19 +5,36 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from executor.errors import UserError
 from executor.recipe.schema import ServerSection
+from executor.serve.errors import ApiError
+from executor.serve.jsontext import dumps
 from executor.serve.service import Service
+from executor.serve.settings import check_settings
 
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048  # connections that wait to be accepted: as large as a benchmark's burst
+KEEP_ALIVE_S = 60
 POLL_S = 0.05
+CLOSE_S = 2.0  # that a client has to read the last of its answer, once nothing more is computed
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Protocol(HttpToolsProtocol):
+    """What is no HTTP at all is told so in the errors' one form."""
+
+    def send_400_response(self, msg: str) -> None:
+        body = dumps(ApiError(400, msg).body).encode()
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head.encode() + body)
+        self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -29,35 +46,51 @@ class Server(uvicorn.Server):
 
 
 def listen(settings: ServerSection) -> socket.socket:
-    """The listening socket. Raises UserError where the address cannot be had."""
+    """The listening socket. Raises UserError for settings that cannot work, or an address that cannot be had."""
+    check_settings(settings)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
-    except OSError as error:
+        listener.listen(BACKLOG)  # whoever connects from now on waits until the application runs
+    except (OSError, TypeError, ValueError) as error:
         listener.close()
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"server_config: {settings.host}:{settings.port} cannot be listened on ({error.strerror}); choose another "
+            f"server_config: {settings.host!r}, port {settings.port} cannot be listened on ({reason}); choose another "
             "with --host and --port"
         ) from error
     return listener
 
 
-async def serve(app: FastAPI, service: Service, listener: socket.socket) -> None:
-    """Until a signal, or the backend's fault: RuntimeError then."""
+def config_of(app: FastAPI, settings: ServerSection) -> uvicorn.Config:
+    """How HTTP is spoken. `access_log`: the application writes its own."""
+    return uvicorn.Config(
+        app, log_config=None, access_log=False, backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_S, lifespan="off",
+        ws="none", http=Protocol, ssl_certfile=settings.ssl_certfile, ssl_keyfile=settings.ssl_keyfile,
+        server_header=False,
+    )  # fmt: skip
+
+
+async def serve(
+    app: FastAPI, service: Service, listener: socket.socket, signals: Iterable[signal.Signals] = SIGNALS
+) -> None:
+    """Until one of `signals`, or the backend's fault: RuntimeError then. The first signal lets what runs come to its
+    end within drain_timeout_s; a second one, and the end of that time, ends it at once."""
     settings = service.recipe.server
-    config = uvicorn.Config(app, log_config=None, access_log=False, backlog=BACKLOG, timeout_keep_alive=60)
-    server = Server(config)
+    server = Server(config_of(app, settings))
     loop = asyncio.get_running_loop()
-    drained = asyncio.Event()
+    hurried = asyncio.Event()
 
     def on_signal() -> None:
         if service.is_draining:
-            drained.set()
+            hurried.set()
+        else:
+            logger.info("the server takes no new requests; %d are answered to their end", service.num_open)
         service.is_draining = True
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in signals:
         loop.add_signal_handler(number, on_signal)
     running = asyncio.ensure_future(server.serve(sockets=[listener]))
     try:
@@ -66,13 +99,22 @@ async def serve(app: FastAPI, service: Service, listener: socket.socket) -> None
             await asyncio.sleep(POLL_S)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(settings.drain_timeout_s):
-                while service.backend.num_unfinished and not drained.is_set() and service.backend.fault is None:
+                while service.num_open and not hurried.is_set() and service.backend.fault is None:
                     await asyncio.sleep(POLL_S)
     finally:
         service.is_draining = True
+        fault = service.backend.fault
+        service.end_all(f"the engine has ended: {fault}" if fault else "the server was stopped meanwhile")
         server.should_exit = True
-        await running
-        for number in (signal.SIGTERM, signal.SIGINT):
+        await _closed(server, running)
+        for number in signals:
             loop.remove_signal_handler(number)
-    if service.backend.fault is not None:
-        raise RuntimeError(f"the engine has ended: {service.backend.fault}")
+    if fault is not None:
+        raise RuntimeError(f"the engine has ended: {fault}")
+
+
+async def _closed(server: Server, running: asyncio.Future[None]) -> None:
+    """HTTP has come to its end: connections that go on by themselves are cut."""
+    await asyncio.wait((running,), timeout=CLOSE_S)
+    server.force_exit = True
+    await running

@@ -198,7 +198,7 @@ class ManyTokens:
         monkeypatch.setattr(engine.runner, "execute", self)
 
     def __call__(self, plan):
-        result = self.execute(Plan(tuple(replace(row, max_yield=min(1, row.max_yield)) for row in plan.rows),
+        result = self.execute(Plan(tuple(row._replace(max_yield=min(1, row.max_yield)) for row in plan.rows),
                                    plan.encode, plan.release))  # fmt: skip
         for number, row in enumerate(plan.rows):
             request, new = row.request, result.token_ids[number]
@@ -206,7 +206,8 @@ class ManyTokens:
                 request.output_token_ids.append(new[-1])
                 more = self.execute(Plan((Row(request, request.num_tokens - 1, 1, 1),)))
                 new += more.token_ids[0]
-                result.logprobs[number].extend(more.logprobs[0])
+                if more.logprobs:
+                    result.logprobs[number] += more.logprobs[0]
             del request.output_token_ids[len(request.output_token_ids) - max(0, len(new) - 1) :]
         return result
 

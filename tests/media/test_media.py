@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from executor.errors import UserError
 from executor.media.image import decode_image
-from executor.media.media import Media, MediaLimits, expand_folder, load_media, sniff
+from executor.media.media import Media, MediaLimits, admit, expand_folder, load_media, sniff
 from tests.media.media_files import make_frames, write_video
 
 RED = Image.new("RGB", (6, 4), (255, 0, 0))
@@ -63,10 +64,19 @@ def test_data_urls() -> None:
         load_media(f"data:image/png;base64,{text}", limits=MediaLimits(image_bytes=10, video_bytes=10))
 
 
-@pytest.mark.parametrize("url", ["http://host/a.png", "https://host/a.png", "ftp://host/a.mp4"])
-def test_addresses_are_not_read(url: str) -> None:
-    with pytest.raises(UserError, match=r"^[a-z]+://.* addresses are not read; .*give"):
-        load_media(url)
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        *((url, "addresses are not read here, because data_config.allowed_media_domains is empty; add the host to it")
+          for url in ("http://host/a.png", "HTTPS://host/a.png?key=1", "http:/host/a.png")),
+        *((url, "ftp:// addresses are not read; give the media as") for url in ("ftp://host/a.mp4",)),
+        ("gopher://127.0.0.1:70/_x", "gopher:// addresses are not read"),
+    ],
+)  # fmt: skip
+def test_addresses_are_not_read_unless_allowed(url: str, says: str) -> None:
+    for ask in (load_media, admit):
+        with pytest.raises(UserError, match=f"^{re.escape(url.partition('?')[0])}: .*{says}"):
+            ask(url)
 
 
 def test_a_link_to_nothing_says_so(tmp_path: Path) -> None:
@@ -84,7 +94,7 @@ def test_file_urls_are_paths(tmp_path: Path) -> None:
         "FILE://" + str(path).replace("%", "%25").replace(" ", "%20"),
     ):
         assert load_media(url).content == path
-    with pytest.raises(UserError, match="paths are not allowed here"):
+    with pytest.raises(UserError, match="because server_config.allowed_local_media_path is not set"):
         load_media(f"file://{path}", limits=MediaLimits(paths=False))
     with pytest.raises(UserError, match="^/lost/a.png: no such file; nor is there a folder /lost$"):
         load_media("file:///lost/a.png")
@@ -145,7 +155,7 @@ def test_limits(tmp_path: Path) -> None:
     path.write_bytes(encoded("PNG"))
     with pytest.raises(UserError, match="a.png: .* bytes, at most 20 allowed for a picture"):
         load_media(path, limits=MediaLimits(image_bytes=20))
-    with pytest.raises(UserError, match="paths are not allowed here"):
+    with pytest.raises(UserError, match="because server_config.allowed_local_media_path is not set"):
         load_media(str(path), limits=MediaLimits(paths=False))
 
 

@@ -323,6 +323,7 @@ def test_titles_in_any_encoding(tmp_path: Path) -> None:
         (MediaLimits(video_duration_s=1.0), "4 seconds, at most 1 allowed"),
         (MediaLimits(video_frames=10), "more than 10 frames"),
         (MediaLimits(image_pixels=1000), "48x32 pixels, at most 1000"),
+        (MediaLimits(decode_s=0.0), "takes more than 0 seconds to decode"),
         (MediaLimits(video_bytes=100), "bytes, at most 100"),
     ],
 )
@@ -330,6 +331,21 @@ def test_limits(tmp_path: Path, limits: MediaLimits, reason: str) -> None:
     path = write_video(tmp_path / "big.mp4", make_frames(40))
     with pytest.raises(UserError, match=f"^clip: .*{reason}"):
         read_video(path, TWO_FPS, source="clip", limits=limits)
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "PNG", "WEBP"])
+def test_limits_of_animations(image_format: str) -> None:
+    """A few bytes for each frame of a large picture, which is drawn whole."""
+    frames = [Image.new("P", (300, 200), number) for number in range(6)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, image_format, save_all=True, append_images=frames[1:], duration=100)
+    for limits, reason in (
+        (MediaLimits(animation_pixels=359_999), "an animation of 360000 pixels in all its frames, at most 359999"),
+        (MediaLimits(decode_s=0.0), "takes more than 0 seconds to decode"),
+    ):
+        with pytest.raises(UserError, match=f"^clip: {reason}"):
+            read_video(buffer.getvalue(), TWO_FPS, source="clip", limits=limits)
+    assert read_video(buffer.getvalue(), TWO_FPS, limits=MediaLimits(animation_pixels=360_000)).total_frames == 6
 
 
 def test_frames_of_several_sizes_are_refused() -> None:

@@ -3,19 +3,20 @@
 import asyncio
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 import pytest
-import uvicorn
 
+from executor.commands.build import request_limits
 from executor.engine.engine import Engine
 from executor.engine.loop import EngineLoop
 from executor.recipe.schema import Recipe, build_recipe
 from executor.serve.app import build_app
 from executor.serve.backends import EngineBackend
-from executor.serve.server import Server, listen
+from executor.serve.server import Server, config_of, listen
 from executor.serve.service import Service
+from executor.serve.settings import url_of
 from tests.engines import engine_over
 from tests.reference import REPO
 
@@ -32,26 +33,31 @@ class Running:
     engine: Engine
 
 
-def start(engine: Engine, **server: object) -> Iterator[Running]:
-    """A generator of one Running; what follows the yield stops it. `server` changes fields of server_config."""
+def start(engine: Engine, *, data: dict[str, object] | None = None, **server: object) -> Iterator[Running]:
+    """A generator of one Running; what follows the yield stops it. `server` changes fields of server_config.
+
+    `data` changes fields of data_config. The engine reads media within the server's limits for as long as it runs.
+    """
     sections = {"model_config": {"model_path": str(TINY)}, "scheduler_config": {"max_model_len": 2048}}
-    recipe: Recipe = build_recipe({**sections, "server_config": {"port": 0, **server}})
+    recipe: Recipe = build_recipe({**sections, "server_config": {"port": 0, **server}, "data_config": data or {}})
+    options = engine.processor.options
+    engine.processor.options = replace(options, limits=request_limits(recipe))
     listener = listen(recipe.server)
-    host, port = listener.getsockname()[:2]
+    port = listener.getsockname()[1]
     event_loop = asyncio.new_event_loop()
     with EngineLoop(engine, max_unfinished=recipe.server.max_queued_requests) as loop:
         service = Service(recipe, engine.processor, engine.vocab_size, EngineBackend(loop.start(), event_loop))
         service.is_ready = True
-        config = uvicorn.Config(build_app(service), log_config=None, access_log=False, lifespan="off")
-        server_ = Server(config)
+        server_ = Server(config_of(build_app(service), recipe.server))
         thread = threading.Thread(target=event_loop.run_until_complete, args=(server_.serve(sockets=[listener]),))
         thread.start()
-        url = f"http://{host}:{port}"
-        with httpx.Client(base_url=url, timeout=60) as http:
+        url = url_of(recipe.server, port)
+        with httpx.Client(base_url=url, timeout=60, verify=False) as http:
             yield Running(url, http, service, engine)
         server_.should_exit = True
         thread.join()
         event_loop.close()
+    engine.processor.options = options
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ def answered_row(asked: Asked, completion: Any, engine: Any, recipe: Recipe) -> 
     if recipe.generation.draw:
         row["drawn"] = None
         try:
-            row["drawn"] = _draw(asked, completion.texts[0], engine.processor.box_convention, recipe)
+            row["drawn"] = _draw(asked, completion.texts[0], engine.processor, recipe)
         except DRAW_ERRORS as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             row["warnings"].append(f"the answer could not be drawn: {reason}")
@@ -115,13 +115,13 @@ def _drawn_folder(recipe: Recipe) -> Path:
     return Path(recipe.model.output_path) / "drawn"
 
 
-def _draw(asked: Asked, text: str, convention: str, recipe: Recipe) -> str | None:
+def _draw(asked: Asked, text: str, processor: Any, recipe: Recipe) -> str | None:
     """Save a copy of the prompt's first picture with the boxes and points of `text`; None if there is neither."""
     from PIL import Image
 
     from executor.media.draw import draw_marks, find_marks, to_pixels
     from executor.media.image import decode_image
-    from executor.media.media import load_media
+    from executor.media.media import MediaLimits, load_media
 
     position = next((i for i, item in enumerate(asked.prompt.media) if item.kind == "image"), None)
     marks = find_marks(text)
@@ -130,9 +130,9 @@ def _draw(asked: Asked, text: str, convention: str, recipe: Recipe) -> str | Non
     item = asked.prompt.media[position]
     source = media_source(asked.sample.media_parts[position])
     # The picture as the model saw it: turned upright, without transparency.
-    media = load_media(source, "image")
+    media = load_media(source, "image", processor.options.limits or MediaLimits())
     pixels = decode_image(media.content, source=media.source).permute(1, 2, 0).numpy()
-    marks = to_pixels(marks, convention, item.resized_hw, pixels.shape[:2])
+    marks = to_pixels(marks, processor.box_convention, item.resized_hw, pixels.shape[:2])
     folder = _drawn_folder(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     name = Path(asked.sample.media[position]).stem if isinstance(source, str) else "picture"

@@ -7,8 +7,7 @@ Cache layout: [blocks, block_size, K, D]; a row whose blocks are consecutive is 
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +27,7 @@ logger = logging.getLogger(__name__)
 _TILE_ELEMENTS = 1 << 17
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """One row's place in the step and in the cache."""
 
     start: int
@@ -182,12 +180,14 @@ class CpuOps(Ops):
     ) -> list[_Row]:
         rows, start = [], 0
         for q_len, kv_len, blocks in zip(q_lens, kv_lens, block_tables, strict=True):
-            blocks = blocks[: -(-kv_len // block_size)]
-            together = blocks == list(range(blocks[0], blocks[0] + len(blocks)))
+            count, first = -(-kv_len // block_size), blocks[0]
+            if len(blocks) > count:
+                blocks = blocks[:count]
+            together = blocks[-1] - first == count - 1 and blocks == list(range(first, first + count))
             mask = None
             if 1 < q_len < kv_len:
                 mask = torch.ones(q_len, kv_len, dtype=torch.bool).tril_(kv_len - q_len)
-            first_slot = blocks[0] * block_size if together else -1
+            first_slot = first * block_size if together else -1
             rows.append(_Row(start, q_len, kv_len, first_slot, None if together else torch.tensor(blocks), mask))
             start += q_len
         return rows

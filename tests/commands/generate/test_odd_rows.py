@@ -180,7 +180,7 @@ REFUSED = [
     ({"question": "?", "image": "~nobody_of_this_name/x.png"}, "there is no file"),
     ({"question": "?", "image": "a\0b.png"}, "there is no file"),
     ({"question": "?", "chat_template_kwargs": {"tokenize": True}}, "may not set 'tokenize'"),
-    ({"question": "?", "image": "https://example.com/a.png"}, "addresses are not read"),
+    ({"question": "?", "image": "https://example.com/a.png"}, "allowed_media_domains is empty; add the host"),
     ({"question": "?", "image": "data:image/png;base64,@@"}, "not valid base64"),
     ({"question": "?", "image": "pipe"}, "is no regular file"),
     ({"question": "?", "video": "/dev/zero"}, "is no regular file"),

@@ -1,0 +1,49 @@
+"""Lays the masks of grammars over the logits of their rows; rows without one are neither read nor written.
+
+Legend: R rows, N rows with a mask, V width of the logits' rows.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from executor.engine.grammar import GrammarFault
+from executor.schedule.request import Request
+
+
+@contextmanager
+def masked(scores: torch.Tensor, requests: Sequence[Request]) -> Iterator[dict[int, str]]:
+    """`scores` float32 [R, V], contiguous, with -inf where a request's grammar allows no token; in the context only.
+
+    Gives the rows whose grammar has failed, and why. What is NaN or infinite stays: it is a fault of the row and must
+    show.
+    """
+    rows, masks, faults = [], [], {}
+    for row, request in enumerate(requests):
+        if request.matcher is None:
+            continue
+        try:
+            mask = request.matcher.barred()
+        except GrammarFault as error:
+            faults[row] = f"its grammar cannot be followed any further: {error}"
+            continue
+        if mask is not None:
+            rows.append(row)
+            masks.append(mask)
+    if not rows:
+        yield faults
+        return
+    index = torch.tensor(rows, device=scores.device)
+    barred = np.ones((len(rows), scores.shape[-1]), dtype=bool)
+    for number, mask in enumerate(masks):
+        barred[number, : len(mask)] = mask
+    before = scores.index_select(0, index)
+    after = before.masked_fill(torch.from_numpy(barred).to(scores.device) & (before < math.inf), -math.inf)
+    scores.index_copy_(0, index, after)
+    try:
+        yield faults
+    finally:
+        scores.index_copy_(0, index, before)

@@ -1,0 +1,163 @@
+"""GET /metrics: Prometheus text under the names that dashboards for vLLM read, and stage times under our own.
+
+Counters and histograms of requests are written when a feed gets an event; what the engine holds is asked for when
+somebody looks. Everything is in the event loop's thread. docs/serving.md lists the names.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+
+from fastapi import APIRouter, Request
+from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import Response
+
+from executor.serve.asks import Ask, Delta, Done, Event
+from executor.serve.backends import Backend
+
+router = APIRouter()
+
+# Upper bounds of histograms, in seconds and in tokens.
+FIRST_TOKEN_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0),
+    *(80.0, 160.0, 640.0, 2560.0),
+)
+TOKEN_S = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0),
+)
+REQUEST_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
+             960.0, 1920.0, 7680.0)  # fmt: skip
+STAGE_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0)
+FINISHED = ("stop", "length", "abort", "error")
+
+
+def token_bounds(max_model_len: int) -> tuple[int, ...]:
+    """1, 2, 5, 10, ... up to the context's length."""
+    bounds = [digit * 10**power for power in range(8) for digit in (1, 2, 5)]
+    return tuple(bound for bound in bounds if bound <= max_model_len)
+
+
+class Metrics:
+    """The counters of one server."""
+
+    def __init__(self, model_name: str, max_model_len: int, backend: Backend) -> None:
+        self.registry = CollectorRegistry()
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._backend = backend
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self.registry.register(self)
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of answered requests.")
+        self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens of answers.")
+        self._prefix_queries = self._counter("vllm:prefix_cache_queries", "Prompt tokens looked for in the cache.")
+        self._prefix_hits = self._counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        success = Counter(
+            "vllm:request_success", "Requests that have ended, by reason.",
+            (*self._labels, "finished_reason"), registry=self.registry,
+        )  # fmt: skip
+        self._finished = {reason: success.labels(**self._labels, finished_reason=reason) for reason in FINISHED}
+        self._ttft = self._histogram("vllm:time_to_first_token_seconds", "From arrival to first token.", FIRST_TOKEN_S)
+        self._itl = self._histogram("vllm:inter_token_latency_seconds", "From token to token.", TOKEN_S)
+        self._tpot = self._histogram(
+            "vllm:request_time_per_output_token_seconds", "Of each request: mean time of a token after the first.",
+            TOKEN_S,
+        )  # fmt: skip
+        self._e2e = self._histogram("vllm:e2e_request_latency_seconds", "From arrival to the answer's end.", REQUEST_S)
+        tokens = token_bounds(max_model_len)
+        self._request_prompt = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", tokens)
+        self._request_output = self._histogram("vllm:request_generation_tokens", "Tokens of its answers.", tokens)
+        self._media = self._histogram(
+            "qwenvl:prepare_seconds",
+            "Fetching, decoding and resizing media, template and tokens of a request.",
+            STAGE_S,
+        )
+        self._answer = self._histogram("qwenvl:decode_seconds", "From a request's first token to its last.", REQUEST_S)
+
+    def watch(self, ask: Ask) -> Callable[[Event], None]:
+        """What a request's feed tells its events to."""
+        started = last = time.monotonic()
+        is_first = True
+
+        def observe(event: Event) -> None:
+            nonlocal last, is_first
+            if isinstance(event, Delta):
+                now = time.monotonic()
+                if is_first and event.token_ids:
+                    is_first = False
+                    self._ttft.observe(now - started)
+                elif event.token_ids:
+                    self._itl.observe(now - last)
+                last = now
+                self._generation_tokens.inc(len(event.token_ids))
+            elif isinstance(event, Done):
+                self._request_ended(event, time.monotonic() - started)
+            else:
+                self._finished["abort" if event.kind in ("aborted", "late") else "error"].inc()
+
+        return observe
+
+    def _request_ended(self, done: Done, seconds: float) -> None:
+        self._prompt_tokens.inc(done.num_prompt_tokens)
+        self._prefix_queries.inc(done.num_prompt_tokens)
+        self._prefix_hits.inc(done.num_cached_tokens)
+        self._finished[done.finish_reasons[0]].inc()
+        self._e2e.observe(seconds)
+        self._request_prompt.observe(done.num_prompt_tokens)
+        self._request_output.observe(done.num_output_tokens)
+        self._media.observe(done.prepare_s)
+        self._answer.observe(done.e2e_s - done.ttft_s)
+        if done.tpot_s:
+            self._tpot.observe(done.tpot_s)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """What the engines hold, for prometheus_client."""
+        stats = self._backend.stats()
+        names, values = tuple(self._labels), tuple(self._labels.values())
+        for name, words, value in (
+            ("vllm:num_requests_running", "Requests that are being computed.", stats.num_running),
+            ("vllm:num_requests_waiting", "Requests that wait.", stats.num_waiting),
+            (
+                "vllm:kv_cache_usage_perc", "Share of the KV cache that is in use; 1 is all.",
+                stats.num_used_blocks / max(1, stats.num_blocks),
+            ),
+        ):  # fmt: skip
+            gauge = GaugeMetricFamily(name, words, labels=names)
+            gauge.add_metric(values, value)
+            yield gauge
+        for name, words, value in (
+            ("vllm:num_preemptions", "Requests that gave their blocks back.", stats.num_preemptions),
+            (
+                "vllm:mm_cache_queries",
+                "Pictures and videos looked for in the encoder cache.",
+                stats.num_encoder_queries,
+            ),
+            ("vllm:mm_cache_hits", "Pictures and videos found there.", stats.num_encoder_hits),
+            ("vllm:spec_decode_num_draft_tokens", "Guessed tokens.", 0),
+            ("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that were right.", 0),
+            ("qwenvl:prefill_steps", "Steps with a prompt in them.", stats.num_prefill_steps),
+            ("qwenvl:decode_steps", "Steps of one token a request.", stats.num_decode_steps),
+        ):
+            counter = CounterMetricFamily(name, words, labels=names)
+            counter.add_metric(values, value)
+            yield counter
+        stages = CounterMetricFamily("qwenvl:stage_seconds", "Time of the engine's steps.", labels=(*names, "stage"))
+        for stage in ("vision", "prefill", "decode"):
+            stages.add_metric((*values, stage), getattr(stats, f"{stage}_s"))
+        yield stages
+
+    def _counter(self, name: str, words: str) -> Counter:
+        return Counter(name, words, tuple(self._labels), registry=self.registry).labels(**self._labels)
+
+    def _histogram(self, name: str, words: str, bounds: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(name, words, tuple(self._labels), buckets=bounds, registry=self.registry)
+        return histogram.labels(**self._labels)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    return Response(request.app.state.service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

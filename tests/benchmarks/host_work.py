@@ -1,0 +1,118 @@
+"""The host work that a decode step waits for: what lies between two forwards of a running batch.
+
+    python -m tests.benchmarks.host_work [--batch 32] [--steps 300] [--against FOLDER]
+
+`--batch` answers are written by an EngineLoop that hands every token to a callback, as a server does. Between the end
+of one forward of the model and the beginning of the next lie sampling, bookkeeping, text, delivery, planning and the
+gathering of inputs: `between_ms`. `step_ms` is from one forward's beginning to the next one's. `--against`: another
+checkout of this project, whose engine is measured by the same code in turns with this one's; medians over all turns,
+and their ratio. Not a test: timings on shared machines vary.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+TURNS = 4
+WARM_UP_STEPS = 30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="models/tiny/qwen3_vl")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--against", type=Path, help="another checkout, measured in turns with this one")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a turn, in a process of its own
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args)))
+        return
+    folders = {"this": REPO} | ({"against": args.against.resolve()} if args.against else {})
+    found: dict[str, list[dict]] = {name: [] for name in folders}
+    for _ in range(TURNS if args.against else 1):
+        for name, folder in folders.items():
+            found[name].append(turn(folder))
+    report = {name: {key: median(turns, key) for key in turns[0]} for name, turns in found.items()}
+    if args.against:
+        report["ratio"] = {key: round(report["this"][key] / report["against"][key], 3) for key in report["this"]}
+    print(json.dumps({"batch": args.batch, "threads": args.threads, "temperature": args.temperature, **report}))
+
+
+def turn(folder: Path) -> dict:
+    """One measurement of the checkout in `folder`, by this file's code."""
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--against")]
+    if "--against" in sys.argv:
+        arguments.remove(sys.argv[sys.argv.index("--against") + 1])
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), *arguments, "--one"],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def median(turns: list[dict], key: str) -> float:
+    return round(statistics.median(each[key] for each in turns), 3)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    import torch
+
+    from executor.commands.build import build_engine
+    from executor.engine.loop import EngineLoop
+    from executor.recipe.schema import build_recipe
+    from executor.schedule.request import SamplingParams
+
+    torch.set_num_threads(args.threads)
+    params = SamplingParams(max_new_tokens=args.steps + 100, ignore_eos=True, temperature=args.temperature, seed=1)
+    recipe = build_recipe(
+        {
+            "model_config": {"model_path": args.model, "device": "cpu", "dtype": "float32"},
+            "scheduler_config": {"max_num_seqs": args.batch, "block_size": 16, "max_model_len": 1024},
+        }
+    )
+    begun: list[float] = []
+    ended: list[float] = []
+    rows: list[int] = []
+    told: list[int] = []
+    with build_engine(recipe) as engine:
+        forward = engine.runner.step.forward
+
+        def timed(token_ids, *rest):
+            begun.append(time.perf_counter())
+            logits = forward(token_ids, *rest)
+            ended.append(time.perf_counter())
+            rows.append(len(token_ids))
+            return logits
+
+        engine.runner.step.forward = timed
+        with EngineLoop(engine) as loop:
+            handles = [
+                loop.submit(f"Count to {number}.", params, on_event=lambda event: told.append(1))
+                for number in range(args.batch)
+            ]
+            while sum(count == args.batch for count in rows) < args.steps + WARM_UP_STEPS:
+                loop.turn(0.05)
+            for handle in handles:
+                assert handle.failure is None, handle.failure
+    steady = [n for n in range(1, len(rows)) if rows[n - 1] == rows[n] == args.batch][WARM_UP_STEPS:]
+    between = [1000 * (begun[n] - ended[n - 1]) for n in steady]
+    steps = [1000 * (begun[n] - begun[n - 1]) for n in steady]
+    ordered = sorted(between)
+    return {
+        "between_ms": statistics.median(between),
+        "between_p90_ms": ordered[int(0.9 * len(ordered))],
+        "step_ms": statistics.median(steps),
+    }
+
+
+if __name__ == "__main__":
+    main()

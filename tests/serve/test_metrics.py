@@ -1,0 +1,89 @@
+"""GET /metrics: vLLM's names, and numbers that are what was asked and answered."""
+
+import base64
+import io
+import json
+import re
+
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.reference import REPO
+from tests.serve.conftest import Running
+
+NAMES = {
+    *("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"),
+    *("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"),
+    *("vllm:mm_cache_queries_total", "vllm:mm_cache_hits_total", "vllm:prompt_tokens_total"),
+    *("vllm:generation_tokens_total", "vllm:request_success_total", "vllm:time_to_first_token_seconds_count"),
+    *("vllm:inter_token_latency_seconds_count", "vllm:e2e_request_latency_seconds_count"),
+    *("vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode_num_accepted_tokens_total"),
+    *("vllm:num_preemptions_total", "vllm:request_prompt_tokens_sum", "vllm:request_generation_tokens_sum"),
+    *("qwenvl:prepare_seconds_count", "qwenvl:stage_seconds_total", "process_resident_memory_bytes"),
+}
+
+
+def samples(server: Running) -> dict[str, float]:
+    """Name (and what tells its reason or stage) -> value."""
+    reply = server.http.get("/metrics")
+    assert reply.status_code == 200 and reply.headers["content-type"].startswith("text/plain")
+    found = {}
+    for family in text_string_to_metric_families(reply.text):
+        for sample in family.samples:
+            label = sample.labels.get("finished_reason") or sample.labels.get("stage")
+            if "le" not in sample.labels:
+                found[f"{sample.name} {label}" if label else sample.name] = sample.value
+    return found
+
+
+def ask(server: Running, before: str = "") -> dict:
+    picture = io.BytesIO()
+    Image.new("RGB", (160, 128), "red").save(picture, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+    parts = [
+        {"type": "text", "text": before},
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": "What is this?"},
+    ]
+    body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 4}
+    reply = server.http.post("/v1/chat/completions", json=body)
+    assert reply.status_code == 200, reply.text
+    return reply.json()["usage"]
+
+
+def test_the_numbers_are_those_of_the_requests(server: Running) -> None:
+    first = samples(server)
+    assert {name.partition(" ")[0] for name in first} >= NAMES
+    usages = [ask(server), ask(server), ask(server, "Look:")]  # known blocks, then a known picture
+    after = samples(server)
+
+    def grown(name: str) -> float:
+        return after[name] - first.get(name, 0.0)
+
+    assert grown("vllm:prompt_tokens_total") == sum(usage["prompt_tokens"] for usage in usages)
+    assert grown("vllm:generation_tokens_total") == sum(usage["completion_tokens"] for usage in usages)
+    cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
+    assert cached > 0 and grown("vllm:prefix_cache_hits_total") == cached
+    assert grown("vllm:time_to_first_token_seconds_count") == grown("vllm:e2e_request_latency_seconds_count") == 3
+    tokens = sum(usage["completion_tokens"] for usage in usages)
+    assert grown("vllm:inter_token_latency_seconds_count") == tokens - 3
+    assert grown("vllm:request_success_total length") + grown("vllm:request_success_total stop") == 3
+    assert grown("vllm:mm_cache_queries_total") == 2 and grown("vllm:mm_cache_hits_total") == 1
+    assert all(grown(f"qwenvl:stage_seconds_total {stage}") > 0 for stage in ("vision", "prefill", "decode"))
+    assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0
+
+
+def test_a_refused_request_counts_as_an_error(server: Running) -> None:
+    before = samples(server)["vllm:request_success_total error"]
+    content = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
+    reply = server.http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": content}]})
+    assert reply.status_code == 400
+    assert samples(server)["vllm:request_success_total error"] == before + 1
+
+
+def test_the_dashboard_asks_for_metrics_that_are_there(server: Running) -> None:
+    dashboard = json.loads((REPO / "docs/serving/dashboard.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for query in queries for name in re.findall(r"(?:vllm:|qwenvl:|process_)\w+", query)}
+    given = {line.split("{")[0].split(" ")[0] for line in server.http.get("/metrics").text.splitlines()}
+    assert len(asked) > 12 and asked <= given
