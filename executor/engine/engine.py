@@ -353,15 +353,11 @@ class Engine:
             del self._answers[request.id]
             self.runner.forget(request)
         logprobs = tuple(request.output_logprobs[-len(token_ids) :]) if request.output_logprobs and token_ids else ()
-        prompt_logprobs = None
+        output = Output(answer.parent_id, answer.index, delta, token_ids, request.finish_reason, request, logprobs)
         if request.prompt_logprobs and token_ids and not answer.is_begun:
-            answer.is_begun, prompt_logprobs = True, tuple(request.prompt_logprobs)
-        answer.outputs.append(
-            Output(
-                answer.parent_id, answer.index, delta, token_ids, request.finish_reason, request, logprobs,
-                prompt_logprobs,
-            )
-        )  # fmt: skip
+            answer.is_begun = True
+            output = output._replace(prompt_logprobs=tuple(request.prompt_logprobs))
+        answer.outputs.append(output)
 
     def _drop(self, request_id: str) -> None:
         """End a request at its caller's wish. Unread outputs of it go as well, all but the last of a `stream`."""

@@ -55,14 +55,8 @@ def to_bytes(message: StepMessage | None) -> bytes:
         if row.prompt is not None:
             arrays += [np.asarray(row.prompt.token_ids, dtype=np.int64), row.prompt.positions.astype(np.int64).ravel()]
             prompt = _described(row.prompt)
-        numbers = (
-            row.number,
-            row.start,
-            row.num_tokens,
-            row.max_yield,
-            [row.scored.start, row.scored.stop],
-            row.num_kept,
-        )
+        scored = [row.scored.start, row.scored.stop]
+        numbers = (row.number, row.start, row.num_tokens, row.max_yield, scored, row.num_kept)
         rows.append([*numbers, row.token_ids, row.block_ids, prompt])
     tree = {
         "rows": rows,

@@ -39,8 +39,8 @@ among them: a defect of ours is nobody's request's."""
 class StepResult:
     """What a plan's rows have yielded: tokens, in the rows' order.
 
-    `logprobs`: row -> those of its tokens, `prompt_logprobs`: row -> those of the prompt tokens that it scores, where
-    they were asked for. `failures`: row -> why its request cannot go on; such a row has no tokens. `missing`: digests
+    `logprobs`: row -> those of its tokens, where they were asked for. `prompt_logprobs`: row -> those of the prompt
+    tokens that it scores. `failures`: row -> why its request cannot go on; such a row has no tokens. `missing`: digests
     of media that could not be encoded.
     """
 
@@ -180,7 +180,7 @@ class Runner:
             result.token_ids.extend(alone.token_ids)
             if 0 in alone.logprobs:
                 result.logprobs[number] = alone.logprobs[0]
-            if alone.prompt_logprobs:
+            if 0 in alone.prompt_logprobs:
                 result.prompt_logprobs[number] = alone.prompt_logprobs[0]
             if reason is not None:
                 result.failures[number] = reason

@@ -61,7 +61,7 @@ def test_a_full_queue_takes_none_of_them(server: Running) -> None:
             return Feed(abort=lambda: taken.append(f"let go {ask.id}"))
 
     real = server.service
-    service = Service(real.recipe, real.processor, real.vocab_size, Backend())
+    service = Service(real.recipe, real.processor, real.vocab_size, Backend(), is_ready=True)
     asks = [Ask(str(number), TextPrompt("a"), None) for number in range(3)]
     with pytest.raises(ApiError) as caught:
         service.ask_all(asks)
