@@ -65,13 +65,11 @@ class RayCluster:
         self._ray = ray = _import_ray()
         self._recipe = resolve_device(recipe)
         where = recipe.parallel.ray_address or environment().get("RAY_ADDRESS")
-        own = (
-            {} if where else {"num_cpus": host_cores(), "object_store_memory": STORE_BYTES, "include_dashboard": False}
-        )
+        settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+        if not where:
+            settings |= {"num_cpus": host_cores(), "object_store_memory": STORE_BYTES, "include_dashboard": False}
         try:
-            ray.init(
-                address=where or "local", log_to_driver=False, logging_level=logging.WARNING, **({} if where else own)
-            )
+            ray.init(address=where or "local", **settings)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"parallel_config.ray_address: the Ray cluster {where or 'of this machine'} cannot be joined "

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from executor.engine.engine import Question
 from executor.engine.handle import Event as LoopEvent
 from executor.engine.handle import Handle
+from executor.engine.logprobs import TokenLogprobs
 from executor.engine.loop import EngineLoop, Stopped
 from executor.engine.outputs import Completion, Output
 from executor.engine.prepare import Lane
@@ -118,11 +119,17 @@ def build_prompt(processor: Any, ask: Ask) -> Prompt:
             prompt.messages,
             tools=prompt.tools or None,
             add_generation_prompt=prompt.add_generation_prompt,
+            continue_final_message=prompt.continue_final_message,
             chat_template_kwargs=prompt.template_kwargs or None,
+            media_options=prompt.media_options or None,
         )
     if isinstance(prompt, TextPrompt):
-        return processor.build_text(prompt.text, prompt.media)
-    raise NotImplementedError  # token ids: PromptBuilder.build_tokens
+        return processor.build_text(prompt.text, prompt.media, media_options=prompt.media_options or None)
+    return processor.build_tokens(prompt.token_ids)
+
+
+def _token_info(x: TokenLogprobs) -> TokenInfo:
+    return TokenInfo(x.token_id, x.logprob, x.top, x.rank)
 
 
 def plain_event(event: LoopEvent, handle: Handle | None) -> Event:
@@ -135,10 +142,11 @@ def plain_event(event: LoopEvent, handle: Handle | None) -> Event:
             token_ids=event.token_ids,
             num_prompt_tokens=len(request.prompt.token_ids),
             num_cached_tokens=request.num_cached_tokens,
-            logprobs=tuple(TokenInfo(x.token_id, x.logprob, x.top) for x in event.logprobs),
+            logprobs=tuple(map(_token_info, event.logprobs)),
             finish_reason=event.finish_reason and event.finish_reason.value,
             stop_reason=request.stop_reason,
             error=event.error,
+            prompt_logprobs=event.prompt_logprobs and tuple(x and _token_info(x) for x in event.prompt_logprobs),
         )
     if isinstance(event, Completion):
         return Done(

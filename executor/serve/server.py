@@ -54,7 +54,7 @@ def listen(settings: ServerSection) -> socket.socket:
     try:
         listener.bind((settings.host, settings.port))
         listener.listen(BACKLOG)  # whoever connects from now on waits until the application runs
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         listener.close()
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(

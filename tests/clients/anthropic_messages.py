@@ -71,7 +71,7 @@ print("structured:", shaped.content[0].text)
 for fields, kind in (
     ({"messages": []}, anthropic.BadRequestError),
     ({"messages": question, "model": "another"}, anthropic.NotFoundError),
-    ({"messages": question, "max_tokens": 10**6}, anthropic.BadRequestError),
+    ({"messages": question, "max_tokens": 20_000}, anthropic.BadRequestError),
 ):
     try:
         client.messages.create(**{**greedy, **fields})

@@ -2,6 +2,7 @@
 // The Vercel SDK's own default, openai("m"): /v1/responses whole, streamed, with a schema and tools; and kept turns.
 
 import assert from "node:assert";
+import { readFileSync } from "node:fs";
 import { createOpenAI } from "@ai-sdk/openai";
 import { generateObject, generateText, streamText, stepCountIs, tool } from "ai";
 import { z } from "zod";
@@ -10,12 +11,7 @@ const [url] = process.argv.slice(2);
 const openai = createOpenAI({ baseURL: `${url}/v1`, apiKey: "none" });
 const models = await (await fetch(`${url}/v1/models`)).json();
 const model = openai(models.data[0].id);
-// 64x64, red.
-const png = Buffer.from(
-  "iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAIAAAAlC+aJAAAAS0lEQVR42u3PQQkAAAgAsetfWiP4FgYrsKZeS0BAQEBAQEBAQEBAQEBAQEBAQEBAQEBA" +
-    "QEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEDgsqnc8OJg6Ln3AAAAAElFTkSuQmCC",
-  "base64",
-);
+const png = readFileSync("dataset/media/objects.png");
 const messages = [
   { role: "user", content: [{ type: "image", image: png }, { type: "text", text: "What do you see?" }] },
 ];

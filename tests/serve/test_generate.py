@@ -2,15 +2,23 @@
 
 import base64
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from executor.engine.engine import Engine
 from tests.reference import REPO
-from tests.serve.conftest import Running
+from tests.serve.conftest import Running, start
 
 MEDIA = REPO / "dataset/media"
 LIMITS = {"max_tokens": 8, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def server(tiny_engine: Engine) -> Iterator[Running]:
+    """One that may read the files of the documents' requests."""
+    yield from start(tiny_engine, allowed_local_media_path=str(MEDIA))
 
 
 def data_url(name: str, kind: str) -> str:
@@ -50,6 +58,9 @@ def test_a_list_of_parts_is_answered_as_a_users_message(server: Running) -> None
     assert chat(server, SQUARE) == "blue"
     assert generate(server, SQUARE) == [f"{QUESTION} blue"]
     assert generate(server, SQUARE[::-1]) == [f"{QUESTION} {chat(server, SQUARE[::-1])}"]
+    for address in (str(MEDIA / "objects.png"), f"file://{MEDIA / 'objects.png'}"):
+        for value in (address, {"url": address}):
+            assert generate(server, [SQUARE[0], {"type": "image_url", "image_url": value}]) == [f"{QUESTION} blue"]
 
 
 def test_a_video_is_a_part_as_well(server: Running) -> None:

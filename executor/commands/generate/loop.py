@@ -18,23 +18,26 @@ def answer_all(engine: Any, recipe: Recipe, params: SamplingParams, spread: Any,
     """Answer all samples that this replica takes, and let its other ranks go. `take` gets rows as they are finished,
     not in order, those that other replicas have sent among them.
 
+    `spread.samples()` gives None where there is nothing to take at the moment, and there may be later.
     Samples that cannot be answered yield a row with `error` set. `params` are for rows that set none themselves.
     """
     from executor.engine.loop import MAX_AHEAD, EngineLoop
 
     max_held = min(recipe.scheduler.max_num_seqs + MAX_AHEAD, spread.max_held)
     samples, unfinished, exhausted = spread.samples(), {}, False
+    over = object()
     asked: dict[int, Asked] = {}
     with EngineLoop(engine) as loop:
         while unfinished or not exhausted:
             while not exhausted and len(unfinished) < max_held:
-                index, sample = next(samples, (None, None))
-                if sample is None:
-                    exhausted = True
+                taken = next(samples, over)
+                exhausted = taken is over
+                if exhausted or taken is None:
                     break
+                index, sample = taken
                 make = partial(_make, asked, engine, recipe, params, index, sample)
                 unfinished[loop.submit(make, params)] = index, sample
-            for handle in loop.turn(WAIT_S) if unfinished else ():
+            for handle in loop.turn(WAIT_S) if unfinished or not exhausted else ():
                 index, sample = unfinished.pop(handle)
                 error = _error(handle)
                 question = asked.pop(index, None)

@@ -11,16 +11,15 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
 from dataset.load import load_dataset
 from dataset.sample import Dataset
 from executor.commands.generate.loop import answer_all
-from executor.commands.generate.printer import Printer, print_summary
+from executor.commands.generate.printer import print_summary
 from executor.commands.generate.results import ResultsFile, check_place, settings_of
 from executor.commands.generate.rows import Row, check_drawing
+from executor.commands.generate.taking import Taking
 from executor.engine.params import check_params
-from executor.host.env import rank_place
+from executor.host.env import environment, rank_place
 from executor.prompt.chat import check_template_kwargs
 from executor.recipe.generation import sampling_params
 from executor.recipe.schema import Recipe
@@ -28,8 +27,6 @@ from executor.recipe.settle import Prepared, prepare
 from executor.schedule.request import SamplingParams
 
 logger = logging.getLogger(__name__)
-
-BAR_AFTER_S = 5.0
 
 
 def run(recipe: Recipe, build: Callable[..., Any] | None = None, out: TextIO | None = None) -> tuple[Row, int]:
@@ -39,17 +36,43 @@ def run(recipe: Recipe, build: Callable[..., Any] | None = None, out: TextIO | N
     """
     out = out or sys.stdout
     place = rank_place()
-    if place.rank:
+    if recipe.num_jobs("generate") > 1:
+        from executor.commands.generate.cluster import run_cluster
+
+        return run_cluster(recipe, out)
+    if place.rank or "RECIPE_FRONT" in environment():
         _assist(prepare(recipe, place.local_world_size), build)
         return {"command": "generate"}, 0
+    check_data(recipe)
+    dataset = load_dataset(recipe.data)
+    prepared = prepare(recipe, place.local_world_size)
+    params = _checked_params(prepared)
+
+    def fill(rows: dict[int, Row], results: ResultsFile | None) -> float:
+        return _answer_missing(prepared, params, dataset, rows, results, build, out)
+
+    return answered(prepared.recipe, dataset, out, fill)
+
+
+def check_data(recipe: Recipe) -> None:
+    """UserError where what is written cannot be, before anything is read."""
     if recipe.data.results_path:
         with suppress(OSError):  # said when the file is opened
             check_place(recipe.data.results_path)
-    dataset = load_dataset(recipe.data)
     check_drawing(recipe)
-    prepared = prepare(recipe, place.local_world_size)
-    recipe = prepared.recipe
-    params = _checked_params(prepared)
+
+
+def answered(
+    recipe: Recipe,
+    dataset: Dataset,
+    out: TextIO,
+    fill: Callable[[dict[int, Row], ResultsFile | None], float | None],
+) -> tuple[Row, int]:
+    """The JSON document and the exit status of a settled recipe, when `fill` has answered what was not answered before.
+
+    `fill` gets the rows that there are and the file that rows go to; it may return when it began to answer, in
+    monotonic seconds. It is called for nothing where other ranks wait for this one.
+    """
     opened = nullcontext()
     if recipe.data.results_path:
         opened = ResultsFile(recipe.data.results_path, settings_of(recipe), dataset)
@@ -62,7 +85,7 @@ def run(recipe: Recipe, build: Callable[..., Any] | None = None, out: TextIO | N
         started = time.monotonic()
         if len(rows) < len(dataset) or recipe.parallel.world_size > 1:  # the other ranks wait for this one
             try:
-                started = _answer_missing(prepared, params, dataset, rows, results, build, out)
+                started = fill(rows, results) or started
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(_what_is_saved(rows, len(dataset), recipe.data.results_path)) from None
         if results:
@@ -113,27 +136,9 @@ def _answer_missing(
         return time.monotonic()
     engine = _build(prepared, device, parallel, build)
     ready = time.monotonic()
-    printer = Printer(len(dataset), out, already=rows)
-    on_screen = sys.stderr.isatty()
-    interval_s = 0.2 if on_screen else 30.0  # a log file gets a line now and then
-    with tqdm(total=len(dataset), initial=len(rows), unit="request", delay=BAR_AFTER_S, mininterval=interval_s) as bar:
-
-        def take(row: Row) -> None:
-            asked = row.pop("fingerprint")
-            if results:
-                results.append(row, asked)
-            rows[row["index"]] = row
-            bar.update()
-            if printer.has_next(row["index"]):
-                shown = on_screen and bar.format_dict["elapsed"] > BAR_AFTER_S
-                if shown:
-                    bar.clear()
-                printer.print_ready(rows)
-                if shown:
-                    bar.refresh()
-
+    with Taking(len(dataset), rows, results, out) as take:
         answer_all(engine, prepared.recipe, params, spread, take)
-        while len(rows) < len(dataset):  # the last ones of other replicas
+        while not take.is_complete:  # the last ones of other replicas
             spread.receive(take)
             spread.wait()
     parallel.disconnect()
@@ -155,17 +160,24 @@ def _build(prepared: Prepared, device: Any, parallel: Any, build: Callable[..., 
 
 
 def _assist(prepared: Prepared, build: Callable[..., Any] | None) -> None:
-    """What a rank other than 0 does: answer for its replica, or follow the rank that does."""
+    """What a rank does that has no results of its own: answer for its replica, or follow the rank that does."""
     from executor.commands.build import open_rank
     from executor.commands.generate.spread import Spread
 
-    recipe = prepared.recipe
+    recipe, params = prepared.recipe, _checked_params(prepared)
     device, parallel = open_rank(prepared)
-    spread = Spread(parallel, load_dataset(recipe.data) if parallel.leads else None)
+    dataset = load_dataset(recipe.data) if parallel.leads else None
+    if "RECIPE_FRONT" in environment():
+        from executor.commands.generate.front import FrontSpread
+        from executor.engine.loop import MAX_AHEAD
+
+        spread = FrontSpread(parallel, dataset, recipe, recipe.scheduler.max_num_seqs + MAX_AHEAD)
+    else:
+        spread = Spread(parallel, dataset)
     if spread.start():
         engine = _build(prepared, device, parallel, build)
         if parallel.leads:
-            answer_all(engine, recipe, _checked_params(prepared), spread, spread.send)
+            answer_all(engine, recipe, params, spread, spread.send)
         else:
             engine.follow()
     parallel.disconnect()

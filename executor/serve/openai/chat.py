@@ -63,7 +63,11 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     params = chat_params(service, body, begins_thinking=begins_thinking)
     is_bounded = body.max_completion_tokens is not None or body.max_tokens is not None
     ask = Ask(
-        answer_id(request, "chatcmpl"), prompt, params, service.recipe.server.request_timeout_s, fits_exactly=is_bounded
+        answer_id(request, "chatcmpl-"),
+        prompt,
+        params,
+        service.recipe.server.request_timeout_s,
+        fits_exactly=is_bounded,
     )
     style = style_of(service, body, params, begins_thinking=begins_thinking)
     frame = {"id": ask.id, "created": int(time.time()), "model": service.model_name}
@@ -74,8 +78,8 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
 
 
 def answer_id(request: Request, prefix: str) -> str:
-    """A new id, which the access log has too."""
-    name = request.scope[EXCHANGE].answer_id = f"{prefix}-{uuid.uuid4().hex}"
+    """A new id ("chatcmpl-" and digits), which the access log has too."""
+    name = request.scope[EXCHANGE].answer_id = f"{prefix}{uuid.uuid4().hex}"
     return name
 
 

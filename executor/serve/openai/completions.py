@@ -71,7 +71,7 @@ class Job:
 async def completions(body: CompletionRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_model(body.model)
-    job = await _job_of(service, body, answer_id(request, "cmpl"))
+    job = await _job_of(service, body, answer_id(request, "cmpl-"))
     asks = [
         Ask(
             f"{job.frame['id']}-{index}", prompt, job.params, service.recipe.server.request_timeout_s,

@@ -33,7 +33,7 @@ class Visit:
         }
         for event, handler in self._handlers.items():
             page.on(event, handler)
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(30_000)
         page.goto(f"{url}/")
 
     def leave(self) -> None:
