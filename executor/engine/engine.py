@@ -356,7 +356,7 @@ class Engine:
         output = Output(answer.parent_id, answer.index, delta, token_ids, request.finish_reason, request, logprobs)
         if request.prompt_logprobs and token_ids and not answer.is_begun:
             answer.is_begun = True
-            output = replace(output, prompt_logprobs=tuple(request.prompt_logprobs))
+            output = output._replace(prompt_logprobs=tuple(request.prompt_logprobs))
         answer.outputs.append(output)
 
     def _drop(self, request_id: str) -> None:

@@ -208,7 +208,10 @@ def _choice(grammar: Grammar) -> str:
 def _ebnf(grammar: Grammar) -> str:
     try:
         return LLMatcher.grammar_from_lark(any_to_lark(grammar.source))
-    except GbnfToLarkError as error:
+    except Exception as error:
+        # llguidance 1.9.1 tells some of its faults (a rule that is not there) by plain Exceptions.
+        if type(error) not in (Exception, GbnfToLarkError):
+            raise
         raise UserError(f"the grammar cannot be read: {one_line(str(error))}") from error
 
 
@@ -240,15 +243,13 @@ def _arguments_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
         schema = checked_schema(json.dumps(parameters if parameters is not None else {}))
     except (UserError, RecursionError) as error:
         raise UserError(f"the parameters of the tool '{name}' cannot be enforced: {error}") from error
-    if not isinstance(schema, dict) or schema.get("type", "object") != "object":
+    if schema.get("type", "object") != "object":
         raise UserError(f"the parameters of the tool '{name}' are no schema of an object; give type: object")
     return _with_options({**schema, "type": "object"})
 
 
-def _with_options(schema: dict[str, Any] | bool) -> dict[str, Any]:
+def _with_options(schema: dict[str, Any]) -> dict[str, Any]:
     """A schema inside of Lark, with what `_json_schema` hands over beside it."""
-    if isinstance(schema, bool):
-        schema = {} if schema else {"not": {}}
     return {**schema, "x-guidance": _json_options()}
 
 

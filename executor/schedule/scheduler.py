@@ -178,7 +178,7 @@ class Scheduler:
         now_s = time.monotonic()
         self._encoder.settle(missing)
         updated = []
-        for (request, start, num_tokens, max_yield), new in zip(plan.rows, token_ids, strict=True):
+        for (request, start, num_tokens, max_yield, _), new in zip(plan.rows, token_ids, strict=True):
             if request.status is Status.FINISHED:
                 continue
             assert (max_yield > 0) <= len(new) <= max_yield, (
