@@ -137,7 +137,7 @@ class Crew:
             if "ready" in message:
                 share = -(
                     -self._num_rows // (self._num_jobs * hello["leaders"])
-                )  # what is even, while others have none
+                )
                 self._dealer.join(peer, min(hello["seats"], max(1, share)))
                 self._ready.add((hello["replica"], hello["leader"]))
                 self._jobs.are_up = self._jobs.are_up or len(self._ready) == self._num_jobs * hello["leaders"]
