@@ -139,10 +139,10 @@ def _set_options(recipe: "Recipe", local_ranks: int) -> None:
 
 
 def end(status: int) -> NoReturn:
-    """End this process. A thread that still asks the job's store (which may never answer), or that still reads a long
-    video, comes back from C++ into an interpreter that is being taken down, and aborts it: then the status would be
-    SIGABRT's."""
-    if any(thread.name.startswith(("store: ", "prepare: ")) for thread in threading.enumerate()):
+    """End this process. A thread that still asks the job's store (which may never answer), reads a long video or
+    computes a step comes back from C++ into an interpreter that is being taken down, and aborts it: then the status
+    would be SIGABRT's."""
+    if any(thread.name.startswith(("store: ", "prepare: ", "engine")) for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -98,13 +98,8 @@ def random_checkpoint(folder: Path, family: str) -> Path:
     return save_checkpoint(folder, family, random_model(family, config_of(family, tokenizer_of(family))))
 
 
-@torch.inference_mode()
-def greedy(model: Any, prompt: Prompt, pixel_format: Any, num_tokens: int) -> tuple[list[int], torch.Tensor]:
-    """transformers' own greedy tokens for our prompt, and their logits [num_tokens, V].
-
-    With our positions: after a Qwen2.5 video they differ from transformers 5.23's, as the weights were trained
-    (elsewhere a test holds them equal to transformers').
-    """
+def _media_inputs(prompt: Prompt, pixel_format: Any) -> dict[str, torch.Tensor]:
+    """A prompt's pictures and videos as transformers' models take them."""
     inputs: dict[str, Any] = {}
     for kind, pixels, grid in (
         ("image", "pixel_values", "image_grid_thw"),
@@ -122,6 +117,28 @@ def greedy(model: Any, prompt: Prompt, pixel_format: Any, num_tokens: int) -> tu
                 ]
             )
             inputs[grid] = torch.tensor([item.grid_thw for item in items])
+    return inputs
+
+
+@torch.inference_mode()
+def prompt_logits(model: Any, prompt: Prompt, pixel_format: Any) -> torch.Tensor:
+    """transformers' logits of all of a prompt's tokens, [T, V], with our positions."""
+    out = model(
+        input_ids=torch.tensor([prompt.token_ids]),
+        position_ids=torch.from_numpy(prompt.positions)[:, None],
+        **_media_inputs(prompt, pixel_format),
+    )
+    return out.logits[0]
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompt: Prompt, pixel_format: Any, num_tokens: int) -> tuple[list[int], torch.Tensor]:
+    """transformers' own greedy tokens for our prompt, and their logits [num_tokens, V].
+
+    With our positions: after a Qwen2.5 video they differ from transformers 5.23's, as the weights were trained
+    (elsewhere a test holds them equal to transformers').
+    """
+    inputs = _media_inputs(prompt, pixel_format)
     tokens, logits, cache = prompt.token_ids, [], None
     positions = torch.from_numpy(prompt.positions)
     chosen: list[int] = []

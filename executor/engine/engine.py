@@ -39,6 +39,7 @@ class _Answer:
     request: Request
     detokenizer: Detokenizer
     outputs: deque[Output]  # of whoever asked
+    is_begun: bool = False  # the prompt's logprobs were told with its first token
 
 
 class Engine:
@@ -288,6 +289,8 @@ class Engine:
             raise
         for number, reason in result.failures.items():
             self.scheduler.fail(plan.rows[number].request, reason)
+        for number, scores in result.prompt_logprobs.items():
+            plan.rows[number].request.prompt_logprobs += scores
         logprobs = {plan.rows[number].request.id: new for number, new in result.logprobs.items()}
         for request, token_ids in self.scheduler.update(plan, result.token_ids, result.missing):
             if request.id in logprobs:
@@ -350,9 +353,11 @@ class Engine:
             del self._answers[request.id]
             self.runner.forget(request)
         logprobs = tuple(request.output_logprobs[-len(token_ids) :]) if request.output_logprobs and token_ids else ()
-        answer.outputs.append(
-            Output(answer.parent_id, answer.index, delta, token_ids, request.finish_reason, request, logprobs)
-        )
+        output = Output(answer.parent_id, answer.index, delta, token_ids, request.finish_reason, request, logprobs)
+        if request.prompt_logprobs and token_ids and not answer.is_begun:
+            answer.is_begun = True
+            output = output._replace(prompt_logprobs=tuple(request.prompt_logprobs))
+        answer.outputs.append(output)
 
     def _drop(self, request_id: str) -> None:
         """End a request at its caller's wish. Unread outputs of it go as well, all but the last of a `stream`."""

@@ -119,7 +119,12 @@ class Grammars:
             if grammar in self._cache:
                 self._cache.move_to_end(grammar)
                 return self._cache[grammar]
-        compiled = _compile(grammar, self.vocab)
+        try:
+            compiled = _compile(grammar, self.vocab)
+        except UserError as error:
+            if not grammar.asked_by:
+                raise
+            raise UserError(f"{grammar.asked_by}: {error}") from error
         with self._lock:
             self._cache[grammar] = compiled
             while len(self._cache) > MAX_CACHED:
@@ -203,15 +208,17 @@ def _choice(grammar: Grammar) -> str:
 def _ebnf(grammar: Grammar) -> str:
     try:
         return LLMatcher.grammar_from_lark(any_to_lark(grammar.source))
-    except GbnfToLarkError as error:
+    except Exception as error:
+        # llguidance 1.9.1 tells some of its faults (a rule that is not there) by plain Exceptions.
+        if type(error) not in (Exception, GbnfToLarkError):
+            raise
         raise UserError(f"the grammar cannot be read: {one_line(str(error))}") from error
 
 
 def _calls(grammar: Grammar) -> str:
     """Lark for calls in Qwen's form, those of Hermes: a JSON object of name and arguments between two tokens.
 
-    The source is `{"tools": [{"name", "parameters"}], "parallel": bool}`. A lazy grammar describes one call, begun by
-    its first token.
+    A lazy grammar describes one call, begun by its first token.
     """
     asked = json.loads(grammar.source)
     rules, names = [], []
@@ -221,7 +228,11 @@ def _calls(grammar: Grammar) -> str:
         rules.append(f'tool_{number}: {head} %json {json.dumps(schema)} "}}"')
         names.append(f"tool_{number}")
     more = ' ("\\n" call)*' if asked["parallel"] and not grammar.is_lazy else ""
-    lines = [f"start: call{more}", f'call: {CALL_BEGIN} "\\n" ({" | ".join(names)}) "\\n" {CALL_END}', *rules]
+    start = f"start: call{more}"
+    if "else" in asked:
+        start += " | answer"
+        rules.append(f"answer: %json {json.dumps(_with_options(checked_schema(asked['else'])))}")
+    lines = [start, f'call: {CALL_BEGIN} "\\n" ({" | ".join(names)}) "\\n" {CALL_END}', *rules]
     return LLMatcher.grammar_from_lark("\n".join(lines))
 
 
@@ -232,9 +243,14 @@ def _arguments_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
         schema = checked_schema(json.dumps(parameters if parameters is not None else {}))
     except (UserError, RecursionError) as error:
         raise UserError(f"the parameters of the tool '{name}' cannot be enforced: {error}") from error
-    if not isinstance(schema, dict) or schema.get("type", "object") != "object":
+    if schema.get("type", "object") != "object":
         raise UserError(f"the parameters of the tool '{name}' are no schema of an object; give type: object")
-    return {**schema, "type": "object", "x-guidance": _json_options()}
+    return _with_options({**schema, "type": "object"})
+
+
+def _with_options(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema inside of Lark, with what `_json_schema` hands over beside it."""
+    return {**schema, "x-guidance": _json_options()}
 
 
 _SOURCES = {"json_schema": _json_schema, "regex": _regex, "choice": _choice, "ebnf": _ebnf, "calls": _calls}

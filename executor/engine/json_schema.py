@@ -41,14 +41,18 @@ _SINGLE = (
 _ALIKE = 0.86  # difflib's ratio from which a keyword is taken for a misspelt one
 
 
-def checked_schema(source: str) -> dict[str, Any] | bool:
-    """A schema's JSON text, parsed, without what rules nothing out. Raises UserError."""
+def checked_schema(source: str) -> dict[str, Any]:
+    """A schema's JSON text, parsed, without what rules nothing out; `true` as an object. Raises UserError."""
     try:
         schema = json.loads(source)
     except (ValueError, RecursionError) as error:
         raise UserError(f"the schema is no JSON: {error}") from error
     if not isinstance(schema, dict | bool):
         raise UserError(f"the schema is {type(schema).__name__} {str(schema)[:60]}; allowed: a JSON object")
+    if schema is False:
+        raise UserError("the schema is false, which nothing satisfies")
+    if schema is True:
+        return {}
     if _depth(schema) > MAX_DEPTH:
         raise UserError(f"the schema is nested more than {MAX_DEPTH} deep; move inner parts to $defs")
     multiples = {1}
@@ -62,8 +66,7 @@ def checked_schema(source: str) -> dict[str, Any] | bool:
             f"the schema's multipleOf have the least common multiple {lcm(*multiples)} (in units of their last digit); "
             f"at most {MAX_MULTIPLE} can be enforced"
         )
-    if isinstance(schema, dict):
-        schema.pop("x-guidance", None)  # options of the library are this server's
+    schema.pop("x-guidance", None)  # options of the library are this server's
     return schema
 
 

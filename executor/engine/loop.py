@@ -135,7 +135,7 @@ class EngineLoop:
         self._awake.clear()
         ended = [*self._drop(), *self._queue_prepared()]
         self._start_preparing()
-        if self.engine.has_work:
+        if self._running:
             ended += self._deliver(self.engine.step())
             self._num_faults = 0
         elif not ended and self.engine.replica.in_step:

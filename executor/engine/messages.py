@@ -25,6 +25,7 @@ class RowMessage:
     start: int
     num_tokens: int
     max_yield: int
+    scored: range
     token_ids: list[int]  # of the answer
     num_kept: int
     block_ids: list[int]
@@ -54,7 +55,8 @@ def to_bytes(message: StepMessage | None) -> bytes:
         if row.prompt is not None:
             arrays += [np.asarray(row.prompt.token_ids, dtype=np.int64), row.prompt.positions.astype(np.int64).ravel()]
             prompt = _described(row.prompt)
-        numbers = (row.number, row.start, row.num_tokens, row.max_yield, row.num_kept)
+        scored = [row.scored.start, row.scored.stop]
+        numbers = (row.number, row.start, row.num_tokens, row.max_yield, scored, row.num_kept)
         rows.append([*numbers, row.token_ids, row.block_ids, prompt])
     tree = {
         "rows": rows,
@@ -74,12 +76,14 @@ def from_bytes(content: bytes) -> StepMessage | None:
         return None
     numbers = np.frombuffer(content, dtype="<i8", offset=_LENGTH_BYTES + length + -length % 8)
     rows, at = [], 0
-    for number, start, num_tokens, max_yield, num_kept, token_ids, block_ids, described in tree["rows"]:
+    for number, start, num_tokens, max_yield, scored, num_kept, token_ids, block_ids, described in tree["rows"]:
         prompt = None
         if described is not None:
             end = at + 4 * described["num_tokens"]
             prompt, at = _prompt(described, numbers[at:end]), end
-        rows.append(RowMessage(number, start, num_tokens, max_yield, token_ids, num_kept, block_ids, prompt))
+        rows.append(
+            RowMessage(number, start, num_tokens, max_yield, range(*scored), token_ids, num_kept, block_ids, prompt)
+        )
     encode = [(_media_from_json(item), tuple(shape), owner) for item, shape, owner in tree["encode"]]
     release = tuple(bytes.fromhex(digest) for digest in tree["release"])
     return StepMessage(rows, tree["ended"], encode, release, tree["padded_tokens"], tree["in_graph"])

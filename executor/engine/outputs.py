@@ -20,6 +20,7 @@ class Output(NamedTuple):
     finish_reason: FinishReason | None
     request: Request
     logprobs: tuple[Any, ...] = ()  # TokenLogprobs of `token_ids`, where they were asked for
+    prompt_logprobs: tuple[Any, ...] | None = None  # with the first tokens of the first answer, where asked for
 
     @property
     def finished(self) -> bool:
@@ -53,6 +54,7 @@ class Completion:
     e2e_s: float
     seed: int
     warnings: tuple[str, ...] = ()  # what is not there of damaged pictures and videos
+    prompt_logprobs: tuple[Any, ...] | None = None  # None for the first token, then TokenLogprobs, where asked for
     error: str | None = None  # of the first answer that failed; the texts are what there was until then
 
     @property
@@ -128,5 +130,6 @@ def _completion(request_id: str, requests: Sequence[Request], texts: Sequence[st
         e2e_s=max(request.finish_s for request in requests) - first.arrival_s,
         seed=first.params.seed,
         warnings=tuple(warning for item in first.prompt.media for warning in item.warnings),
+        prompt_logprobs=tuple(first.prompt_logprobs) or None,
         error=next((request.error for request in requests if request.error is not None), None),
     )

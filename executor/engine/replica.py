@@ -138,8 +138,8 @@ class Replica:
             num_kept = 0
         known.block_ids = block_ids
         return RowMessage(
-            known.number, row.start, row.num_tokens, row.max_yield, token_ids, num_kept, list(block_ids[num_kept:]),
-            prompt,
+            known.number, row.start, row.num_tokens, row.max_yield, row.scored, token_ids, num_kept,
+            list(block_ids[num_kept:]), prompt,
         )  # fmt: skip
 
     def _send(self, message: StepMessage | None) -> None:
@@ -184,4 +184,4 @@ def _updated_row(requests: dict[int, Request], message: RowMessage) -> Row:
     request = requests[message.number]
     request.output_token_ids += message.token_ids
     request.block_ids[message.num_kept :] = message.block_ids
-    return Row(request, message.start, message.num_tokens, message.max_yield)
+    return Row(request, message.start, message.num_tokens, message.max_yield, message.scored)

@@ -20,10 +20,11 @@ from executor.checkpoint.settings import PixelSettings
 from executor.device.ops import KVLayer, Ops
 from executor.engine.encode import encode_items
 from executor.engine.graphs import DecodeGraphs
+from executor.engine.logprobs import PromptScores, TokenLogprobs
 from executor.engine.replica import Replica
-from executor.engine.sampler import Sampler, TokenLogprobs
+from executor.engine.sampler import Sampler
 from executor.engine.step import ModelStep, Visual
-from executor.recipe.peak import ENCODE_TOKENS
+from executor.recipe.peak import ENCODE_TOKENS, SCORED_ROWS
 from executor.schedule.plan import Plan, Row
 from executor.schedule.request import MediaItem, Request
 
@@ -38,14 +39,16 @@ among them: a defect of ours is nobody's request's."""
 class StepResult:
     """What a plan's rows have yielded: tokens, in the rows' order.
 
-    `logprobs`: row -> those of its tokens, where they were asked for. `failures`: row -> why its request cannot go on;
-    such a row has no tokens. `missing`: digests of media that could not be encoded.
+    `logprobs`: row -> those of its tokens, where they were asked for. `prompt_logprobs`: row -> those of the prompt
+    tokens that it scores. `failures`: row -> why its request cannot go on; such a row has no tokens. `missing`: digests
+    of media that could not be encoded.
     """
 
     token_ids: list[list[int]]
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
     missing: frozenset[bytes] = frozenset()
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
 
 
 @dataclass
@@ -79,7 +82,8 @@ class _HostInputs:
     token_ids: np.ndarray  # int64 [T]
     positions: np.ndarray  # int64 [3, T]
     slots: np.ndarray  # int64 [T]
-    select: list[int] = field(default_factory=list)
+    select: list[int] = field(default_factory=list)  # tokens whose logits give a row's new token
+    scored: list[int] = field(default_factory=list)  # tokens whose logits judge the prompt's next one
     visual_places: list[np.ndarray] = field(default_factory=list)
     visual_features: list[Tensor] = field(default_factory=list)  # each [k, 1 + taps, n]
 
@@ -137,7 +141,8 @@ class Runner:
             return self._row_by_row(plan)
 
     def _computed(self, plan: Plan) -> StepResult:
-        logits = self.forward(plan)
+        scores = PromptScores(plan.rows) if any(row.scored for row in plan.rows) else None
+        logits = self.forward(plan) if scores is None else self.forward(plan, scores)
         yielding = [number for number, row in enumerate(plan.rows) if row.max_yield]
         sampled = self.sampler.sample(logits, [plan.rows[number].request for number in yielding])
         token_ids: list[list[int]] = [[] for _ in plan.rows]
@@ -150,7 +155,8 @@ class Runner:
         if sampled.has_logprobs:
             pairs = zip(yielding, sampled.logprobs, strict=True)
             logprobs = {number: [each] for number, each in pairs if each is not None and number not in failures}
-        return StepResult(token_ids, logprobs, failures)
+        prompt_logprobs = {} if scores is None else scores.by_row()
+        return StepResult(token_ids, logprobs, failures, prompt_logprobs=prompt_logprobs)
 
     def _row_by_row(self, plan: Plan) -> StepResult:
         """The step again, each media item and each row by itself. Rows write to their own slots: it harms nobody."""
@@ -174,6 +180,8 @@ class Runner:
             result.token_ids.extend(alone.token_ids)
             if 0 in alone.logprobs:
                 result.logprobs[number] = alone.logprobs[0]
+            if 0 in alone.prompt_logprobs:
+                result.prompt_logprobs[number] = alone.prompt_logprobs[0]
             if reason is not None:
                 result.failures[number] = reason
         return result
@@ -209,8 +217,9 @@ class Runner:
         return self.graphs is not None and self.graphs.takes(plan.rows)
 
     @torch.inference_mode()
-    def forward(self, plan: Plan) -> Tensor:
-        """Logits of the rows that yield a token, fp32 [R, V]."""
+    def forward(self, plan: Plan, scores: PromptScores | None = None) -> Tensor:
+        """Logits of the rows that yield a token, fp32 [R, V]. Those of the prompt tokens that a plan scores go to
+        `scores`; every rank computes its part of them."""
         for digest in plan.release:
             self.features.pop(digest, None)
         if plan.encode:
@@ -222,7 +231,17 @@ class Runner:
         if not plan.rows:
             self.model.help(plan.padded_tokens)
             return torch.empty(0, self.model.config.text.vocab_size)
-        return self.step(*self._inputs(plan.rows), plan.padded_tokens)
+        inputs = self._inputs(plan.rows)
+        num_scored = sum(len(row.scored) for row in plan.rows)
+        if not num_scored:
+            return self.step(*inputs, plan.padded_tokens)
+        hidden = self.step.hidden(*inputs, plan.padded_tokens)
+        num_yielding = len(hidden) - num_scored
+        for part in hidden[num_yielding:].split(SCORED_ROWS):
+            logits = self.model.lm_head(part)
+            if scores is not None:
+                scores.add(logits)
+        return self.model.lm_head(hidden[:num_yielding])
 
     @torch.inference_mode()
     def encode(self, media: Sequence[MediaItem]) -> None:
@@ -262,7 +281,7 @@ class Runner:
         )
         token_ids, positions = (torch.from_numpy(x).to(to) for x in (host.token_ids, host.positions))
         slots = torch.from_numpy(host.slots).to(self.device.slot_dtype).to(to)
-        select = torch.tensor(host.select, dtype=torch.int64, device=to)
+        select = torch.tensor(host.select + host.scored, dtype=torch.int64, device=to)
         return token_ids, positions, slots, attention, select, visual
 
     def _gather(self, rows: Sequence[Row]) -> _HostInputs:
@@ -280,6 +299,7 @@ class Runner:
                 self._add_visual(host, row, at)
             if row.max_yield:  # of several only the first is found: nothing guesses the others yet
                 host.select.append(end - 1)
+            host.scored += [at + place - row.start for place in row.scored]
             at = end
         return host
 
@@ -287,7 +307,7 @@ class Runner:
         """The rows in front that have one token, which the answer ended with; how many these are."""
         size = self.block_size
         token_ids, positions, slots = [], [], []
-        for request, start, num_tokens, max_yield in rows:
+        for request, start, num_tokens, max_yield, _ in rows:
             prompt, output = request.prompt, request.output_token_ids
             if num_tokens != 1 or not max_yield or start + 1 != len(prompt.token_ids) + len(output) or not output:
                 break

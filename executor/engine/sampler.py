@@ -30,6 +30,7 @@ from executor.engine.filters import (
     survivors,
     usable_temperature,
 )
+from executor.engine.logprobs import TokenLogprobs, token_logprobs
 from executor.engine.masks import masked
 from executor.engine.noise import as_int64, gumbel_noise, least_bits, may_reach, noise_key
 from executor.engine.penalties import Penalties
@@ -38,15 +39,6 @@ from executor.schedule.request import Request, SamplingParams
 
 _FAILED, _OPEN = -1, -2  # in place of a token id on its way to the host
 _BLOCK = 256  # chunks whose noise is made at a time: it stays in the cache
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Natural logarithms of the model's own probabilities: of the chosen token, and of the best, descending."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]  # (token id, logprob)
 
 
 @dataclass(frozen=True)
@@ -280,14 +272,11 @@ def _logprobs(
     rows = [row for row, request in enumerate(requests) if request.params.logprobs is not None and token_ids[row] >= 0]
     if not rows:
         return results
-    logprobs = logits[torch.tensor(rows, device=logits.device)].float().log_softmax(dim=-1)
-    chosen = logprobs.gather(-1, torch.tensor([[token_ids[row]] for row in rows], device=logits.device))
-    most = max(requests[row].params.logprobs for row in rows)
-    values, ids = logprobs.topk(min(most, logits.shape[-1]), dim=-1)
-    for row, value, best_values, best_ids in zip(
-        rows, chosen.squeeze(-1).tolist(), values.tolist(), ids.tolist(), strict=True
-    ):
-        count = requests[row].params.logprobs
-        top = tuple(zip(best_ids[:count], best_values[:count], strict=True))
-        results[row] = TokenLogprobs(token_ids[row], value, top)
+    found = token_logprobs(
+        logits[torch.tensor(rows, device=logits.device)],
+        [token_ids[row] for row in rows],
+        [requests[row].params.logprobs for row in rows],
+    )
+    for row, logprobs in zip(rows, found, strict=True):
+        results[row] = logprobs
     return results

@@ -53,6 +53,23 @@ class ModelStep(nn.Module):
 
         `padded_tokens`: see ForwardMeta.
         """
+        return self.model(*self._opened(token_ids, positions, slots, attention, select, visual, padded_tokens))
+
+    def hidden(self, *inputs: Any) -> Tensor:
+        """Of the arguments of `forward` what the head multiplies: `[R, n]`."""
+        return self.model.language_model(*self._opened(*inputs))
+
+    def _opened(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        attention: Any,
+        select: Tensor | None,
+        visual: Visual | None,
+        padded_tokens: int | None,
+    ) -> tuple[Tensor, ForwardMeta]:
+        """Embeddings `[T, n]`, pictures' among them, and what goes with them."""
         embeddings = self.model.embed(token_ids)
         deepstack = None
         if visual is not None:
@@ -60,8 +77,7 @@ class ModelStep(nn.Module):
             if self.model.num_taps:
                 deepstack = DeepStack(visual.index, visual.features[:, 1:])
         cos, sin = self.model.rope(positions, self.dtype)
-        meta = ForwardMeta(cos, sin, slots, attention, self.kv, select, deepstack, padded_tokens)
-        return self.model(embeddings, meta)
+        return embeddings, ForwardMeta(cos, sin, slots, attention, self.kv, select, deepstack, padded_tokens)
 
     def decode(
         self,

@@ -27,8 +27,9 @@ from executor.prompt.admit import admitted, located
 from executor.prompt.chat import Chat, Piece
 from executor.prompt.digest import make_media_item
 from executor.prompt.expand import Fill, VisionTokens, check_media, encode_pieces, expand_media, pieces_text
-from executor.prompt.messages import MediaPart, normalise_messages
+from executor.prompt.messages import MediaPart, describe, describe_value, normalise_messages
 from executor.prompt.options import MAX_PICTURE_PIXELS, MAX_VIDEO_PIXELS, MediaOptions
+from executor.prompt.request_options import RequestOptions, read_request_options
 from executor.schedule.request import MediaItem, Prompt, Span
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class PromptBuilder(ABC):
 
     picture_defaults: Mapping[str, Any]  # of the family's transformers classes, for keys a checkpoint leaves out
     video_defaults: Mapping[str, Any]
+    sizes_all_frames: bool  # whether pixel bounds of the family's video class are of all frames together, else of one
     box_convention: Literal["absolute", "relative_1000"]  # how answers write places: see executor.media.draw
 
     def __init__(self, folder: str | Path, options: MediaOptions | None = None) -> None:
@@ -86,18 +88,26 @@ class PromptBuilder(ABC):
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        media_options: Mapping[str, Any] | None = None,
     ) -> Prompt:
-        """The prompt of OpenAI-like messages. Raises UserError for what cannot be asked as it stands."""
+        """The prompt of OpenAI-like messages. Raises UserError for what cannot be asked as it stands.
+
+        `continue_final_message`: the last message is left open, to be gone on with. `media_options`: of all media that
+        say nothing themselves, see executor.prompt.request_options.
+        """
+        options = read_request_options(media_options)
         normal, parts = normalise_messages(messages)
         pieces = self.chat.render(
             normal,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             template_kwargs=chat_template_kwargs,
             placeholders=self._placeholders(),
         )
-        return self._build(pieces, parts)
+        return self._build(pieces, parts, options)
 
     def _placeholders(self) -> dict[str, str]:
         """A picture and a video as both families' chat templates write them."""
@@ -133,19 +143,60 @@ class PromptBuilder(ABC):
                     f"data_config.{named}: got {values[named]}, {relation} {whose}{other} {values[other]}; {advice}"
                 )
 
-    def build_text(self, text: str, media: Sequence[Mapping[str, Any]] = ()) -> Prompt:
+    def build_text(
+        self,
+        text: str,
+        media: Sequence[Mapping[str, Any]] = (),
+        *,
+        media_options: Mapping[str, Any] | None = None,
+    ) -> Prompt:
         """The prompt of raw text, without a template: special tokens in it count, and each placeholder
-        (`<|image_pad|>`, `<|video_pad|>`) takes the next of `media`, given as parts of a message."""
+        (`<|image_pad|>`, `<|video_pad|>`) takes the next of `media`, given as parts of a message.
+
+        Without media there is nothing that a placeholder could stand for: it is ordinary text then.
+        """
+        options = read_request_options(media_options)
+        if not isinstance(text, str):
+            raise UserError(f"prompt must be a text, got {describe(text)}")
         parts: list[MediaPart] = []
         if media:
             _, parts = normalise_messages([{"role": "user", "content": list(media)}])
-        return self._build(self.chat.special.split(text), parts)
+        pieces = self.chat.special.split(text)
+        if not parts:
+            words = {pad: self.tokenizer.convert_ids_to_tokens(pad) for pad in self._pads}
+            pieces = [words.get(piece, piece) for piece in pieces]
+        return self._build(pieces, parts, options)
 
-    def _build(self, pieces: list[Piece], parts: list[MediaPart]) -> Prompt:
+    def build_tokens(self, token_ids: Sequence[int]) -> Prompt:
+        """The prompt of token ids as they stand. Raises UserError for ids that the model has not, and for those of
+        placeholders: there are no media for them."""
+        vocab_size = self.config.text.vocab_size
+        if not isinstance(token_ids, list | tuple) or not token_ids:
+            raise UserError(f"prompt must be a text, or a list of one or more token ids, got {describe(token_ids)}")
+        for place, token_id in enumerate(token_ids):
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
+                raise UserError(
+                    f"prompt[{place}] is {describe_value(token_id)}; allowed: token ids from 0 to {vocab_size - 1}"
+                )
+            if token_id in self._pads:
+                raise UserError(
+                    f"prompt[{place}] is {token_id}, which stands for a picture or video "
+                    f"({self.tokenizer.convert_ids_to_tokens(token_id)}); leave it out, or ask with messages"
+                )
+        positions, delta = self.positions(len(token_ids), (), ())
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return Prompt(list(token_ids), positions, delta, text=text)
+
+    @property
+    def _pads(self) -> tuple[int, int]:
+        """Ids that stand for what media are."""
+        return self.tokens.image, self.tokens.video
+
+    def _build(self, pieces: list[Piece], parts: list[MediaPart], options: RequestOptions) -> Prompt:
         if not pieces:
             raise UserError("the prompt is empty; give it some text")
         check_media(pieces, parts, self.tokens)
-        media = tuple(self._open(part) for part in admitted(parts, self.options.limits))
+        media = tuple(self._open(part, options) for part in admitted(parts, self.options.limits))
         expanded = expand_media(
             pieces, media, self.tokens, self.video_pieces, replace_video_pair=self.replaces_video_pair
         )
@@ -153,8 +204,8 @@ class PromptBuilder(ABC):
         positions, delta = self.positions(len(token_ids), spans, media)
         return Prompt(token_ids, positions, delta, media, spans, pieces_text(pieces, self.tokenizer))
 
-    def _open(self, part: MediaPart) -> MediaItem:
-        options = self.options.with_overrides(part)
+    def _open(self, part: MediaPart, said: RequestOptions) -> MediaItem:
+        options = self.options.of_request(part.kind, said, sizes_all_frames=self.sizes_all_frames).with_overrides(part)
         with located(part.where):
             return self.open_video(part, options) if part.kind == "video" else self.open_picture(part, options)
 

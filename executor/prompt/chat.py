@@ -20,7 +20,8 @@ from executor.prompt.messages import describe
 logger = logging.getLogger(__name__)
 
 RESERVED_KWARGS = {  # of apply_chat_template: they have their own argument, or would change what it returns
-    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("conversation", "messages", "tools", "documents", "chat_template"),
+    *("add_generation_prompt", "continue_final_message"),
     *("tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "sanitize_control_tokens"),
 }
@@ -66,6 +67,11 @@ class SpecialTokens:
         used = set().union(*strings)
         free = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
         return {head: next(free) for head in self._heads}
+
+    def unused(self, value: Any, stand_ins: Mapping[str, str] | None) -> str:
+        """A character that neither the strings in `value` nor stand-ins use."""
+        used = set((stand_ins or {}).values()).union(*_strings(value))
+        return next(chr(code) for code in PRIVATE_USE if chr(code) not in used)
 
     def mark(self, value: Any, stand_ins: Mapping[str, str] | None) -> Any:
         """`value` (strings in lists and objects) with stand-ins written in."""
@@ -132,11 +138,13 @@ class Chat:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
         placeholders: Mapping[str, str] | None = None,
     ) -> list[Piece]:
         """Pieces of the rendered template. `messages` as `normalise_messages` returns them; `tools` as JSON schemas.
 
+        `continue_final_message`: they end where the last message's text does, whatever the template adds behind it.
         `placeholders`: what a picture ("image") and a video ("video") are in a template that takes texts only.
         Raises UserError for what the template would leave out: tools, calls, reasoning.
         """
@@ -151,6 +159,15 @@ class Chat:
         user = [messages, tools, template_kwargs]
         stand_ins = self.special.stand_ins(user)
         marked_messages, marked_tools, marked_kwargs = (self.special.mark(value, stand_ins) for value in user)
+        end_mark = None
+        if continue_final_message:
+            if add_generation_prompt:
+                raise UserError(
+                    "continue_final_message and add_generation_prompt exclude each other: the last message is gone on "
+                    "with, or a new one begins; set one of them to false"
+                )
+            end_mark = self.special.unused(user, stand_ins)
+            marked_messages = [*marked_messages[:-1], _with_end_mark(marked_messages[-1], len(messages) - 1, end_mark)]
         if joins_parts:
             number_media = bool(template_kwargs.get("add_vision_id"))
             marked_messages = join_parts(marked_messages, placeholders or {}, number_media=number_media)
@@ -165,6 +182,8 @@ class Chat:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise UserError(f"the checkpoint's chat template cannot render these messages: {error}") from error
+        if end_mark is not None:
+            text = _up_to(end_mark, text)
         pieces = self.special.split(text, stand_ins)
         self._check_rendered(pieces, names, messages)
         return pieces
@@ -210,6 +229,30 @@ class Chat:
                     f"the tool {name!r} is not in the text that this checkpoint's chat template makes: it would be "
                     "dropped; take a checkpoint whose template renders tools"
                 )
+
+
+def _with_end_mark(message: Mapping[str, Any], index: int, mark: str) -> dict[str, Any]:
+    """The message with a mark behind its text. UserError where the text is not its end."""
+    where = f"messages[{index}] is to be gone on with (continue_final_message), but"
+    if message.get("tool_calls"):
+        raise UserError(f"{where} ends with tool_calls; leave them out")
+    content = message["content"]
+    # The space: a template that cuts white space off a text's end does it to this one, and so tells.
+    if isinstance(content, str):
+        return {**message, "content": f"{content}{mark} "}
+    if not content or content[-1]["type"] != "text":
+        raise UserError(f"{where} does not end with a text; put one behind its other parts")
+    return {**message, "content": [*content[:-1], {**content[-1], "text": f"{content[-1]['text']}{mark} "}]}
+
+
+def _up_to(mark: str, text: str) -> str:
+    before, found, behind = text.rpartition(mark)
+    if not found:
+        raise UserError(
+            "continue_final_message: the checkpoint's chat template leaves the last message's text out; it cannot be "
+            "gone on with"
+        )
+    return before if behind.startswith(" ") else before.rstrip()
 
 
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "refusal", "annotations")

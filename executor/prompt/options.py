@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from executor.prompt.messages import MediaPart
+from executor.prompt.request_options import RequestOptions
 
 # How the options of a part are called here.
 _PICTURE_NAMES = {"min_pixels": "min_pixels", "max_pixels": "max_pixels"}
@@ -22,7 +23,8 @@ class MediaOptions:
 
     min_pixels: int | None = None  # of a picture after the resize
     max_pixels: int | None = None
-    video_max_pixels: int | None = None  # of all frames of a video together
+    video_min_pixels: int | None = None  # of all frames of a video together; Qwen3-VL only
+    video_max_pixels: int | None = None
     frame_min_pixels: int | None = None  # of one frame of a video
     frame_max_pixels: int | None = None
     fps: float | None = None  # frames sampled per second of video
@@ -43,8 +45,23 @@ class MediaOptions:
 
     def with_overrides(self, part: MediaPart) -> "MediaOptions":
         """The options for one part of a message, which may carry its own (checked by normalise_messages)."""
-        given: Mapping[str, Any] = part.overrides
-        names = _VIDEO_NAMES if part.kind == "video" else _PICTURE_NAMES
+        return self._changed(part.kind, part.overrides)
+
+    def of_request(
+        self, kind: Literal["image", "video"], said: RequestOptions, *, sizes_all_frames: bool
+    ) -> "MediaOptions":
+        """The options for pictures, or videos, of a request. `sizes_all_frames`: whether a size is that of a video's
+        frames together, else it is that of one."""
+        if kind == "image":
+            return self._changed(kind, said.image)
+        names = ("video_min_pixels", "video_max_pixels") if sizes_all_frames else tuple(_VIDEO_NAMES.values())
+        size = {name: value for name, value in zip(names, said.video_size, strict=True) if value is not None}
+        if said.cap_pixels_per_frame is not None:
+            size["cap_pixels_per_frame"] = said.cap_pixels_per_frame
+        return replace(self, **size)._changed(kind, said.video)
+
+    def _changed(self, kind: Literal["image", "video"], given: Mapping[str, Any]) -> "MediaOptions":
+        names = _VIDEO_NAMES if kind == "video" else _PICTURE_NAMES
         changed = {names[name]: given[name] for name in names if name in given}
         changed |= {name: given[name] for name in ("fps", "num_frames", "min_frames", "max_frames") if name in given}
         if "fps" in given:

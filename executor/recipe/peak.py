@@ -14,6 +14,8 @@ from executor.recipe.sizes import ModelShapes
 
 ENCODE_TOKENS = 4096
 """Visual tokens that the encoder takes at a time; a single frame of more is encoded alone. The runner holds to it."""
+SCORED_ROWS = 32
+"""Tokens whose logits exist at a time where a prompt's logprobs are wanted. The runner holds to it."""
 LOOK_AHEAD = 2  # prompts that are ready beyond those being answered
 HEAP_BYTES = 32 << 20
 """glibc keeps freed blocks up to this size for itself: those of one phase then lie beside those of the next."""
@@ -36,8 +38,10 @@ def peak_bytes(
     step_tokens = min(limits.max_num_batched_tokens, most_tokens)
     vision = pass_tokens * vision_token_bytes(recipe, shapes, size)
     text = step_tokens * text_token_bytes(recipe, shapes, size) + attention_scratch_bytes(recipe, shapes, size)
-    # Logits as the head gives them and as float32, and the logprobs of all rows.
-    logits = limits.max_num_seqs * shapes.vocab_size * (8 + size % 4)
+    # Logits as the head gives them and as float32, and the logprobs of all rows; or, beside the rows' logits, those of
+    # scored prompt tokens, with their logprobs and what is counted for their ranks.
+    rows = limits.max_num_seqs
+    logits = max(rows * (8 + size % 4), rows * 4 + SCORED_ROWS * (9 + size % 4)) * shapes.vocab_size
     peak = max(vision, text, logits)
     if on_host:
         # What is freed in small blocks stays with the allocator, beside the other phase's.

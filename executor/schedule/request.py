@@ -22,13 +22,15 @@ class Grammar:
 
     json_schema: a schema's JSON text. regex: a regular expression. choice: a JSON list of texts. ebnf: a grammar in
     GBNF with the rule `root`, or in Lark with `start`. calls: calls of tools in Qwen's form, `{"tools": [{"name",
-    "parameters": schema or null}], "parallel": whether several may follow each other}`.
+    "parameters": schema or null}], "parallel": whether several may follow each other, "else": the JSON text of a schema
+    for an answer without calls, where such may be}`.
     """
 
     kind: Literal["json_schema", "regex", "choice", "ebnf", "calls"]
     source: str
     after: str | None = None  # text is free until this token has come: the end of the reasoning
     is_lazy: bool = False  # of calls: text is free but for the calls that it makes
+    asked_by: str = field(default="", compare=False)  # for messages: the field of a request
 
     def __post_init__(self) -> None:
         assert self.kind == "calls" or not self.is_lazy, "only calls can be lazy"
@@ -157,6 +159,7 @@ class Request:
 
     output_token_ids: list[int] = field(default_factory=list)
     output_logprobs: list[Any] = field(default_factory=list)
+    prompt_logprobs: list[Any] = field(default_factory=list)  # of the prompt's tokens so far; the first has None
     bad_words: Any = None  # executor.engine.bad_words.BadWords of params.bad_words, set by the engine
     matcher: Any = None  # executor.engine.matcher.Matcher of params.grammar, likewise
     status: Status = Status.WAITING
@@ -176,6 +179,13 @@ class Request:
     def __post_init__(self) -> None:
         if self.params.seed is None:  # the engine has drawn one for whoever wants another each time
             self.params = replace(self.params, seed=0)
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs.append(None)
+
+    @property
+    def awaits_prompt_logprobs(self) -> bool:
+        """Whether some of its prompt's logprobs are wanted and not known yet: then all of it must be computed."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt.token_ids)
 
     @property
     def num_tokens(self) -> int:

@@ -178,7 +178,7 @@ class Scheduler:
         now_s = time.monotonic()
         self._encoder.settle(missing)
         updated = []
-        for (request, start, num_tokens, max_yield), new in zip(plan.rows, token_ids, strict=True):
+        for (request, start, num_tokens, max_yield, _), new in zip(plan.rows, token_ids, strict=True):
             if request.status is Status.FINISHED:
                 continue
             assert (max_yield > 0) <= len(new) <= max_yield, (
@@ -348,14 +348,17 @@ class Scheduler:
             self._add_prefill_row(request, num_tokens, open_plan)
 
     def _find_prefix(self, request: Request, record: _Record) -> list[int]:
-        """Blocks that hold the beginning of the request. The last token is always computed, for its logits."""
-        if not self.pool.enable_prefix_caching:
+        """Blocks that hold the beginning of the request. The last token is always computed, for its logits; so is the
+        whole prompt where its logprobs are wanted."""
+        if not self.pool.enable_prefix_caching or request.awaits_prompt_logprobs:
             return []
         num_tokens = request.num_tokens - 1
         return self.pool.lookup(record.digests.extend(num_tokens)[: num_tokens // self.pool.block_size])
 
     def _is_worth_waiting(self, request: Request, record: _Record, num_cached: int, open_plan: _OpenPlan) -> bool:
         """Whether this very step fills at least half of what the request still needs: then it starts one step later."""
+        if request.awaits_prompt_logprobs:
+            return False
         num_coming = 0
         for digest in record.digests.digests[num_cached:] if open_plan.in_flight else ():
             if digest not in open_plan.in_flight:
@@ -378,7 +381,8 @@ class Scheduler:
     def _add_prefill_row(self, request: Request, num_tokens: int, open_plan: _OpenPlan) -> None:
         start = request.num_computed_tokens
         end = start + num_tokens
-        open_plan.rows.append(Row(request, start, num_tokens, int(end == request.num_tokens)))
+        is_last = int(end == request.num_tokens)
+        open_plan.rows.append(Row(request, start, num_tokens, is_last, _scored(request, start, end)))
         open_plan.budget_tokens -= num_tokens
         if self.pool.enable_prefix_caching:
             size = self.pool.block_size
@@ -438,6 +442,14 @@ class Scheduler:
         record.media.give_back(request.num_tokens)
         record.claimed = range(0)
         record.num_registered_blocks = record.next_full_tokens = 0
+
+
+def _scored(request: Request, start: int, end: int) -> range:
+    """Of the tokens [start, end) those whose logits give the next of the prompt logprobs that the request awaits."""
+    if not request.awaits_prompt_logprobs:
+        return range(0)
+    # The logits of a token judge the one behind it; what was known before a preemption is not asked for again.
+    return range(max(start, len(request.prompt_logprobs) - 1), min(end, len(request.prompt.token_ids) - 1))
 
 
 def _is_decode(request: Request) -> bool:

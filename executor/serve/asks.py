@@ -19,7 +19,7 @@ class ChatPrompt:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    media_options: Mapping[str, Any] = field(default_factory=dict)  # of all media that say nothing themselves
+    media_options: Mapping[str, Any] = field(default_factory=dict)  # mm_processor_kwargs; media_io_kwargs beside them
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class TextPrompt:
 
     text: str
     media: Sequence[Mapping[str, Any]] = ()
+    media_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class TokenInfo:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None  # of the token among all, 1 for the best; of a prompt's tokens only
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,17 @@ A backend's `ask` returns a Feed at once or raises QueueFull; what goes wrong la
 """
 
 import asyncio
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Protocol
 
 from executor.engine.engine import Question
-from executor.engine.loop import EngineLoop, Handle
-from executor.engine.loop import Event as LoopEvent
+from executor.engine.handle import Event as LoopEvent
+from executor.engine.handle import Handle
+from executor.engine.logprobs import TokenLogprobs
+from executor.engine.loop import EngineLoop, Stopped
 from executor.engine.outputs import Completion, Output
+from executor.engine.prepare import Lane
 from executor.errors import UserError
 from executor.media.fetch import Unreachable
 from executor.schedule.request import Prompt
@@ -72,7 +76,9 @@ class EngineBackend:
         def on_event(event: LoopEvent) -> None:
             self._crossing.put(feed, plain_event(event, handles[0] if handles else None))
 
-        handle = self.loop.submit(partial(self._make, ask), ask.params, on_event=on_event, timeout_s=ask.timeout_s)
+        handle = self.loop.submit(
+            partial(self._make, ask), ask.params, lane=lane_of(ask), on_event=on_event, timeout_s=ask.timeout_s
+        )
         handles.append(handle)
         feed.abort = handle.abort
         return feed
@@ -91,6 +97,20 @@ class EngineBackend:
         return prompt
 
 
+def lane_of(ask: Ask) -> Lane:
+    """What its preparation takes: media are whatever a message holds beside text."""
+    prompt = ask.prompt
+    if isinstance(prompt, TextPrompt) and prompt.media:
+        return "media"
+    if isinstance(prompt, ChatPrompt):
+        contents = [message.get("content") for message in prompt.messages if isinstance(message, Mapping)]
+        parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
+        if any(isinstance(part, Mapping) and part.get("type", "text" if "text" in part else None) != "text"
+               for part in parts):  # fmt: skip
+            return "media"
+    return "text" if ask.params.grammar is None else "grammar"
+
+
 def build_prompt(processor: Any, ask: Ask) -> Prompt:
     """The prompt of an ask. Raises UserError."""
     prompt = ask.prompt
@@ -99,11 +119,17 @@ def build_prompt(processor: Any, ask: Ask) -> Prompt:
             prompt.messages,
             tools=prompt.tools or None,
             add_generation_prompt=prompt.add_generation_prompt,
+            continue_final_message=prompt.continue_final_message,
             chat_template_kwargs=prompt.template_kwargs or None,
+            media_options=prompt.media_options or None,
         )
     if isinstance(prompt, TextPrompt):
-        return processor.build_text(prompt.text, prompt.media)
-    raise NotImplementedError  # token ids: PromptBuilder.build_tokens
+        return processor.build_text(prompt.text, prompt.media, media_options=prompt.media_options or None)
+    return processor.build_tokens(prompt.token_ids)
+
+
+def _token_info(x: TokenLogprobs) -> TokenInfo:
+    return TokenInfo(x.token_id, x.logprob, x.top, x.rank)
 
 
 def plain_event(event: LoopEvent, handle: Handle | None) -> Event:
@@ -116,10 +142,11 @@ def plain_event(event: LoopEvent, handle: Handle | None) -> Event:
             token_ids=event.token_ids,
             num_prompt_tokens=len(request.prompt.token_ids),
             num_cached_tokens=request.num_cached_tokens,
-            logprobs=tuple(TokenInfo(x.token_id, x.logprob, x.top) for x in event.logprobs),
+            logprobs=tuple(map(_token_info, event.logprobs)),
             finish_reason=event.finish_reason and event.finish_reason.value,
             stop_reason=request.stop_reason,
             error=event.error,
+            prompt_logprobs=event.prompt_logprobs and tuple(x and _token_info(x) for x in event.prompt_logprobs),
         )
     if isinstance(event, Completion):
         return Done(
@@ -138,6 +165,8 @@ def plain_event(event: LoopEvent, handle: Handle | None) -> Event:
         return Failure(kind, str(event), event.where)
     if isinstance(event, TimeoutError):
         return Failure("late", str(event))
+    if isinstance(event, Stopped):
+        return Failure("lost", str(event))
     if handle is not None and handle.is_aborted:
         return Failure("aborted", str(event))
     return Failure("fault", f"{type(event).__name__}: {event}")

@@ -27,7 +27,8 @@ ANTHROPIC_TYPES = {
 RETRY_AFTER_S = 1
 
 _PLACE = re.compile(
-    r"(messages|tools|tool_choice|prompt|response_format|structured_outputs|mm_processor_kwargs|chat_template_kwargs)"
+    r"(messages|tools|tool_choice|prompt|response_format|structured_outputs|guided_[a-z]+|mm_processor_kwargs|"
+    r"media_io_kwargs|chat_template_kwargs)"
     r"(\[\d+\]|\.\w+)*(?=[ :])"
 )
 

@@ -14,12 +14,16 @@ class Feed:
     def __init__(self, abort: Callable[[], None] = lambda: None) -> None:
         self.observer: Callable[[Event], None] | None = None  # sees every event before the reader
         self.abort = abort  # frees everything of the request within a step; nothing happens once it has ended
+        self.has_ended = False  # nothing comes after a Done or a Failure
         self._events: deque[Event] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._take: Callable[[Event], None] | None = None
 
     def push(self, event: Event) -> None:
-        """In the event loop's thread only."""
+        """In the event loop's thread only. What comes after the last event is dropped."""
+        if self.has_ended:
+            return
+        self.has_ended = isinstance(event, Done | Failure)
         if self.observer is not None:
             self.observer(event)
         if self._take is not None:
@@ -94,7 +98,7 @@ class Crossing:
 
     def put(self, feed: Feed, event: Event) -> None:
         self._events.append((feed, event))
-        if not self._is_called:
+        if not self._is_called and not self._loop.is_closed():  # at a server's end nobody reads any more
             self._is_called = True
             self._loop.call_soon_threadsafe(self._deliver)
 

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 BACKLOG = 2048  # connections that wait to be accepted: as large as a benchmark's burst
 KEEP_ALIVE_S = 60
 POLL_S = 0.05
+CLOSE_S = 2.0  # that a client has to read the last of its answer, once nothing more is computed
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -53,7 +54,7 @@ def listen(settings: ServerSection) -> socket.socket:
     try:
         listener.bind((settings.host, settings.port))
         listener.listen(BACKLOG)  # whoever connects from now on waits until the application runs
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         listener.close()
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
@@ -75,15 +76,18 @@ def config_of(app: FastAPI, settings: ServerSection) -> uvicorn.Config:
 async def serve(
     app: FastAPI, service: Service, listener: socket.socket, signals: Iterable[signal.Signals] = SIGNALS
 ) -> None:
-    """Until one of `signals`, or the backend's fault: RuntimeError then."""
+    """Until one of `signals`, or the backend's fault: RuntimeError then. The first signal lets what runs come to its
+    end within drain_timeout_s; a second one, and the end of that time, ends it at once."""
     settings = service.recipe.server
     server = Server(config_of(app, settings))
     loop = asyncio.get_running_loop()
-    drained = asyncio.Event()
+    hurried = asyncio.Event()
 
     def on_signal() -> None:
         if service.is_draining:
-            drained.set()
+            hurried.set()
+        else:
+            logger.info("the server takes no new requests; %d are answered to their end", service.num_open)
         service.is_draining = True
 
     for number in signals:
@@ -95,13 +99,22 @@ async def serve(
             await asyncio.sleep(POLL_S)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(settings.drain_timeout_s):
-                while service.backend.num_unfinished and not drained.is_set() and service.backend.fault is None:
+                while service.num_open and not hurried.is_set() and service.backend.fault is None:
                     await asyncio.sleep(POLL_S)
     finally:
         service.is_draining = True
+        fault = service.backend.fault
+        service.end_all(f"the engine has ended: {fault}" if fault else "the server was stopped meanwhile")
         server.should_exit = True
-        await running
+        await _closed(server, running)
         for number in signals:
             loop.remove_signal_handler(number)
-    if service.backend.fault is not None:
-        raise RuntimeError(f"the engine has ended: {service.backend.fault}")
+    if fault is not None:
+        raise RuntimeError(f"the engine has ended: {fault}")
+
+
+async def _closed(server: Server, running: asyncio.Future[None]) -> None:
+    """HTTP has come to its end: connections that go on by themselves are cut."""
+    await asyncio.wait((running,), timeout=CLOSE_S)
+    server.force_exit = True
+    await running

@@ -6,7 +6,7 @@ Knows requests as `Ask`s; nothing of HTTP routes.
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,14 @@ from executor.errors import UserError
 from executor.recipe.generation import sampling_params
 from executor.recipe.schema import Recipe
 from executor.schedule.request import SamplingParams
-from executor.serve.asks import Ask
+from executor.serve.asks import Ask, Done, Event, Failure
 from executor.serve.backends import Backend
 from executor.serve.errors import ApiError, busy
 from executor.serve.feed import Feed, Joined
 from executor.serve.metrics import Metrics
+
+NARROWING = ("top_k", "top_p", "min_p")  # without a meaning for greedy answers, which does not make every value right
+ALL_TOKENS = -1  # vLLM's top_k
 
 _RECIPE_KEY = re.compile(r"generation_config\.(\w+)")
 
@@ -38,6 +41,8 @@ class Service:
     is_draining: bool = False
 
     def __post_init__(self) -> None:
+        self.num_answered = self.num_failed = 0
+        self._open: set[Feed] = set()
         self.metrics = Metrics(self.model_name, self.max_model_len, self.backend)
 
     @property
@@ -63,22 +68,46 @@ class Service:
         """
         try:
             params = sampling_params(self.recipe.generation, self.processor.generation_config, overrides)
-            check_params(params, self.vocab_size)
+            narrowing = {name: overrides[name] for name in NARROWING if overrides.get(name) not in (None, ALL_TOKENS)}
+            check_params(replace(params, **narrowing), self.vocab_size)
         except UserError as error:
             raise _in_words_of(names or {}, str(error)) from error
         return params
+
+    @property
+    def num_open(self) -> int:
+        """Requests that were taken and have not ended."""
+        return len(self._open)
+
+    def end_all(self, reason: str) -> None:
+        """Give up what is not answered yet, however the engine is: whoever waits for it is told why."""
+        for feed in tuple(self._open):
+            feed.abort()
+            feed.push(Failure("lost", reason))
 
     def ask(self, ask: Ask) -> Feed:
         """Raises ApiError when it takes nothing."""
         if self.is_draining:
             raise busy("the server is being stopped and takes no new requests")
+        if not self.is_ready:
+            raise busy("the model is being loaded")
         try:
             feed = self.backend.ask(ask)
         except QueueFull as error:
             raise busy(str(error)) from error
         except RuntimeError as error:
             raise ApiError(503, str(error)) from error
-        feed.observer = self.metrics.watch(ask)
+        measure = self.metrics.watch(ask)
+
+        def observe(event: Event) -> None:
+            measure(event)
+            if isinstance(event, Done | Failure):
+                self.num_answered += isinstance(event, Done)
+                self.num_failed += isinstance(event, Failure)
+                self._open.discard(feed)
+
+        feed.observer = observe
+        self._open.add(feed)
         return feed
 
     def ask_all(self, asks: Sequence[Ask]) -> Joined:

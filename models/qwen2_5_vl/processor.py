@@ -68,6 +68,7 @@ class Processor(PromptBuilder):
     video_defaults = VIDEO_DEFAULTS
     box_convention = "absolute"  # pixels of the resized picture
     replaces_video_pair = False
+    sizes_all_frames = False
 
     def sampling_rule(self) -> Callable:
         from executor.media.sampling import strided

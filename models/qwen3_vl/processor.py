@@ -61,6 +61,8 @@ class Processor(PromptBuilder):
     video_defaults = VIDEO_DEFAULTS
     box_convention = "relative_1000"  # thousandths of its height and width
 
+    sizes_all_frames = True
+
     @property
     def replaces_video_pair(self) -> bool:
         # transformers 5.23 leaves the template's pair around all frames; the weights were trained without it.
@@ -83,7 +85,7 @@ class Processor(PromptBuilder):
         most = options.video_max_pixels or min(video.max_pixels, room)
         if options.frame_max_pixels:
             most = min(most, options.frame_max_pixels * num_frames)
-        least = min(video.min_pixels, most)
+        least = min(options.video_min_pixels or video.min_pixels, most)
         if options.frame_min_pixels:
             least = options.frame_min_pixels * num_frames
             if least > most:

@@ -78,8 +78,12 @@ assert all(len(one.top_logprobs) == 2 for one in scored.choices[0].logprobs.cont
 two = client.chat.completions.create(model=model, messages=about(data_url), max_tokens=4, n=2, temperature=1, seed=3)
 assert len(two.choices) == 2
 
-SHORT = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "maximum": 9,
-         "minimum": 0}}, "required": ["colour", "count"], "additionalProperties": False}  # fmt: skip
+SHORT = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "maximum": 9, "minimum": 0}},
+    "required": ["colour", "count"],
+    "additionalProperties": False,
+}
 shaped = client.chat.completions.create(
     model=model, messages=about(data_url), temperature=0, max_tokens=64,
     response_format={"type": "json_schema", "json_schema": {"name": "shape", "strict": True, "schema": SHORT}},

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -266,3 +267,86 @@ def test_a_program_that_forgets_its_loop_ends_as_any_other():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "said\n"), done.stderr
+
+
+def test_a_text_waits_behind_no_picture(loop, answer):
+    """Whatever the lane of media is at, and however many wait there."""
+    release = threading.Event()
+
+    def slow():
+        assert release.wait(60)
+        return QUESTION
+
+    pictures = [loop.submit(slow, SHORT) for _ in range(9)]
+    text = loop.submit(lambda: QUESTION, SHORT, lane="text")
+    grammar = loop.submit(lambda: QUESTION, SHORT, lane="grammar")
+    loop.start()
+    assert text.result(60).token_ids == grammar.result(60).token_ids == answer.token_ids
+    assert not any(picture.ended for picture in pictures)
+    release.set()
+    assert [picture.result(60).token_ids for picture in pictures] == [answer.token_ids] * 9
+
+
+def test_texts_without_end_leave_pictures_their_turn(loop, answer):
+    stop = threading.Event()
+
+    def again(event):
+        if event is not None and not isinstance(event, tuple) and not stop.is_set():  # it has ended
+            loop.submit(QUESTION, SHORT, on_event=again)
+
+    loop.start()
+    for _ in range(12):
+        loop.submit(QUESTION, SHORT, on_event=again)
+    picture = loop.submit(lambda: QUESTION, SHORT)
+    assert picture.result(60).token_ids == answer.token_ids
+    stop.set()
+
+
+def test_what_is_given_up_while_it_waits_is_forgotten_at_once(loop):
+    """Its maker may hold a file's bytes; hundreds that hang up while others run must not add up."""
+
+    class Content:
+        def __call__(self):
+            raise AssertionError("nobody asks for it any more")
+
+    running = [loop.submit(QUESTION, ENDLESS) for _ in range(5)]
+    while loop.engine.scheduler.num_running < 3:
+        loop.turn(0.1)
+    contents = [Content() for _ in range(200)]
+    gone = [weakref.ref(content) for content in contents]
+    handles = [loop.submit(content, SHORT, lane="text", timeout_s=1000) for content in contents]
+    del contents
+    for handle in handles[:100]:
+        handle.abort()
+    loop.turn()
+    assert [ref() is None for ref in gone] == [True] * 100 + [False] * 100
+    for handle in handles[100:]:
+        handle.abort()
+    loop.turn()
+    assert all(ref() is None for ref in gone) and loop.num_unfinished == 5
+    del running
+
+
+def test_deadlines_are_kept_in_their_order_also_when_nothing_runs(loop, engine):
+    block = threading.Event()
+
+    def slow():
+        assert block.wait(60)
+        return QUESTION
+
+    late = [loop.submit(slow, SHORT, timeout_s=seconds) for seconds in (0.3, 0.1, 0.2)]
+    ended = []
+    started = time.monotonic()
+    while len(ended) < 3:
+        ended += loop.turn(60)
+    block.set()
+    assert ended == [late[1], late[2], late[0]] and time.monotonic() - started < 30
+    assert all(isinstance(handle.failure, TimeoutError) for handle in late)
+
+
+def test_deadlines_of_what_has_ended_do_not_add_up(loop, engine, monkeypatch):
+    monkeypatch.setattr("executor.engine.loop.MAX_STALE", 10)
+    for _ in range(50):
+        loop.submit(QUESTION, SHORT, lane="text", timeout_s=1000).abort()
+        loop.turn()
+    assert len(loop._deadlines) <= 12 and not loop._timed

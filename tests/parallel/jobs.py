@@ -11,9 +11,10 @@ from executor.host.env import environment
 REPO = Path(__file__).resolve().parents[2]
 
 
-def case(family: str, world_size: int = 1, **parallel: Any) -> dict[str, Any]:
-    """A recipe of a tiny model that answers the default questions."""
+def case(family: str, world_size: int = 1, *, prompt_logprobs: int | None = None, **parallel: Any) -> dict[str, Any]:
+    """A recipe of a tiny model that answers the default questions, and whether their prompts are scored as well."""
     return {
+        "prompt_logprobs": prompt_logprobs,
         "model_config": {"model_path": f"models/tiny/{family}", "device": "cpu", "dtype": "float32"},
         "parallel_config": {"world_size": world_size, **parallel},
         "scheduler_config": {"block_size": 16, "max_num_seqs": 3, "max_model_len": 512, "max_num_batched_tokens": 96},

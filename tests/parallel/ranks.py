@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def run(case: dict[str, Any]) -> dict[str, Any] | None:
     """What rank 0 saw of one case; None on the other ranks."""
     if before := case.pop("before", None):
         _put(Path(before["file"]), Path(before["as"]))
+    watched = Watched(case.pop("prompt_logprobs", None))
     recipe = build_recipe(case)
-    watched = Watched()
     document, status = generate.run(recipe, build=watched.build, out=io.StringIO())
     if "outputs" not in document:
         return None
@@ -51,6 +52,7 @@ def run(case: dict[str, Any]) -> dict[str, Any] | None:
             [token["token_id"] for token in row["logprobs"][0]] if "logprobs" in row else None for row in rows
         ],
         "logprobs": [[token["logprob"] for token in row["logprobs"][0]] if "logprobs" in row else None for row in rows],
+        "prompt_logprobs": watched.prompt_logprobs,
         "steps": watched.steps,
         "loads": watched.loads,
         "results": Path(recipe.data.results_path).read_text() if recipe.data.results_path else None,
@@ -90,9 +92,11 @@ def _anonymous_bytes() -> int:
 
 
 class Watched:
-    """An engine whose steps and loading are counted."""
+    """An engine whose steps and loading are counted; every request may be asked for its prompt's logprobs as well."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_prompt_logprobs: int | None) -> None:
+        self.num_prompt_logprobs = num_prompt_logprobs
+        self.prompt_logprobs: dict[str, list[float]] = {}  # of every request's prompt, behind its first token
         self.steps: list[list[int]] = []  # of every decode step of rank 0: collectives, rows
         self.loads: list[list[int]] = []  # of every rank: bytes read, bytes estimated, growth of its memory
 
@@ -118,16 +122,31 @@ class Watched:
             self.loads = [None] * parallel.job.size
             dist.all_gather_object(self.loads, mine, group=parallel.job.handle)
         self._count(engine.runner)
+        if self.num_prompt_logprobs is not None:
+            self._score(engine)
         return engine
+
+    def _score(self, engine: Any) -> None:
+        add, step = engine.add, engine.step
+
+        def scored() -> list[Any]:
+            outputs = step()
+            for output in outputs:
+                if output.prompt_logprobs:
+                    self.prompt_logprobs[output.request_id] = [x.logprob for x in output.prompt_logprobs[1:]]
+            return outputs
+
+        engine.add = lambda prompt, params: add(prompt, replace(params, prompt_logprobs=self.num_prompt_logprobs))
+        engine.step = scored
 
     def _count(self, runner: Runner) -> None:
         parallel, forward = runner.replica.parallel, runner.forward
         groups = {id(group): group for group in (getattr(parallel, name) for name in FIELDS)}.values()
 
-        def counted(plan: Any) -> Any:
+        def counted(plan: Any, *scores: Any) -> Any:
             before = sum(group.traffic.collectives for group in groups)
-            logits = forward(plan)
-            if plan.rows and all(row.num_tokens == 1 for row in plan.rows):
+            logits = forward(plan, *scores)
+            if plan.rows and all(row.num_tokens == 1 and not row.scored for row in plan.rows):
                 self.steps.append([sum(group.traffic.collectives for group in groups) - before, len(plan.rows)])
             return logits
 

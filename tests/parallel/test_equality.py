@@ -13,6 +13,7 @@ LAYERS = 3  # of each tiny model
 TWO_RANKS = {
     **{f"{family}_tp2": (family, {}, 2 * LAYERS + 2) for family in FAMILIES},
     **{f"{family}_vision_data": (family, {"vision_parallel": "data"}, 2 * LAYERS + 2) for family in FAMILIES},
+    "prompts_scored": ("qwen2_5_vl", {"prompt_logprobs": 1}, 2 * LAYERS + 2),
     "dense_replicas": ("qwen2_5_vl", {"attn_tp_size": 1}, 0),
     "moe_ep2": ("qwen3_vl_moe", {"moe_ep_size": 2}, 2 * LAYERS + 2),
     "moe_dp2_ep2": ("qwen3_vl_moe", {"moe_ep_size": 2, "attn_tp_size": 1}, 2 * LAYERS),
@@ -33,7 +34,7 @@ Found = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Found:
-    found = run_ranks(1, [case(family) for family in FAMILIES], tmp_path_factory.mktemp("one"))
+    found = run_ranks(1, [case(family, prompt_logprobs=1) for family in FAMILIES], tmp_path_factory.mktemp("one"))
     return dict(zip(FAMILIES, found, strict=True))
 
 
@@ -59,6 +60,8 @@ def _check(found: dict[str, Any], wanted: dict[str, Any], num_ranks: int, collec
     assert all(len(ids) == 40 for ids in found["token_ids"])
     for ours, theirs in zip(found["logprobs"], wanted["logprobs"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
+    for request_id, scores in found["prompt_logprobs"].items():
+        assert scores == pytest.approx(wanted["prompt_logprobs"][request_id], abs=1e-4) and len(scores) > 10
     assert len(found["loads"]) == num_ranks
     assert found["steps"] and {count for count, _ in found["steps"]} == {collectives}
     for read, estimated, _ in found["loads"]:
@@ -69,6 +72,7 @@ def _check(found: dict[str, Any], wanted: dict[str, Any], num_ranks: int, collec
 def test_two_ranks(name, two, alone) -> None:
     family, _, collectives = TWO_RANKS[name]
     _check(two[name], alone[family], 2, collectives)
+    assert bool(two[name]["prompt_logprobs"]) == (name == "prompts_scored")
 
 
 @pytest.mark.parametrize("name", FOUR_RANKS)

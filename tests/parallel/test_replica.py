@@ -46,8 +46,9 @@ def test_followers_run_the_leaders_plans(pair, seed) -> None:
         for segment in segments:
             if not isinstance(segment, list):
                 object.__setattr__(segment, "pixels", torch.full((1, 3, 4, 4), number, dtype=torch.uint8))
-        s.add(request(f"r{number}", *segments, max_new_tokens=rng.randrange(1, 40), ignore_eos=True))
-    alive, steps, preempted = {}, 0, 0
+        params = {"max_new_tokens": rng.randrange(1, 40), "prompt_logprobs": rng.choice([None, 2])}
+        s.add(request(f"r{number}", *segments, ignore_eos=True, **params))
+    alive, steps, preempted, num_scored = {}, 0, 0, 0
     while s.has_work:
         plan = s.schedule()
         assert leader.lead(plan, in_graph=False) is plan
@@ -59,6 +60,9 @@ def test_followers_run_the_leaders_plans(pair, seed) -> None:
         for ours, theirs in zip(told.rows, plan.rows, strict=True):
             assert ours.start == theirs.start
             assert (ours.num_tokens, ours.max_yield) == (theirs.num_tokens, theirs.max_yield)
+            assert ours.scored == theirs.scored
+            theirs.request.prompt_logprobs += [0.0] * len(theirs.scored)
+            num_scored += len(theirs.scored)
             end = ours.start + ours.num_tokens
             assert ours.request.token_ids(0, end) == theirs.request.token_ids(0, end)
             assert ours.request.block_ids == theirs.request.block_ids
@@ -70,6 +74,8 @@ def test_followers_run_the_leaders_plans(pair, seed) -> None:
                 preempted += ended.num_preemptions
                 leader.forget(ended)
     assert steps > 10 and len(alive) == 12 and preempted
+    awaited = [each for each in alive.values() if each.params.prompt_logprobs is not None]
+    assert num_scored == sum(len(each.prompt.token_ids) - 1 for each in awaited) > 0
     leader.dismiss()
     assert list(plans) == []
 

@@ -11,7 +11,7 @@ from executor.serve.asks import Delta
 from executor.serve.blocks import BlockAnswer
 from tests.serve.conftest import Running
 from tests.serve.test_generate import PICTURE
-from tests.serve.test_responses import ScriptedParser, chat
+from tests.serve.test_responses import SCHEMA, ScriptedParser, chat
 
 QUESTION = "What color is the square?"
 IMAGE = {
@@ -99,11 +99,8 @@ def test_the_events_add_up_to_the_message(server: Running) -> None:
         ({"model": "other"}, "other"),
     ],
 )
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_answered_is_refused_in_its_form(
-    server: Running, fields: dict[str, Any], words: str, stream: bool
-) -> None:
-    body = {"messages": [{"role": "user", "content": "a"}], "stream": stream, **LIMITS, **fields}
+def test_what_cannot_be_answered_is_refused_in_its_form(server: Running, fields: dict[str, Any], words: str) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "stream": True, **LIMITS, **fields}
     reply = server.http.post("/v1/messages", json=body)
     tree = reply.json()
     assert reply.status_code == (404 if "model" in fields else 400)
@@ -117,6 +114,27 @@ def test_neutral_values_are_taken(server: Running) -> None:
         "stop_sequences": [], "top_k": -1, "tool_choice": {"type": "auto"}, "output_config": {"format": None},
     }  # fmt: skip
     assert ask(server, [SQUARE], **fields)["content"][0]["text"] == "blue"
+
+
+def test_a_call_is_a_block_and_its_result_goes_on(server: Running) -> None:
+    tool = {"name": "get_weather", "input_schema": SCHEMA}
+    forced = {"tools": [tool], "tool_choice": {"type": "any"}, "max_tokens": 64}
+    message = ask(server, [SQUARE], **forced)
+    use = message["content"][-1]
+    assert message["stop_reason"] == "tool_use" and use["type"] == "tool_use" and use["input"]["unit"] in ("C", "F")
+    events = streamed(server, [SQUARE], **forced)
+    told = "".join(each["delta"].get("partial_json", "") for each in events if each["type"] == "content_block_delta")
+    assert json.loads(told) == use["input"] and events[-2]["delta"]["stop_reason"] == "tool_use"
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use["id"], "content": "12"}]}
+    turns = [SQUARE, {"role": "assistant", "content": message["content"]}, result]
+    after = ask(server, turns, tools=[tool])
+    assert after["usage"]["input_tokens"] + after["usage"]["cache_read_input_tokens"] > message["usage"]["input_tokens"]
+
+
+def test_a_format_binds_the_answer(server: Running) -> None:
+    config = {"format": {"type": "json_schema", "schema": SCHEMA}}
+    message = ask(server, [SQUARE], output_config=config, max_tokens=64)
+    assert json.loads(message["content"][0]["text"])["unit"] in ("C", "F")
 
 
 def test_blocks_are_messages_of_a_chat() -> None:

@@ -168,11 +168,10 @@ def test_a_kept_response_is_read_and_forgotten(server: Running) -> None:
         ({"model": "other"}, "model", "other"),
     ],
 )
-@pytest.mark.parametrize("stream", [False, True])
 def test_what_cannot_be_answered_is_refused(
-    server: Running, fields: dict[str, Any], param: str | None, words: str, stream: bool
+    server: Running, fields: dict[str, Any], param: str | None, words: str
 ) -> None:
-    reply = server.http.post("/v1/responses", json={"input": "a", "stream": stream, **LIMITS, **fields})
+    reply = server.http.post("/v1/responses", json={"input": "a", "stream": True, **LIMITS, **fields})
     error = reply.json()["error"]
     is_unknown = any(name in str(fields) for name in ("resp_1", "msg_1", "other"))
     assert reply.status_code == (404 if is_unknown else 400) and words in error["message"]
@@ -222,6 +221,39 @@ def test_items_in_a_row_are_one_message() -> None:
     assert tools_of_response([tool]) == [
         {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, "strict": True}}
     ]
+
+
+SCHEMA = {
+    "type": "object", "properties": {"unit": {"enum": ["C", "F"]}}, "required": ["unit"], "additionalProperties": False
+}  # fmt: skip
+WEATHER = {"type": "function", "name": "get_weather", "parameters": SCHEMA, "strict": True}
+ROOM = {"max_output_tokens": 64}
+
+
+def test_a_format_binds_the_answer(server: Running) -> None:
+    text = {"format": {"type": "json_schema", "name": "weather", "schema": SCHEMA, "strict": True}}
+    response = respond(server, [SQUARE], text=text, **ROOM)
+    assert json.loads(text_of(response))["unit"] in ("C", "F") and response["text"] == text
+    assert text_of(streamed(server, [SQUARE], text=text, **ROOM)[-1]["response"]) == text_of(response)
+    form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": SCHEMA}}
+    body = {"messages": [{"role": "user", "content": QUESTION}], "response_format": form, "temperature": 0}
+    expected = server.http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+    assert text_of(respond(server, QUESTION, text=text, **ROOM)) == expected
+
+
+def test_a_call_is_an_item_and_its_output_goes_on(server: Running) -> None:
+    forced = {"tools": [WEATHER], "tool_choice": {"type": "function", "name": "get_weather"}, **ROOM}
+    response = respond(server, [SQUARE], **forced)
+    call = response["output"][-1]
+    assert call["type"] == "function_call" and call["name"] == "get_weather" and call["status"] == "completed"
+    assert json.loads(call["arguments"])["unit"] in ("C", "F") and response["status"] == "completed"
+    events = streamed(server, [SQUARE], **forced)
+    told = "".join(each["delta"] for each in events if each["type"] == "response.function_call_arguments.delta")
+    assert told == events[-1]["response"]["output"][-1]["arguments"] == call["arguments"]
+    output = {"type": "function_call_output", "call_id": call["call_id"], "output": "12"}
+    after = respond(server, [output], previous_response_id=response["id"], tools=[WEATHER], **ROOM)
+    again = respond(server, [SQUARE, *response["output"], output], tools=[WEATHER], **ROOM)
+    assert text_of(after) == text_of(again) and after["usage"]["input_tokens"] > response["usage"]["input_tokens"]
 
 
 class ScriptedParser:

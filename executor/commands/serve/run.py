@@ -8,7 +8,7 @@ attend the front door of the cluster (executor.commands.serve.cluster).
 import asyncio
 import logging
 import signal
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from typing import Any
 
 from executor.host.env import environment, rank_place
@@ -18,6 +18,9 @@ from executor.serve.server import SIGNALS, listen
 
 logger = logging.getLogger(__name__)
 
+PATIENCE_S = 5.0
+"""How long a step of the engine may take after everything else has ended."""
+
 
 def run(recipe: Recipe) -> tuple[dict[str, Any], int]:
     """Serve until SIGTERM; returns the JSON document and the exit status."""
@@ -25,6 +28,8 @@ def run(recipe: Recipe) -> tuple[dict[str, Any], int]:
         from executor.commands.serve.cluster import run_cluster
 
         return run_cluster(recipe)
+    import uvloop  # asyncio's own loop lets Python's lock go at every write, and has to wait for it again
+
     from executor.commands.build import engine_of, open_rank, request_limits
     from executor.engine.loop import EngineLoop
 
@@ -33,37 +38,61 @@ def run(recipe: Recipe) -> tuple[dict[str, Any], int]:
     if listener is None or "RECIPE_LAUNCHER" in variables:
         for number in SIGNALS:  # to a whole control group, say: whoever started this process ends it in good order
             signal.signal(number, signal.SIG_IGN)
+    else:
+        signal.signal(signal.SIGTERM, _interrupt)
     prepared = prepare(recipe, place.local_world_size)
     device, parallel = open_rank(prepared)
-    with engine_of(prepared, device, parallel, limits=request_limits(recipe)) as engine:
+    with ExitStack() as stack:
+        engine = stack.enter_context(engine_of(prepared, device, parallel, limits=request_limits(recipe)))
         if not parallel.leads:
             engine.follow()
             return {"command": "serve"}, 0
         most = None  # where a front door counts for several
         if parallel.replicas.size == 1:
             most = prepared.recipe.scheduler.max_num_seqs + recipe.server.max_queued_requests
-        with EngineLoop(engine, max_unfinished=most) as loop:
-            loop.start()
+        loop = EngineLoop(engine, max_unfinished=most).start()
+        try:
             if listener is None:
-                asyncio.run(_attend(prepared, loop, parallel))
+                uvloop.run(_attend(prepared, loop, parallel))
                 return {"command": "serve"}, 0
-            asyncio.run(_serve(prepared.recipe, loop, parallel, listener))
-    return {"command": "serve", "model": recipe.model.model_path}, 0
+            return uvloop.run(_serve(prepared.recipe, loop, parallel, listener)), 0
+        finally:
+            if not loop.stop(patience_s=PATIENCE_S):
+                logger.warning("a step of the engine goes on; this process ends without waiting for it")
+                stack.pop_all()
 
 
-async def _serve(recipe: Recipe, loop: Any, parallel: Any, listener: Any) -> None:
-    """Rank 0: HTTP over the replicas of this job."""
+def _interrupt(number: int, frame: Any) -> None:
+    """While the model is loaded a signal ends the command as Ctrl-C does."""
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+async def _serve(recipe: Recipe, loop: Any, parallel: Any, listener: Any) -> dict[str, Any]:
+    """Rank 0: HTTP over the replicas of this job. Returns the command's document."""
     from executor.commands.serve.front import open_door, with_others
     from executor.serve.backends import EngineBackend
     from executor.serve.service import Service
+    from executor.serve.settings import url_of
+    from executor.serve.warmup import warm_up
 
     engine = loop.engine
     async with AsyncExitStack() as replicas:
         backend = EngineBackend(loop, asyncio.get_running_loop())
+        await warm_up(backend)
         if parallel.replicas.size > 1:
             backend = await with_others(backend, recipe, parallel, replicas)
         signals = (signal.SIGUSR1,) if "RECIPE_LAUNCHER" in environment() else SIGNALS
-        await open_door(Service(recipe, engine.processor, engine.vocab_size, backend), listener, signals)
+        service = Service(recipe, engine.processor, engine.vocab_size, backend)
+        address = url_of(recipe.server, listener.getsockname()[1])
+        await open_door(service, listener, signals)
+    return {
+        "command": "serve",
+        "model": recipe.model.model_path,
+        "address": address,
+        "requests": service.num_answered + service.num_failed,
+        "answered": service.num_answered,
+        "failed": service.num_failed,
+    }
 
 
 async def _attend(prepared: Prepared, loop: Any, parallel: Any) -> None:
@@ -72,6 +101,9 @@ async def _attend(prepared: Prepared, loop: Any, parallel: Any) -> None:
     from executor.serve.backends import EngineBackend
     from executor.serve.gate import call
     from executor.serve.remote import attend
+    from executor.serve.warmup import warm_up
 
+    backend = EngineBackend(loop, asyncio.get_running_loop())
+    await warm_up(backend)
     front, hello = await find_front(prepared.recipe, parallel, environment())
-    await attend(await call(front, hello), EngineBackend(loop, asyncio.get_running_loop()))
+    await attend(await call(front, hello), backend)

@@ -73,7 +73,7 @@ async def messages(body: MessageRequest, request: Request) -> Response:
     params = params_of(service, body, more=more, names={"stop": "stop_sequences"})
     if params.n != 1:
         raise refusal("n", f"is {params.n}; allowed: 1, a message is one answer")
-    name = answer_id(request, "msg")
+    name = answer_id(request, "msg_")
     ask = Ask(name, asked.prompt, params, service.recipe.server.request_timeout_s, fits_exactly=True)
     finds_calls = takes_tools(asked.form)
     names = tool_names(tools_of(asked.form)) if finds_calls else None

@@ -50,7 +50,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     if not isinstance(body.prompt, str):
         prompt = ChatPrompt([{"role": "user", "content": body.prompt}])
     ask = Ask(
-        answer_id(request, "generate"), prompt, params, service.recipe.server.request_timeout_s,
+        answer_id(request, "generate-"), prompt, params, service.recipe.server.request_timeout_s,
         fits_exactly=body.max_tokens is not None,
     )  # fmt: skip
     feed = service.ask(ask)

@@ -9,12 +9,14 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse, Response
 
+from executor.errors import UserError
 from executor.prompt.chat import tool_names
+from executor.prompt.request_options import IO_KEY, read_request_options
 from executor.schedule.request import SamplingParams
 from executor.serve.answers import gather
 from executor.serve.asks import Ask, ChatPrompt
 from executor.serve.bodies import JsonRoute
-from executor.serve.errors import ApiError
+from executor.serve.errors import ApiError, in_words
 from executor.serve.middleware import EXCHANGE
 from executor.serve.openai.chat_reply import ReplyStyle, chunks, whole_reply
 from executor.serve.openai.logprobs import bytes_by
@@ -63,7 +65,11 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     params = chat_params(service, body, begins_thinking=begins_thinking)
     is_bounded = body.max_completion_tokens is not None or body.max_tokens is not None
     ask = Ask(
-        answer_id(request, "chatcmpl"), prompt, params, service.recipe.server.request_timeout_s, fits_exactly=is_bounded
+        answer_id(request, "chatcmpl-"),
+        prompt,
+        params,
+        service.recipe.server.request_timeout_s,
+        fits_exactly=is_bounded,
     )
     style = style_of(service, body, params, begins_thinking=begins_thinking)
     frame = {"id": ask.id, "created": int(time.time()), "model": service.model_name}
@@ -74,8 +80,8 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
 
 
 def answer_id(request: Request, prefix: str) -> str:
-    """A new id, which the access log has too."""
-    name = request.scope[EXCHANGE].answer_id = f"{prefix}-{uuid.uuid4().hex}"
+    """A new id ("chatcmpl-" and digits), which the access log has too."""
+    name = request.scope[EXCHANGE].answer_id = f"{prefix}{uuid.uuid4().hex}"
     return name
 
 
@@ -101,21 +107,13 @@ def prompt_of(body: ChatRequest) -> ChatPrompt:
 
 
 def media_options(processor: Mapping[str, Any] | None, reading: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What `mm_processor_kwargs` and `media_io_kwargs` ({"video": {"num_frames", "fps"}}) say of all media.
-
-    Raises ApiError 400 for what the second says that is not served.
-    """
-    options = {}
-    for kind, values in (reading or {}).items():
-        if values is None or values == {}:
-            continue
-        if kind != "video" or not isinstance(values, dict) or not values.keys() <= {"num_frames", "fps"}:
-            raise ApiError(
-                400, f"media_io_kwargs.{kind} is not supported as it stands; allowed: "
-                '{"video": {"num_frames": N}} or {"video": {"fps": F}}', param="media_io_kwargs",
-            )  # fmt: skip
-        options.update({name: value for name, value in values.items() if value is not None})
-    return {**options, **{name: value for name, value in (processor or {}).items() if value is not None}}
+    """What `mm_processor_kwargs` and `media_io_kwargs` say of all media. Raises ApiError 400."""
+    options = {**(processor or {}), **({IO_KEY: reading} if reading else {})}
+    try:
+        read_request_options(options)
+    except UserError as error:
+        raise in_words(400, str(error)) from error
+    return options
 
 
 def chat_params(service: Service, body: ChatRequest, *, begins_thinking: bool) -> SamplingParams:

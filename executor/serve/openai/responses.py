@@ -77,7 +77,7 @@ async def responses(body: ResponseRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     store: ResponseStore = request.app.state.responses
     service.check_model(body.model)
-    job = job_of(service, store, body, answer_id(request, "resp"))
+    job = job_of(service, store, body, answer_id(request, "resp_"))
     feed = service.ask(job.ask)
     if body.stream:
         return await EventStream.start(request, feed, events(feed, job, store, body), write_error=_error_of(job.writer))

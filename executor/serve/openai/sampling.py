@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from executor.errors import nearest
 from executor.schedule.request import SamplingParams
+from executor.serve.bodies import in_json
 from executor.serve.errors import ApiError
 from executor.serve.service import Service
 
@@ -205,9 +206,9 @@ def refuse_unserved(body: BaseModel) -> None:
         if name in UNSERVED:
             neutral, advice = UNSERVED[name]
             if value is not None and not any(value == each and type(value) is type(each) for each in neutral):
-                allowed = " or ".join(["null", *map(repr, neutral)])
+                allowed = " or ".join(["null", *map(in_json, neutral)])
                 raise ApiError(
-                    400, f"{name} is {str(value)[:80]!r}, which is not supported; allowed: {allowed}"
+                    400, f"{name} is {in_json(value)}, which is not supported; allowed: {allowed}"
                     f"{'; ' if advice else ''}{advice}", param=name, code="unsupported_parameter",
                 )  # fmt: skip
         elif name not in HARMLESS:

@@ -1,9 +1,8 @@
 // What the page asks of its server, with the key where there is one, and an answer's stream.
 
 class AskError extends Error {
-  constructor(words, { status = 0, needsKey = false } = {}) {
+  constructor(words, needsKey = false) {
     super(words);
-    this.status = status;
     this.needsKey = needsKey;
   }
 }
@@ -42,13 +41,10 @@ async function refusal(reply, hadKey) {
   const words = told?.error?.message ?? `The server answered ${reply.status} ${reply.statusText}`.trim();
   if (reply.status === 401) {
     const advice = hadKey ? "The server does not accept this key." : "The server asks for a key.";
-    return new AskError(advice, { status: 401, needsKey: true });
+    return new AskError(advice, true);
   }
-  if (reply.status === 429 || reply.status === 503) {
-    const wait = Number(reply.headers.get("Retry-After"));
-    return new AskError(`The server is busy: ${words}. Try again${wait ? ` in ${wait} s` : " soon"}.`, { status: reply.status });
-  }
-  return new AskError(words, { status: reply.status });
+  const wait = reply.headers.get("Retry-After");
+  return new AskError(wait ? `The server is busy: ${words}. Try again in ${wait} s.` : words);
 }
 
 /**

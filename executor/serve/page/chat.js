@@ -80,7 +80,7 @@ async function answerTo(text, media) {
   notice("");
   running = new AbortController();
   showState();
-  speaker.begin("The answer comes.");
+  speaker.begin("Answering.");
   await run(turn, running.signal);
   running = null;
   showState();

@@ -125,7 +125,8 @@ class Turn {
       parts.push(`TPOT ${milliseconds((last - first) / (usage.completion_tokens - 1))}`);
     if (usage) {
       const cached = usage.prompt_tokens_details?.cached_tokens;
-      parts.push(`${usage.prompt_tokens} tokens in${cached ? ` (${cached} cached)` : ""}`, `${usage.completion_tokens} out`);
+      parts.push(`${usage.prompt_tokens} prompt tokens${cached ? ` (${cached} cached)` : ""}`);
+      parts.push(`${usage.completion_tokens} output tokens`);
     }
     return parts.join(" · ");
   }

@@ -26,11 +26,21 @@ class Visit:
         self.page, self.url = page, url
         self.errors: list[str] = []
         self.outside: list[str] = []
-        page.set_default_timeout(10_000)
-        page.on("console", lambda message: message.type in ("error", "warning") and self.errors.append(message.text))
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("request", lambda request: self._see(request.url))
+        self._handlers = {
+            "console": lambda message: message.type in ("error", "warning") and self.errors.append(message.text),
+            "pageerror": lambda error: self.errors.append(str(error)),
+            "request": lambda request: self._see(request.url),
+        }
+        for event, handler in self._handlers.items():
+            page.on(event, handler)
+        page.set_default_timeout(30_000)
         page.goto(f"{url}/")
+
+    def leave(self) -> None:
+        for event, handler in self._handlers.items():
+            self.page.remove_listener(event, handler)
+        self.page.unroute_all()
+        self.page.goto("about:blank")  # ends what it still asks: the server waits for that when it is stopped
 
     def _see(self, url: str) -> None:
         if not url.startswith((self.url, "blob:", "data:")):
@@ -72,28 +82,35 @@ def run_curl(command: str, folder: Path, **environment: str) -> dict[str, Any]:
     return json.loads(done.stdout[done.stdout.index("{") :])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")  # and no longer: Playwright keeps an event loop in this thread
 def browser() -> Iterator[Any]:
     with chromium() as opened:
         yield opened
 
 
-@pytest.fixture
-def visit(browser: Any, server: Running) -> Iterator[Open]:
-    """Opens the page of `server` or another one; at the end nothing may have gone wrong or out of the machine."""
-    contexts, visits = [], []
+@pytest.fixture(scope="package")
+def tab(browser: Any) -> Any:
+    """The page of all visits that want nothing special: opening one costs more than most tests."""
+    return browser.new_page()
 
-    def open_page(running: Running = server, *, allowed: str = "", **options: Any) -> Visit:
-        contexts.append(browser.new_context(**options))
-        visits.append((Visit(contexts[-1].new_page(), running.url), allowed))
+
+@pytest.fixture
+def visit(browser: Any, tab: Any, request: pytest.FixtureRequest) -> Iterator[Open]:
+    """Opens the page of `server` or another one; at the end nothing may have gone wrong or out of the machine."""
+    visits: list[tuple[Visit, str]] = []
+
+    def open_page(running: Running | None = None, *, allowed: str = "", **options: Any) -> Visit:
+        url = (running or request.getfixturevalue("server")).url
+        visits.append((Visit(browser.new_page(**options) if options else tab, url), allowed))
         return visits[-1][0]
 
     yield open_page
     for opened, allowed in visits:
+        opened.leave()
+        if opened.page is not tab:
+            opened.page.close()
         assert [error for error in opened.errors if not (allowed and allowed in error)] == []
         assert opened.outside == []
-    for context in contexts:
-        context.close()
 
 
 @pytest.fixture
