@@ -16,18 +16,27 @@ from executor.serve.remote import RemoteBackend
 from executor.serve.router import Router, slack_of
 from executor.serve.server import SIGNALS, serve
 from executor.serve.service import Service
-from executor.serve.settings import greeting
+from executor.serve.settings import greeting, url_of
 
 logger = logging.getLogger(__name__)
 
 KEY = "serve/front"  # in the job's store
 
 
-async def open_door(service: Service, listener: Any, signals: Iterable[signal.Signals] = SIGNALS) -> None:
-    """HTTP until one of `signals`. Raises RuntimeError for the backend's fault."""
+async def open_door(service: Service, listener: Any, signals: Iterable[signal.Signals] = SIGNALS) -> dict[str, Any]:
+    """HTTP until one of `signals`; returns the command's document. Raises RuntimeError for the backend's fault."""
+    address = url_of(service.recipe.server, listener.getsockname()[1])
     for line, is_warning in greeting(service, listener.getsockname()[1]):
         logger.log(logging.WARNING if is_warning else logging.INFO, "%s", line)
     await serve(build_app(service), service, listener, signals)
+    return {
+        "command": "serve",
+        "model": service.recipe.model.model_path,
+        "address": address,
+        "requests": service.num_answered + service.num_failed,
+        "answered": service.num_answered,
+        "failed": service.num_failed,
+    }
 
 
 async def with_others(backend: Backend, recipe: Recipe, parallel: Any, replicas: AsyncExitStack) -> Router:
