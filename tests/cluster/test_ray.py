@@ -48,7 +48,8 @@ def test_serve_over_two_jobs_one_of_which_dies(job: Job) -> None:
     assert sorted(first) == [0, 1]
     endless = {"messages": turns("word.png"), "stream": True, "ignore_eos": True, "max_tokens": 1500}
     with client.stream("POST", "/v1/chat/completions", json=endless) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()
+        next(lines)
         job.until(lambda: num_running(client) >= 1, 5)
     job.until(lambda: num_running(client) == 0, 5)
 

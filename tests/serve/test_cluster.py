@@ -26,7 +26,7 @@ RECIPE = build_recipe(
     {
         "model_config": {"model_path": "models/tiny/qwen3_vl", "device": "cpu", "dtype": "float32"},
         "scheduler_config": {"max_model_len": 2048},
-        "server_config": {"port": 0, "replicas": 2, "drain_timeout_s": 5},
+        "server_config": {"port": 0, "replicas": 2, "drain_timeout_s": 5, "served_model_name": "tiny"},
     }
 )
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
@@ -89,7 +89,7 @@ def crowd(monkeypatch: pytest.MonkeyPatch) -> Iterator[Crowd]:
         asyncio.run(leader(job))
 
     async def leader(job: FakeJob) -> None:
-        front, hello = await find_front(RECIPE, Parallel(), dict(job.variables))
+        front, hello = await find_front(RECIPE.replace(server={"replicas": None, "served_model_name": None}), Parallel(), job.variables)
         backends[job.number] = backend = Echo(job)
         attending = asyncio.ensure_future(attend(await call(front, hello), backend))
         while not attending.done() and not job.dying.is_set():
@@ -124,6 +124,7 @@ def answers(http: httpx.Client) -> bool:
 
 def test_two_jobs_share_and_a_conversation_stays(crowd: Crowd) -> None:
     assert crowd.health() == 200
+    assert crowd.http.get("/v1/models").json()["data"][0]["id"] == "tiny", "what the front door's own recipe says"
     assert {crowd.text(f"question {number}") for number in range(4)} == {"job 0", "job 1"}
     for number in range(4):
         turns = [*message(f"talk {number}"), {"role": "assistant", "content": "x"}, *message("and?")]

@@ -97,7 +97,8 @@ def check_shared_experts(job: Job, client: httpx.Client) -> None:
     endless = {"messages": turns("word.png"), "stream": True, "ignore_eos": True, "max_tokens": 1500}
     for _ in range(2):  # one on each replica, as the first to be asked is the one that was asked longest ago
         with client.stream("POST", CHAT, json=endless) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()
+            next(lines)
             assert num_running(client) >= 1 or job.until(lambda: num_running(client) >= 1, 5)
         job.until(lambda: num_running(client) == 0, 5)  # who hangs up is forgotten on every replica
         endless["messages"] = turns("number.jpg")
@@ -155,7 +156,8 @@ def test_a_second_signal_ends_the_job_at_once(job: Job) -> None:
     client = served(job, *TWO, config=QUICK)
     endless = {"messages": turns("word.png"), "stream": True, "ignore_eos": True, "max_tokens": 2000}
     with client.stream("POST", CHAT, json=endless) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()
+        next(lines)
         job.launchers[0].terminate()
         job.until(lambda: "SIGTERM: the job comes to its end" in job.err(), 5)
         at = time.monotonic()

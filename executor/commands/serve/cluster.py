@@ -107,7 +107,7 @@ class Fleet:
             self.settled.set()
             return
         if self.router is None:
-            self.recipe = build_recipe(hello["recipe"])
+            self.recipe = build_recipe(hello["recipe"]).replace(server=self.recipe.server.model_dump())
             self.router = router_of(self.recipe, survives=True)
         name = f"job {number}" + (f", replica {leader}" if leaders > 1 else "")
         backend = RemoteBackend(peer, name)
