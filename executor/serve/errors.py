@@ -28,7 +28,7 @@ RETRY_AFTER_S = 1
 
 _PLACE = re.compile(
     r"(messages|tools|tool_choice|prompt|response_format|structured_outputs|guided_[a-z]+|mm_processor_kwargs|"
-    r"chat_template_kwargs)"
+    r"media_io_kwargs|chat_template_kwargs)"
     r"(\[\d+\]|\.\w+)*(?=[ :])"
 )
 
