@@ -87,7 +87,7 @@ FIELDS: list[tuple[dict[str, Any], str | None, str]] = [  # fields, what `param`
     ({"tool_choice": 3}, "tool_choice", "a text or an object"),
     ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs", "may not set 'tokenize'"),
     ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "one of them"),
-    ({"media_io_kwargs": {"image": {"mode": "L"}}}, "media_io_kwargs", "is not supported"),
+    ({"media_io_kwargs": {"image": {"mode": "L"}}}, "media_io_kwargs.image.mode", "is not supported"),
     ({"best_of": 3}, "best_of", "best_of is 3, which is not supported; allowed: null or 1; ask for n answers"),
     ({"use_beam_search": True}, "use_beam_search", "allowed: null or false"),
     ({"functions": [{"name": "f"}]}, "functions", "use tools"),
