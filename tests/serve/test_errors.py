@@ -76,7 +76,7 @@ FIELDS: list[tuple[dict[str, Any], str | None, str]] = [  # fields, what `param`
     ({"stream_options": 3}, "stream_options", "an object"),
     ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "true or false"),
     ({"tools": 3}, "tools", "a list"),
-    ({"tools": ["a"]}, "tools[0]", "must be"),
+    ({"tools": ["a"]}, "tools[0]", "allowed: "),
     ({"tool_choice": 3}, "tool_choice", "a text or an object"),
     ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs", "may not set 'tokenize'"),
     ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "one of them"),
