@@ -231,8 +231,8 @@ def _choice(fields: Mapping[str, Any]) -> str | Tool:
         name = name.get("name") if isinstance(name, Mapping) else None
         named = [tool for tool in tools if tool.name == name]
         if not named:
-            given = ", ".join(tool.name for tool in tools) or "none"
-            raise _refused("tool_choice", f"tool_choice names {name!r}, which is not among the tools (given: {given})")
+            given = ", ".join(tool.name for tool in tools) or "nothing, as there are no tools"
+            raise _refused("tool_choice", f"tool_choice names {describe(name)}; allowed: {given}")
         return named[0]
     if value not in ("none", "auto", "required"):
         raise _refused("tool_choice", f"tool_choice is {describe(value)}; allowed: {CHOICES}")

@@ -135,7 +135,7 @@ class Crew:
             peer.send({"go": True} if self._dealer.num_left else {"end": True})
         while (message := await peer.receive()) is not None:
             if "ready" in message:
-                share = -(-self._num_rows // (self._num_jobs * hello["leaders"]))  # what is even, while others have none
+                share = -(-self._num_rows // (self._num_jobs * hello["leaders"]))
                 self._dealer.join(peer, min(hello["seats"], max(1, share)))
                 self._ready.add((hello["replica"], hello["leader"]))
                 self._jobs.are_up = self._jobs.are_up or len(self._ready) == self._num_jobs * hello["leaders"]

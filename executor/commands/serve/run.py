@@ -28,6 +28,8 @@ def run(recipe: Recipe) -> tuple[dict[str, Any], int]:
         from executor.commands.serve.cluster import run_cluster
 
         return run_cluster(recipe)
+    import uvloop  # asyncio's own loop lets Python's lock go at every write, and has to wait for it again
+
     from executor.commands.build import engine_of, open_rank, request_limits
     from executor.engine.loop import EngineLoop
 
@@ -51,9 +53,9 @@ def run(recipe: Recipe) -> tuple[dict[str, Any], int]:
         loop = EngineLoop(engine, max_unfinished=most).start()
         try:
             if listener is None:
-                asyncio.run(_attend(prepared, loop, parallel))
+                uvloop.run(_attend(prepared, loop, parallel))
                 return {"command": "serve"}, 0
-            return asyncio.run(_serve(prepared.recipe, loop, parallel, listener)), 0
+            return uvloop.run(_serve(prepared.recipe, loop, parallel, listener)), 0
         finally:
             if not loop.stop(patience_s=PATIENCE_S):
                 logger.warning("a step of the engine goes on; this process ends without waiting for it")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from emulator.record import Recorder
-from executor.schedule.request import SamplingParams
+from executor.schedule.request import Grammar, SamplingParams
 from tests.device.inside.npu import A2, A3, CPU, DUO, backend, engine_on, exact
 from tests.models.test_generation import CASES, RecordedLogits
 from tests.reference import FAMILIES, random_checkpoint
@@ -65,6 +65,20 @@ def test_chunks_and_batches_change_nothing(family, chunk, prefix_caching) -> Non
         for _ in range(2):  # the second time out of the prefix cache
             done = engine.generate(list(prompts.values()), GREEDY)
             assert [list(completion.token_ids[0]) for completion in done] == wanted
+
+
+def test_a_grammar_binds_as_on_the_cpu(family) -> None:
+    folder, prompts, free, _, _ = family
+    bound = [
+        replace(GREEDY, ignore_eos=False, max_new_tokens=12, grammar=grammar)
+        for grammar in (Grammar("regex", "[0-9]{6}"), Grammar("choice", '["red", "a blue one"]'), None)
+    ]
+    asked = list(prompts.values())[:1] * len(bound)
+    wanted = engine_on(CPU, folder, torch.float32).generate(asked, bound)
+    with exact():
+        found = engine_on(backend(A2), folder, torch.float32).generate(asked, bound)
+    assert [each.token_ids for each in found] == [each.token_ids for each in wanted]
+    assert found[0].text.isdigit() and len(found[0].text) == 6 and found[1].text in ("red", "a blue one")
 
 
 @pytest.mark.parametrize("soc, dtype", [(A2, torch.float16), (A3, torch.float16), (DUO, torch.float16)])
