@@ -89,7 +89,9 @@ def crowd(monkeypatch: pytest.MonkeyPatch) -> Iterator[Crowd]:
         asyncio.run(leader(job))
 
     async def leader(job: FakeJob) -> None:
-        front, hello = await find_front(RECIPE.replace(server={"replicas": None, "served_model_name": None}), Parallel(), job.variables)
+        front, hello = await find_front(
+            RECIPE.replace(server={"replicas": None, "served_model_name": None}), Parallel(), job.variables
+        )
         backends[job.number] = backend = Echo(job)
         attending = asyncio.ensure_future(attend(await call(front, hello), backend))
         while not attending.done() and not job.dying.is_set():

@@ -26,6 +26,8 @@ BODIES = {  # no JSON object of finite numbers and whole characters
     "deep": b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "deep objects": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
     "a form": b"messages=hello",
+    "values without end": b'{"messages": [' + b"0," * 2_000_000 + b"0]}",
+    "lists without end": b'{"messages": [' + b"[]," * 1_000_000 + b"0]}",
 }
 
 FIELDS: list[tuple[dict[str, Any], str | None, str]] = [  # fields, what `param` names, words of the message
@@ -61,6 +63,11 @@ FIELDS: list[tuple[dict[str, Any], str | None, str]] = [  # fields, what `param`
     ({"stop": ["a"] * 100}, "stop", "stop has 100 texts"),
     ({"stop_token_ids": [10**9]}, "stop_token_ids", "token ids from 0"),
     ({"stop_token_ids": ["1"]}, "stop_token_ids[0]", "a whole number"),
+    ({"stop_token_ids": [1] * 300_000}, "stop_token_ids", "at most 262144 entries"),
+    ({"bad_words": ["a"] * 2000}, "bad_words", "at most 1024 entries"),
+    ({"allowed_token_ids": ["a"] * 100_000}, "allowed_token_ids[0]", "a whole number"),
+    ({"tools": [None] * 2000}, "tools", "at most 1024 entries"),
+    ({f"x{number}": 1 for number in range(200)}, None, "200 fields that nobody knows"),
     ({"ignore_eos": 1}, "ignore_eos", "true or false"),
     ({"logit_bias": {"x": 1}}, "logit_bias", "token ids from 0"),
     ({"logit_bias": {"5": 101}}, "logit_bias", "from -100 to 100"),

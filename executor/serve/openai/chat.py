@@ -3,10 +3,10 @@
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from executor.errors import UserError
@@ -20,7 +20,7 @@ from executor.serve.errors import ApiError, in_words
 from executor.serve.middleware import EXCHANGE
 from executor.serve.openai.chat_reply import ReplyStyle, chunks, whole_reply
 from executor.serve.openai.logprobs import bytes_by
-from executor.serve.openai.sampling import Flag, FormFields, Text, Whole, form_fields, params_of
+from executor.serve.openai.sampling import MAX_TEXTS, Flag, FormFields, Text, Whole, form_fields, params_of
 from executor.serve.parser import AnswerParser
 from executor.serve.service import Service
 from executor.serve.streams import EventStream, answered
@@ -43,7 +43,7 @@ class ChatRequest(FormFields):
     logprobs: Flag | None = None
     top_logprobs: Whole | None = None
     stream_options: StreamOptions | None = None
-    tools: list[Any] | None = None
+    tools: Annotated[list[Any], Field(max_length=MAX_TEXTS)] | None = None
     tool_choice: Text | dict[str, Any] | None = None
     parallel_tool_calls: Flag | None = None
     add_generation_prompt: Flag | None = None
