@@ -61,6 +61,7 @@ class _Rows:
     scores: torch.Tensor  # float32 [R, V], of all rows
     maxima: torch.Tensor  # [N, C], of these
     numbers: list[int]  # which they are
+    index: torch.Tensor  # int64 [N], the same on the device
     params: list[SamplingParams]
     num_tokens: list[int]  # that come before the one to choose
 
@@ -87,6 +88,7 @@ class Sampler:
         self.device = torch.device(device)
         self.penalties = Penalties(vocab_size, self.device)
         self.rules = TokenRules(vocab_size, self.device, eos_token_ids)
+        self._batch: _Batch | None = None
 
     @torch.inference_mode()
     def sample(
@@ -102,18 +104,34 @@ class Sampler:
         assert logits.shape == (len(requests), self.vocab_size), f"{tuple(logits.shape)}, {len(requests)} requests"
         if not requests:
             return Sampled([], [])
-        if num_tokens is None:
+        batch = self._batch_of(requests)
+        if num_tokens is None and batch.needs_places:
             num_tokens = [request.num_tokens for request in requests]
         scores = logits if logits.dtype == torch.float32 and logits.is_contiguous() else logits.float().contiguous()
         if self.vocab_size % CHUNK:
             scores = F.pad(scores, (0, -self.vocab_size % CHUNK), value=-math.inf)
-        with self.adjusted(scores, requests, num_tokens) as faults:
-            token_ids = self._choose(scores, [request.params for request in requests], num_tokens)
-        failed = [row for row, token_id in enumerate(token_ids) if token_id == _FAILED]
-        failures = {row: _reason(logits[row], num_tokens[row], self.dtype) for row in failed}
+        if batch.is_adjusted:
+            with self.adjusted(scores, requests, num_tokens) as faults:
+                token_ids = self._choose(scores, batch, num_tokens)
+        else:
+            token_ids, faults = self._choose(scores, batch, num_tokens), {}
+        failures = {}
+        if _FAILED in token_ids:
+            failed = [row for row, token_id in enumerate(token_ids) if token_id == _FAILED]
+            counts = num_tokens or [request.num_tokens for request in requests]
+            failures = {row: _reason(logits[row], counts[row], self.dtype) for row in failed}
         for row in faults.keys() - failures.keys():
             token_ids[row], failures[row] = _FAILED, faults[row]
+        if not batch.has_logprobs:
+            return Sampled(token_ids, [None] * len(token_ids), failures)
         return Sampled(token_ids, _logprobs(logits, token_ids, requests), failures)
+
+    def _batch_of(self, requests: Sequence[Request]) -> "_Batch":
+        """What these requests ask for: found once, and again when others stand in the step."""
+        key = tuple(requests)
+        if self._batch is None or self._batch.requests != key:
+            self._batch = _Batch.of(key, self.device)
+        return self._batch
 
     @contextmanager
     def adjusted(
@@ -135,6 +153,7 @@ class Sampler:
         """Frees what is kept for a request that is finished; nothing happens when nothing is kept."""
         self.penalties.forget(request_id)
         self.rules.forget(request_id)
+        self._batch = None
 
     def check(self, live_ids: Collection[str]) -> None:
         """Asserts that nothing is kept for requests other than `live_ids`."""
@@ -142,19 +161,20 @@ class Sampler:
         stale = sorted(self.rules.kept_ids() - set(live_ids))
         assert not stale, f"biases and allowed tokens of requests that are gone: {stale}"
 
-    def _choose(self, scores: torch.Tensor, params: Sequence[SamplingParams], num_tokens: Sequence[int]) -> list[int]:
+    def _choose(self, scores: torch.Tensor, batch: "_Batch", num_tokens: Sequence[int] | None) -> list[int]:
         """Each row's token id, or _FAILED."""
-        maxima = chunk_maxima(scores)
+        maxima, params, ways = chunk_maxima(scores), batch.params, batch.ways
+        if batch.is_greedy:
+            return _best(_Rows(scores, maxima, batch.rows, batch.index, params, [])).tolist()
 
         def part(numbers: list[int]) -> _Rows:
-            own = maxima
+            own, index = maxima, batch.index
             if len(numbers) < len(params):
-                own = maxima[torch.tensor(numbers, device=self.device)]
-            return _Rows(scores, own, numbers, [params[row] for row in numbers], [num_tokens[row] for row in numbers])
+                index = torch.tensor(numbers, device=self.device)
+                own = maxima[index]
+            chosen = [params[row] for row in numbers]
+            return _Rows(scores, own, numbers, index, chosen, [num_tokens[row] for row in numbers])
 
-        ways: dict[tuple[Callable, Kind | None], list[int]] = {}
-        for row, each in enumerate(params):
-            ways.setdefault(_way(each), []).append(row)
         chosen = [choose(part(numbers), kind) for (choose, kind), numbers in ways.items()]
         order = [row for numbers in ways.values() for row in numbers]
         token_ids = [0] * len(params)
@@ -165,6 +185,46 @@ class Sampler:
             for row, token_id in zip(still_open, _draw_among_many(part(still_open)).tolist(), strict=True):
                 token_ids[row] = token_id
         return token_ids
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the requests of a step's rows ask for, as long as they are the same."""
+
+    requests: tuple[Request, ...]
+    params: list[SamplingParams]
+    rows: list[int]
+    index: torch.Tensor  # int64 [R]: 0, 1, ...
+    ways: dict[tuple[Callable, Kind | None], list[int]]
+    is_greedy: bool
+    is_adjusted: bool  # something is done to the scores of one
+    has_logprobs: bool
+
+    @property
+    def needs_places(self) -> bool:
+        """Whether it matters how many tokens came before."""
+        return self.is_adjusted or not self.is_greedy
+
+    @staticmethod
+    def of(requests: tuple[Request, ...], device: torch.device) -> "_Batch":
+        params = [request.params for request in requests]
+        ways: dict[tuple[Callable, Kind | None], list[int]] = {}
+        for row, each in enumerate(params):
+            ways.setdefault(_way(each), []).append(row)
+        return _Batch(
+            requests,
+            params,
+            list(range(len(params))),
+            torch.arange(len(params), device=device),
+            ways,
+            is_greedy=all(choose is _best for choose, _ in ways),
+            is_adjusted=any(_is_adjusted(request) for request in requests),
+            has_logprobs=any(each.logprobs is not None for each in params),
+        )
+
+
+def _is_adjusted(request: Request) -> bool:
+    return request.params.adjusts_scores or request.matcher is not None or request.bad_words is not None
 
 
 # Ways to choose: each gives the token ids int64 [N] of some rows, _FAILED where the best score is not finite.
@@ -184,7 +244,7 @@ def _best(rows: _Rows, kind: None = None) -> torch.Tensor:
     num_chunks = rows.maxima.shape[-1]
     places = chunks
     if len(rows.numbers) > 1 or rows.numbers[0]:
-        places = chunks + torch.tensor(rows.numbers, device=chunks.device).mul_(num_chunks)
+        places = chunks + rows.index * num_chunks
     inside = rows.scores.view(-1, CHUNK).index_select(0, places).argmax(dim=-1)
     return torch.where(best.abs() < math.inf, chunks * CHUNK + inside, _FAILED)
 

@@ -83,6 +83,18 @@ class SamplingParams:
             object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
 
     @property
+    def adjusts_scores(self) -> bool:
+        """Whether anything is done to the model's scores before a token is chosen."""
+        return bool(
+            self.needs_history
+            or self.min_new_tokens
+            or self.logit_bias
+            or self.allowed_token_ids is not None
+            or self.bad_words
+            or self.grammar is not None
+        )
+
+    @property
     def needs_history(self) -> bool:
         """Whether the sampler must know which tokens came before."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0

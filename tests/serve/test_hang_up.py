@@ -148,7 +148,8 @@ def test_when_its_time_is_over(tiny_engine, monkeypatch) -> None:
 def test_a_full_queue_says_when_to_come_again(tiny_engine) -> None:
     for server in start(tiny_engine, max_queued_requests=1):
         with server.http.stream("POST", CHAT, json=asked(1900)) as reply:
-            next(reply.iter_lines())
+            lines = reply.iter_lines()  # its end would be the connection's
+            next(lines)
             refused = server.http.post(CHAT, json=asked(4))
             assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["code"] == "server_busy"

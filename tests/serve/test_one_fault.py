@@ -12,7 +12,7 @@ from tests.serve.conftest import Running
 from tests.serve.test_life import CHAT, asked
 
 MARK = "broken"
-NUM_TOKENS = 60
+NUM_TOKENS = 24
 
 
 def answer(server: Running, word: str) -> str:
