@@ -1,7 +1,7 @@
 """The jobs of a command on a cluster: each is started, watched, and started again when it ends before its time.
 
-Until all of them are up an end is a fault of the whole command: what keeps one job from starting keeps all. Later it
-is that job's alone.
+An end is a fault of the whole command until its owner says that they are up, and whenever a job's first start finds a
+mistake of the user's (a node without the weights, say). Else it is that job's alone.
 Knows no Ray (a `Cluster` starts jobs) and nothing of what jobs answer.
 """
 
@@ -59,7 +59,7 @@ class Jobs:
         self._cluster, self._command, self._variables, self._on_end = cluster, command, variables, on_end
         self._stopping = threading.Event()
         self._patience_s = 0.0
-        self.are_up = False  # set by the owner: from here on a job's end is no fault of the command
+        self.are_up = False  # set by the owner: from here on a job's death is no fault of the command
         self._fault: End | None = None
         self._threads = [
             threading.Thread(target=self._keep, args=(number,), name=f"job {number}", daemon=True)
@@ -84,18 +84,19 @@ class Jobs:
             thread.join()
 
     def _keep(self, number: int) -> None:
-        pause_s = FIRST_PAUSE_S
+        pause_s, is_first = FIRST_PAUSE_S, True
         while not self._stopping.is_set():
             started_s = time.monotonic()
             end = self._run(number)
             if self._stopping.is_set():
                 return
-            if not self.are_up:
+            if not self.are_up or (is_first and end.status == 2):
                 self._fault = self._fault or End(end.status, f"job {number}: {end.words}", end.tail)
                 self._on_end(number, end)
                 return
             logger.warning("job %d has ended and is started again: %s", number, "\n  | ".join((end.words, *end.tail)))
             self._on_end(number, end)
+            is_first = False
             pause_s = FIRST_PAUSE_S if time.monotonic() - started_s > STEADY_S else min(LONGEST_PAUSE_S, 2 * pause_s)
             self._stopping.wait(pause_s)
 

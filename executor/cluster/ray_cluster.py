@@ -116,7 +116,9 @@ class RayCluster:
         return resources
 
     def start(self, number: int, command: str, variables: Mapping[str, str]) -> RayJob:
-        recipe = self._recipe.replace(parallel={"ray_jobs": 1, "ray_address": None}, server={"replicas": None})
+        # It goes into a file of the node, and clients do not talk to it.
+        server = {"replicas": None, "api_key": None, "ssl_certfile": None, "ssl_keyfile": None}
+        recipe = self._recipe.replace(parallel={"ray_jobs": 1, "ray_address": None}, server=server)
         actor = self._ray.remote(Worker).options(scheduling_strategy="SPREAD", **self._resources).remote(str(REPO_ROOT))
         folder = os.path.join(recipe.model.output_path, "logs", "ray")
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{command}-{number}"

@@ -39,7 +39,7 @@ class _Answer:
     request: Request
     detokenizer: Detokenizer
     outputs: deque[Output]  # of whoever asked
-    is_begun: bool = False  # its first token was told
+    is_begun: bool = False  # the prompt's logprobs were told with its first token
 
 
 class Engine:

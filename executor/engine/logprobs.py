@@ -64,13 +64,12 @@ class PromptScores:
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = [(number, row) for number, row in enumerate(rows) if row.num_scored]
+        self._rows = [(number, row) for number, row in enumerate(rows) if row.scored]
         self._token_ids: list[int] = []
         self._counts: list[int] = []
         for _, row in self._rows:
-            first, last = row.scored
-            self._token_ids += row.request.prompt.token_ids[first + 1 : last + 1]
-            self._counts += [row.request.params.prompt_logprobs] * row.num_scored
+            self._token_ids += row.request.prompt.token_ids[row.scored.start + 1 : row.scored.stop + 1]
+            self._counts += [row.request.params.prompt_logprobs] * len(row.scored)
         self._parts: list[_Tensors] = []
         self._num_added = 0
 
@@ -90,6 +89,6 @@ class PromptScores:
         scores = _on_host(_Tensors(*map(torch.cat, columns)), self._token_ids, self._counts)
         found, at = {}, 0
         for number, row in self._rows:
-            found[number] = scores[at : at + row.num_scored]
-            at += row.num_scored
+            found[number] = scores[at : at + len(row.scored)]
+            at += len(row.scored)
         return found

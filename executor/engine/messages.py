@@ -25,7 +25,7 @@ class RowMessage:
     start: int
     num_tokens: int
     max_yield: int
-    scored: tuple[int, int]
+    scored: range
     token_ids: list[int]  # of the answer
     num_kept: int
     block_ids: list[int]
@@ -55,7 +55,8 @@ def to_bytes(message: StepMessage | None) -> bytes:
         if row.prompt is not None:
             arrays += [np.asarray(row.prompt.token_ids, dtype=np.int64), row.prompt.positions.astype(np.int64).ravel()]
             prompt = _described(row.prompt)
-        numbers = (row.number, row.start, row.num_tokens, row.max_yield, row.scored, row.num_kept)
+        scored = [row.scored.start, row.scored.stop]
+        numbers = (row.number, row.start, row.num_tokens, row.max_yield, scored, row.num_kept)
         rows.append([*numbers, row.token_ids, row.block_ids, prompt])
     tree = {
         "rows": rows,
@@ -81,7 +82,7 @@ def from_bytes(content: bytes) -> StepMessage | None:
             end = at + 4 * described["num_tokens"]
             prompt, at = _prompt(described, numbers[at:end]), end
         rows.append(
-            RowMessage(number, start, num_tokens, max_yield, tuple(scored), token_ids, num_kept, block_ids, prompt)
+            RowMessage(number, start, num_tokens, max_yield, range(*scored), token_ids, num_kept, block_ids, prompt)
         )
     encode = [(_media_from_json(item), tuple(shape), owner) for item, shape, owner in tree["encode"]]
     release = tuple(bytes.fromhex(digest) for digest in tree["release"])

@@ -141,7 +141,7 @@ class Runner:
             return self._row_by_row(plan)
 
     def _computed(self, plan: Plan) -> StepResult:
-        scores = PromptScores(plan.rows) if any(row.num_scored for row in plan.rows) else None
+        scores = PromptScores(plan.rows) if any(row.scored for row in plan.rows) else None
         logits = self.forward(plan) if scores is None else self.forward(plan, scores)
         yielding = [number for number, row in enumerate(plan.rows) if row.max_yield]
         sampled = self.sampler.sample(logits, [plan.rows[number].request for number in yielding])
@@ -232,7 +232,7 @@ class Runner:
             self.model.help(plan.padded_tokens)
             return torch.empty(0, self.model.config.text.vocab_size)
         inputs = self._inputs(plan.rows)
-        num_scored = sum(row.num_scored for row in plan.rows)
+        num_scored = sum(len(row.scored) for row in plan.rows)
         if not num_scored:
             return self.step(*inputs, plan.padded_tokens)
         hidden = self.step.hidden(*inputs, plan.padded_tokens)
@@ -299,8 +299,7 @@ class Runner:
                 self._add_visual(host, row, at)
             if row.max_yield:  # of several only the first is found: nothing guesses the others yet
                 host.select.append(end - 1)
-            if row.num_scored:
-                host.scored += range(at + row.scored[0] - row.start, at + row.scored[1] - row.start)
+            host.scored += [at + place - row.start for place in row.scored]
             at = end
         return host
 

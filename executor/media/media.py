@@ -69,8 +69,8 @@ class Deadline:
     def check(self) -> None:
         if time.monotonic() - self._started_s > self._limit_s:
             raise UserError(
-                f"{self._source}: takes more than {self._limit_s:g} seconds to decode, the most that is allowed; make it "
-                "shorter or smaller"
+                f"{self._source}: takes more than {self._limit_s:g} seconds to decode, the most that is allowed; make "
+                "it shorter or smaller"
             )
 
 

@@ -27,7 +27,7 @@ from executor.prompt.admit import admitted, located
 from executor.prompt.chat import Chat, Piece
 from executor.prompt.digest import make_media_item
 from executor.prompt.expand import Fill, VisionTokens, check_media, encode_pieces, expand_media, pieces_text
-from executor.prompt.messages import MediaPart, describe, normalise_messages
+from executor.prompt.messages import MediaPart, describe, describe_value, normalise_messages
 from executor.prompt.options import MAX_PICTURE_PIXELS, MAX_VIDEO_PIXELS, MediaOptions
 from executor.prompt.request_options import RequestOptions, read_request_options
 from executor.schedule.request import MediaItem, Prompt, Span
@@ -157,7 +157,7 @@ class PromptBuilder(ABC):
         """
         options = read_request_options(media_options)
         if not isinstance(text, str):
-            raise UserError(f"the prompt must be a text, got {describe(text)}")
+            raise UserError(f"prompt must be a text, got {describe(text)}")
         parts: list[MediaPart] = []
         if media:
             _, parts = normalise_messages([{"role": "user", "content": list(media)}])
@@ -172,16 +172,15 @@ class PromptBuilder(ABC):
         placeholders: there are no media for them."""
         vocab_size = self.config.text.vocab_size
         if not isinstance(token_ids, list | tuple) or not token_ids:
-            raise UserError(f"a prompt of token ids must be a list of one or more, got {describe(token_ids)}")
+            raise UserError(f"prompt must be a text, or a list of one or more token ids, got {describe(token_ids)}")
         for place, token_id in enumerate(token_ids):
             if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
                 raise UserError(
-                    f"the prompt's token ids hold {describe(token_id)} at place {place}; allowed: whole numbers from 0 "
-                    f"to {vocab_size - 1}"
+                    f"prompt[{place}] is {describe_value(token_id)}; allowed: token ids from 0 to {vocab_size - 1}"
                 )
             if token_id in self._pads:
                 raise UserError(
-                    f"the prompt's token ids hold {token_id} at place {place}, which stands for a picture or video "
+                    f"prompt[{place}] is {token_id}, which stands for a picture or video "
                     f"({self.tokenizer.convert_ids_to_tokens(token_id)}); leave it out, or ask with messages"
                 )
         positions, delta = self.positions(len(token_ids), (), ())

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from executor.errors import UserError, nearest
-from executor.prompt.messages import describe, media_overrides
+from executor.prompt.messages import describe, describe_value, media_overrides
 
 WHERE = "mm_processor_kwargs"
 IO_KEY = "media_io_kwargs"
@@ -152,7 +152,10 @@ def _io_options(io: Mapping[str, Any]) -> dict[str, float]:
             raise UserError(f"{IO_KEY}: unknown key {kind!r}; allowed: video, image")
         for key, value in _mapping(options or {}, f"{IO_KEY}.{kind}").items():
             if key not in allowed or (key == "image_mode" and value not in (None, "RGB")):
-                raise UserError(f"{IO_KEY}.{kind}.{key}: {describe(value)}; allowed: {', '.join(allowed)}")
+                raise UserError(
+                    f"{IO_KEY}.{kind}.{key} is {describe_value(value)}, which is not supported; allowed: "
+                    f"{', '.join(allowed)}"
+                )
     said = {key: value for key, value in (io.get("video") or {}).items() if value not in (None, UNLIMITED)}
     found = media_overrides(said, f"{IO_KEY}.video")
     if "fps" in found and "num_frames" in found:

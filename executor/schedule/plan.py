@@ -15,18 +15,14 @@ class Row(NamedTuple):
     0 where the request goes on behind the row; else at least one token is yielded, the one that the last token's logits
     give. The others are guesses of the runner that it finds right in the same step: the request has slots for the
     first `max_yield - 1` new tokens.
-    `scored`: from which token of the request to which (exclusive) the logits judge the prompt token behind each.
+    `scored`: the tokens of the request, of this row, whose logits judge the prompt token behind each.
     """
 
     request: Request
     start: int
     num_tokens: int
     max_yield: int
-    scored: tuple[int, int] = (0, 0)
-
-    @property
-    def num_scored(self) -> int:
-        return self.scored[1] - self.scored[0]
+    scored: range = range(0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -454,13 +454,12 @@ class Scheduler:
         record.num_registered_blocks = record.next_full_tokens = 0
 
 
-def _scored(request: Request, start: int, end: int) -> tuple[int, int]:
+def _scored(request: Request, start: int, end: int) -> range:
     """Of the tokens [start, end) those whose logits give the next of the prompt logprobs that the request awaits."""
     if not request.awaits_prompt_logprobs:
-        return 0, 0
+        return range(0)
     # The logits of a token judge the one behind it; what was known before a preemption is not asked for again.
-    first, last = max(start, len(request.prompt_logprobs) - 1), min(end, len(request.prompt.token_ids) - 1)
-    return (first, last) if first < last else (0, 0)
+    return range(max(start, len(request.prompt_logprobs) - 1), min(end, len(request.prompt.token_ids) - 1))
 
 
 def _is_decode(request: Request) -> bool:

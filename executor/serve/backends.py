@@ -93,11 +93,13 @@ class EngineBackend:
         engine = self.loop.engine
         prompt = build_prompt(engine.processor, ask)
         room_tokens = engine.scheduler.max_model_len - len(prompt.token_ids)
-        if ask.fits_exactly and ask.params.max_new_tokens > room_tokens:
+        wanted_tokens = ask.params.max_new_tokens if ask.fits_exactly else ask.params.min_new_tokens
+        if wanted_tokens > room_tokens > 0:  # without any room the scheduler says what shortens the prompt
             raise UserError(
                 f"this model's maximum context length is {engine.scheduler.max_model_len} tokens, requested "
-                f"{len(prompt.token_ids) + ask.params.max_new_tokens}: {len(prompt.token_ids)} of the prompt and "
-                f"{ask.params.max_new_tokens} of the answer; shorten the prompt or ask for fewer tokens"
+                f"{len(prompt.token_ids) + wanted_tokens}: {len(prompt.token_ids)} of the prompt and "
+                f"{'' if ask.fits_exactly else 'at least '}{wanted_tokens} of the answer; shorten the prompt or ask "
+                "for fewer tokens"
             )
         return prompt
 

@@ -16,6 +16,7 @@ from executor.serve.middleware import EXCHANGE, Exchange
 
 ASIDE_BYTES = 256 * 1024  # larger bodies are parsed in a thread beside the event loop
 
+MARKS, MAX_MARKS = (b",", b"[", b"{"), 2_000_000  # each value of a body costs time in which nobody else is answered
 SHOWN_CHARACTERS = 60
 
 _TAG = re.compile(r"\[|^(str|int|float|bool|dict|list|function|nullable)\b|^[A-Z]")
@@ -74,6 +75,8 @@ async def read_object(request: Request) -> dict[str, Any]:
 def parse_object(pieces: Sequence[bytes]) -> dict[str, Any]:
     """Raises ApiError 400 for what is no JSON object of finite numbers and whole characters."""
     body = b"".join(pieces)
+    if sum(map(body.count, MARKS)) > MAX_MARKS:
+        raise ApiError(400, f"the body has too many values; allowed: up to {MAX_MARKS} lists, objects and commas")
     if not body.strip():
         raise ApiError(400, "the body is empty; allowed: a JSON object")
     try:
@@ -114,7 +117,7 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     place = _place(first["loc"][1:])
     if first["type"] == "missing":
         return ApiError(400, f"{place or 'the body'} is missing; it must be given", param=place or None)
-    allowed = " or ".join(dict.fromkeys(_ALLOWED.get(error["type"], error["msg"]) for error in group))
+    allowed = " or ".join(dict.fromkeys(map(_allowed, group)))
     got = in_json(first["input"])
     return ApiError(400, f"{place or 'the body'} is {got}; allowed: {allowed}", param=place or None)
 
@@ -127,6 +130,12 @@ def in_json(value: Any) -> str:
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+def _allowed(error: Mapping[str, Any]) -> str:
+    if error["type"] == "too_long":
+        return f"at most {error['ctx']['max_length']} entries"
+    return _ALLOWED.get(error["type"], error["msg"])
 
 
 def _place(parts: Sequence[Any]) -> str:

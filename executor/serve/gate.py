@@ -76,35 +76,43 @@ class Peer:
 class Gate:
     """Open until `close`. Every leader that is let in becomes a Peer, which `on_peer` serves for as long as it runs."""
 
-    def __init__(self, server: asyncio.Server, front: Front) -> None:
+    def __init__(self, server: asyncio.Server, front: Front, writers: set[asyncio.StreamWriter]) -> None:
         self.front = front
-        self._server = server
+        self._server, self._writers = server, writers
 
     @classmethod
     async def open(cls, address: str, on_peer: Callable[[Peer], Awaitable[None]]) -> "Gate":
         """Listen on `address`, one of this machine's, at a free port. Raises OSError."""
         token = secrets.token_hex(32)
+        writers: set[asyncio.StreamWriter] = set()
 
         async def let_in(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writers.add(writer)
             try:
-                hello = await asyncio.wait_for(wire.read(reader, HELLO_BYTES), HELLO_S)
+                async with asyncio.timeout(HELLO_S):  # wait_for may lose a cancellation
+                    hello = await wire.read(reader, HELLO_BYTES)
             except (TimeoutError, ValueError):
                 hello = None
             if not isinstance(hello, dict) or not hmac.compare_digest(str(hello.pop("token", "")), token):
                 logger.warning("%s was not let in: it has not this job's token", writer.get_extra_info("peername"))
+                writers.discard(writer)
                 writer.close()
                 return
             try:
                 await on_peer(Peer(reader, writer, hello))
             finally:
+                writers.discard(writer)
                 writer.close()
 
         listener = _listen(address)
         server = await asyncio.start_server(let_in, sock=listener, backlog=BACKLOG, limit=BUFFER_BYTES)
-        return cls(server, Front(address, listener.getsockname()[1], token))
+        return cls(server, Front(address, listener.getsockname()[1], token), writers)
 
     def close(self) -> None:
+        """Nobody comes in any more, and the connections that there are end."""
         self._server.close()
+        for writer in self._writers:
+            writer.close()
 
 
 async def call(front: Front, hello: dict[str, Any]) -> Peer:

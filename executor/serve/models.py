@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from executor.serve.errors import ApiError
 from executor.serve.service import Service
 
 router = APIRouter()
@@ -49,7 +50,7 @@ async def health(request: Request) -> Response:
     if service.is_ready and not service.is_draining and reason is None:
         return Response(status_code=200)
     words = reason or ("the server is being stopped" if service.is_draining else "the model is being loaded")
-    return JSONResponse({"error": {"message": words, "type": "service_unavailable_error"}}, 503)
+    return ApiError(503, words).response()
 
 
 @router.get("/version")

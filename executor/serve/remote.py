@@ -90,7 +90,8 @@ class RemoteBackend:
         """Let the leader go: it aborts what is unfinished."""
         self._peer.send({"end": True})
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._is_over.wait(), END_S)
+            async with asyncio.timeout(END_S):
+                await self._is_over.wait()
 
 
 async def attend(peer: Peer, backend: Backend) -> None:

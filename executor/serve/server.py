@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -25,6 +26,11 @@ KEEP_ALIVE_S = 60
 POLL_S = 0.05
 CLOSE_S = 2.0  # that a client has to read the last of its answer, once nothing more is computed
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def interrupt(number: int, frame: Any) -> None:
+    """While the model is loaded a signal ends the command as Ctrl-C does."""
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 class Protocol(HttpToolsProtocol):

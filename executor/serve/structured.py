@@ -5,6 +5,7 @@ grammar is compiled, in the thread that prepares the request.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,6 +51,19 @@ def grammar_of(fields: Mapping[str, Any], *, thinks: bool = False) -> Grammar | 
     if grammar is None or not thinks:
         return grammar
     return replace(grammar, after=THINK_END)
+
+
+def grammar_under(fields: Mapping[str, Any], place: str, *, thinks: bool = False) -> Grammar | None:
+    """`grammar_of` for a protocol that calls response_format `place`; errors do so too."""
+
+    def renamed(text: str | None) -> str | None:
+        return text and re.sub(r"response_format(\.json_schema)?", place, text)
+
+    try:
+        grammar = grammar_of(fields, thinks=thinks)
+    except ApiError as error:
+        raise ApiError(error.status, renamed(error.message), param=renamed(error.param), code=error.code) from error
+    return grammar and replace(grammar, asked_by=renamed(grammar.asked_by))
 
 
 def takes_tools(fields: Mapping[str, Any]) -> bool:
@@ -217,8 +231,8 @@ def _choice(fields: Mapping[str, Any]) -> str | Tool:
         name = name.get("name") if isinstance(name, Mapping) else None
         named = [tool for tool in tools if tool.name == name]
         if not named:
-            given = ", ".join(tool.name for tool in tools) or "none"
-            raise _refused("tool_choice", f"tool_choice names {name!r}, which is not among the tools (given: {given})")
+            given = ", ".join(tool.name for tool in tools) or "nothing, as there are no tools"
+            raise _refused("tool_choice", f"tool_choice names {describe(name)}; allowed: {given}")
         return named[0]
     if value not in ("none", "auto", "required"):
         raise _refused("tool_choice", f"tool_choice is {describe(value)}; allowed: {CHOICES}")

@@ -1,6 +1,7 @@
 """The first requests, asked before anybody else may ask: what a first use imports, packs or starts is there then.
 
-A text and a picture, greedy and not: template, tokenizer, decoders, encoder, every kind of step, and the sampler.
+A text and a picture, greedy, not, and bound by a grammar: template, tokenizer, its tables for grammars, decoders,
+encoder, every kind of step, and the sampler.
 """
 
 import base64
@@ -10,13 +11,14 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from executor.schedule.request import SamplingParams
+from executor.schedule.request import Grammar, SamplingParams
 from executor.serve.asks import Ask, ChatPrompt, Delta, Done, Failure
 from executor.serve.backends import Backend
 
 logger = logging.getLogger(__name__)
 
 GREEDY = SamplingParams(max_new_tokens=4, ignore_eos=True)
+BOUND = replace(GREEDY, grammar=Grammar("regex", "[0-9]+"))
 DRAWN = replace(GREEDY, temperature=1.0, top_k=20, top_p=0.9, seed=1)
 PICTURE_PIXELS = 224  # on each side
 
@@ -29,6 +31,7 @@ async def warm_up(backend: Backend) -> None:
     for name, content, params in (
         ("text", [text], GREEDY),
         ("text", [text], DRAWN),
+        ("bound text", [text], BOUND),
         ("picture", [_picture(), text], GREEDY),
     ):
         reason = await _ask(backend, Ask(f"warm-up-{name}", ChatPrompt([{"role": "user", "content": content}]), params))

@@ -74,6 +74,23 @@ def test_what_keeps_a_job_from_starting_is_the_command_s_fault(status: int, kind
     assert len(cluster.jobs) == 2
 
 
+def test_a_mistake_that_only_one_node_finds_is_the_command_s_fault_too() -> None:
+    cluster, ends = FakeCluster(), []
+    jobs = Jobs(cluster, 2, "generate", {}, lambda number, end: ends.append(number))
+    until(lambda: len(cluster.jobs) == 2)
+    jobs.are_up = True
+    cluster.latest(0).die()
+    until(lambda: len(cluster.jobs) == 3)
+    cluster.latest(0).die("there is no folder any more", 2)
+    until(lambda: len(cluster.jobs) == 4)
+    jobs.check()
+    cluster.latest(1).die("there is no folder models/none", 2)
+    until(lambda: len(ends) == 3)
+    with pytest.raises(UserError, match="job 1: there is no folder models/none"):
+        jobs.check()
+    jobs.stop(0)
+
+
 def test_a_process_says_why_it_has_ended(tmp_path: Path) -> None:
     job = JobProcess()
     recipe = '{"model_config": {"model_path": "/nowhere", "device": "cpu"}}'

@@ -336,7 +336,7 @@ def test_limits(tmp_path: Path, limits: MediaLimits, reason: str) -> None:
 @pytest.mark.parametrize("image_format", ["GIF", "PNG", "WEBP"])
 def test_limits_of_animations(image_format: str) -> None:
     """A few bytes for each frame of a large picture, which is drawn whole."""
-    frames = [Image.new("P", (300, 200), number) for number in range(6)]
+    frames = [Image.new("L", (300, 200), 40 * number) for number in range(6)]
     buffer = io.BytesIO()
     frames[0].save(buffer, image_format, save_all=True, append_images=frames[1:], duration=100)
     for limits, reason in (

@@ -146,7 +146,7 @@ class Watched:
         def counted(plan: Any, *scores: Any) -> Any:
             before = sum(group.traffic.collectives for group in groups)
             logits = forward(plan, *scores)
-            if plan.rows and all(row.num_tokens == 1 and not row.num_scored for row in plan.rows):
+            if plan.rows and all(row.num_tokens == 1 and not row.scored for row in plan.rows):
                 self.steps.append([sum(group.traffic.collectives for group in groups) - before, len(plan.rows)])
             return logits
 

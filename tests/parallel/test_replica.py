@@ -61,8 +61,8 @@ def test_followers_run_the_leaders_plans(pair, seed) -> None:
             assert ours.start == theirs.start
             assert (ours.num_tokens, ours.max_yield) == (theirs.num_tokens, theirs.max_yield)
             assert ours.scored == theirs.scored
-            theirs.request.prompt_logprobs += [0.0] * theirs.num_scored
-            num_scored += theirs.num_scored
+            theirs.request.prompt_logprobs += [0.0] * len(theirs.scored)
+            num_scored += len(theirs.scored)
             end = ours.start + ours.num_tokens
             assert ours.request.token_ids(0, end) == theirs.request.token_ids(0, end)
             assert ours.request.block_ids == theirs.request.block_ids

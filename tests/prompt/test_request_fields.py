@@ -277,14 +277,14 @@ def test_token_ids_are_the_prompt_of_the_same_text(family, request):
 @pytest.mark.parametrize(
     ("token_ids", "says"),
     [
-        ([], "must be a list of one or more"),
-        ("12", "must be a list of one or more, got str '12'"),
-        ([1, -1], "hold int -1 at place 1; allowed: whole numbers from 0 to "),
-        ([10**6], "hold int 1000000 at place 0"),
-        ([1, 2.0], "hold float 2.0 at place 1"),
-        ([True], "hold bool True"),
-        (["a"], "hold str 'a'"),
-        ([[1]], "hold list"),
+        ([], "prompt must be a text, or a list of one or more token ids"),
+        ("12", "prompt must be .*, got str '12'"),
+        ([1, -1], r"prompt\[1\] is -1; allowed: token ids from 0 to "),
+        ([10**6], r"prompt\[0\] is 1000000;"),
+        ([1, 2.0], r"prompt\[1\] is 2.0"),
+        ([True], "is True"),
+        (["a"], "is 'a'"),
+        ([[1]], r"is \[1\]"),
     ],
 )
 def test_token_ids_that_are_refused(qwen3, token_ids, says):
@@ -294,7 +294,7 @@ def test_token_ids_that_are_refused(qwen3, token_ids, says):
 
 def test_placeholders_in_token_ids_are_refused(qwen3):
     for token_id in (qwen3.image_token_id, qwen3.video_token_id):
-        with pytest.raises(UserError, match=rf"hold {token_id} at place 1, which stands for a picture or video .*_pad"):
+        with pytest.raises(UserError, match=rf"prompt\[1\] is {token_id}, which stands for a picture or video .*_pad"):
             qwen3.build_tokens([5, token_id])
 
 
@@ -307,5 +307,5 @@ def test_placeholders_in_raw_text_are_text_where_no_media_come(qwen3):
     with_picture = qwen3.build_text("<|image_pad|>?", [picture()], media_options={"max_pixels": 8192})
     assert with_picture.media[0].digest == ask(qwen3, picture(max_pixels=8192)).media[0].digest
     for wrong in (5, None, ["a"]):
-        with pytest.raises(UserError, match="the prompt must be a text"):
+        with pytest.raises(UserError, match="prompt must be a text"):
             qwen3.build_text(wrong)

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from executor.engine.outputs import Completion
 from executor.schedule.request import SamplingParams
 from models.tiny.training import world
 from tests.serve.conftest import Running
+from tests.serve.scripted import ScriptedBackend
 
 MESSAGES = [{"role": "user", "content": "What is a square?"}]
 
@@ -193,3 +195,76 @@ def test_the_bytes_on_the_wire(server: Running) -> None:
                 assert event.startswith(b'data: {"id":"chatcmpl-') and event.endswith(b"}\n\n")
                 assert event.count(b"\n") == 2 and b"\r" not in event
                 assert json.loads(event.removeprefix(b"data: "))["choices"][0]["index"] == 0
+
+
+TOOLS = [{"type": "function", "function": {"name": "locate", "parameters": {"type": "object"}}}]
+CALL = [
+    "Look.\n",
+    "<tool_call>\n",
+    '{"name": "locate", "arg',
+    'uments": {"what": "',
+    "sq",
+    'uare"}}\n',
+    "</tool_call>",
+    "",
+]
+
+
+def test_calls_are_shown_whole_and_as_they_come(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.service, "backend", ScriptedBackend(CALL))
+    whole = ask(server, tools=TOOLS)["choices"][0]
+    assert whole["finish_reason"] == "tool_calls" and whole["message"]["content"] == "Look."
+    (call,) = whole["message"]["tool_calls"]
+    assert call["type"] == "function" and call["id"].startswith("call_")
+    assert call["function"] == {"name": "locate", "arguments": '{"what": "square"}'}
+    deltas = [chunk["choices"][0]["delta"] for chunk in stream(server, tools=TOOLS)]
+    assert deltas[0] == {"role": "assistant", "content": "Look."}
+    parts = [part for delta in deltas for part in delta.get("tool_calls", ())]
+    assert parts[0]["function"]["name"] == "locate" and parts[0]["id"] and parts[0]["type"] == "function"
+    assert all(part["index"] == 0 and set(part) == {"index", "function"} for part in parts[1:])
+    assert json.loads("".join(part["function"]["arguments"] for part in parts)) == {"what": "square"}
+    assert not server.service.backend.asks[0].prompt.tools[0].keys() - TOOLS[0].keys()
+    plain = ask(server, tools=TOOLS, tool_choice="none")["choices"][0]
+    assert "tool_calls" not in plain["message"] and "<tool_call>" in plain["message"]["content"]
+    assert plain["finish_reason"] == "stop" and not server.service.backend.asks[-1].prompt.tools
+
+
+def test_a_fault_before_the_first_token_has_its_status(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.service, "backend", ScriptedBackend((), failure="a step failed"))
+    for streams in (False, True):
+        reply = server.http.post("/v1/chat/completions", json={"messages": MESSAGES, "stream": streams})
+        assert reply.status_code == 500 and "a step failed" in reply.json()["error"]["message"]
+
+
+def test_a_fault_after_it_is_an_error_event_and_a_broken_connection(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.service, "backend", ScriptedBackend(["one", " two"], failure="a step failed"))
+    body = {"messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}}
+    lines = []
+    with (
+        pytest.raises(httpx.RemoteProtocolError, match="incomplete chunked read"),
+        server.http.stream("POST", "/v1/chat/completions", json=body) as reply,
+    ):
+        for line in reply.iter_lines():
+            lines += [json.loads(line.removeprefix("data: "))] if line else []
+    assert [line["choices"][0]["delta"]["content"] for line in lines[:-1]] == ["one", " two"]
+    assert all(line["choices"][0]["finish_reason"] is None for line in lines[:-1])
+    assert set(lines[-1]) == {"error"} and "a step failed" in lines[-1]["error"]["message"]
+
+
+def test_what_a_conversation_says_of_its_template_and_media_is_handed_on(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.service, "backend", ScriptedBackend(["a"]))
+    ask(
+        server, continue_final_message=True, enable_thinking=False, chat_template_kwargs={"x": 1},
+        mm_processor_kwargs={"max_pixels": 4096, "fps": None},
+        media_io_kwargs={"video": {"num_frames": 4}, "image": {}},
+    )  # fmt: skip
+    prompt = server.service.backend.asks[0].prompt
+    assert prompt.continue_final_message and not prompt.add_generation_prompt
+    assert prompt.template_kwargs == {"x": 1, "enable_thinking": False}
+    assert prompt.media_options == {"max_pixels": 4096, "num_frames": 4}
+    ask(server, add_generation_prompt=False)
+    assert not server.service.backend.asks[1].prompt.add_generation_prompt

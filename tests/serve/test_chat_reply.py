@@ -180,13 +180,17 @@ def test_signs_in_texts_are_written_as_json_has_them() -> None:
 
 
 def test_prompt_logprobs_by_token_id_with_ranks() -> None:
-    infos = (None, TokenInfo(1, -2.0, ((4, -0.1), (2, -1.0))), TokenInfo(2, -0.2, ((2, -0.2), (1, float("-inf")))))
+    infos = (
+        None,
+        TokenInfo(1, -2.0, ((4, -0.1), (2, -1.0)), rank=7),
+        TokenInfo(2, -0.2, ((2, -0.2), (1, float("-inf")))),
+    )
     assert prompt_logprobs(infos, BYTES.__getitem__) == [
         None,
         {
             "4": {"logprob": -0.1, "rank": 1, "decoded_token": "bytes:\\xff"},
             "2": {"logprob": -1.0, "rank": 2, "decoded_token": "bytes:\\xc3"},
-            "1": {"logprob": -2.0, "rank": None, "decoded_token": "a"},
+            "1": {"logprob": -2.0, "rank": 7, "decoded_token": "a"},
         },
         {
             "2": {"logprob": -0.2, "rank": 1, "decoded_token": "bytes:\\xc3"},

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import Running
+from tests.serve.conftest import TINY, Running
 
+TINY_PAD = json.loads((TINY / "config.json").read_text())["image_token_id"]
 QUESTION = "<|im_start|>user\nWhat is a square?<|im_end|>\n<|im_start|>assistant\n"
 ASK = {"prompt": QUESTION, "max_tokens": 8, "temperature": 0}
 
@@ -75,6 +76,14 @@ def test_token_ids_are_a_prompt_as_the_text_that_they_stand_for(server: Running)
     assert both[0]["text"] == expected and len(both) == 2
 
 
+def test_a_placeholder_without_a_picture_is_text(server: Running) -> None:
+    """Random prompts of benchmarks hold them."""
+    reply = complete(server, prompt="a <|image_pad|>", echo=True, logprobs=0, max_tokens=1)
+    choice = reply["choices"][0]
+    assert "".join(choice["logprobs"]["tokens"][:-1]) == "a <|image_pad|>"
+    assert reply["usage"]["prompt_tokens"] == len(choice["logprobs"]["tokens"]) - 1 > 3
+
+
 def test_logprobs_are_parallel_lists_over_the_text(server: Running) -> None:
     choice = complete(server, logprobs=2)["choices"][0]
     lists = choice["logprobs"]
@@ -123,7 +132,7 @@ def test_without_a_number_it_stops_at_the_protocols_default(server: Running) -> 
         ({"prompt": [10**9]}, None, "1000000000"),
         ({"prompt": [True]}, None, "prompt"),
         ({"prompt": None}, None, "prompt"),
-        ({"prompt": "a <|vision_start|><|image_pad|><|vision_end|>"}, None, "placeholder"),
+        ({"prompt": [7, TINY_PAD]}, None, "stands for a picture"),
         ({"logprobs": 99}, "logprobs", "99"),
         ({"max_tokens": 0}, "max_tokens", "max_tokens is 0"),
         ({"max_tokens": 10**6}, None, "maximum context length is 2048"),

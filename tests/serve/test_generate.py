@@ -138,7 +138,6 @@ def test_the_documents_chats_are_answered(server: Running) -> None:
         ({"prompt": 7}, "prompt"),
         ({"prompt": [{"type": "image_url"}]}, "image"),
         ({"prompt": [{"type": "sound"}]}, "sound"),
-        ({"prompt": "a <|image_pad|>"}, "placeholder"),
         ({"prompt": "a", "n": 2, "best_of": 3}, "best_of is 3"),
         ({"prompt": "a", "use_beam_search": True}, "use_beam_search"),
         ({"prompt": "a", "temperature": "hot"}, "temperature"),

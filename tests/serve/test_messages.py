@@ -65,6 +65,18 @@ def test_a_picture_is_seen_and_an_end_has_its_reason(server: Running) -> None:
     assert (cut["stop_reason"], cut["stop_sequence"], cut["content"][0]["text"]) == ("stop_sequence", "ue", "bl")
 
 
+def test_an_answer_that_was_begun_goes_on(server: Running) -> None:
+    """As a chat with continue_final_message does."""
+    begun = {"role": "assistant", "content": [{"type": "text", "text": "a blue square at"}]}
+    asked = {"role": "user", "content": [IMAGE, {"type": "text", "text": "Describe the picture."}]}
+    picture = {"type": "image_url", "image_url": {"url": PICTURE}}
+    messages = [{"role": "user", "content": [picture, asked["content"][1]]}, begun]
+    body = {"messages": messages, **LIMITS, "continue_final_message": True, "add_generation_prompt": False}
+    expected = server.http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+    assert ask(server, [asked, begun])["content"] == [{"type": "text", "text": expected}]
+    assert expected.startswith(" the top right")
+
+
 def test_the_events_add_up_to_the_message(server: Running) -> None:
     whole, events = ask(server, [SQUARE]), streamed(server, [SQUARE])
     kinds = [each["type"] for each in events]
@@ -94,6 +106,7 @@ def test_the_events_add_up_to_the_message(server: Running) -> None:
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "budget_tokens"),
         ({"output_config": {"effort": "high"}}, "effort"),
         ({"output_config": {"format": {"type": "xml"}}}, "xml"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "thing"}}}}, "output_config.format"),
         ({"mcp_servers": [{"url": "a"}]}, "mcp_servers"),
         ({"n": 2}, "n is 2"),
         ({"model": "other"}, "other"),

@@ -17,6 +17,7 @@ from tests.engines import engine_over
 from tests.launch.jobs import Job
 from tests.reference import REPO
 
+QUICK = "config/quickstart.yaml"
 MOE = "config/quickstart_qwen3_vl_moe.yaml"
 CHAT = "/v1/chat/completions"
 TWO = ("parallel_config.world_size=2", "parallel_config.attn_tp_size=1")
@@ -96,7 +97,8 @@ def check_shared_experts(job: Job, client: httpx.Client) -> None:
     endless = {"messages": turns("word.png"), "stream": True, "ignore_eos": True, "max_tokens": 1500}
     for _ in range(2):  # one on each replica, as the first to be asked is the one that was asked longest ago
         with client.stream("POST", CHAT, json=endless) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()
+            next(lines)
             assert num_running(client) >= 1 or job.until(lambda: num_running(client) >= 1, 5)
         job.until(lambda: num_running(client) == 0, 5)  # who hangs up is forgotten on every replica
         endless["messages"] = turns("number.jpg")
@@ -128,7 +130,7 @@ def test_replicas_of_two_ranks_that_share_experts(job: Job) -> None:
 
 @pytest.mark.long
 def test_one_replica_of_two_ranks(job: Job) -> None:
-    client = served(job, "parallel_config.world_size=2", config="config/quickstart.yaml")
+    client = served(job, "parallel_config.world_size=2", config=QUICK)
     check_answers(client, "qwen3_vl")
     job.launchers[0].terminate()
     assert job.wait() == [0], job.err()
@@ -136,7 +138,7 @@ def test_one_replica_of_two_ranks(job: Job) -> None:
 
 @pytest.mark.long
 def test_a_dead_replica_ends_the_job_with_its_reason(job: Job) -> None:
-    client = served(job, *TWO, config="config/quickstart.yaml")
+    client = served(job, *TWO, config=QUICK)
     check_answers(client, "qwen3_vl")
     at = time.monotonic()
     os.kill(rank_process(job, 1), signal.SIGKILL)
@@ -151,10 +153,11 @@ def test_a_dead_replica_ends_the_job_with_its_reason(job: Job) -> None:
 
 @pytest.mark.long
 def test_a_second_signal_ends_the_job_at_once(job: Job) -> None:
-    client = served(job, *TWO, config="config/quickstart.yaml")
+    client = served(job, *TWO, config=QUICK)
     endless = {"messages": turns("word.png"), "stream": True, "ignore_eos": True, "max_tokens": 2000}
     with client.stream("POST", CHAT, json=endless) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()
+        next(lines)
         job.launchers[0].terminate()
         job.until(lambda: "SIGTERM: the job comes to its end" in job.err(), 5)
         at = time.monotonic()
@@ -164,7 +167,7 @@ def test_a_second_signal_ends_the_job_at_once(job: Job) -> None:
 
 @pytest.mark.long
 def test_a_signal_before_it_serves_ends_the_job(job: Job) -> None:
-    job.start(*TWO, "server_config.port=0", config="config/quickstart.yaml", run="serve")
+    job.start(*TWO, "server_config.port=0", config=QUICK, run="serve")
     job.log(1)
     at = time.monotonic()
     job.launchers[0].terminate()

@@ -162,6 +162,8 @@ def test_a_kept_response_is_read_and_forgotten(server: Running) -> None:
         ({"reasoning": {"effort": "high"}}, "reasoning.effort", "high"),
         ({"text": {"verbosity": "low"}}, "text.verbosity", "low"),
         ({"truncation": "auto"}, "truncation", "auto"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format", "text.format is"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"type": "thing"}}}}, "text.format", "text.format"),
         ({"tools": [{"type": "web_search"}]}, "tools", "web_search"),
         ({"max_output_tokens": 0}, "max_output_tokens", "max_output_tokens is 0"),
         ({"top_logprobs": 99}, "top_logprobs", "99"),

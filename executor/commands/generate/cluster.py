@@ -63,7 +63,6 @@ class Crew:
         self._dataset, self._num_jobs = dataset, num_jobs
         self._digest, self._code = dataset.digest(), code_digest()
         self._peers: list[Peer] = []  # leaders that are here
-        self._ready: set[tuple[int, int]] = set()  # (job, leader) of those that have been ready once
         self._recipe: Recipe | None = None
         self._dealer: Dealer | None = None  # once it is known what is to be answered
         self._num_rows = 0  # that it was given
@@ -135,12 +134,9 @@ class Crew:
             peer.send({"go": True} if self._dealer.num_left else {"end": True})
         while (message := await peer.receive()) is not None:
             if "ready" in message:
-                share = -(
-                    -self._num_rows // (self._num_jobs * hello["leaders"])
-                )  # what is even, while others have none
+                share = -(-self._num_rows // (self._num_jobs * hello["leaders"]))
                 self._dealer.join(peer, min(hello["seats"], max(1, share)))
-                self._ready.add((hello["replica"], hello["leader"]))
-                self._jobs.are_up = self._jobs.are_up or len(self._ready) == self._num_jobs * hello["leaders"]
+                self._jobs.are_up = True  # one that answers is enough
             elif self._dealer.answered(peer, message["row"]["index"]):
                 self._arrived.append(message["row"])
             self._deal()

@@ -6,14 +6,14 @@ It stands where `Spread` stands for the replicas of one job. To the front door: 
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from torch.distributed import PrefixStore
 
 from dataset.sample import Dataset, Sample
-from executor.host.env import code_digest, environment
+from executor.host.env import code_digest
 from executor.parallel.groups import Parallel
 from executor.recipe.schema import Recipe
 from executor.serve import wire
@@ -30,14 +30,16 @@ class FrontSpread:
 
     max_held = MAX_HELD
 
-    def __init__(self, parallel: Parallel, dataset: Dataset | None, recipe: Recipe, seats: int) -> None:
+    def __init__(
+        self, parallel: Parallel, dataset: Dataset | None, recipe: Recipe, seats: int, variables: Mapping[str, str]
+    ) -> None:
+        """`seats`: rows that this leader can hold. `variables`: the environment, which says where the front door is."""
         self._store = PrefixStore("front", parallel.store)
         self._is_first = parallel.rank == 0
         self._dataset = dataset
         self._rows: SimpleQueue[int | None] = SimpleQueue()  # None: there are no more
         if dataset is None:
             return
-        variables = environment()
         hello = {
             "replica": int(variables["RECIPE_REPLICA"]),
             "leader": parallel.replicas.rank,

@@ -167,11 +167,12 @@ def _assist(prepared: Prepared, build: Callable[..., Any] | None) -> None:
     recipe, params = prepared.recipe, _checked_params(prepared)
     device, parallel = open_rank(prepared)
     dataset = load_dataset(recipe.data) if parallel.leads else None
-    if "RECIPE_FRONT" in environment():
+    variables = environment()
+    if "RECIPE_FRONT" in variables:
         from executor.commands.generate.front import FrontSpread
         from executor.engine.loop import MAX_AHEAD
 
-        spread = FrontSpread(parallel, dataset, recipe, recipe.scheduler.max_num_seqs + MAX_AHEAD)
+        spread = FrontSpread(parallel, dataset, recipe, recipe.scheduler.max_num_seqs + MAX_AHEAD, variables)
     else:
         spread = Spread(parallel, dataset)
     if spread.start():

@@ -6,6 +6,8 @@ no chip. A job that dies is started again while the others serve.
 
 import asyncio
 import logging
+import signal
+from collections.abc import Iterable
 from typing import Any
 
 from executor.cluster.jobs import Jobs
@@ -19,7 +21,7 @@ from executor.recipe.schema import Recipe, build_recipe
 from executor.serve.gate import Gate, Peer
 from executor.serve.remote import RemoteBackend
 from executor.serve.router import Router
-from executor.serve.server import listen
+from executor.serve.server import SIGNALS, interrupt, listen
 from executor.serve.service import Service
 
 logger = logging.getLogger(__name__)
@@ -30,15 +32,20 @@ END_S = 15.0
 
 def run_cluster(recipe: Recipe) -> tuple[dict[str, Any], int]:
     """Serve until SIGTERM; returns the JSON document and the exit status."""
+    import uvloop
+
     listener = listen(recipe.server)
     num_jobs = recipe.num_jobs("serve")
     with RayCluster(recipe, num_jobs) as cluster:
-        asyncio.run(serve_over(cluster, recipe, num_jobs, listener))
-    return {"command": "serve", "model": recipe.model.model_path, "replicas": num_jobs}, 0
+        signal.signal(signal.SIGTERM, interrupt)  # Ray has set its own
+        document = uvloop.run(serve_over(cluster, recipe, num_jobs, listener))
+    return document | {"replicas": num_jobs}, 0
 
 
-async def serve_over(cluster: Any, recipe: Recipe, num_jobs: int, listener: Any) -> None:
-    """HTTP over `num_jobs` jobs on a cluster (executor.cluster.jobs)."""
+async def serve_over(
+    cluster: Any, recipe: Recipe, num_jobs: int, listener: Any, signals: Iterable[signal.Signals] = SIGNALS
+) -> dict[str, Any]:
+    """HTTP over `num_jobs` jobs on a cluster (executor.cluster.jobs), until one of `signals`; returns the document."""
     fleet = Fleet(recipe, num_jobs)
     gate = await Gate.open(cluster.address, fleet.on_peer)
     event_loop = asyncio.get_running_loop()
@@ -54,7 +61,7 @@ async def serve_over(cluster: Any, recipe: Recipe, num_jobs: int, listener: Any)
         jobs.are_up = True
         logger.info("%d jobs share the requests", num_jobs)
         fleet.service = service_of(fleet.recipe, fleet.router)
-        await open_door(fleet.service, listener)
+        return await open_door(fleet.service, listener, signals)
     finally:
         await fleet.end()
         gate.close()
@@ -100,7 +107,7 @@ class Fleet:
             self.settled.set()
             return
         if self.router is None:
-            self.recipe = build_recipe(hello["recipe"])
+            self.recipe = build_recipe(hello["recipe"]).replace(server=self.recipe.server.model_dump())
             self.router = router_of(self.recipe, survives=True)
         name = f"job {number}" + (f", replica {leader}" if leaders > 1 else "")
         backend = RemoteBackend(peer, name)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -16,18 +16,27 @@ from executor.serve.remote import RemoteBackend
 from executor.serve.router import Router, slack_of
 from executor.serve.server import SIGNALS, serve
 from executor.serve.service import Service
-from executor.serve.settings import greeting
+from executor.serve.settings import greeting, url_of
 
 logger = logging.getLogger(__name__)
 
 KEY = "serve/front"  # in the job's store
 
 
-async def open_door(service: Service, listener: Any, signals: Iterable[signal.Signals] = SIGNALS) -> None:
-    """HTTP until one of `signals`. Raises RuntimeError for the backend's fault."""
+async def open_door(service: Service, listener: Any, signals: Iterable[signal.Signals] = SIGNALS) -> dict[str, Any]:
+    """HTTP until one of `signals`; returns the command's document. Raises RuntimeError for the backend's fault."""
+    address = url_of(service.recipe.server, listener.getsockname()[1])
     for line, is_warning in greeting(service, listener.getsockname()[1]):
         logger.log(logging.WARNING if is_warning else logging.INFO, "%s", line)
     await serve(build_app(service), service, listener, signals)
+    return {
+        "command": "serve",
+        "model": service.recipe.model.model_path,
+        "address": address,
+        "requests": service.num_answered + service.num_failed,
+        "answered": service.num_answered,
+        "failed": service.num_failed,
+    }
 
 
 async def with_others(backend: Backend, recipe: Recipe, parallel: Any, replicas: AsyncExitStack) -> Router:
@@ -61,9 +70,11 @@ def router_of(recipe: Recipe, backends: Iterable[Backend] = (), *, survives: boo
     )  # fmt: skip
 
 
-async def find_front(recipe: Recipe, parallel: Any) -> tuple[Front, dict[str, Any]]:
-    """Where this leader is to go, and what it says there: to its cluster's front door, or to rank 0's."""
-    variables = environment()
+async def find_front(recipe: Recipe, parallel: Any, variables: Mapping[str, str]) -> tuple[Front, dict[str, Any]]:
+    """Where this leader is to go, and what it says there: to its cluster's front door, or to rank 0's.
+
+    `variables`: the environment.
+    """
     if "RECIPE_FRONT" not in variables:
         return Front.from_text(await asyncio.to_thread(parallel.store.get, KEY)), {"rank": parallel.rank}
     hello = {

@@ -14,7 +14,7 @@ from typing import Any
 from executor.host.env import environment, rank_place
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import Prepared, prepare
-from executor.serve.server import SIGNALS, listen
+from executor.serve.server import SIGNALS, interrupt, listen
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def run(recipe: Recipe) -> tuple[dict[str, Any], int]:
         for number in SIGNALS:  # to a whole control group, say: whoever started this process ends it in good order
             signal.signal(number, signal.SIG_IGN)
     else:
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
     prepared = prepare(recipe, place.local_world_size)
     device, parallel = open_rank(prepared)
     with ExitStack() as stack:
@@ -62,17 +62,11 @@ def run(recipe: Recipe) -> tuple[dict[str, Any], int]:
                 stack.pop_all()
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    """While the model is loaded a signal ends the command as Ctrl-C does."""
-    raise KeyboardInterrupt(signal.Signals(number).name)
-
-
 async def _serve(recipe: Recipe, loop: Any, parallel: Any, listener: Any) -> dict[str, Any]:
     """Rank 0: HTTP over the replicas of this job. Returns the command's document."""
     from executor.commands.serve.front import open_door, with_others
     from executor.serve.backends import EngineBackend
     from executor.serve.service import Service
-    from executor.serve.settings import url_of
     from executor.serve.warmup import warm_up
 
     engine = loop.engine
@@ -83,16 +77,7 @@ async def _serve(recipe: Recipe, loop: Any, parallel: Any, listener: Any) -> dic
             backend = await with_others(backend, recipe, parallel, replicas)
         signals = (signal.SIGUSR1,) if "RECIPE_LAUNCHER" in environment() else SIGNALS
         service = Service(recipe, engine.processor, engine.vocab_size, backend)
-        address = url_of(recipe.server, listener.getsockname()[1])
-        await open_door(service, listener, signals)
-    return {
-        "command": "serve",
-        "model": recipe.model.model_path,
-        "address": address,
-        "requests": service.num_answered + service.num_failed,
-        "answered": service.num_answered,
-        "failed": service.num_failed,
-    }
+        return await open_door(service, listener, signals)
 
 
 async def _attend(prepared: Prepared, loop: Any, parallel: Any) -> None:
@@ -105,5 +90,5 @@ async def _attend(prepared: Prepared, loop: Any, parallel: Any) -> None:
 
     backend = EngineBackend(loop, asyncio.get_running_loop())
     await warm_up(backend)
-    front, hello = await find_front(prepared.recipe, parallel)
+    front, hello = await find_front(prepared.recipe, parallel, environment())
     await attend(await call(front, hello), backend)

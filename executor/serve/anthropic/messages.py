@@ -28,7 +28,7 @@ from executor.serve.openai.sampling import FormFields, Text, Whole, form_fields,
 from executor.serve.parser import AnswerParser
 from executor.serve.service import Service
 from executor.serve.streams import EventStream, answered, event
-from executor.serve.structured import grammar_of, takes_tools, thinks, tools_of
+from executor.serve.structured import grammar_under, takes_tools, thinks, tools_of
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -69,7 +69,8 @@ async def messages(body: MessageRequest, request: Request) -> Response:
     service.check_model(body.model)
     asked = _asked(service, body)
     stop = [*([body.stop] if isinstance(body.stop, str) else body.stop or ()), *(body.stop_sequences or ())]
-    more = {"grammar": grammar_of(asked.form, thinks=asked.begins_thinking), "stop": stop or None}
+    grammar = grammar_under(asked.form, "output_config.format", thinks=asked.begins_thinking)
+    more = {"grammar": grammar, "stop": stop or None}
     params = params_of(service, body, more=more, names={"stop": "stop_sequences"})
     if params.n != 1:
         raise refusal("n", f"is {params.n}; allowed: 1, a message is one answer")

@@ -3,22 +3,24 @@
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
+from executor.errors import UserError
 from executor.prompt.chat import tool_names
+from executor.prompt.request_options import IO_KEY, read_request_options
 from executor.schedule.request import SamplingParams
 from executor.serve.answers import gather
 from executor.serve.asks import Ask, ChatPrompt
 from executor.serve.bodies import JsonRoute
-from executor.serve.errors import ApiError
+from executor.serve.errors import ApiError, in_words
 from executor.serve.middleware import EXCHANGE
 from executor.serve.openai.chat_reply import ReplyStyle, chunks, whole_reply
 from executor.serve.openai.logprobs import bytes_by
-from executor.serve.openai.sampling import Flag, FormFields, Text, Whole, form_fields, params_of
+from executor.serve.openai.sampling import MAX_TEXTS, Flag, FormFields, Text, Whole, form_fields, params_of
 from executor.serve.parser import AnswerParser
 from executor.serve.service import Service
 from executor.serve.streams import EventStream, answered
@@ -41,7 +43,7 @@ class ChatRequest(FormFields):
     logprobs: Flag | None = None
     top_logprobs: Whole | None = None
     stream_options: StreamOptions | None = None
-    tools: list[Any] | None = None
+    tools: Annotated[list[Any], Field(max_length=MAX_TEXTS)] | None = None
     tool_choice: Text | dict[str, Any] | None = None
     parallel_tool_calls: Flag | None = None
     add_generation_prompt: Flag | None = None
@@ -105,21 +107,13 @@ def prompt_of(body: ChatRequest) -> ChatPrompt:
 
 
 def media_options(processor: Mapping[str, Any] | None, reading: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What `mm_processor_kwargs` and `media_io_kwargs` ({"video": {"num_frames", "fps"}}) say of all media.
-
-    Raises ApiError 400 for what the second says that is not served.
-    """
-    options = {}
-    for kind, values in (reading or {}).items():
-        if values is None or values == {}:
-            continue
-        if kind != "video" or not isinstance(values, dict) or not values.keys() <= {"num_frames", "fps"}:
-            raise ApiError(
-                400, f"media_io_kwargs.{kind} is not supported as it stands; allowed: "
-                '{"video": {"num_frames": N}} or {"video": {"fps": F}}', param="media_io_kwargs",
-            )  # fmt: skip
-        options.update({name: value for name, value in values.items() if value is not None})
-    return {**options, **{name: value for name, value in (processor or {}).items() if value is not None}}
+    """What `mm_processor_kwargs` and `media_io_kwargs` say of all media. Raises ApiError 400."""
+    options = {**(processor or {}), **({IO_KEY: reading} if reading else {})}
+    try:
+        read_request_options(options)
+    except UserError as error:
+        raise in_words(400, str(error)) from error
+    return options
 
 
 def chat_params(service: Service, body: ChatRequest, *, begins_thinking: bool) -> SamplingParams:

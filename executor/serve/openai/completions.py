@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from executor.schedule.request import SamplingParams
 from executor.serve.answers import Answers, gather_all
 from executor.serve.asks import Ask, Delta, Done, Failure, TextPrompt, TokenInfo, TokenPrompt
+from executor.serve.backends import build_prompt
 from executor.serve.bodies import JsonRoute
 from executor.serve.errors import ApiError, of_failure
 from executor.serve.feed import Joined
@@ -27,7 +28,6 @@ from executor.serve.openai.text_logprobs import TextLogprobs
 from executor.serve.service import Service
 from executor.serve.streams import DONE, EventStream, answered, event
 from executor.serve.structured import grammar_of
-from executor.serve.tokens import raw_token_ids
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -137,17 +137,10 @@ def _prompts_of(prompt: str | list[Any]) -> list[TextPrompt | TokenPrompt]:
     return [TextPrompt(each) if isinstance(each, str) else TokenPrompt(each) for each in prompt]
 
 
-def _echoes(processor: Any, prompts: list[TextPrompt | TokenPrompt]) -> tuple[list[str], list[int | None]]:
-    """Each prompt's text and first token."""
-    texts, first = [], []
-    for prompt in prompts:
-        if isinstance(prompt, TextPrompt):
-            texts.append(prompt.text)
-            first.append(next(iter(raw_token_ids(processor, prompt.text)), None))
-        else:
-            texts.append(processor.tokenizer.decode(list(prompt.token_ids)))
-            first.append(prompt.token_ids[0])
-    return texts, first
+def _echoes(processor: Any, prompts: list[TextPrompt | TokenPrompt]) -> tuple[list[str], list[int]]:
+    """Each prompt's text and first token. Raises UserError."""
+    built = [build_prompt(processor, Ask("echo", prompt, None)) for prompt in prompts]
+    return [prompt.text for prompt in built], [prompt.token_ids[0] for prompt in built]
 
 
 def _choices(service: Service, job: Job, index: int, answers: Answers) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ def _entry(token_id: int, logprob: float, bytes_of: BytesOf) -> dict[str, Any]:
 def prompt_logprobs(infos: Iterable[TokenInfo | None] | None, bytes_of: BytesOf) -> list[dict[str, Any] | None] | None:
     """`prompt_logprobs`: for each token of the prompt the best candidates and itself, by their ids; none for the first.
 
-    `rank` counts from 1; it is null for a token that is not among the candidates asked for.
+    `rank` counts from 1.
     """
     if infos is None:
         return None
@@ -53,7 +53,7 @@ def prompt_logprobs(infos: Iterable[TokenInfo | None] | None, bytes_of: BytesOf)
 
 def _candidates(info: TokenInfo, bytes_of: BytesOf) -> dict[str, Any]:
     ranked = {token_id: (logprob, rank) for rank, (token_id, logprob) in enumerate(info.top, 1)}
-    ranked.setdefault(info.token_id, (info.logprob, None))
+    ranked.setdefault(info.token_id, (info.logprob, info.rank))
     return {
         str(token_id): {"logprob": max(logprob, LEAST), "rank": rank, "decoded_token": token_text(bytes_of(token_id))}
         for token_id, (logprob, rank) in ranked.items()

@@ -29,7 +29,7 @@ from executor.serve.openai.sampling import Flag, FormFields, Text, Whole, form_f
 from executor.serve.parser import AnswerParser
 from executor.serve.service import Service
 from executor.serve.streams import EventStream, answered, event
-from executor.serve.structured import grammar_of, takes_tools, thinks, tools_of
+from executor.serve.structured import grammar_under, takes_tools, thinks, tools_of
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -173,7 +173,7 @@ def _params_of(
     more = {
         "max_new_tokens": body.max_output_tokens,
         "logprobs": (body.top_logprobs or 0) if has_logprobs else None,
-        "grammar": grammar_of(form, thinks=begins_thinking),
+        "grammar": grammar_under(form, "text.format", thinks=begins_thinking),
     }
     names = {"logprobs": "top_logprobs"}
     if body.max_output_tokens is not None:

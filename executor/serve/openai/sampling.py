@@ -8,7 +8,6 @@ Knows no grammar and no prompt; what an endpoint adds to the parameters it hands
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
@@ -22,7 +21,8 @@ from executor.serve.service import Service
 logger = logging.getLogger(__name__)
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 64, 4096
-MAX_NAMES = 500  # unknown fields are the clients': their number is not ours
+MAX_TEXTS, MAX_TOKEN_IDS = 1024, 1 << 18  # of a list in a request
+MAX_UNKNOWN, MAX_NAMES = 100, 500  # unknown fields: of a request, and named in the log
 
 
 def _whole(value: Any) -> Any:
@@ -34,6 +34,10 @@ Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict()]
 Whole = Annotated[int, Strict(), BeforeValidator(_whole)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+# Lists end at their first fault, and at a length that no honest request has.
+Texts = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_TEXTS)]
+TokenIds = Annotated[list[Whole], Field(fail_fast=True, max_length=MAX_TOKEN_IDS)]
+Bias = Annotated[dict[str, Number], Field(max_length=MAX_TOKEN_IDS)]
 
 
 class SamplingFields(BaseModel):
@@ -49,17 +53,17 @@ class SamplingFields(BaseModel):
     max_tokens: Whole | None = None
     min_tokens: Whole | None = None
     seed: Whole | None = None
-    stop: Text | list[Text] | None = None
-    stop_token_ids: list[Whole] | None = None
+    stop: Text | Texts | None = None
+    stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: Flag | None = None
     ignore_eos: Flag | None = None
     skip_special_tokens: Flag | None = None
     frequency_penalty: Number | None = None
     presence_penalty: Number | None = None
     repetition_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
-    bad_words: list[Text] | None = None
-    allowed_token_ids: list[Whole] | None = None
+    logit_bias: Bias | None = None
+    bad_words: Texts | None = None
+    allowed_token_ids: TokenIds | None = None
     prompt_logprobs: Whole | None = None
     do_sample: Flag | None = None
     stream: Flag | None = None
@@ -202,7 +206,10 @@ def params_of(
 
 def refuse_unserved(body: BaseModel) -> None:
     """Raises ApiError 400 for a field that would change the answer; names others that nobody knows in the log."""
-    for name, value in (body.model_extra or {}).items():
+    more = body.model_extra or {}
+    if len(more) > MAX_UNKNOWN:
+        raise ApiError(400, f"the request has {len(more)} fields that nobody knows; allowed: {MAX_UNKNOWN} at most")
+    for name, value in more.items():
         if name in UNSERVED:
             neutral, advice = UNSERVED[name]
             if value is not None and not any(value == each and type(value) is type(each) for each in neutral):
@@ -211,12 +218,12 @@ def refuse_unserved(body: BaseModel) -> None:
                     400, f"{name} is {in_json(value)}, which is not supported; allowed: {allowed}"
                     f"{'; ' if advice else ''}{advice}", param=name, code="unsupported_parameter",
                 )  # fmt: skip
-        elif name not in HARMLESS:
-            warn_unknown(name[:80], type(body))
+        elif name not in HARMLESS and name not in _named and len(_named) < MAX_NAMES:
+            _named.add(name)
+            hint = nearest(name[:80], type(body).model_fields)
+            logger.warning(
+                "requests have the unknown field %r%s: it is ignored, as it changes no answer", name[:80], hint
+            )
 
 
-@lru_cache(MAX_NAMES)
-def warn_unknown(name: str, model: type[BaseModel]) -> None:
-    """One line in the log for each name, of those that came last."""
-    hint = nearest(name, model.model_fields)
-    logger.warning("requests have the unknown field %r%s: it is ignored, as it changes no answer", name, hint)
+_named: set[str] = set()  # unknown fields that the log has

@@ -21,6 +21,7 @@ from executor.media import draw
 from executor.media.draw import COLORS, Mark, find_marks
 from executor.recipe.schema import Recipe, build_recipe
 from tests.media.media_files import make_frames, write_video
+from tests.media.web import ok, serving
 from tests.reference import REPO
 
 MEDIA = REPO / "dataset" / "media"
@@ -67,6 +68,28 @@ def test_own_question_about_a_picture_and_a_video():
     assert 0 < row["ttft_ms"] <= row["e2e_ms"]
     for told in ("[1/1] objects.png, clip.mp4", "What do you see?", row["text"], "TTFT", "TPOT", "e2e"):
         assert told in printed
+
+
+def test_pictures_are_fetched_from_hosts_that_the_recipe_allows(tmp_path):
+    """By the recipe's own keys, with the system's resolver and connections; loopback is a private address."""
+    with serving({"/objects?sig=1": ok((MEDIA / "objects.png").read_bytes()), "/page": ok(b"<html>")}) as web:
+        here = f"http://127.0.0.1:{web.port}"
+        rows = [
+            {"question": "What do you see?", "image": str(MEDIA / "objects.png")},
+            {"question": "What do you see?", "image": f"{here}/objects?sig=1"},
+            {"question": "Locate the blue square.", "image_url": f"{here}/objects?sig=1"},
+            *({"question": "?", "image": url} for url in (f"{here}/lost", f"{here}/page", "http://127.0.0.1:9/a.png")),
+        ]
+        data = rows_file(tmp_path / "rows.jsonl", rows) | {"allowed_private_hosts": [f"127.0.0.1:{web.port}"]}
+        model = {"output_path": str(tmp_path)}
+        rows, status, _ = answers(recipe_of(data=data, model=model, generation={"draw": True, "max_new_tokens": 40}))
+    assert status == 2 and rows[0]["text"] == rows[1]["text"] != ""
+    assert rows[2]["drawn"] and not rows[2]["warnings"]
+    for row, says in zip(
+        rows[3:], (f"{here}/lost: answers 404", "it is an HTML page", "127.0.0.1:9 is not among the hosts"), strict=True
+    ):
+        assert says in row["error"]
+    assert "data_config.allowed_private_hosts" in rows[5]["error"]
 
 
 def test_bad_requests_do_not_keep_the_good_ones_from_being_answered(tmp_path):

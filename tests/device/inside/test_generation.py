@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from emulator.record import Recorder
-from executor.schedule.request import SamplingParams
+from executor.schedule.request import Grammar, SamplingParams
 from tests.device.inside.npu import A2, A3, CPU, DUO, backend, engine_on, exact
 from tests.models.test_generation import CASES, RecordedLogits
 from tests.reference import FAMILIES, random_checkpoint
@@ -65,6 +65,41 @@ def test_chunks_and_batches_change_nothing(family, chunk, prefix_caching) -> Non
         for _ in range(2):  # the second time out of the prefix cache
             done = engine.generate(list(prompts.values()), GREEDY)
             assert [list(completion.token_ids[0]) for completion in done] == wanted
+
+
+def test_rules_of_tokens_and_prompts_logprobs_are_the_cpu_s(family) -> None:
+    """Biases, barred and allowed tokens are laid over the chip's logits by ops that it has."""
+    folder, prompts, wanted, *_ = family
+    (case, prompt), first = next(iter(prompts.items())), wanted[0][0]
+    asked = [
+        replace(GREEDY, logit_bias={first: -100, first + 1: 5.5}, repetition_penalty=1.1),
+        replace(GREEDY, allowed_token_ids=tuple(range(30, 40)), prompt_logprobs=2),
+        replace(GREEDY, min_new_tokens=3, stop_token_ids=(first,), bad_words="a", ignore_eos=False),
+        replace(GREEDY, prompt_logprobs=0),
+    ]
+    expected = engine_on(CPU, folder, torch.float32).generate([prompt] * 4, asked)
+    assert len({each.token_ids for each in expected}) > 2, case
+    with exact():
+        found = engine_on(backend(A2), folder, torch.float32, max_num_batched_tokens=40).generate([prompt] * 4, asked)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        assert (ours.prompt_logprobs is None) == (theirs.prompt_logprobs is None)
+        for one, true in zip((ours.prompt_logprobs or ())[1:], (theirs.prompt_logprobs or ())[1:], strict=True):
+            assert one.token_id == true.token_id and one.logprob == pytest.approx(true.logprob, abs=1e-3)
+
+
+def test_a_grammar_binds_as_on_the_cpu(family) -> None:
+    folder, prompts, free, _, _ = family
+    bound = [
+        replace(GREEDY, ignore_eos=False, max_new_tokens=12, grammar=grammar)
+        for grammar in (Grammar("regex", "[0-9]{6}"), Grammar("choice", '["red", "a blue one"]'), None)
+    ]
+    asked = list(prompts.values())[:1] * len(bound)
+    wanted = engine_on(CPU, folder, torch.float32).generate(asked, bound)
+    with exact():
+        found = engine_on(backend(A2), folder, torch.float32).generate(asked, bound)
+    assert [each.token_ids for each in found] == [each.token_ids for each in wanted]
+    assert found[0].text.isdigit() and len(found[0].text) == 6 and found[1].text in ("red", "a blue one")
 
 
 @pytest.mark.parametrize("soc, dtype", [(A2, torch.float16), (A3, torch.float16), (DUO, torch.float16)])

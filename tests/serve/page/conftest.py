@@ -40,6 +40,7 @@ class Visit:
         for event, handler in self._handlers.items():
             self.page.remove_listener(event, handler)
         self.page.unroute_all()
+        self.page.goto("about:blank")  # ends what it still asks: the server waits for that when it is stopped
 
     def _see(self, url: str) -> None:
         if not url.startswith((self.url, "blob:", "data:")):
