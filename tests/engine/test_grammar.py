@@ -16,7 +16,7 @@ from executor.engine.grammar import GrammarFault, Grammars, Vocabulary
 from executor.engine.json_schema import checked_schema
 from executor.engine.matcher import Matcher
 from executor.errors import UserError
-from executor.schedule.request import THINK_END, FinishReason, Grammar, SamplingParams
+from executor.schedule.request import THINK_END, FinishReason, Grammar, Request, SamplingParams
 from tests.engines import engine_over
 from tests.reference import REPO
 
@@ -506,3 +506,23 @@ def test_a_request_whose_grammar_is_refused_is_not_queued(engine):
     with pytest.raises(UserError, match="cannot be enforced"):
         engine.add("Is it red?", bound(Grammar("regex", "(")))
     assert not engine.has_work
+
+
+@pytest.mark.parametrize("num_free", [0, 1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_masks_hide_no_broken_logits_and_leave_all_as_they_were(engine, num_free: int, value: float):
+    """A NaN at a token that the grammar bars is still the row's fault; the others are chosen as ever."""
+    prompt = engine.processor.build([{"role": "user", "content": "Is it red?"}])
+    grammars = [Grammar("regex", "[0-9]"), Grammar("choice", '["x", "yes"]'), *[None] * num_free]
+    requests = [Request(str(number), prompt, bound(grammar)) for number, grammar in enumerate(grammars)]
+    for request in requests:
+        request.matcher = engine.matchers.begin(request.params)
+    logits = torch.randn(len(requests), engine.vocab_size)
+    logits[0, engine.processor.tokenizer.encode("x")[0]] = value
+    logits[1:, engine.processor.tokenizer.encode("q")[0]] = 50.0
+    before = logits.clone()
+    sampled = engine.runner.sampler.sample(logits, requests)
+    assert torch.equal(logits, before) or torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0))
+    assert sampled.failures.keys() == {0} and "not finite" in sampled.failures[0]
+    texts = [engine.processor.tokenizer.decode([token]) for token in sampled.token_ids[1:]]
+    assert texts[0] in ("x", "y", "yes") and texts[1:] == ["q"] * num_free

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dataset.sample import Sample
 from executor.commands.generate import run as generate
+from executor.commands.generate import taking
 from executor.commands.generate.printer import Printer
 from executor.commands.generate.rows import failed_row
 from executor.errors import UserError
@@ -267,7 +268,7 @@ def test_nothing_is_drawn_for_an_answer_without_boxes(tmp_path):
 
 
 def test_the_progress_bar_is_on_stderr_alone(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(generate, "BAR_AFTER_S", 0.0)
+    monkeypatch.setattr(taking, "BAR_AFTER_S", 0.0)
     rows = [{"question": f"{number}?"} for number in range(3)]
     generate.run(recipe_of(data=rows_file(tmp_path / "mine.jsonl", rows)))
     printed = capsys.readouterr()
