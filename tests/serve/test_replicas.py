@@ -116,6 +116,7 @@ def check_shared_experts(job: Job, client: httpx.Client) -> None:
     assert not job.processes()
 
 
+@pytest.mark.long
 def test_replicas_that_share_experts(job: Job) -> None:
     client = served(job, *TWO, "parallel_config.moe_ep_size=2")
     check_shared_experts(job, client)
