@@ -18,8 +18,8 @@ from executor.schedule.request import Request
 def masked(scores: torch.Tensor, requests: Sequence[Request]) -> Iterator[dict[int, str]]:
     """`scores` float32 [R, V], contiguous, with -inf where a request's grammar allows no token; in the context only.
 
-    Gives the rows whose grammar has failed, and why. What is NaN or infinite stays: it is a fault of the row and must
-    show.
+    Gives the rows whose grammar has failed, and why. A row that has NaN or +inf anywhere still has a NaN: it is a fault
+    of the row and must show.
     """
     rows, masks, faults = [], [], {}
     for row, request in enumerate(requests):
@@ -36,14 +36,21 @@ def masked(scores: torch.Tensor, requests: Sequence[Request]) -> Iterator[dict[i
     if not rows:
         yield faults
         return
-    index = torch.tensor(rows, device=scores.device)
     barred = np.ones((len(rows), scores.shape[-1]), dtype=bool)
     for number, mask in enumerate(masks):
         barred[number, : len(mask)] = mask
-    before = scores.index_select(0, index)
-    after = before.masked_fill(torch.from_numpy(barred).to(scores.device) & (before < math.inf), -math.inf)
-    scores.index_copy_(0, index, after)
+    index = None if len(rows) == len(requests) else torch.tensor(rows, device=scores.device)
+    before = scores.clone() if index is None else scores.index_select(0, index)
+    bound = scores if index is None else before.clone()
+    bound.masked_fill_(torch.from_numpy(barred).to(scores.device), -math.inf)
+    is_broken = ~(before.amax(dim=-1) < math.inf)  # also of NaN
+    bound[:, 0].masked_fill_(is_broken, math.nan)
+    if index is not None:
+        scores.index_copy_(0, index, bound)
     try:
         yield faults
     finally:
-        scores.index_copy_(0, index, before)
+        if index is None:
+            scores.copy_(before)
+        else:
+            scores.index_copy_(0, index, before)

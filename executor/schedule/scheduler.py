@@ -1,9 +1,10 @@
 """Which tokens of which requests the next step computes.
 
 A step is rows of (request, start, number of tokens): decode rows first, then prefills that are under way, then newly
-admitted requests in order of arrival, while the budgets of tokens, sequences, blocks and vision embeddings last. In
-the plan all rows of one token come before all longer ones. A row yields as many new tokens as it may and the runner
-finds; with `max_yield` above 1 a decode row has slots and budget for tokens that the runner guesses and verifies.
+admitted requests in order of arrival, while the budgets of tokens, sequences, blocks and vision embeddings last. Short
+texts whose turn it is have a share of the step before long prompts that are under way go on. In the plan all rows of
+one token come before all longer ones. A row yields as many new tokens as it may and the runner finds; with `max_yield`
+above 1 a decode row has slots and budget for tokens that the runner guesses and verifies.
 A prompt gets all its blocks when it is admitted, an answer one block at a time; when none is left, the request that
 was admitted last gives its blocks back and is computed again later (preemption by recomputation).
 
@@ -24,6 +25,9 @@ from executor.schedule.encoder_cache import EncoderCache, MediaReads
 from executor.schedule.plan import Plan, Row
 from executor.schedule.prefix_cache import BlockDigests
 from executor.schedule.request import FinishReason, Prompt, Request, Status
+
+SHORT_SHARE = 4
+"""A long prompt leaves one in so many of a step's tokens to short texts that have come after it."""
 
 
 @dataclass(slots=True)
@@ -156,7 +160,10 @@ class Scheduler:
         open_plan = _OpenPlan(self.max_num_batched_tokens)
         self._schedule_decode(open_plan)
         num_decode_rows = len(open_plan.rows)
-        self._schedule_prefill(open_plan)
+        under_way = [request for request in self._running if not _is_decode(request)]
+        if under_way:
+            self._admit(open_plan, open_plan.budget_tokens // SHORT_SHARE)
+        self._schedule_prefill(under_way, open_plan)
         self._admit(open_plan)
         assert open_plan.rows or not self.has_work, "nothing was scheduled although there is work"
         if not open_plan.rows:
@@ -314,21 +321,24 @@ class Scheduler:
         self.num_preemptions += 1
         self._waiting.appendleft(request)
 
-    def _schedule_prefill(self, open_plan: _OpenPlan) -> None:
-        for request in self._running:
-            if _is_decode(request):
-                continue
+    def _schedule_prefill(self, under_way: Sequence[Request], open_plan: _OpenPlan) -> None:
+        for request in under_way:
             num_tokens = self._chunk_tokens(request, request.num_computed_tokens, open_plan)
             if num_tokens:
                 self._add_prefill_row(request, num_tokens, open_plan)
 
-    def _admit(self, open_plan: _OpenPlan) -> None:
+    def _admit(self, open_plan: _OpenPlan, short_tokens: int | None = None) -> None:
+        """Take in who waits, in order. `short_tokens`: only texts that fit whole into so many tokens of this step."""
         size = self.pool.block_size
         while open_plan.admits and open_plan.budget_tokens and self._waiting and len(self._running) < self.max_num_seqs:
             request = self._waiting[0]
             record = self._records[request.id]
             cached = self._find_prefix(request, record)
             num_cached_tokens = len(cached) * size
+            if short_tokens is not None:  # media may have to wait for embeddings that those under way hold
+                short_tokens -= request.num_tokens - num_cached_tokens
+                if short_tokens < 0 or request.prompt.media:
+                    return
             if self._is_worth_waiting(request, record, len(cached), open_plan):
                 return
             num_needed = self.pool.num_blocks_for(request.num_tokens) - len(cached)

@@ -15,7 +15,7 @@ from executor.recipe.schema import ServerSection
 from executor.serve import metrics, models, tokens
 from executor.serve.anthropic import messages
 from executor.serve.bodies import of_validation
-from executor.serve.errors import ApiError, hung_up, in_words
+from executor.serve.errors import ApiError, ErrorReply, hung_up, in_words
 from executor.serve.middleware import REQUEST_ID, AccessLog, BodyLimit, KeyGate, Net, OriginGate
 from executor.serve.mindie import generate
 from executor.serve.openai import chat, completions, responses
@@ -34,6 +34,11 @@ ROUTERS = (
     generate.router,
     page.router,
 )
+ERRORS = {
+    "4XX": {"model": ErrorReply, "description": "The request is refused"},
+    "5XX": {"model": ErrorReply, "description": "The request failed, or may come again later"},
+}
+ANTHROPIC_ERRORS = {name: {"description": words["description"]} for name, words in ERRORS.items()}
 OPEN_PATHS = ("/", "/health", "/ping")  # without the key: the page asks for it
 
 
@@ -42,7 +47,7 @@ def build_app(service: Service) -> FastAPI:
     app.state.service = service
     app.state.responses = ResponseStore()
     for router in ROUTERS:
-        app.include_router(router)
+        app.include_router(router, responses=ANTHROPIC_ERRORS if router is messages.router else ERRORS)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(UserError, _user_error)
     app.add_exception_handler(ClientDisconnect, _hung_up)

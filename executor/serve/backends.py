@@ -40,6 +40,15 @@ class Backend(Protocol):
         """Raises executor.engine.loop.QueueFull, and RuntimeError when it has ended."""
 
 
+class _EngineFeed(Feed):
+    """Takes a handle's events as they are: what they are in plain data is found out beside the engine's thread."""
+
+    handle: Handle
+
+    def push(self, event: LoopEvent | Event) -> None:
+        super().push(event if isinstance(event, Delta | Done | Failure) else plain_event(event, self.handle))
+
+
 class EngineBackend:
     """The engine of this process, driven by `loop`'s thread."""
 
@@ -71,16 +80,12 @@ class EngineBackend:
         )
 
     def ask(self, ask: Ask) -> Feed:
-        feed, handles = Feed(), []
-
-        def on_event(event: LoopEvent) -> None:
-            self._crossing.put(feed, plain_event(event, handles[0] if handles else None))
-
-        handle = self.loop.submit(
-            partial(self._make, ask), ask.params, lane=lane_of(ask), on_event=on_event, timeout_s=ask.timeout_s
-        )
-        handles.append(handle)
-        feed.abort = handle.abort
+        feed = _EngineFeed()
+        feed.handle = self.loop.submit(
+            partial(self._make, ask), ask.params, lane=lane_of(ask), on_event=partial(self._crossing.put, feed),
+            timeout_s=ask.timeout_s,
+        )  # fmt: skip
+        feed.abort = feed.handle.abort
         return feed
 
     def _make(self, ask: Ask) -> Question:
@@ -134,8 +139,8 @@ def _token_info(x: TokenLogprobs) -> TokenInfo:
     return TokenInfo(x.token_id, x.logprob, x.top, x.rank)
 
 
-def plain_event(event: LoopEvent, handle: Handle | None) -> Event:
-    """What a handle tells, as plain data."""
+def plain_event(event: LoopEvent, handle: Handle) -> Event:
+    """What a handle tells, as plain data; maybe later than it was told, when more has become of the request."""
     if isinstance(event, Output):
         request = event.request
         return Delta(
@@ -146,8 +151,8 @@ def plain_event(event: LoopEvent, handle: Handle | None) -> Event:
             num_cached_tokens=request.num_cached_tokens,
             logprobs=tuple(map(_token_info, event.logprobs)),
             finish_reason=event.finish_reason and event.finish_reason.value,
-            stop_reason=request.stop_reason,
-            error=event.error,
+            stop_reason=request.stop_reason if event.finished else None,
+            error=event.error if event.finished else None,
             prompt_logprobs=event.prompt_logprobs and tuple(x and _token_info(x) for x in event.prompt_logprobs),
         )
     if isinstance(event, Completion):
@@ -156,7 +161,7 @@ def plain_event(event: LoopEvent, handle: Handle | None) -> Event:
             num_vision_tokens=event.vision_tokens,
             num_cached_tokens=event.cached_tokens,
             num_output_tokens=event.completion_tokens,
-            prepare_s=handle.prepare_s if handle else 0.0,
+            prepare_s=handle.prepare_s,
             ttft_s=event.ttft_s,
             tpot_s=event.tpot_s,
             e2e_s=event.e2e_s,
@@ -169,6 +174,6 @@ def plain_event(event: LoopEvent, handle: Handle | None) -> Event:
         return Failure("late", str(event))
     if isinstance(event, Stopped):
         return Failure("lost", str(event))
-    if handle is not None and handle.is_aborted:
+    if handle.is_aborted:
         return Failure("aborted", str(event))
     return Failure("fault", f"{type(event).__name__}: {event}")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from executor.errors import printable
 from executor.serve.asks import Failure, FailureKind
@@ -31,6 +32,19 @@ _PLACE = re.compile(
     r"mm_processor_kwargs|media_io_kwargs|chat_template_kwargs)"
     r"(\[\d+\]|\.\w+)*(?=[ :])"
 )
+
+
+class ErrorObject(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """What every refusal and fault looks like, as the API's description has it."""
+
+    error: ErrorObject
 
 
 class ApiError(Exception):

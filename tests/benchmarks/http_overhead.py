@@ -4,7 +4,8 @@
 
 The engine alone answers the same requests with the same number of cores for its model, through an EngineLoop with a
 callback that does nothing; then a server in a process of its own, for a client in this one that only counts events.
-`overhead_ms` is the difference of the wall time per token. Not a test: timings on shared machines vary.
+`overhead_ms` is the difference of the wall time per token, `overhead_cpu_ms` that of what the two have computed, which
+other processes on the machine change less. Not a test: timings on shared machines vary.
 """
 
 import argparse
@@ -38,20 +39,23 @@ def main() -> None:
              str(args.tokens)], cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, stdout=subprocess.PIPE,
             text=True, check=True,
         )  # fmt: skip
-        engine_ms = json.loads(done.stdout.splitlines()[-1])
-        with served(f"scheduler_config.max_num_seqs={args.streams}", folder=folder) as port:
-            asyncio.run(answered(port, args.streams, 20))
-            server_ms = asyncio.run(answered(port, args.streams, args.tokens))
+        engine_ms, engine_cpu_ms = json.loads(done.stdout.splitlines()[-1])
+        with served(f"scheduler_config.max_num_seqs={args.streams}", folder=folder) as server:
+            asyncio.run(answered(server.port, args.streams, 20))
+            before_s = server.cpu_s()
+            server_ms = asyncio.run(answered(server.port, args.streams, args.tokens))
+            server_cpu_ms = 1000 * (server.cpu_s() - before_s) / (args.streams * args.tokens)
         report[name] = {
             "engine_ms_per_token": round(engine_ms, 4),
             "server_ms_per_token": round(server_ms, 4),
             "overhead_ms": round(server_ms - engine_ms, 4),
+            "overhead_cpu_ms": round(server_cpu_ms - engine_cpu_ms, 4),
         }
     print(json.dumps({"streams": args.streams, "tokens": args.tokens, **report}))
 
 
-def engine_alone(num_streams: int, num_tokens: int) -> float:
-    """Milliseconds per token."""
+def engine_alone(num_streams: int, num_tokens: int) -> tuple[float, float]:
+    """Milliseconds per token, of wall time and of computing."""
     from executor.commands.build import build_engine
     from executor.engine.loop import EngineLoop
     from executor.recipe.schema import load_recipe
@@ -62,7 +66,7 @@ def engine_alone(num_streams: int, num_tokens: int) -> float:
     with build_engine(recipe) as engine, EngineLoop(engine) as loop:
         loop.start()
         for _ in range(2):  # the first time to warm up
-            started = time.perf_counter()
+            started, before_s = time.perf_counter(), time.process_time()
             ends: list[float] = []
 
             def note(event: object, ends: list[float] = ends) -> None:
@@ -73,7 +77,8 @@ def engine_alone(num_streams: int, num_tokens: int) -> float:
                 loop.submit(f"Count from {number}.", params, on_event=note)
             while len(ends) < num_streams:
                 time.sleep(0.005)
-    return 1000 * (max(ends) - started) / (num_streams * num_tokens)
+            cpu_s = time.process_time() - before_s
+    return tuple(1000 * seconds / (num_streams * num_tokens) for seconds in (max(ends) - started, cpu_s))
 
 
 async def answered(port: int, num_streams: int, num_tokens: int) -> float:

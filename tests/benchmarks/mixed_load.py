@@ -31,8 +31,8 @@ def main() -> None:
     report = {}
     folders = {"this": Path.cwd()} | ({"against": args.against.resolve()} if args.against else {})
     for name, folder in folders.items():
-        with served(f"scheduler_config.max_num_seqs={args.streams + 4}", folder=folder) as port:
-            report[name] = asyncio.run(measure(port, args.streams, args.seconds))
+        with served(f"scheduler_config.max_num_seqs={args.streams + 4}", folder=folder) as server:
+            report[name] = asyncio.run(measure(server.port, args.streams, args.seconds))
     print(json.dumps({"streams": args.streams, **report}))
 
 

@@ -2,24 +2,36 @@
 
 import asyncio
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
 START_S = 120
 
 
-@contextmanager
-def served(*settings: str, folder: Path = REPO) -> Iterator[int]:
-    """The port of a server of the tiny checkpoint, with `settings` of the recipe. `folder`: whose code it runs."""
-    import socket
-    import urllib.error
-    import urllib.request
+@dataclass(frozen=True)
+class Served:
+    port: int
+    pid: int
 
+    def cpu_s(self) -> float:
+        """What it has computed so far, on all cores."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def served(*settings: str, folder: Path = REPO) -> Iterator[Served]:
+    """A server of the tiny checkpoint, with `settings` of the recipe. `folder`: whose code it runs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -38,7 +50,7 @@ def served(*settings: str, folder: Path = REPO) -> Iterator[int]:
                 if time.monotonic() > deadline or process.poll() is not None:
                     raise RuntimeError("the server does not answer") from None
                 time.sleep(0.2)
-        yield port
+        yield Served(port, process.pid)
     finally:
         process.terminate()
         process.wait()

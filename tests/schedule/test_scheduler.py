@@ -48,6 +48,16 @@ def test_decode_rows_come_first_and_the_rest_is_cut_to_the_budget():
     assert step(s) == [("a", 6, 1), ("b", 20, 1), ("c", 4, 1)]
 
 
+def test_a_long_prompt_under_way_leaves_short_texts_a_share_of_each_step():
+    s = scheduler(max_num_batched_tokens=40, max_model_len=256)
+    s.add(request("long", range(100)))
+    assert step(s) == [("long", 0, 40)]
+    for name, length in (("a", 6), ("b", 4), ("c", 5), ("other", 30)):
+        s.add(request(name, [ord(name[0])] * length))
+    assert step(s) == [("a", 0, 6), ("b", 0, 4), ("long", 40, 30)], "a quarter is 10 tokens"
+    assert step(s) == [("a", 6, 1), ("b", 4, 1), ("c", 0, 5), ("long", 70, 30), ("other", 0, 3)]
+
+
 def test_without_chunks_prompts_stay_whole_and_in_order():
     s = scheduler(max_num_batched_tokens=10, enable_chunked_prefill=False)
     for name, length in (("a", 4), ("b", 9), ("c", 2)):

@@ -260,11 +260,12 @@ def test_what_a_conversation_says_of_its_template_and_media_is_handed_on(
     ask(
         server, continue_final_message=True, enable_thinking=False, chat_template_kwargs={"x": 1},
         mm_processor_kwargs={"max_pixels": 4096, "fps": None},
-        media_io_kwargs={"video": {"num_frames": 4}, "image": {}},
+        media_io_kwargs={"video": {"num_frames": 4}},
     )  # fmt: skip
     prompt = server.service.backend.asks[0].prompt
     assert prompt.continue_final_message and not prompt.add_generation_prompt
     assert prompt.template_kwargs == {"x": 1, "enable_thinking": False}
-    assert prompt.media_options == {"max_pixels": 4096, "num_frames": 4}
+    assert prompt.media_options["max_pixels"] == 4096
+    assert prompt.media_options["media_io_kwargs"] == {"video": {"num_frames": 4}}
     ask(server, add_generation_prompt=False)
     assert not server.service.backend.asks[1].prompt.add_generation_prompt

@@ -172,5 +172,8 @@ def test_routes_that_are_not_there(server: Running, method: str, path: str, stat
 
 
 def test_the_page_that_describes_the_api_has_every_field(server: Running) -> None:
-    schemas = server.http.get("/openapi.json").json()["components"]["schemas"]
+    description = server.http.get("/openapi.json").json()
+    responses = description["paths"][CHAT]["post"]["responses"]
+    assert set(responses) == {"200", "4XX", "5XX"} and "ErrorReply" in str(responses["4XX"])
+    schemas = description["components"]["schemas"]
     assert {"messages", "max_completion_tokens", "temperature"} <= set(schemas["ChatRequest"]["properties"])

@@ -67,12 +67,13 @@ async def _serve(recipe: Recipe, loop: Any, parallel: Any, listener: Any) -> dic
     from executor.commands.serve.front import open_door, with_others
     from executor.serve.backends import EngineBackend
     from executor.serve.service import Service
-    from executor.serve.warmup import warm_up
+    from executor.serve.warmup import settle_memory, warm_up
 
     engine = loop.engine
     async with AsyncExitStack() as replicas:
         backend = EngineBackend(loop, asyncio.get_running_loop())
         await warm_up(backend)
+        settle_memory()
         if parallel.replicas.size > 1:
             backend = await with_others(backend, recipe, parallel, replicas)
         signals = (signal.SIGUSR1,) if "RECIPE_LAUNCHER" in environment() else SIGNALS
@@ -86,9 +87,10 @@ async def _attend(prepared: Prepared, loop: Any, parallel: Any) -> None:
     from executor.serve.backends import EngineBackend
     from executor.serve.gate import call
     from executor.serve.remote import attend
-    from executor.serve.warmup import warm_up
+    from executor.serve.warmup import settle_memory, warm_up
 
     backend = EngineBackend(loop, asyncio.get_running_loop())
     await warm_up(backend)
+    settle_memory()
     front, hello = await find_front(prepared.recipe, parallel, environment())
     await attend(await call(front, hello), backend)
