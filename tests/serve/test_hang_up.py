@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import httpx
 import pytest
@@ -142,7 +143,11 @@ def test_when_its_time_is_over(tiny_engine, monkeypatch) -> None:
         assert whole.status_code == 504 and "time" in whole.json()["error"]["message"]
         until(lambda: not tiny_engine.has_work)
         tiny_engine.scheduler.check()
-        until(lambda: server.http.post(CHAT, json={**asked(1), "stream": False}).status_code == 200)
+        until(partial(_answers, server))
+
+
+def _answers(server: Running) -> bool:
+    return server.http.post(CHAT, json={**asked(1), "stream": False}).status_code == 200
 
 
 def test_a_full_queue_says_when_to_come_again(tiny_engine) -> None:
