@@ -187,7 +187,11 @@ def _loaded(text: str, vocab: Vocabulary) -> tuple[LLMatcher, str | None]:
     mask = np.frombuffer(first.compute_bitmask(), dtype=np.uint8)
     if first.is_error() or not mask.any():
         return start, f"nothing satisfies it ({one_line(first.get_error())})"
-    return start, None
+    forced = first.compute_ff_tokens()
+    if forced and not first.is_error():  # what can only go on in one way may do so without an end
+        first.consume_token(forced[0])
+        first.compute_bitmask()
+    return start, first.get_error() if first.is_error() else None
 
 
 def one_line(message: str) -> str:

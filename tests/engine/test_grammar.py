@@ -241,6 +241,9 @@ HOSTILE: dict[str, Grammar] = {
     "long regex": Grammar("regex", "a" * 500_000),
     "parentheses": Grammar("regex", "(" * 5000 + "a" + ")" * 5000),
     "rules in themselves": Grammar("ebnf", "root ::= " + "(" * 3000 + '"a"' + ")" * 3000),
+    "counts too far": Grammar("regex", "a{100000}"),
+    "counts and counts": Grammar("regex", "(a{1000}){1000}"),
+    "must go on for ever": Grammar("ebnf", 'root ::= "a" root'),
     "many choices": Grammar("choice", json.dumps([f"choice number {n}" for n in range(50_000)])),
 }  # fmt: skip
 
@@ -254,9 +257,11 @@ def test_a_hostile_grammar_is_refused_quickly(grammars, name: str):
 
 
 def test_a_regex_that_grows_without_end_is_its_own_requests_fault(engine):
-    """(a{1000}){1000} compiles; its masks do not. Others of the batch do not notice."""
+    """It compiles; its masks do not. Others of the batch do not notice."""
     started = time.process_time()
-    bomb, plain = engine.generate(["What is a square?"] * 2, [bound(Grammar("regex", "(a{1000}){1000}")), bound(None)])
+    bomb, plain = engine.generate(
+        ["What is a square?"] * 2, [bound(Grammar("regex", "[0-9] ?(a{1000}){1000}")), bound(None)]
+    )
     assert time.process_time() - started < 3
     assert bomb.finish_reason is FinishReason.ERROR and "grammar" in bomb.error
     assert plain == replace(engine.generate("What is a square?", bound(None))[0], **_times(plain))
