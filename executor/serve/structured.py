@@ -158,7 +158,8 @@ def _structured_outputs(value: Any) -> Grammar | None:
     place = "structured_outputs"
     if not isinstance(value, Mapping):
         raise _refused(place, f"{place} is {describe(value)}; allowed: an object with one of {', '.join(KINDS)}")
-    said = {name: each for name, each in value.items() if each is not None and each is not False}
+    # false is a schema too, which nothing fits; of the others it means not asked for
+    said = {name: each for name, each in value.items() if each is not None and (each is not False or name == "json")}
     for name in said:
         if name not in (*KINDS, "json_object", *HINTS):
             raise _refused(

@@ -76,6 +76,7 @@ FORMS: dict[str, tuple[dict[str, Any], tuple[str, Any] | None]] = {  # (fields, 
         {"response_format": {"type": "json_schema", "name": "t", "schema": SCHEMA}}, ("json_schema", SCHEMA)),
     "json": ({"structured_outputs": {"json": SCHEMA, "regex": None}}, ("json_schema", SCHEMA)),
     "json text": ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, ("json_schema", SCHEMA)),
+    "nothing fits": ({"structured_outputs": {"json": False, "json_object": False}}, ("json_schema", False)),
     "any json": ({"structured_outputs": {"json_object": True}}, ("json_schema", {"type": "object"})),
     "choice": ({"structured_outputs": {"choice": ["a", "b"], "disable_fallback": True}}, ("choice", ["a", "b"])),
     "old choice": ({"guided_choice": ["a", "b"]}, ("choice", ["a", "b"])),
@@ -313,6 +314,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {  # (fields, param)
     "regex": ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
     "tool": ({"tools": [tool("f", {"type": "object", "if": {}})], "tool_choice": "required"}, "tools"),
     "strict tool": ({"tools": [tool("f", {"type": "object", "if": {}}, strict=True)]}, "tools"),
+    "nothing fits": ({"structured_outputs": {"json": False}}, "structured_outputs.json"),
     "old name": ({"guided_grammar": "root ::= ("}, "guided_grammar"),
 }  # fmt: skip
 
