@@ -6,47 +6,19 @@ import logging
 import signal
 import socket
 from collections.abc import Iterable
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
-from executor.errors import UserError
 from executor.recipe.schema import ServerSection
 from executor.serve.connection import KEEP_ALIVE_S, Connection, Server
+from executor.serve.listener import BACKLOG, SIGNALS
 from executor.serve.service import Service
-from executor.serve.settings import check_settings
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 2048  # connections that wait to be accepted: as large as a benchmark's burst
 POLL_S = 0.05
 CLOSE_S = 2.0  # that a client has to read the last of its answer, once nothing more is computed
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-def interrupt(number: int, frame: Any) -> None:
-    """While the model is loaded a signal ends the command as Ctrl-C does."""
-    raise KeyboardInterrupt(signal.Signals(number).name)
-
-
-def listen(settings: ServerSection) -> socket.socket:
-    """The listening socket. Raises UserError for settings that cannot work, or an address that cannot be had."""
-    check_settings(settings)
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-        listener.listen(BACKLOG)  # whoever connects from now on waits until the application runs
-    except (OSError, TypeError, ValueError) as error:
-        listener.close()
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"server_config: {settings.host!r}, port {settings.port} cannot be listened on ({reason}); choose another "
-            "with --host and --port"
-        ) from error
-    return listener
 
 
 def config_of(app: FastAPI, settings: ServerSection) -> uvicorn.Config:

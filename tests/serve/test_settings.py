@@ -13,8 +13,8 @@ import pytest
 from executor.engine.engine import Engine
 from executor.errors import UserError
 from executor.recipe.schema import ServerSection
-from executor.serve.server import listen
-from executor.serve.settings import check_settings, greeting, url_of
+from executor.serve.listener import check_settings, listen
+from executor.serve.settings import greeting, url_of
 from tests.serve.conftest import start
 from tests.serve.test_errors import CHAT, MESSAGES
 
