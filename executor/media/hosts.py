@@ -104,6 +104,13 @@ class HostRule:
         return place.host.endswith(f".{self.name}") if self.below else place.host == self.name
 
 
+def is_private(place: Place) -> bool:
+    """Whether a host is seen to be of a site or of this machine; of names only localhost is, as none is resolved."""
+    if place.address is not None:
+        return reach_of(place.address) == "private"
+    return place.host == "localhost" or place.host.endswith(".localhost")
+
+
 def parse_rules(entries: Sequence[str], key: str) -> tuple[HostRule, ...]:
     """Rules of a recipe's list: `example.org`, `*.example.org`, `10.0.0.5:9000`, `[fd00::5]:9000`.
 
