@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -39,6 +40,8 @@ ERRORS = {
     "5XX": {"model": ErrorReply, "description": "The request failed, or may come again later"},
 }
 ANTHROPIC_ERRORS = {name: {"description": words["description"]} for name, words in ERRORS.items()}
+NEAR = 0.8  # how alike a path must be to one that is served, to be a slip of it: /chat is none of /health
+PAGE_PATHS = "/page/"  # what the chat page asks for
 OPEN_PATHS = ("/", "/health", "/ping")  # without the key: the page asks for it
 
 
@@ -93,7 +96,7 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     asked = f"{request.method} {path}"
     if error.status_code == 404:
         served = _served(request.app)
-        hint = nearest(path, [each for each, _ in served])
+        hint = nearest(path, [each for each, _ in served], NEAR)
         routes = ", ".join(f"{method} {each}" for each, method in served)
         words = f"{asked} is not served here{hint}; served: {routes}"
     elif error.status_code == 405:
@@ -104,6 +107,6 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
 
 
 def _served(app: FastAPI) -> list[tuple[str, str]]:
-    """(path, method) of every documented route."""
-    paths = app.openapi()["paths"]
-    return [(path, method.upper()) for path, methods in paths.items() for method in methods]
+    """(path, method) of every route for clients."""
+    routes = [route for route in app.routes if isinstance(route, APIRoute) and not route.path.startswith(PAGE_PATHS)]
+    return [(route.path, method) for route in routes for method in sorted(route.methods)]
