@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from executor.command_line import MODULES, check, extra_commands, parse
-from executor.errors import UserError
+from executor.errors import EngineEnded, UserError
 from executor.host.env import calm_threads, environment, quiet_torch
 from executor.host.limits import host_cores
 from executor.host.streams import READER_GONE, print_document, reader_is_gone, write_to_nobody
@@ -59,6 +59,9 @@ def _run(argv: Sequence[str] | None) -> int:
         words = f"interrupted{': ' if interrupt.args else ''}{interrupt}"
         print(words, file=sys.stderr)
         document, status = {"command": command, "error": words}, 130
+    except EngineEnded as error:
+        print(f"error: {error}", file=sys.stderr)
+        document, status = {"command": command, "error": str(error)}, 1
     except Exception as error:
         if isinstance(error, BrokenPipeError) and reader_is_gone():
             if rank is None:

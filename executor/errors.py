@@ -25,6 +25,11 @@ class UserError(ValueError):
         self.where = where
 
 
+class EngineEnded(RuntimeError):
+    """The engine that a command works with has ended, and its message says why: whoever raises this has no part in it,
+    so that its traceback would say nothing."""
+
+
 def nearest(name: str, allowed: Iterable[str], cutoff: float = 0.5) -> str:
     """`" (did you mean 'x'?)"` for the closest of `allowed`, or an empty string.
 

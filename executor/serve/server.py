@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import uvicorn
 from fastapi import FastAPI
 
+from executor.errors import EngineEnded
 from executor.recipe.schema import ServerSection
 from executor.serve.connection import KEEP_ALIVE_S, Connection, Server
 from executor.serve.listener import BACKLOG, SIGNALS
@@ -33,7 +34,7 @@ def config_of(app: FastAPI, settings: ServerSection) -> uvicorn.Config:
 async def serve(
     app: FastAPI, service: Service, listener: socket.socket, signals: Iterable[signal.Signals] = SIGNALS
 ) -> None:
-    """Until one of `signals`, or the backend's fault: RuntimeError then. The first signal lets what runs come to its
+    """Until one of `signals`, or the backend's fault: EngineEnded then. The first signal lets what runs come to its
     end within drain_timeout_s; a second one, and the end of that time, ends it at once."""
     settings = service.recipe.server
     server = Server(config_of(app, settings))
@@ -67,7 +68,7 @@ async def serve(
         for number in signals:
             loop.remove_signal_handler(number)
     if fault is not None:
-        raise RuntimeError(f"the engine has ended: {fault}")
+        raise EngineEnded(f"the engine has ended: {fault}")
 
 
 async def _closed(server: Server, running: asyncio.Future[None]) -> None:
