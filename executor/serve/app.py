@@ -95,7 +95,7 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     path = request.scope["path"]
     asked = f"{request.method} {path}"
     if error.status_code == 404:
-        served = _served(request.app)
+        served = _served()
         hint = nearest(path, [each for each, _ in served], NEAR)
         routes = ", ".join(f"{method} {each}" for each, method in served)
         words = f"{asked} is not served here{hint}; served: {routes}"
@@ -106,7 +106,8 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     return ApiError(error.status_code, words, headers=error.headers).response(request.url.path)
 
 
-def _served(app: FastAPI) -> list[tuple[str, str]]:
+def _served() -> list[tuple[str, str]]:
     """(path, method) of every route for clients."""
-    routes = [route for route in app.routes if isinstance(route, APIRoute) and not route.path.startswith(PAGE_PATHS)]
+    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    routes = [route for route in routes if not route.path.startswith(PAGE_PATHS)]
     return [(route.path, method) for route in routes for method in sorted(route.methods)]

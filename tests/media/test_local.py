@@ -48,7 +48,7 @@ READ = {
 OUTSIDE = [
     "/etc/passwd", "../secret/s.png", "{}/../secret/s.png", "file:///etc/passwd", "file://{}/../secret/s.png",
     "file://{}/%2e%2e/secret/s.png", "file://{}/..%2fsecret/s.png", "outer", "out/s.png", "{}/out/s.png", "lost",
-    "{}2/s.png", "..", "{}", "file://{}", ".", "", "/proc/self/environ", "/dev/zero", "/dev/stdin", "../shared2/s.png",
+    "{}2/s.png", "..", "{}", "file://{}", "/proc/self/environ", "/dev/zero", "/dev/stdin", "../shared2/s.png",
     "../secret/is/not/there", "/proc/self/root/etc/passwd", "deep/../../secret/s.png",
 ]  # fmt: skip
 ODD = [
@@ -70,10 +70,10 @@ def test_below_the_folder(shared: Path, name: str, color: int) -> None:
     assert decode_image(media.content, source=media.source)[0, 0, 0] == color and media.source == name
 
 
-@pytest.mark.parametrize("template", [".", "./", "file://{}", "{}/"])
-def test_the_folder_itself(shared: Path, template: str) -> None:
+@pytest.mark.parametrize("name", ["", ".", "./", "a/.."])
+def test_the_folder_itself(shared: Path, name: str) -> None:
     with pytest.raises(UserError, match="is the folder itself that .* allows; name a file in it"):
-        load_media(template.format(shared), None, limits_of(shared))
+        load_media(name, None, limits_of(shared))
 
 
 @pytest.mark.parametrize("template", OUTSIDE)
