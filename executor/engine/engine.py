@@ -23,7 +23,7 @@ from executor.engine.params import check_params, type_of, with_seed
 from executor.engine.replica import Replica
 from executor.engine.runner import FAULTS, Runner, describe
 from executor.errors import UserError
-from executor.schedule.request import FinishReason, Prompt, Request, SamplingParams, Status
+from executor.schedule.request import GRAMMAR_ENDS, FinishReason, Prompt, Request, SamplingParams, Status
 from executor.schedule.scheduler import Scheduler
 
 Question = Prompt | str | Sequence[Mapping[str, Any]]
@@ -310,7 +310,7 @@ class Engine:
             if request.matcher.take(token_id):
                 self.scheduler.finish(request, FinishReason.STOP)
         except GrammarFault as error:
-            self.scheduler.fail(request, f"its grammar cannot be followed any further: {error}")
+            self.scheduler.fail(request, f"{GRAMMAR_ENDS}: {error}")
 
     def _advance(self, answer: _Answer, token_ids: list[int]) -> None:
         """The text of an answer's new tokens, up to a stop string, or to the token that has ended it."""

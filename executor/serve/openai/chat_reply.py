@@ -11,7 +11,7 @@ from typing import Any
 
 from executor.serve.answers import Answer, Answers
 from executor.serve.asks import Delta, Done, Failure, TokenInfo
-from executor.serve.errors import ApiError, of_failure
+from executor.serve.errors import of_answer, of_failure
 from executor.serve.feed import Feed
 from executor.serve.jsontext import dumps
 from executor.serve.openai.logprobs import BytesOf, answer_logprobs, prompt_logprobs
@@ -123,7 +123,7 @@ class ChunkWriter:
     def write(self, delta: Delta) -> str | None:
         """The event of a step; None where nothing is to be told yet. Raises ApiError for an answer that failed."""
         if delta.error is not None:
-            raise ApiError(500, delta.error)
+            raise of_answer(delta)
         stream, style = self._streams[delta.index], self._style
         self._last = delta
         self._num_output += len(delta.token_ids)
