@@ -43,7 +43,10 @@ OPEN_PATHS = ("/", "/health", "/ping")  # without the key: the page asks for it
 
 
 def build_app(service: Service) -> FastAPI:
-    app = FastAPI(title="Qwen-VL", docs_url=None, redoc_url=None, middleware=list(_middleware(service.recipe.server)))
+    app = FastAPI(
+        title="Qwen-VL", version=models.VERSION, docs_url=None, redoc_url=None,
+        middleware=list(_middleware(service.recipe.server)),
+    )  # fmt: skip
     app.state.service = service
     app.state.responses = ResponseStore()
     for router in ROUTERS:
