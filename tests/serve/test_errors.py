@@ -30,6 +30,12 @@ BODIES = {  # no JSON object of finite numbers and whole characters
     "lists without end": b'{"messages": [' + b"[]," * 1_000_000 + b"0]}",
 }
 
+LOOKALIKES = {  # characters that look like JSON's, and are not: the message shows them
+    "，": '{"model": "é",\n "messages": [1，2]}',
+    "：": '{"messages"：[]}',
+    "“": '{"messages": “hello”}',
+}
+
 FIELDS: list[tuple[dict[str, Any], str | None, str]] = [  # fields, what `param` names, words of the message
     ({"messages": 3}, "messages", "messages is 3; allowed: a list"),
     ({"messages": None}, "messages", "messages is null; allowed: a list"),
@@ -107,6 +113,13 @@ def error_of(reply: Any, status: int) -> dict[str, Any]:
     assert name == "error" and not others and set(error) == {"message", "type", "param", "code"}
     assert error["message"] and isinstance(error["type"], str)
     return error
+
+
+@pytest.mark.parametrize("character", LOOKALIKES)
+def test_a_character_that_only_looks_like_jsons_is_shown(server: Running, character: str) -> None:
+    reply = server.http.post(CHAT, content=LOOKALIKES[character].encode())
+    assert reply.status_code == 400
+    assert f", found {character!r})" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("name", BODIES)
