@@ -10,7 +10,7 @@ Does not know requests; where each answer stands in its grammar is a Matcher's (
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
+from executor.engine.closed_objects import closed
 from executor.engine.detokenize import word_bytes
 from executor.engine.json_schema import checked_schema
 from executor.errors import UserError
@@ -83,8 +84,13 @@ class Vocabulary:
         self.tables = LLTokenizer(self, eos_token=list(self.eos_token_ids))
 
     def __call__(self, text: str) -> list[int]:
-        """For the library."""
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        """For the library, which writes with these tokens what can only go on in one way.
+
+        The text as it stands: no added token is seen in it, and nothing is normalised.
+        """
+        backend = self._tokenizer.backend_tokenizer
+        words = backend.pre_tokenizer.pre_tokenize_str(text)
+        return [token.id for word, _ in words for token in backend.model.tokenize(word)]
 
     def added_id(self, text: str) -> int | None:
         return self._ids.get(text)
@@ -148,22 +154,44 @@ def _compile(grammar: Grammar, vocab: Vocabulary) -> Compiled:
     if grammar.kind == "calls":
         call_id = _added(vocab, CALL_BEGIN)
         _added(vocab, CALL_END)
-    try:
-        text = _SOURCES[grammar.kind](grammar)
-    except RecursionError as error:
-        raise UserError(f"the {grammar.kind} is nested too deeply") from error
-    start = LLMatcher(vocab.tables, text, log_level=0, limits=LIMITS)
-    faults = [start.get_error()] if start.is_error() else start.get_grammar_warnings()
-    if not faults:
-        first = start.deep_copy()
-        mask = np.frombuffer(first.compute_bitmask(), dtype=np.uint8)
-        if first.is_error() or not mask.any():
-            faults = [f"nothing satisfies it ({one_line(first.get_error())})"]
-    if faults:
-        raise UserError(f"the {_WORDS[grammar.kind]} cannot be enforced: {one_line(faults[0])}")
+    start = _start(grammar, vocab)
     if grammar.is_lazy:
         is_repeated = json.loads(grammar.source)["parallel"]
     return Compiled(grammar, start, vocab, after_id, lead_id, call_id, is_repeated)
+
+
+def _start(grammar: Grammar, vocab: Vocabulary) -> LLMatcher:
+    """Raises UserError. Schemas are read twice: as they are written, which finds what cannot be enforced (alternatives
+    of a oneOf that overlap), and closed, which is what an answer follows."""
+    try:
+        text = _SOURCES[grammar.kind](grammar, dict)
+        closed_text = _SOURCES[grammar.kind](grammar, closed)
+    except RecursionError as error:
+        raise UserError(f"the {grammar.kind} is nested too deeply") from error
+    start, fault = _loaded(text, vocab)
+    if fault is not None:
+        raise UserError(f"the {_WORDS[grammar.kind]} cannot be enforced: {one_line(fault)}")
+    if closed_text != text:
+        closed_start, fault = _loaded(closed_text, vocab)
+        start = closed_start if fault is None else start
+    return start
+
+
+def _loaded(text: str, vocab: Vocabulary) -> tuple[LLMatcher, str | None]:
+    """The library's matcher for one of its grammars, and why it cannot be followed; None where it can."""
+    start = LLMatcher(vocab.tables, text, log_level=0, limits=LIMITS)
+    faults = [start.get_error()] if start.is_error() else start.get_grammar_warnings()
+    if faults:
+        return start, faults[0]
+    first = start.deep_copy()
+    mask = np.frombuffer(first.compute_bitmask(), dtype=np.uint8)
+    if first.is_error() or not mask.any():
+        return start, f"nothing satisfies it ({one_line(first.get_error())})"
+    forced = first.compute_ff_tokens()
+    if forced and not first.is_error():  # what can only go on in one way may do so without an end
+        first.consume_token(forced[0])
+        first.compute_bitmask()
+    return start, first.get_error() if first.is_error() else None
 
 
 def one_line(message: str) -> str:
@@ -178,23 +206,28 @@ def _added(vocab: Vocabulary, text: str) -> int:
     return token_id
 
 
-# From each kind's source to the library's.
+# From each kind's source to the library's. `finish` takes a schema that was checked and gives the one that is enforced.
+
+Finish = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def _json_schema(grammar: Grammar) -> str:
-    schema = checked_schema(grammar.source)
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_json_options())
+def _json_schema(grammar: Grammar, finish: Finish) -> str:
+    schema = finish(checked_schema(grammar.source))
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_json_options())
+    except ValueError as error:  # Python reads more than JSON: halves of characters, NaN, numbers of any size
+        raise UserError(f"the schema is no JSON: {one_line(str(error))}") from error
 
 
 def _json_options() -> dict[str, Any]:
     return {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
 
 
-def _regex(grammar: Grammar) -> str:
+def _regex(grammar: Grammar, finish: Finish) -> str:
     return LLMatcher.grammar_from_regex(grammar.source)
 
 
-def _choice(grammar: Grammar) -> str:
+def _choice(grammar: Grammar, finish: Finish) -> str:
     try:
         choices = json.loads(grammar.source)
     except ValueError as error:
@@ -205,7 +238,7 @@ def _choice(grammar: Grammar) -> str:
     return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, choices))}")
 
 
-def _ebnf(grammar: Grammar) -> str:
+def _ebnf(grammar: Grammar, finish: Finish) -> str:
     try:
         return LLMatcher.grammar_from_lark(any_to_lark(grammar.source))
     except Exception as error:
@@ -215,7 +248,7 @@ def _ebnf(grammar: Grammar) -> str:
         raise UserError(f"the grammar cannot be read: {one_line(str(error))}") from error
 
 
-def _calls(grammar: Grammar) -> str:
+def _calls(grammar: Grammar, finish: Finish) -> str:
     """Lark for calls in Qwen's form, those of Hermes: a JSON object of name and arguments between two tokens.
 
     A lazy grammar describes one call, begun by its first token.
@@ -223,7 +256,7 @@ def _calls(grammar: Grammar) -> str:
     asked = json.loads(grammar.source)
     rules, names = [], []
     for number, tool in enumerate(asked["tools"]):
-        schema = _arguments_schema(tool)
+        schema = _arguments_schema(tool, finish)
         head = json.dumps(f'{{"name": {json.dumps(tool["name"], ensure_ascii=False)}, "arguments": ')
         rules.append(f'tool_{number}: {head} %json {json.dumps(schema)} "}}"')
         names.append(f"tool_{number}")
@@ -231,12 +264,12 @@ def _calls(grammar: Grammar) -> str:
     start = f"start: call{more}"
     if "else" in asked:
         start += " | answer"
-        rules.append(f"answer: %json {json.dumps(_with_options(checked_schema(asked['else'])))}")
+        rules.append(f"answer: %json {json.dumps(_with_options(finish(checked_schema(asked['else']))))}")
     lines = [start, f'call: {CALL_BEGIN} "\\n" ({" | ".join(names)}) "\\n" {CALL_END}', *rules]
     return LLMatcher.grammar_from_lark("\n".join(lines))
 
 
-def _arguments_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments_schema(tool: Mapping[str, Any], finish: Finish) -> dict[str, Any]:
     """The schema of a tool's arguments, always of an object."""
     name, parameters = tool["name"], tool.get("parameters")
     try:
@@ -245,7 +278,7 @@ def _arguments_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"the parameters of the tool '{name}' cannot be enforced: {error}") from error
     if schema.get("type", "object") != "object":
         raise UserError(f"the parameters of the tool '{name}' are no schema of an object; give type: object")
-    return _with_options({**schema, "type": "object"})
+    return _with_options(finish({**schema, "type": "object"}))
 
 
 def _with_options(schema: dict[str, Any]) -> dict[str, Any]:

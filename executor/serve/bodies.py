@@ -19,6 +19,7 @@ ASIDE_BYTES = 256 * 1024  # larger bodies are parsed in a thread beside the even
 MARKS, MAX_MARKS = (b",", b"[", b"{"), 2_000_000  # each value of a body costs time in which nobody else is answered
 SHOWN_CHARACTERS = 60
 
+_PLACE = re.compile(r"line (\d+) column (\d+)$")  # of a parser's complaint, both from 1, columns in bytes
 _TAG = re.compile(r"\[|^(str|int|float|bool|dict|list|function|nullable)\b|^[A-Z]")
 _ALLOWED = {  # pydantic's error types
     "int_type": "a whole number", "int_from_float": "a whole number", "int_parsing_size": "a whole number",
@@ -89,13 +90,25 @@ def parse_object(pieces: Sequence[bytes]) -> dict[str, Any]:
     try:
         tree = from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        raise ApiError(400, f"the body is no valid JSON ({error}); allowed: a JSON object in UTF-8") from error
+        what = f"{error}{_found(body, str(error))}"
+        raise ApiError(400, f"the body is no valid JSON ({what}); allowed: a JSON object in UTF-8") from error
     if not isinstance(tree, dict):
         raise ApiError(400, f"the body is {in_json(tree)}; allowed: a JSON object")
     place = _endless(tree)
     if place is not None:
         raise ApiError(400, f"{place} is a number too large for a computer; allowed: numbers below 1e308", param=place)
     return tree
+
+
+def _found(body: bytes, complaint: str) -> str:
+    """The character that the parser stopped at, where it is not ASCII: a full-width comma looks like a comma."""
+    place = _PLACE.search(complaint)
+    if place is None:
+        return ""
+    line, column = int(place[1]), int(place[2])
+    begin = column - 1 + sum(map(len, body.split(b"\n", line - 1)[: line - 1])) + line - 1
+    character = body[begin : begin + 4].decode(errors="ignore")[:1]
+    return f", found {character!r}" if character and not character.isascii() else ""
 
 
 def _endless(tree: dict[str, Any]) -> str | None:

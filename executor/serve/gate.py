@@ -49,10 +49,10 @@ class Peer:
         self.hello = hello
         self._reader, self._writer = reader, writer
 
-    def send(self, tree: Any) -> None:
-        """Nothing is sent on a connection that has ended; `receive` tells of that."""
+    def send(self, tree: Any, *, has_long: bool = False) -> None:
+        """Nothing is sent on a connection that has ended; `receive` tells of that. `has_long`: as wire.pack."""
         if not self._writer.is_closing():
-            self._writer.write(wire.pack(tree))
+            self._writer.write(wire.pack(tree, has_long=has_long))
 
     async def receive(self) -> Any:
         """The next message; None when the other side has gone, or speaks another language."""

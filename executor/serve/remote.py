@@ -51,7 +51,7 @@ class RemoteBackend:
             raise RuntimeError(f"{self.name} takes no requests any more: {self.fault}")
         number = next(self._numbers)
         self._feeds[number] = feed = Feed(partial(self._abort, number))
-        self._peer.send({"ask": [number, wire.ask_to_tree(ask)]})
+        self._peer.send({"ask": [number, wire.ask_to_tree(ask)]}, has_long=True)
         return feed
 
     def _abort(self, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Messages between a front door and the leaders of its replicas: JSON with its length in front, never pickle.
+"""Messages between a front door and the leaders of its replicas: JSON and texts, their length in front, never pickle.
 
 Reading a message runs nothing of the sender's. One message holds all that a step has brought.
 Knows no engine and no routing.
@@ -17,6 +17,7 @@ from executor.errors import UserError
 from executor.serve.asks import Ask, EngineStats, Event
 
 MAX_BYTES = 1 << 31  # of one message: more than any HTTP body that is let in
+LONG_CHARACTERS = 1 << 14
 _LENGTH_BYTES = 8
 
 _ask = TypeAdapter(Ask)
@@ -27,17 +28,53 @@ Numbered = tuple[int, Event]
 """An event, and the number of the request that it belongs to."""
 
 
-def pack(tree: Any) -> bytes:
-    """A message's bytes. Numbers that JSON has not (a logprob of minus infinity) stay what they are."""
-    text = json.dumps(tree, separators=(",", ":")).encode()
-    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+def pack(tree: Any, *, has_long: bool = False) -> bytes:
+    """A message's bytes. Numbers that JSON has not (a logprob of minus infinity) stay what they are.
+
+    `has_long`: long texts (a picture's megabytes, which JSON would look through letter by letter in an event loop's
+    thread) stand behind the JSON as they are: `[tree, paths]`, where `paths` says where each belongs and how many bytes
+    it has.
+    """
+    paths: list[tuple[list[Any], int]] = []
+    parts: list[bytes] = []
+    if has_long:
+        tree = _without_long(tree, [], paths, parts)
+    text = json.dumps([tree, paths], separators=(",", ":")).encode()
+    size = _LENGTH_BYTES + len(text) + sum(map(len, parts))
+    head = (size.to_bytes(_LENGTH_BYTES, "little"), len(text).to_bytes(_LENGTH_BYTES, "little"), text)
+    return b"".join((*head, *parts))
+
+
+def unpack(content: bytes) -> Any:
+    """The message whose bytes follow its length."""
+    end = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
+    tree, paths = json.loads(content[_LENGTH_BYTES:end])
+    for path, num_bytes in paths:
+        place = tree
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = content[end : end + num_bytes].decode("utf-8", "surrogatepass")
+        end += num_bytes
+    return tree
+
+
+def _without_long(tree: Any, path: list[Any], paths: list[tuple[list[Any], int]], parts: list[bytes]) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without_long(value, [*path, key], paths, parts) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_without_long(value, [*path, index], paths, parts) for index, value in enumerate(tree)]
+    if isinstance(tree, str) and len(tree) > LONG_CHARACTERS:
+        parts.append(tree.encode("utf-8", "surrogatepass"))
+        paths.append((path, len(parts[-1])))
+        return None
+    return tree
 
 
 async def read(reader: asyncio.StreamReader, max_bytes: int = MAX_BYTES) -> Any:
     """The next message; None where the connection has ended. Raises ValueError for what is no message."""
     try:
         length = _checked_length(await reader.readexactly(_LENGTH_BYTES), max_bytes)
-        return json.loads(await reader.readexactly(length))
+        return unpack(await reader.readexactly(length))
     except (asyncio.IncompleteReadError, OSError):
         return None
 
@@ -46,7 +83,7 @@ def read_blocking(connection: socket.socket) -> Any:
     """As `read`, in a thread that may wait."""
     head = _received(connection, _LENGTH_BYTES)
     content = head and _received(connection, _checked_length(head, MAX_BYTES))
-    return None if content is None else json.loads(content)
+    return None if content is None else unpack(content)
 
 
 def _checked_length(head: bytes, max_bytes: int) -> int:

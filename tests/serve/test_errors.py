@@ -30,6 +30,12 @@ BODIES = {  # no JSON object of finite numbers and whole characters
     "lists without end": b'{"messages": [' + b"[]," * 1_000_000 + b"0]}",
 }
 
+LOOKALIKES = {  # characters that look like JSON's, and are not: the message shows them
+    "，": '{"model": "é",\n "messages": [1，2]}',
+    "：": '{"messages"：[]}',
+    "“": '{"messages": “hello”}',
+}
+
 FIELDS: list[tuple[dict[str, Any], str | None, str]] = [  # fields, what `param` names, words of the message
     ({"messages": 3}, "messages", "messages is 3; allowed: a list"),
     ({"messages": None}, "messages", "messages is null; allowed: a list"),
@@ -37,7 +43,7 @@ FIELDS: list[tuple[dict[str, Any], str | None, str]] = [  # fields, what `param`
     ({"messages": [None]}, "messages[0]", "role"),
     ({"messages": [{"role": "usr", "content": "a"}]}, "messages[0]", "did you mean 'user'"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "a string or a list of parts"),
-    ({"messages": [{"role": "user", "content": "a " * 5000}]}, None, "maximum context length is 2048 tokens"),
+    ({"messages": [{"role": "user", "content": "a " * 5000}]}, None, "context length is 2048 tokens, requested 5010"),
     ({"max_tokens": 4000}, None, "maximum context length is 2048 tokens, requested 4013"),
     ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; allowed: a whole number of 1 or more"),
     ({"max_completion_tokens": -1}, "max_completion_tokens", "max_completion_tokens is -1"),
@@ -105,6 +111,13 @@ def error_of(reply: Any, status: int) -> dict[str, Any]:
     assert name == "error" and not others and set(error) == {"message", "type", "param", "code"}
     assert error["message"] and isinstance(error["type"], str)
     return error
+
+
+@pytest.mark.parametrize("character", LOOKALIKES)
+def test_a_character_that_only_looks_like_jsons_is_shown(server: Running, character: str) -> None:
+    reply = server.http.post(CHAT, content=LOOKALIKES[character].encode())
+    assert reply.status_code == 400
+    assert f", found {character!r})" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("name", BODIES)

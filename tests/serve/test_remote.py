@@ -1,7 +1,6 @@
 """An engine's front door and its replica in another process, joined by a real socket."""
 
 import asyncio
-import json
 import math
 from collections.abc import Awaitable, Callable
 
@@ -33,7 +32,16 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 )  # fmt: skip
 def test_asks_travel_as_they_are(prompt: ChatPrompt | TextPrompt | TokenPrompt) -> None:
     ask = Ask("id", prompt, PARAMS, timeout_s=2.5, fits_exactly=True)
-    assert wire.ask_from_tree(json.loads(wire.pack(wire.ask_to_tree(ask))[8:])) == ask
+    assert wire.ask_from_tree(wire.unpack(wire.pack(wire.ask_to_tree(ask), has_long=True)[8:])) == ask
+
+
+def test_long_texts_travel_beside_the_json() -> None:
+    long, other = "\u00fc\ud800" * 20_000, "data:," + "A" * 100_000
+    tree = {"a": [1, {"b": long, "c": [None, other, "short"]}], "\0": -math.inf}
+    packed = wire.pack(tree, has_long=True)
+    assert wire.unpack(packed[8:]) == tree
+    assert int.from_bytes(packed[:8], "little") == len(packed) - 8
+    assert len(packed) < len(long.encode("utf-8", "surrogatepass")) + len(other) + 200
 
 
 def test_what_cannot_travel_is_refused() -> None:
@@ -49,9 +57,9 @@ def test_events_travel_as_they_are() -> None:
         (1, DONE),
         (3, Failure("late", "words")),
     ]
-    assert wire.events_from_tree(json.loads(wire.pack(wire.events_to_tree(events))[8:])) == events
+    assert wire.events_from_tree(wire.unpack(wire.pack(wire.events_to_tree(events))[8:])) == events
     stats = EngineStats(num_running=1, vision_s=0.5)
-    assert wire.stats_from_tree(json.loads(wire.pack(wire.stats_to_tree(stats))[8:])) == stats
+    assert wire.stats_from_tree(wire.unpack(wire.pack(wire.stats_to_tree(stats))[8:])) == stats
 
 
 def joined(test: Callable[[RemoteBackend, FakeBackend, "asyncio.Task[None]", list[Peer]], Awaitable[None]]) -> None:
