@@ -58,13 +58,14 @@ with tempfile.TemporaryDirectory() as place:
     data.write_text(json.dumps(rows))
     (home / "tasks/small.yaml").write_text(TASK.format(data=data))
     (home / "tasks/words.py").write_text(WORDS)
-    run(
+    output = run(
         "python", "-m", "lmms_eval", "--model", "openai", "--model_args",
         f"model=qwen3_vl,base_url={url}/v1,api_key=none,timeout=120", "--tasks", "small", "--include_path",
         home / "tasks", "--output_path", home / "out", "--log_samples", folder=home,
         environment={"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HOME": str(home / "cache")},
     )  # fmt: skip
-    (found,) = (home / "out").rglob("*_results.json")
+    found = next((home / "out").rglob("*results.json"), None)
+    assert found is not None, output[-4000:]
     figures = json.loads(found.read_text())["results"]["small"]
 right = next(value for key, value in figures.items() if key.startswith("right"))
 assert right == 1, figures
