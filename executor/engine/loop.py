@@ -124,8 +124,11 @@ class EngineLoop:
     def _prepare(self, handle: Handle) -> None:
         """In a preparing thread."""
         handle.prepare(self.engine.prompt, self.engine.check)
+        with self._lock:
+            self._lanes.prepared(handle)
         self._prepared.append(handle)
         self.wake()
+        self._start_preparing()  # the step that runs now may be a long one
 
     def turn(self, wait_s: float = 1.0) -> list[Handle]:
         """Take in what is new and run one step, or wait up to `wait_s` for something to do. In one thread only.
@@ -273,6 +276,9 @@ class EngineLoop:
         for output in outputs:
             handle = self._running[output.request_id]
             handle.tell(output)
+            if handle.pixel_bytes:
+                with self._lock:
+                    self._lanes.begun(handle)
             completion = self._collector.take(output)
             if completion is not None:
                 ended.append(self._end_handle(handle, completion))

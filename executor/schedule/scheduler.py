@@ -250,8 +250,9 @@ class Scheduler:
             raise UserError(f"max_new_tokens is {request.params.max_new_tokens}, at least 1 is needed")
         if num_prompt >= self.max_model_len:
             raise UserError(
-                f"maximum context length is {self.max_model_len} tokens, the prompt has {num_prompt} tokens and leaves "
-                f"no room for an answer; {_what_shortens(request.prompt)}, or raise scheduler_config.max_model_len"
+                f"maximum context length is {self.max_model_len} tokens, requested {num_prompt + 1} or more: the "
+                f"prompt has {num_prompt} tokens and leaves no room for an answer; {_what_shortens(request.prompt)}, "
+                "or raise scheduler_config.max_model_len"
             )
         num_needed = self.pool.num_blocks_for(num_prompt + 1)
         if num_needed > self.pool.num_blocks:

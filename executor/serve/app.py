@@ -68,7 +68,7 @@ def _middleware(settings: ServerSection) -> Iterator[Middleware]:
     yield Middleware(Net)
     if settings.api_key:
         yield Middleware(KeyGate, key=settings.api_key, open_paths=OPEN_PATHS)
-    yield Middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    yield Middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_held_bytes=settings.max_held_body_bytes)
 
 
 async def _api_error(request: Request, error: ApiError) -> JSONResponse:

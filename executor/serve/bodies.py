@@ -69,8 +69,15 @@ async def read_object(request: Request) -> dict[str, Any]:
     """The body's JSON object. Raises ApiError 400."""
     pieces = [piece async for piece in request.stream()]
     if sum(map(len, pieces)) > ASIDE_BYTES:
-        return await asyncio.to_thread(parse_object, pieces)
+        return await asyncio.to_thread(_parse_and_drop, pieces)
     return parse_object(pieces)
+
+
+def _parse_and_drop(pieces: list[bytes]) -> dict[str, Any]:
+    """A large body need not be there in pieces, as a whole and as an object at the same time."""
+    body = b"".join(pieces)
+    pieces.clear()
+    return parse_object((body,))
 
 
 def parse_object(pieces: Sequence[bytes]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from executor.serve.errors import ApiError
 from executor.serve.jsontext import dumps
+from executor.serve.room import Body, Room
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("executor.serve.access")
@@ -170,11 +171,15 @@ class OriginGate:
 
 
 class BodyLimit:
-    """Refuses a body of more than `max_bytes` before it is read, and one of unknown length when it has passed them."""
+    """Refuses a body of more than `max_bytes` before it is read, and one of unknown length when it has passed them.
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    All bodies whose requests are not answered yet hold about `max_held_bytes` at most: further ones wait unread.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, max_held_bytes: int) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.room = Room(max_held_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -184,17 +189,26 @@ class BodyLimit:
         if length.isdecimal() and int(length) > self.max_bytes:
             await self._error(f"{length} bytes").response(scope["path"])(scope, receive, send)
             return
-        num_bytes = 0
+        body = Body()
 
         async def receive_counting() -> Message:
-            nonlocal num_bytes
+            await self.room.wait(body)
             message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self.max_bytes:
+            is_last = not message.get("more_body")
+            self.room.add(body, len(message.get("body", b"")), is_last=is_last)
+            if body.num_bytes > self.max_bytes:
                 raise self._error("more")
             return message
 
-        await self.app(scope, receive_counting, send)
+        async def send_noting(message: Message) -> None:
+            if message["type"] == "http.response.start":  # what was asked is with the engine, or done
+                self.room.leave(body)
+            await send(message)
+
+        try:
+            await self.app(scope, receive_counting, send_noting)
+        finally:
+            self.room.leave(body)
 
     def _error(self, size: str) -> ApiError:
         words = f"the body has {size}; allowed: {self.max_bytes} bytes (server_config.max_body_bytes)"

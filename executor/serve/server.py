@@ -5,24 +5,21 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from executor.errors import UserError
 from executor.recipe.schema import ServerSection
-from executor.serve.errors import ApiError
-from executor.serve.jsontext import dumps
+from executor.serve.connection import KEEP_ALIVE_S, Connection, Server
 from executor.serve.service import Service
 from executor.serve.settings import check_settings
 
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048  # connections that wait to be accepted: as large as a benchmark's burst
-KEEP_ALIVE_S = 60
 POLL_S = 0.05
 CLOSE_S = 2.0  # that a client has to read the last of its answer, once nothing more is computed
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -31,24 +28,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def interrupt(number: int, frame: Any) -> None:
     """While the model is loaded a signal ends the command as Ctrl-C does."""
     raise KeyboardInterrupt(signal.Signals(number).name)
-
-
-class Protocol(HttpToolsProtocol):
-    """What is no HTTP at all is told so in the errors' one form."""
-
-    def send_400_response(self, msg: str) -> None:
-        body = dumps(ApiError(400, msg).body).encode()
-        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head.encode() + body)
-        self.transport.close()
-
-
-class Server(uvicorn.Server):
-    """Signals are this module's own."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def listen(settings: ServerSection) -> socket.socket:
@@ -74,7 +53,7 @@ def config_of(app: FastAPI, settings: ServerSection) -> uvicorn.Config:
     """How HTTP is spoken. `access_log`: the application writes its own."""
     return uvicorn.Config(
         app, log_config=None, access_log=False, backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_S, lifespan="off",
-        ws="none", http=Protocol, ssl_certfile=settings.ssl_certfile, ssl_keyfile=settings.ssl_keyfile,
+        ws="none", http=Connection, ssl_certfile=settings.ssl_certfile, ssl_keyfile=settings.ssl_keyfile,
         server_header=False,
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ from executor.serve.asks import ChatPrompt
 from executor.serve.errors import ApiError, in_words
 
 ANY_OBJECT = {"type": "object"}
+NO_PARAMETERS = {"type": "object", "properties": {}}  # of a function that names none
 KINDS = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "ebnf"}
 HINTS = ("disable_fallback", "backend")  # of structured_outputs: change no answer here, where nothing falls back
 FORMATS = "text, json_object or json_schema"
@@ -25,7 +26,7 @@ CHOICES = 'none, auto, required or {"type": "function", "function": {"name": ...
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the model may call. `parameters`: a JSON schema; None takes any object."""
+    """A function that the model may call. `parameters`: a JSON schema; None takes no arguments, as in OpenAI's API."""
 
     name: str
     parameters: Any = None
@@ -157,7 +158,8 @@ def _structured_outputs(value: Any) -> Grammar | None:
     place = "structured_outputs"
     if not isinstance(value, Mapping):
         raise _refused(place, f"{place} is {describe(value)}; allowed: an object with one of {', '.join(KINDS)}")
-    said = {name: each for name, each in value.items() if each is not None and each is not False}
+    # false is a schema too, which nothing fits; of the others it means not asked for
+    said = {name: each for name, each in value.items() if each is not None and (each is not False or name == "json")}
     for name in said:
         if name not in (*KINDS, "json_object", *HINTS):
             raise _refused(
@@ -253,13 +255,17 @@ def _calls(fields: Mapping[str, Any], tools: Sequence[Tool], choice: str | Tool,
         tools, is_parallel = (choice,), False
     is_lazy = choice == "auto" and form is None
     source: dict[str, Any] = {"parallel": is_parallel}
-    source["tools"] = [
-        {"name": tool.name, "parameters": tool.parameters if tool.is_strict or choice != "auto" else None}
-        for tool in tools
-    ]
+    source["tools"] = [{"name": tool.name, "parameters": _enforced_parameters(tool, choice)} for tool in tools]
     if form is not None and choice == "auto":
         source["else"] = form.source
     return Grammar("calls", _dumps(source, "tools"), is_lazy=is_lazy, asked_by="tools")
+
+
+def _enforced_parameters(tool: Tool, choice: str | Tool) -> Any:
+    """The schema of a call's arguments; None where any object is taken."""
+    if choice == "auto" and not tool.is_strict:
+        return None
+    return NO_PARAMETERS if tool.parameters is None else tool.parameters
 
 
 def _refused(place: str, message: str) -> ApiError:

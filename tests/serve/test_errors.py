@@ -43,7 +43,7 @@ FIELDS: list[tuple[dict[str, Any], str | None, str]] = [  # fields, what `param`
     ({"messages": [None]}, "messages[0]", "role"),
     ({"messages": [{"role": "usr", "content": "a"}]}, "messages[0]", "did you mean 'user'"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "a string or a list of parts"),
-    ({"messages": [{"role": "user", "content": "a " * 5000}]}, None, "maximum context length is 2048 tokens"),
+    ({"messages": [{"role": "user", "content": "a " * 5000}]}, None, "context length is 2048 tokens, requested 5010"),
     ({"max_tokens": 4000}, None, "maximum context length is 2048 tokens, requested 4013"),
     ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; allowed: a whole number of 1 or more"),
     ({"max_completion_tokens": -1}, "max_completion_tokens", "max_completion_tokens is -1"),

@@ -76,6 +76,7 @@ FORMS: dict[str, tuple[dict[str, Any], tuple[str, Any] | None]] = {  # (fields, 
         {"response_format": {"type": "json_schema", "name": "t", "schema": SCHEMA}}, ("json_schema", SCHEMA)),
     "json": ({"structured_outputs": {"json": SCHEMA, "regex": None}}, ("json_schema", SCHEMA)),
     "json text": ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, ("json_schema", SCHEMA)),
+    "nothing fits": ({"structured_outputs": {"json": False, "json_object": False}}, ("json_schema", False)),
     "any json": ({"structured_outputs": {"json_object": True}}, ("json_schema", {"type": "object"})),
     "choice": ({"structured_outputs": {"choice": ["a", "b"], "disable_fallback": True}}, ("choice", ["a", "b"])),
     "old choice": ({"guided_choice": ["a", "b"]}, ("choice", ["a", "b"])),
@@ -97,7 +98,17 @@ FORMS: dict[str, tuple[dict[str, Any], tuple[str, Any] | None]] = {  # (fields, 
     ),
     "named as in /v1/responses": (
         {"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": "f"}},
-        ("calls", {"parallel": False, "tools": [{"name": "f", "parameters": None}]}),
+        ("calls", {"parallel": False, "tools": [{"name": "f", "parameters": {"type": "object", "properties": {}}}]}),
+    ),
+    "without parameters": (
+        {"tools": [tool("f"), tool("g", {})], "tool_choice": "required"},
+        ("calls", {"parallel": True, "tools": [
+            {"name": "f", "parameters": {"type": "object", "properties": {}}}, {"name": "g", "parameters": {}}]}),
+    ),
+    "auto, without parameters": (
+        {"tools": [tool("f"), tool("g", strict=True)]},
+        ("calls", {"parallel": True, "tools": [
+            {"name": "f", "parameters": None}, {"name": "g", "parameters": {"type": "object", "properties": {}}}]}),
     ),
     "auto or a form": (
         {"tools": [tool("f")], "response_format": {"type": "json_object"}},
@@ -111,7 +122,7 @@ def test_a_form_is_a_grammar(name: str):
     fields, expected = FORMS[name]
     grammar = grammar_of(fields)
     assert (grammar and (grammar.kind, json.loads(grammar.source))) == expected
-    assert grammar is None or grammar.is_lazy == (name == "auto")
+    assert grammar is None or grammar.is_lazy == (name in ("auto", "auto, without parameters"))
     thinking = grammar_of(fields, thinks=True)
     assert thinking == (grammar and Grammar(grammar.kind, grammar.source, "</think>", grammar.is_lazy))
 
@@ -303,6 +314,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {  # (fields, param)
     "regex": ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
     "tool": ({"tools": [tool("f", {"type": "object", "if": {}})], "tool_choice": "required"}, "tools"),
     "strict tool": ({"tools": [tool("f", {"type": "object", "if": {}}, strict=True)]}, "tools"),
+    "nothing fits": ({"structured_outputs": {"json": False}}, "structured_outputs.json"),
     "old name": ({"guided_grammar": "root ::= ("}, "guided_grammar"),
 }  # fmt: skip
 
