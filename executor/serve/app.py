@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -43,7 +44,10 @@ OPEN_PATHS = ("/", "/health", "/ping")  # without the key: the page asks for it
 
 
 def build_app(service: Service) -> FastAPI:
-    app = FastAPI(title="Qwen-VL", docs_url=None, redoc_url=None, middleware=list(_middleware(service.recipe.server)))
+    app = FastAPI(
+        title="Qwen-VL", version=models.VERSION, docs_url=None, redoc_url=None,
+        middleware=list(_middleware(service.recipe.server)),
+    )  # fmt: skip
     app.state.service = service
     app.state.responses = ResponseStore()
     for router in ROUTERS:
@@ -92,7 +96,7 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     path = request.scope["path"]
     asked = f"{request.method} {path}"
     if error.status_code == 404:
-        served = _served(request.app)
+        served = _served()
         hint = nearest(path, [each for each, _ in served])
         routes = ", ".join(f"{method} {each}" for each, method in served)
         words = f"{asked} is not served here{hint}; served: {routes}"
@@ -103,7 +107,8 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     return ApiError(error.status_code, words, headers=error.headers).response(request.url.path)
 
 
-def _served(app: FastAPI) -> list[tuple[str, str]]:
+def _served() -> list[tuple[str, str]]:
     """(path, method) of every documented route."""
-    paths = app.openapi()["paths"]
-    return [(path, method.upper()) for path, methods in paths.items() for method in methods]
+    routes = [route for router in ROUTERS for route in router.routes]
+    documented = [route for route in routes if isinstance(route, APIRoute) and route.include_in_schema]
+    return [(route.path_format, method) for route in documented for method in sorted(route.methods)]

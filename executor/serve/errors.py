@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
 from executor.errors import printable
 from executor.serve.asks import Delta, Failure, FailureKind
@@ -26,6 +27,7 @@ ANTHROPIC_TYPES = {
     429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
 }  # fmt: skip
 RETRY_AFTER_S = 1
+EXCHANGE = "executor.exchange"  # of the ASGI scope: executor.serve.middleware.Exchange
 
 _PLACE = re.compile(
     r"(text\.format|output_config|messages|tools|tool_choice|prompt|response_format|structured_outputs|guided_[a-z]+|"
@@ -74,7 +76,25 @@ class ApiError(Exception):
     def response(self, path: str = "") -> JSONResponse:
         """The reply to a request for `path`, in the form of the protocol that is spoken there."""
         body = anthropic_body(self) if path.startswith(ANTHROPIC_PATH) else self.body
-        return JSONResponse(body, self.status, headers=self.headers)
+        return _ErrorResponse(self, body)
+
+
+class _ErrorResponse(JSONResponse):
+    """Tells the access log why."""
+
+    def __init__(self, error: ApiError, body: Mapping[str, Any]) -> None:
+        super().__init__(body, error.status, headers=error.headers)
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        note_error(scope, self._error)
+        await super().__call__(scope, receive, send)
+
+
+def note_error(scope: Scope, error: ApiError) -> None:
+    """For the request's line in the access log."""
+    if EXCHANGE in scope:
+        scope[EXCHANGE].error = error
 
 
 def anthropic_body(error: ApiError) -> dict[str, Any]:
