@@ -72,8 +72,8 @@ class Delta:
     finish_reason: Literal["stop", "length", "abort", "error"] | None = None
     stop_reason: int | str | None = None
     error: str | None = None  # where finish_reason is "error"
-    is_own_fault: bool = False  # the error is of what the request asks for
     prompt_logprobs: tuple[TokenInfo | None, ...] | None = None  # with the first delta, where asked for
+    is_own_fault: bool = False  # the error is of what the request asks for
 
 
 @dataclass(frozen=True, slots=True)
