@@ -251,11 +251,7 @@ class Scheduler:
         if request.params.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {request.params.max_new_tokens}, at least 1 is needed")
         if num_prompt >= self.max_model_len:
-            raise UserError(
-                f"maximum context length is {self.max_model_len} tokens, requested {num_prompt + 1} or more: the "
-                f"prompt has {num_prompt} tokens and leaves no room for an answer; {_what_shortens(request.prompt)}, "
-                "or raise scheduler_config.max_model_len"
-            )
+            raise no_room(request.prompt, self.max_model_len)
         num_needed = self.pool.num_blocks_for(num_prompt + 1)
         if num_needed > self.pool.num_blocks:
             raise UserError(
@@ -468,6 +464,17 @@ def _scored(request: Request, start: int, end: int) -> range:
 def _is_decode(request: Request) -> bool:
     num_output = len(request.output_token_ids)
     return num_output > 0 and len(request.prompt.token_ids) + num_output - request.num_computed_tokens == 1
+
+
+def no_room(prompt: Prompt, max_model_len: int, where: str | None = None) -> UserError:
+    """Of a prompt that leaves no room for an answer. `where`: the request's field that holds it."""
+    num_prompt = len(prompt.token_ids)
+    return UserError(
+        f"maximum context length is {max_model_len} tokens, requested {num_prompt + 1} or more: the "
+        f"prompt has {num_prompt} tokens and leaves no room for an answer; {_what_shortens(prompt)}, "
+        "or raise scheduler_config.max_model_len",
+        where=where,
+    )
 
 
 def _what_shortens(prompt: Prompt) -> str:

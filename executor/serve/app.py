@@ -40,6 +40,8 @@ ERRORS = {
     "5XX": {"model": ErrorReply, "description": "The request failed, or may come again later"},
 }
 ANTHROPIC_ERRORS = {name: {"description": words["description"]} for name, words in ERRORS.items()}
+NEAR = 0.8  # how alike a path must be to one that is served, to be a slip of it: /chat is none of /health
+PAGE_PATHS = "/page/"  # what the chat page asks for
 OPEN_PATHS = ("/", "/health", "/ping")  # without the key: the page asks for it
 
 
@@ -97,7 +99,7 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     asked = f"{request.method} {path}"
     if error.status_code == 404:
         served = _served()
-        hint = nearest(path, [each for each, _ in served])
+        hint = nearest(path, [each for each, _ in served], NEAR)
         routes = ", ".join(f"{method} {each}" for each, method in served)
         words = f"{asked} is not served here{hint}; served: {routes}"
     elif error.status_code == 405:
@@ -108,7 +110,7 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
 
 
 def _served() -> list[tuple[str, str]]:
-    """(path, method) of every documented route."""
+    """(path, method) of every route for clients."""
     routes = [route for router in ROUTERS for route in router.routes]
-    documented = [route for route in routes if isinstance(route, APIRoute) and route.include_in_schema]
-    return [(route.path_format, method) for route in documented for method in sorted(route.methods)]
+    for_clients = [each for each in routes if isinstance(each, APIRoute) and not each.path.startswith(PAGE_PATHS)]
+    return [(route.path_format, method) for route in for_clients for method in sorted(route.methods)]

@@ -47,6 +47,8 @@ class Ask:
     params: SamplingParams
     timeout_s: float | None = None
     fits_exactly: bool = False  # refuse a prompt that leaves no room for params.max_new_tokens; else they are fewer
+    prompt_field: str = "messages"  # of the request's body, for errors
+    limit_field: str = "max_tokens"
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,7 +148,10 @@ def in_json(value: Any) -> str:
         value = value[: SHOWN_CHARACTERS + 1]
     elif isinstance(value, list | dict) and len(value) > SHOWN_CHARACTERS:
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        return "nested too deeply to show"
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 

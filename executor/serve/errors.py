@@ -26,6 +26,7 @@ ANTHROPIC_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
     429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
 }  # fmt: skip
+CONTEXT = "maximum context length"  # clients look for these words
 RETRY_AFTER_S = 1
 EXCHANGE = "executor.exchange"  # of the ASGI scope: executor.serve.middleware.Exchange
 
@@ -104,6 +105,8 @@ def anthropic_body(error: ApiError) -> dict[str, Any]:
 
 def of_failure(failure: Failure) -> ApiError:
     message, param = failure.message, failure.param
+    if param and CONTEXT in message:
+        return ApiError(STATUS[failure.kind], message, param=param, code="context_length_exceeded")
     if param and not message.startswith(param):
         message = f"{param}: {message}"
     return in_words(STATUS[failure.kind], message)
@@ -117,7 +120,7 @@ def of_answer(delta: Delta) -> ApiError:
 def in_words(status: int, message: str) -> ApiError:
     """An error of a message that begins with the place it speaks of ("messages[0].content[1]: ..."), if it does."""
     place = _PLACE.match(message)
-    code = "context_length_exceeded" if "maximum context length" in message else None
+    code = "context_length_exceeded" if CONTEXT in message else None
     return ApiError(status, printable(message), param=place[0] if place else None, code=code)
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from executor.errors import UserError
-from executor.prompt.messages import describe
 from executor.schedule.request import THINK_BEGIN, THINK_END, Grammar
 from executor.serve.asks import ChatPrompt
+from executor.serve.bodies import in_json
 from executor.serve.errors import ApiError, in_words
 
 ANY_OBJECT = {"type": "object"}
@@ -145,11 +145,11 @@ def _response_format(value: Any) -> Grammar | None:
     if kind == "json_object":
         return _grammar("json", ANY_OBJECT, place)
     if kind != "json_schema":
-        raise _refused(place, f"{place} is {describe(value)}; allowed: an object whose type is {FORMATS}")
+        raise _refused(place, f"{place} is {in_json(value)}; allowed: an object whose type is {FORMATS}")
     wrapper = value.get("json_schema", value)
     if not isinstance(wrapper, Mapping) or not isinstance(wrapper.get("schema"), dict | bool):
         raise _refused(
-            place, f'{place}.json_schema is {describe(wrapper)}; allowed: {{"name": ..., "schema": a JSON schema}}'
+            place, f'{place}.json_schema is {in_json(wrapper)}; allowed: {{"name": ..., "schema": a JSON schema}}'
         )
     return _grammar("json", wrapper["schema"], f"{place}.json_schema")
 
@@ -157,7 +157,7 @@ def _response_format(value: Any) -> Grammar | None:
 def _structured_outputs(value: Any) -> Grammar | None:
     place = "structured_outputs"
     if not isinstance(value, Mapping):
-        raise _refused(place, f"{place} is {describe(value)}; allowed: an object with one of {', '.join(KINDS)}")
+        raise _refused(place, f"{place} is {in_json(value)}; allowed: an object with one of {', '.join(KINDS)}")
     # false is a schema too, which nothing fits; of the others it means not asked for
     said = {name: each for name, each in value.items() if each is not None and (each is not False or name == "json")}
     for name in said:
@@ -185,7 +185,7 @@ def _grammar(name: str, value: Any, place: str) -> Grammar:
     else:
         allowed, fits = "a text that is not empty", isinstance(value, str) and bool(value)
     if not fits:
-        raise _refused(place, f"{place} is {describe(value)}; allowed: {allowed}")
+        raise _refused(place, f"{place} is {in_json(value)}; allowed: {allowed}")
     return Grammar(KINDS[name], value if isinstance(value, str) else _dumps(value, place), asked_by=place)
 
 
@@ -208,15 +208,13 @@ def _tools(fields: Mapping[str, Any]) -> list[Tool]:
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str) or not name or value.get("type", "function") != "function":
             raise _refused(
-                place, f'{place} is {describe(value)}; allowed: {{"type": "function", "function": {{"name": ...}}}}'
+                place, f'{place} is {in_json(value)}; allowed: {{"type": "function", "function": {{"name": ...}}}}'
             )
         parameters, is_strict = function.get("parameters"), function.get("strict")
         if parameters is not None and not isinstance(parameters, dict):
-            raise _refused(
-                place, f"{place}: parameters are {describe(parameters)}; allowed: a JSON schema of an object"
-            )
+            raise _refused(place, f"{place}: parameters are {in_json(parameters)}; allowed: a JSON schema of an object")
         if is_strict is not None and not isinstance(is_strict, bool):
-            raise _refused(place, f"{place}: strict is {describe(is_strict)}; allowed: true or false")
+            raise _refused(place, f"{place}: strict is {in_json(is_strict)}; allowed: true or false")
         if name in [tool.name for tool in tools]:
             raise _refused(place, f"{place}: the name '{name}' is given twice; give each tool its own")
         tools.append(Tool(name, parameters, bool(is_strict)))
@@ -234,10 +232,10 @@ def _choice(fields: Mapping[str, Any]) -> str | Tool:
         named = [tool for tool in tools if tool.name == name]
         if not named:
             given = ", ".join(tool.name for tool in tools) or "nothing, as there are no tools"
-            raise _refused("tool_choice", f"tool_choice names {describe(name)}; allowed: {given}")
+            raise _refused("tool_choice", f"tool_choice names {in_json(name)}; allowed: {given}")
         return named[0]
     if value not in ("none", "auto", "required"):
-        raise _refused("tool_choice", f"tool_choice is {describe(value)}; allowed: {CHOICES}")
+        raise _refused("tool_choice", f"tool_choice is {in_json(value)}; allowed: {CHOICES}")
     if value == "required" and not tools:
         raise _refused("tool_choice", "tool_choice is required, but there are no tools; give tools, or none")
     return value

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import pytest
 
 from executor.serve import connection as module
-from executor.serve.server import config_of, listen
+from executor.serve.listener import listen
+from executor.serve.server import config_of
 from tests.serve.conftest import Running
 from tests.serve.test_life import CHAT, asked, until
 

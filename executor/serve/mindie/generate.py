@@ -51,7 +51,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
         prompt = ChatPrompt([{"role": "user", "content": body.prompt}])
     ask = Ask(
         answer_id(request, "generate-"), prompt, params, service.recipe.server.request_timeout_s,
-        fits_exactly=body.max_tokens is not None,
+        fits_exactly=body.max_tokens is not None, prompt_field="prompt",
     )  # fmt: skip
     feed = service.ask(ask)
     if body.stream:

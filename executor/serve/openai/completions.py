@@ -75,7 +75,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     asks = [
         Ask(
             f"{job.frame['id']}-{index}", prompt, job.params, service.recipe.server.request_timeout_s,
-            fits_exactly=body.max_tokens is not None,
+            fits_exactly=body.max_tokens is not None, prompt_field="prompt",
         )
         for index, prompt in enumerate(job.prompts)
     ]  # fmt: skip
