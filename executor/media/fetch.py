@@ -102,8 +102,8 @@ class Fetcher:
             key = key_for(place)
             advice = f"add it to {key}, or send" if key else "no list helps with such an address; send"
             raise UserError(
-                f"{shown(url)}: {place.host_header} is not among the hosts that media may be fetched from; {advice} the "
-                "media as a base64 data: URL"
+                f"{shown(url)}: {place.host_header} is not among the hosts that media may be fetched from; {advice} "
+                "the media as a base64 data: URL"
             )
         return place
 

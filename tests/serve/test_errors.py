@@ -180,7 +180,7 @@ ROUTES = [
     ("POST", "/v1/embeddings", 404, "POST /v1/chat/completions"),
     ("GET", "/nothing", 404, "GET /ping"),
     ("GET", "/nothing", 404, "POST /chat/completions"),
-    ("GET", "/nothing", 404, "GET /,"),
+    ("GET", "/nothing", 404, ", GET /"),
     ("GET", "/%00%0a", 404, "is not served here"),
     ("GET", CHAT, 405, "allowed: POST"),
     ("DELETE", "/health", 405, "allowed: GET"),
