@@ -202,10 +202,13 @@ class EngineLoop:
                 except Exception as error:  # the thread's end would leave everybody waiting
                     self._num_faults += 1
                     logger.exception("a step of the engine failed")
+                    # Other ranks of the same step may be anywhere in it.
+                    if not self.engine.replica.is_alone:
+                        self.fault = error
+                        break
                     for handle in list(self._running.values()):
                         self._end_handle(handle, RuntimeError(f"the step failed: {type(error).__name__}: {error}"))
-                    # Other ranks of the same step may be anywhere in it.
-                    if self._num_faults == MAX_FAULTS or not self.engine.replica.is_alone:
+                    if self._num_faults == MAX_FAULTS:
                         self.fault = error
                         break
         finally:

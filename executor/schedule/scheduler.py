@@ -34,6 +34,7 @@ SHORT_SHARE = 4
 class _Record:
     """What the scheduler remembers of an unfinished request."""
 
+    request: Request
     max_output_tokens: int
     digests: BlockDigests
     media: MediaReads
@@ -114,6 +115,7 @@ class Scheduler:
         # The last token of an answer is never computed, hence the one more than the pool has slots.
         room_tokens = min(self.max_model_len, self.pool.num_blocks * self.pool.block_size + 1) - num_prompt
         self._records[request.id] = _Record(
+            request,
             max_output_tokens=min(request.params.max_new_tokens, room_tokens),
             digests=BlockDigests(request, self.pool.block_size),
             media=MediaReads(request, self._encoder),
@@ -123,11 +125,11 @@ class Scheduler:
 
     def abort(self, request_id: str) -> Request | None:
         """Drop a request, also between `schedule` and `update`; None when there is no such unfinished request."""
-        for request in (*self._running, *self._waiting):
-            if request.id == request_id:
-                self.finish(request, FinishReason.ABORT)
-                return request
-        return None
+        record = self._records.get(request_id)
+        if record is None:
+            return None
+        self.finish(record.request, FinishReason.ABORT)
+        return record.request
 
     def fail(self, request: Request, error: str) -> None:
         """End a request that cannot go on, also between `schedule` and `update`; `error` says why."""

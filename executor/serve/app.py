@@ -46,7 +46,10 @@ OPEN_PATHS = ("/", "/health", "/ping")  # without the key: the page asks for it
 
 
 def build_app(service: Service) -> FastAPI:
-    app = FastAPI(title="Qwen-VL", docs_url=None, redoc_url=None, middleware=list(_middleware(service.recipe.server)))
+    app = FastAPI(
+        title="Qwen-VL", version=models.VERSION, docs_url=None, redoc_url=None,
+        middleware=list(_middleware(service.recipe.server)),
+    )  # fmt: skip
     app.state.service = service
     app.state.responses = ResponseStore()
     for router in ROUTERS:
@@ -108,6 +111,6 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
 
 def _served() -> list[tuple[str, str]]:
     """(path, method) of every route for clients."""
-    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
-    routes = [route for route in routes if not route.path.startswith(PAGE_PATHS)]
-    return [(route.path, method) for route in routes for method in sorted(route.methods)]
+    routes = [route for router in ROUTERS for route in router.routes]
+    for_clients = [each for each in routes if isinstance(each, APIRoute) and not each.path.startswith(PAGE_PATHS)]
+    return [(route.path_format, method) for route in for_clients for method in sorted(route.methods)]

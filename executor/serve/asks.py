@@ -75,6 +75,7 @@ class Delta:
     stop_reason: int | str | None = None
     error: str | None = None  # where finish_reason is "error"
     prompt_logprobs: tuple[TokenInfo | None, ...] | None = None  # with the first delta, where asked for
+    is_own_fault: bool = False  # the error is of what the request asks for
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from executor.engine.outputs import Completion, Output
 from executor.engine.prepare import Lane
 from executor.errors import UserError
 from executor.media.fetch import Unreachable
-from executor.schedule.request import Prompt
+from executor.schedule.request import Prompt, is_own_fault
 from executor.schedule.scheduler import no_room
 from executor.serve.asks import Ask, ChatPrompt, Delta, Done, EngineStats, Event, Failure, TextPrompt, TokenInfo
 from executor.serve.feed import Crossing, Feed
@@ -157,6 +157,7 @@ def plain_event(event: LoopEvent, handle: Handle) -> Event:
             finish_reason=event.finish_reason and event.finish_reason.value,
             stop_reason=request.stop_reason if event.finished else None,
             error=event.error if event.finished else None,
+            is_own_fault=event.finished and event.error is not None and is_own_fault(event.error),
             prompt_logprobs=event.prompt_logprobs and tuple(x and _token_info(x) for x in event.prompt_logprobs),
         )
     if isinstance(event, Completion):

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from executor.errors import printable
-from executor.serve.asks import Failure, FailureKind
+from executor.serve.asks import Delta, Failure, FailureKind
 
 STATUS: dict[FailureKind, int] = {
     "refused": 400, "unreachable": 422, "late": 504, "aborted": 499, "lost": 503, "fault": 500,
@@ -110,6 +110,11 @@ def of_failure(failure: Failure) -> ApiError:
     if param and not message.startswith(param):
         message = f"{param}: {message}"
     return in_words(STATUS[failure.kind], message)
+
+
+def of_answer(delta: Delta) -> ApiError:
+    """Of an answer that ends with an error."""
+    return ApiError(400 if delta.is_own_fault else 500, delta.error)
 
 
 def in_words(status: int, message: str) -> ApiError:

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -173,8 +174,11 @@ class OriginGate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS") and "*" not in self.allowed:
             headers = Headers(scope=scope)
-            origin = headers.get("origin", "")
-            if headers.get("sec-fetch-site") in ("cross-site", "same-site") and origin not in self.allowed:
+            origin, site = headers.get("origin", ""), headers.get("sec-fetch-site")
+            is_foreign = site in ("cross-site", "same-site")
+            if site is None and origin:  # http from another machine: browsers name the page alone
+                is_foreign = urlsplit(origin).netloc != headers.get("host")
+            if is_foreign and origin not in self.allowed:
                 words = f"the web page {origin or 'of another address'} may not ask this server; its operator can allow"
                 await ApiError(403, f"{words} it in server_config.allowed_origins").response(scope["path"])(
                     scope, receive, send

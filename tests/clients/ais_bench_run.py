@@ -85,7 +85,9 @@ def write_textvqa(home: Path) -> Path:
     lines, answers = [], []
     for number, row in enumerate(rows()):
         lines.append({"image": str(MEDIA / row["name"]), "question": row["question"], "question_id": number})
-        answers.append({"question_id": number, "answers": [{"answer": row["answer"]}] * 10})
+        answers.append(
+            {"question_id": number, "answers": [{"answer": row["answer"], "answer_id": each} for each in range(10)]}
+        )
     path = home / "small.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (home / "small_annotations.json").write_text(json.dumps({"annotations": answers}))

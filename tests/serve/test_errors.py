@@ -101,6 +101,8 @@ FIELDS: list[tuple[dict[str, Any], str | None, str]] = [  # fields, what `param`
     ({"media_io_kwargs": {"image": {"mode": "L"}}}, "media_io_kwargs.image.mode", "is not supported"),
     ({"best_of": 3}, "best_of", "best_of is 3, which is not supported; allowed: null or 1; ask for n answers"),
     ({"use_beam_search": True}, "use_beam_search", "allowed: null or false"),
+    ({"logprob_token_ids": [4]}, "logprob_token_ids", "allowed: null or []; use top_logprobs"),
+    ({"thinking_token_budget": 9}, "thinking_token_budget", "allowed: null; max_tokens bounds"),
     ({"functions": [{"name": "f"}]}, "functions", "use tools"),
     ({"modalities": ["text", "audio"]}, "modalities", 'allowed: null or ["text"]'),
     ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "never cut"),
@@ -178,7 +180,7 @@ ROUTES = [
     ("POST", "/v1/embeddings", 404, "POST /v1/chat/completions"),
     ("GET", "/nothing", 404, "GET /ping"),
     ("GET", "/nothing", 404, "POST /chat/completions"),
-    ("GET", "/nothing", 404, "GET /,"),
+    ("GET", "/nothing", 404, ", GET /"),
     ("GET", "/%00%0a", 404, "is not served here"),
     ("GET", CHAT, 405, "allowed: POST"),
     ("DELETE", "/health", 405, "allowed: GET"),
@@ -194,6 +196,7 @@ def test_routes_that_are_not_there(server: Running, method: str, path: str, stat
 
 def test_the_page_that_describes_the_api_has_every_field(server: Running) -> None:
     description = server.http.get("/openapi.json").json()
+    assert description["info"]["version"] == server.http.get("/version").json()["version"]
     responses = description["paths"][CHAT]["post"]["responses"]
     assert set(responses) == {"200", "4XX", "5XX"} and "ErrorReply" in str(responses["4XX"])
     schemas = description["components"]["schemas"]

@@ -385,3 +385,22 @@ def test_calls_come_after_the_reasoning(thinker):
     whole = chat(thinker, **fields, parallel_tool_calls=False)
     assert whole["finish_reason"] == "tool_calls" and "<" not in whole["message"].get("reasoning_content", "")
     check_call(whole["message"]["tool_calls"][0])
+
+
+NO_TOKEN_LEFT = {"guided_regex": "abc", "allowed_token_ids": [10]}
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "words", "stream"),
+    [
+        *((path, NO_TOKEN_LEFT, "no token can be chosen", stream)
+          for path in ("/v1/chat/completions", "/v1/completions", "/generate") for stream in (False, True)),
+        ("/v1/chat/completions", {"guided_regex": "[0-9]?(a{1000}){1000}"}, "cannot be followed", False),
+    ],
+)  # fmt: skip
+def test_what_no_answer_can_follow_is_the_requests_fault(server, path: str, asked: Any, words: str, stream: bool):
+    """Found while it is answered."""
+    prompt = {"messages": [{"role": "user", "content": "Hi"}]} if "chat" in path else {"prompt": "Hi"}
+    reply = server.http.post(path, json={**prompt, **asked, "max_tokens": 8, "stream": stream})
+    assert reply.status_code == 400 and words in reply.json()["error"]["message"]
+    assert reply.json()["error"]["type"] == "invalid_request_error"
