@@ -4,6 +4,7 @@ Every form that clients, data sets and the official tools (qwen_vl_utils) write 
 what is returned holds only what a chat template renders. Opens no media, renders nothing, knows no model family.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -239,15 +240,25 @@ def _refuse_unknown_keys(part: Mapping[str, Any], allowed: Sequence[str], where:
 
 
 def describe(value: Any) -> str:
-    """Type and beginning of a value, for messages."""
+    """The beginning of a value, for messages: as JSON, as clients write it, or type and repr of what has no JSON."""
     if isinstance(value, str | bytes):
-        value = value[:61]  # repr of a picture's bytes is long
-    text = repr(value) if isinstance(value, str | bytes | int | float | type(None)) else _head(value)
-    return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"
+        value = value[:61]  # a picture's bytes are long
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return _typed(value)
+    return f"{text[:60]}{'...' if len(text) > 60 else ''}"
 
 
 def describe_value(value: Any) -> str:
-    return repr(value) if isinstance(value, bool | float | type(None)) else describe(value).partition(" ")[2]
+    return repr(value) if isinstance(value, bool | float | type(None)) else _typed(value).partition(" ")[2]
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, str | bytes):
+        value = value[:61]
+    text = repr(value) if isinstance(value, str | bytes | int | float | type(None)) else _head(value)
+    return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"
 
 
 def _head(value: Any) -> str:

@@ -278,7 +278,7 @@ def test_token_ids_are_the_prompt_of_the_same_text(family, request):
     ("token_ids", "says"),
     [
         ([], "prompt must be a text, or a list of one or more token ids"),
-        ("12", "prompt must be .*, got str '12'"),
+        ("12", 'prompt must be .*, got "12"'),
         ([1, -1], r"prompt\[1\] is -1; allowed: token ids from 0 to "),
         ([10**6], r"prompt\[0\] is 1000000;"),
         ([1, 2.0], r"prompt\[1\] is 2.0"),

@@ -97,7 +97,7 @@ def test_the_events_add_up_to_the_message(server: Running) -> None:
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "document"),
-        ({"messages": [{"role": "user", "content": [7]}]}, "int 7"),
+        ({"messages": [{"role": "user", "content": [7]}]}, "is 7; allowed"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "file"}}]}]}, "base64 or url"),
         ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f"}]}]}, "input"),
         ({"system": 7}, "system"),

@@ -142,7 +142,7 @@ def test_a_kept_response_is_read_and_forgotten(server: Running) -> None:
     [
         ({"input": []}, "input", "empty"),
         ({"input": None}, "input", "input"),
-        ({"input": [7]}, "input[0]", "int 7"),
+        ({"input": [7]}, "input[0]", "is 7; allowed"),
         ({"input": [{"type": "computer_call"}]}, "input[0]", "computer_call"),
         ({"input": [{"role": "nobody", "content": "a"}]}, "input[0].role", "nobody"),
         ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]}, None, "input_file"),
