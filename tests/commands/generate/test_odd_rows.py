@@ -122,7 +122,7 @@ REFUSED = [
     ),
     (
         {"messages": "What?"},
-        "messages must be a list of messages with role and content, or its JSON text; got str 'What?'",
+        'messages must be a list of messages with role and content, or its JSON text; got "What?"',
     ),
     ({"messages": '[{"role": "user"'}, "or its JSON text"),
     ({"conversations": '["a", "b"]'}, "or its JSON text"),
