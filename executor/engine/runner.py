@@ -8,8 +8,9 @@ Legend: T tokens of the step, M visual tokens of a media item, n hidden size.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,7 @@ class Runner:
         self.replica = replica
         self.encode_tokens = ENCODE_TOKENS  # visual tokens of one pass of the encoder
         self.features: dict[bytes, Tensor] = {}  # media digest -> [M, 1 + taps, n]
+        self.meanwhile: Callable[[], None] | None = None  # called when the model is to compute, maybe more than once
         self.times = StepTimes()
         self._has_assisted = self._has_dismissed = False
 
@@ -224,14 +226,24 @@ class Runner:
             self.features.pop(digest, None)
         if plan.encode:
             started = time.perf_counter()
+            self._tell_meanwhile()
             self.encode(plan.encode)
             self.times.vision_s += time.perf_counter() - started
         if plan.in_graph:
-            return self.graphs(plan.rows, plan.padded_tokens)
-        if not plan.rows:
+            computation = partial(self.graphs, plan.rows, plan.padded_tokens)
+        elif not plan.rows:
             self.model.help(plan.padded_tokens)
             return torch.empty(0, self.model.config.text.vocab_size)
-        inputs = self._inputs(plan.rows)
+        else:
+            computation = partial(self._eager, plan, self._inputs(plan.rows), scores)
+        if self.device.computes_behind:  # then Python's lock is free when all is launched
+            logits = computation()
+            self._tell_meanwhile()
+            return logits
+        self._tell_meanwhile()
+        return computation()
+
+    def _eager(self, plan: Plan, inputs: tuple[Any, ...], scores: PromptScores | None) -> Tensor:
         num_scored = sum(len(row.scored) for row in plan.rows)
         if not num_scored:
             return self.step(*inputs, plan.padded_tokens)
@@ -242,6 +254,10 @@ class Runner:
             if scores is not None:
                 scores.add(logits)
         return self.model.lm_head(hidden[:num_yielding])
+
+    def _tell_meanwhile(self) -> None:
+        if self.meanwhile is not None:
+            self.meanwhile()
 
     @torch.inference_mode()
     def encode(self, media: Sequence[MediaItem]) -> None:

@@ -95,13 +95,13 @@ def measure(args: argparse.Namespace) -> dict:
             return logits
 
         engine.runner.step.forward = timed
-        with EngineLoop(engine) as loop:
+        with EngineLoop(engine).start() as loop:
             handles = [
                 loop.submit(f"Count to {number}.", params, on_event=lambda event: told.append(1))
                 for number in range(args.batch)
             ]
             while sum(count == args.batch for count in rows) < args.steps + WARM_UP_STEPS:
-                loop.turn(0.05)
+                time.sleep(0.05)
             for handle in handles:
                 assert handle.failure is None, handle.failure
     steady = [n for n in range(1, len(rows)) if rows[n - 1] == rows[n] == args.batch][WARM_UP_STEPS:]
