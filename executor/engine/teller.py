@@ -4,12 +4,9 @@ Two threads take Python's lock from each other, so tasks are held back until the
 the order in which they were put. Without a thread of its own each runs where it is put.
 """
 
-import logging
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-
-logger = logging.getLogger(__name__)
 
 Task = Callable[[], None]
 
