@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from executor.command_line import MODULES, check, extra_commands, parse
-from executor.errors import UserError
+from executor.errors import EngineEnded, UserError
 from executor.host.env import calm_threads, environment, quiet_torch
 from executor.host.limits import host_cores
 from executor.host.streams import READER_GONE, print_document, reader_is_gone, write_to_nobody
@@ -23,6 +23,8 @@ from executor.host.streams import READER_GONE, print_document, reader_is_gone, w
 if TYPE_CHECKING:
     from executor.launch.rank import Rank
     from executor.recipe.schema import Recipe
+
+logger = logging.getLogger("executor")
 
 ONE_PROCESS = ("plan", "check")  # compute nothing on ranks, however many the recipe has
 
@@ -57,6 +59,9 @@ def _run(argv: Sequence[str] | None) -> int:
         words = f"interrupted{': ' if interrupt.args else ''}{interrupt}"
         print(words, file=sys.stderr)
         document, status = {"command": command, "error": words}, 130
+    except EngineEnded as error:
+        print(f"error: {error}", file=sys.stderr)
+        document, status = {"command": command, "error": str(error)}, 1
     except Exception as error:
         if isinstance(error, BrokenPipeError) and reader_is_gone():
             if rank is None:
@@ -102,7 +107,14 @@ def run(arguments: argparse.Namespace, argv: Sequence[str], rank: "Rank | None" 
 
     recipe = load_recipe(arguments.config, arguments.overrides)
     is_head = rank is None and recipe.num_jobs(arguments.command) > 1  # jobs on a cluster have the ranks
-    if arguments.command in ONE_PROCESS or is_head or (rank is None and recipe.parallel.world_size == 1):
+    is_alone = is_head or (rank is None and recipe.parallel.world_size == 1)
+    if rank is None and arguments.command == "serve":
+        from executor.commands.serve.mistakes import check_mistakes
+
+        # A job that a cluster has started attends the front door, and listens nowhere.
+        check_mistakes(recipe, listens=is_alone and "RECIPE_FRONT" not in environment())
+        logger.info("loading %s", recipe.model.model_path)
+    if arguments.command in ONE_PROCESS or is_alone:
         if arguments.command not in ONE_PROCESS and not is_head:
             _set_options(recipe, local_ranks=1)
         options = {} if arguments.save is None else {"save": arguments.save}

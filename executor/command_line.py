@@ -56,6 +56,9 @@ SHORT_FORMS = {  # flag -> key; the flag may be written with - or _
     "host": "server_config.host",
     "port": "server_config.port",
 }
+UNUSED_BY = {  # command -> sections and keys that it does not use, so that a flag for one of them is a mistake
+    "serve": ("data_config.prompt", "data_config.media", "data_config.dataset", "data_config.dataset_path"),
+}
 LISTS = ("data_config.media",)  # repeated flags add up
 TEXTS = ("data_config.prompt", "model_config.model_path", "data_config.results_path", "server_config.host")
 
@@ -213,9 +216,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if flag != override and _value_of(flag) != _value_of(override):
             raise _two_values(override.partition("=")[0].strip(), flag, override)
     arguments.command = arguments.command or arguments.command_behind or "generate"
+    is_recipe = arguments.command.endswith((".yaml", ".yml"))
+    if (is_recipe or arguments.config in COMMANDS) and not Path(arguments.config).exists():
+        recipe = shlex.quote(arguments.command) if is_recipe else "CONFIG.yaml"
+        raise UserError(f"the recipe comes first: bash infer.sh {recipe} {arguments.config}")
     if arguments.command not in {**COMMANDS, **extra_commands()}:
         known = f"{', '.join(COMMANDS)}{nearest(arguments.command, COMMANDS)}"
         raise UserError(f"unknown command '{arguments.command}'; commands: {known}")
+    for override in arguments.overrides:
+        key = override.partition("=")[0].strip()
+        if key in UNUSED_BY.get(arguments.command, ()):
+            raise UserError(f"{key} is not used by {arguments.command}, whose requests ask the questions; leave it out")
     if arguments.save is not None and arguments.command != "check":
         raise UserError(f"--save belongs to the command check, got {arguments.command}")
     return arguments

@@ -25,10 +25,31 @@ class UserError(ValueError):
         self.where = where
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the closest of `allowed`, or an empty string."""
-    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+class EngineEnded(RuntimeError):
+    """The engine that a command works with has ended, and its message says why: whoever raises this has no part in it,
+    so that its traceback would say nothing."""
+
+
+def nearest(name: str, allowed: Iterable[str], cutoff: float = 0.5) -> str:
+    """`" (did you mean 'x'?)"` for the closest of `allowed`, or an empty string.
+
+    cutoff: how alike they must be, from 0 to 1.
+    """
+    close = difflib.get_close_matches(name, list(allowed), n=5, cutoff=cutoff)
+    return f" (did you mean '{min(close, key=lambda each: _distance(name, each))}'?)" if close else ""
+
+
+def _distance(one: str, other: str) -> int:
+    """How many characters to add, drop, exchange or swap with the next one make `one` of `other`."""
+    before, last = [], list(range(len(other) + 1))
+    for i, a in enumerate(one, 1):
+        row = [i]
+        for j, b in enumerate(other, 1):
+            row.append(min(row[-1] + 1, last[j] + 1, last[j - 1] + (a != b)))
+            if i > 1 and j > 1 and a == other[j - 2] and b == one[i - 2]:
+                row[j] = min(row[j], before[j - 2] + 1)
+        before, last = last, row
+    return last[-1]
 
 
 _NAMES = re.compile(r"'[^']*'|\bmodel\.[\w.]+|(?<![\w.])-?\d[\d.e+-]*(?!\w)")

@@ -152,3 +152,21 @@ def test_a_rank_of_many_leaves_mistakes_to_the_job(monkeypatch, capsys):
     monkeypatch.setenv("SLURM_PROCID", "3")
     assert command_line.main([QUICK, "bench"]) == 0
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("serve", QUICK), f"the recipe comes first: bash infer.sh {QUICK} serve$"),
+        (("serv", QUICK, "--port", "1"), f"the recipe comes first: bash infer.sh {QUICK} serv$"),
+        (("serve",), "the recipe comes first: bash infer.sh CONFIG.yaml serve$"),
+        ((QUICK, "serve", "--question", "hi"), "data_config.prompt is not used by serve"),
+        ((QUICK, "serve", "--image", "a.png"), "data_config.media is not used by serve"),
+        ((QUICK, "serve", "--set", "data_config.dataset=jsonl"), "data_config.dataset is not used by serve"),
+        ((QUICK, "serve", "--prot", "1"), r"--prot \(did you mean '--port'\?\)"),
+        ((QUICK, "--promt", "1"), r"--promt \(did you mean '--prompt'\?\)"),
+    ],
+)
+def test_words_that_a_newcomer_gets_wrong(words: tuple[str, ...], says: str):
+    with pytest.raises(UserError, match=says):
+        parse(words)

@@ -39,7 +39,10 @@ def run(command: str, folder) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("command", [c for c in commands("bash") if "tests/run.sh" not in c])
+ENDLESS = ("tests/run.sh", " serve")
+
+
+@pytest.mark.parametrize("command", [c for c in commands("bash") if not any(word in c for word in ENDLESS)])
 def test_commands_run_as_written(command, tmp_path):
     done = run(command, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -48,6 +51,25 @@ def test_commands_run_as_written(command, tmp_path):
         assert document["ok"] is True
         return
     assert document["outputs"] and all(row["error"] is None and row["text"] for row in document["outputs"])
+
+
+def test_the_server_answers_the_line_that_it_prints(tmp_path):
+    """Started as written (on a free port), asked by its own curl line, and ended by SIGTERM."""
+    (command,) = (c for c in commands("bash") if " serve" in c)
+    words = [*shlex.split(command), "--set", f"model_config.output_path={tmp_path}", "server_config.port=0"]
+    environment = os.environ | {"PYTHON": sys.executable}
+    with subprocess.Popen(
+        words, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            curl = next(found[1] for line in server.stderr if (found := re.search(r"to try: (curl .*)", line)))
+            reply = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, timeout=120)
+            server.terminate()
+            document = json.loads(server.communicate(timeout=120)[0].strip().splitlines()[-1])
+        finally:
+            server.kill()
+    assert json.loads(reply.stdout)["choices"][0]["message"]["content"], reply.stderr
+    assert server.returncode == 0 and document["command"] == "serve" and document["answered"] >= 1
 
 
 def test_the_suite_is_a_command_of_the_readme():

@@ -16,6 +16,7 @@ from typing import Any
 
 from executor.cluster.jobs import REMIND_S
 from executor.cluster.process import End
+from executor.cluster.ray_install import missing_ray
 from executor.cluster.worker import Worker
 from executor.errors import UserError
 from executor.host.env import REPO_ROOT, environment, set_where_unset
@@ -25,7 +26,6 @@ from executor.recipe.settle import resolve_device
 
 logger = logging.getLogger(__name__)
 
-INSTALL = "pip install -r requirements-ray.txt"
 STORE_BYTES = 128 * 1024 * 1024  # of a cluster of this machine's own: nothing of ours lies in Ray's object store
 LOOK_S = 0.5
 CALL_S = 30.0
@@ -155,10 +155,7 @@ def _import_ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise UserError(
-            f"server_config.replicas and parallel_config.ray_jobs need Ray ({error}); install it on every node of the "
-            f"cluster: {INSTALL}"
-        ) from error
+        raise missing_ray(str(error)) from error
     with contextlib.suppress(ValueError):
         import executor.cluster.worker as worker
 

@@ -24,7 +24,7 @@ from executor.engine.replica import Replica
 from executor.engine.runner import FAULTS, Runner
 from executor.engine.writing import Answer, Piece, unreadable
 from executor.errors import UserError
-from executor.schedule.request import FinishReason, Prompt, Request, SamplingParams, Status
+from executor.schedule.request import GRAMMAR_ENDS, FinishReason, Prompt, Request, SamplingParams, Status
 from executor.schedule.scheduler import Scheduler
 
 Question = Prompt | str | Sequence[Mapping[str, Any]]
@@ -45,6 +45,7 @@ class Engine:
         self.vocab_size = vocab_size
         self.matchers = Matchers(processor.tokenizer, vocab_size, processor.eos_token_ids)
         self._answers: dict[str, Answer] = {}
+        self._answers_of: dict[str, dict[str, Answer]] = {}  # the same, by the id that their `n` share
         self._pieces: deque[Piece] = deque()  # of requests that were `add`ed: for the next `step`
         self._unreadable: deque[Answer] = deque()  # fail with the next step
         self._known_bytes: dict[int, bytes] = {}  # of the tokens that were read
@@ -225,12 +226,12 @@ class Engine:
         """Take in all of these, or none: they are checked before the first is queued. Returns their ids."""
         answers: list[Answer] = []
         ids: list[str] = []
-        in_use = {answer.parent_id for answer in self._answers.values()}
+        given: set[str] = set()
         for prompt, params, request_id in asked:
             check_params(params, self.vocab_size)
             params = with_seed(params)
-            ids.append(self._request_id(request_id, in_use))
-            in_use.add(ids[-1])
+            ids.append(self._request_id(request_id, given))
+            given.add(ids[-1])
             bad_words = BadWords.of(self.processor.tokenizer, params.bad_words)
             self._check_first_token(params, bad_words)
             for index in range(params.n):
@@ -245,6 +246,7 @@ class Engine:
         for answer in answers:
             self.scheduler.add(answer.request)
             self._answers[answer.request.id] = answer
+            self._answers_of.setdefault(answer.parent_id, {})[answer.request.id] = answer
         return ids
 
     def _check_first_token(self, params: SamplingParams, bad_words: BadWords | None) -> None:
@@ -260,13 +262,14 @@ class Engine:
                 "tokens, rule out; allow more tokens, or rule out fewer"
             )
 
-    def _request_id(self, asked: str | None, in_use: set[str]) -> str:
-        """The id that was asked for, or a new one. UserError where it cannot be had."""
+    def _request_id(self, asked: str | None, given: set[str]) -> str:
+        """The id that was asked for, or a new one, none of those just `given`. UserError where it cannot be had."""
         if asked is None:
-            return next(name for number in self._ids if (name := f"request-{number}") not in in_use)
+            names = (f"request-{number}" for number in self._ids)
+            return next(name for name in names if name not in self._answers_of and name not in given)
         if not isinstance(asked, str) or not asked:
             raise UserError(f"request_id is {asked!r}; allowed: a text that is not empty, or None for a new id")
-        if asked in in_use:
+        if asked in self._answers_of or asked in given:
             raise UserError(f"request id '{asked}' is in use by an unfinished request; choose another")
         return asked
 
@@ -314,7 +317,7 @@ class Engine:
             if request.matcher.take(token_id):
                 self.scheduler.finish(request, FinishReason.STOP)
         except GrammarFault as error:
-            self.scheduler.fail(request, f"its grammar cannot be followed any further: {error}")
+            self.scheduler.fail(request, f"{GRAMMAR_ENDS}: {error}")
 
     def _advance(self, answer: Answer, token_ids: list[int]) -> None:
         """An answer's new tokens, up to a stop string, or to the token that has ended it."""
@@ -349,6 +352,10 @@ class Engine:
         request = answer.request
         if request.status is Status.FINISHED:
             del self._answers[request.id]
+            siblings = self._answers_of[answer.parent_id]
+            del siblings[request.id]
+            if not siblings:
+                del self._answers_of[answer.parent_id]
             self.runner.forget(request)
         logprobs = tuple(request.output_logprobs[-len(token_ids) :]) if request.output_logprobs and token_ids else ()
         prompt_logprobs = None
@@ -361,7 +368,7 @@ class Engine:
 
     def _drop(self, request_id: str) -> None:
         """End a request at its caller's wish. Unread outputs of it go as well, all but the last of a `stream`."""
-        for answer in [answer for answer in self._answers.values() if answer.parent_id == request_id]:
+        for answer in list(self._answers_of.get(request_id, {}).values()):
             self.scheduler.abort(answer.request.id)
             self._emit(answer, (), text="")
         unread = [piece for piece in self._pieces if piece.answer.parent_id != request_id]

@@ -84,8 +84,13 @@ class Vocabulary:
         self.tables = LLTokenizer(self, eos_token=list(self.eos_token_ids))
 
     def __call__(self, text: str) -> list[int]:
-        """For the library."""
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        """For the library, which writes with these tokens what can only go on in one way.
+
+        The text as it stands: no added token is seen in it, and nothing is normalised.
+        """
+        backend = self._tokenizer.backend_tokenizer
+        words = backend.pre_tokenizer.pre_tokenize_str(text)
+        return [token.id for word, _ in words for token in backend.model.tokenize(word)]
 
     def added_id(self, text: str) -> int | None:
         return self._ids.get(text)
@@ -182,7 +187,11 @@ def _loaded(text: str, vocab: Vocabulary) -> tuple[LLMatcher, str | None]:
     mask = np.frombuffer(first.compute_bitmask(), dtype=np.uint8)
     if first.is_error() or not mask.any():
         return start, f"nothing satisfies it ({one_line(first.get_error())})"
-    return start, None
+    forced = first.compute_ff_tokens()
+    if forced and not first.is_error():  # what can only go on in one way may do so without an end
+        first.consume_token(forced[0])
+        first.compute_bitmask()
+    return start, first.get_error() if first.is_error() else None
 
 
 def one_line(message: str) -> str:
@@ -204,7 +213,10 @@ Finish = Callable[[dict[str, Any]], dict[str, Any]]
 
 def _json_schema(grammar: Grammar, finish: Finish) -> str:
     schema = finish(checked_schema(grammar.source))
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_json_options())
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_json_options())
+    except ValueError as error:  # Python reads more than JSON: halves of characters, NaN, numbers of any size
+        raise UserError(f"the schema is no JSON: {one_line(str(error))}") from error
 
 
 def _json_options() -> dict[str, Any]:

@@ -37,6 +37,7 @@ class Handle:
         self.params = params
         self.lane = lane
         self.prompt: Prompt | None = None  # once it is prepared
+        self.pixel_bytes = 0  # of its media, from then on until it is begun
         self.prepare_s = 0.0
         self.completion: Completion | None = None
         self.failure: Exception | None = None
@@ -93,6 +94,7 @@ class Handle:
                 made, self.params = made
             check(self.params)
             self.prompt = build(made)
+            self.pixel_bytes = sum(item.pixels.nbytes for item in self.prompt.media)
         except Exception as error:  # handed to whoever waits for it, as a future does
             self.refusal = error
         self._make = None  # it may hold a file's bytes

@@ -1,15 +1,16 @@
 """JSON schemas before the grammar library has them: what it cannot see, or would take too long over, is refused here.
 
-Invariant: the schema that comes out allows exactly the values of the one that went in; keywords that rule nothing out
-are dropped where the library knows none of their kind. What JSON Schema says nothing about is an annotation.
+Invariant: the schema that comes out allows exactly the values of the one that went in (but for whole numbers beyond
+2**53, see `_check_numbers`); keywords that rule nothing out are dropped where the library knows none of their kind, and
+well-known patterns that it cannot read are written otherwise. What JSON Schema says nothing about is an annotation.
 Does not know the library, tokens or requests.
 """
 
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
-from math import lcm
 from typing import Any
 
 from executor.errors import UserError
@@ -32,6 +33,30 @@ ANNOTATIONS = (
     *("contentEncoding", "contentMediaType", "contentSchema", "discriminator", "nullable", "strict", "name"),
 )
 FREE_FORMATS = ("password", "binary")  # of OpenAPI: how a text is shown or carried, not which texts there are
+FORMATS = (
+    *("date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6", "uri"),
+    *(
+        "uri-reference",
+        "iri",
+        "iri-reference",
+        "uuid",
+        "uri-template",
+        "json-pointer",
+        "relative-json-pointer",
+        "regex",
+    ),
+)
+"""Those of JSON Schema. Another name beside a pattern (zod's "ulid") names what the pattern says."""
+SAME_PATTERNS = {
+    # Pydantic's Decimal: a number with one digit or more.
+    r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$": r"^[+-]?(\d+\.?\d*|\.\d+)$",
+    # zod's email: no dot at the beginning of the local part or at its end, nor two that follow each other.
+    r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$": (
+        r"^([A-Za-z0-9_'+-]+\.)*[A-Za-z0-9_'+-]*[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+    ),
+}
+"""Patterns with look-around, which the library does not read, that schema writers put out -> the same without."""
+_BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = (
@@ -60,10 +85,15 @@ def checked_schema(source: str) -> dict[str, Any]:
         _check_keys(part, place)
         _check_properties(part, place)
         multiples.add(_multiple(part, place))
+        _check_numbers(part, place)
         _drop_idle(part)
-    if lcm(*multiples) > MAX_MULTIPLE:
+        _list_names(part, schema)
+        if isinstance(part.get("pattern"), str):
+            part["pattern"] = SAME_PATTERNS.get(part["pattern"], part["pattern"])
+    common = math.lcm(*multiples)
+    if common > MAX_MULTIPLE:
         raise UserError(
-            f"the schema's multipleOf have the least common multiple {lcm(*multiples)} (in units of their last digit); "
+            f"the schema's multipleOf have the least common multiple {common} (in units of their last digit); "
             f"at most {MAX_MULTIPLE} can be enforced"
         )
     schema.pop("x-guidance", None)  # options of the library are this server's
@@ -135,6 +165,42 @@ def _multiple(part: Mapping[str, Any], place: str) -> int:
     return int("".join(map(str, digits)))
 
 
+def _check_numbers(part: dict[str, Any], place: str) -> None:
+    """The library takes numbers as float64. A bound between two of them becomes the one inside; a value is refused."""
+    for key in ("const", "enum"):
+        for number in _whole_numbers(part.get(key)):
+            if _float_near(number) != number:
+                raise UserError(
+                    f"{place}.{key} holds {str(number)[:40]}, which is no exact float64, and numbers are read as such; "
+                    "give it as a text"
+                )
+    for key in _BOUNDS:
+        value = part.get(key)
+        if isinstance(value, int) and not isinstance(value, bool) and _float_near(value) != value:
+            near, is_lower = _float_near(value), key in ("minimum", "exclusiveMinimum")
+            if math.isfinite(near) and (near < value) == is_lower:
+                near = math.nextafter(near, math.inf if is_lower else -math.inf)
+            if not math.isfinite(near):
+                raise UserError(f"{place}.{key} is {str(value)[:40]}...; allowed: numbers that a float64 can hold")
+            part[key] = int(near)
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, list | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _whole_numbers(each)
+
+
+def _float_near(value: int) -> float:
+    """Infinite where float64 has nothing as large."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 def _drop_idle(part: dict[str, Any]) -> None:
     """Take out what rules nothing out."""
     if part.get("uniqueItems") is False:
@@ -144,8 +210,31 @@ def _drop_idle(part: dict[str, Any]) -> None:
     for key in ("dependentRequired", "dependentSchemas", "dependencies"):
         if part.get(key) == {}:
             del part[key]
-    if part.get("format") in FREE_FORMATS:
+    if part.get("format") in FREE_FORMATS or ("pattern" in part and part.get("format", FORMATS[0]) not in FORMATS):
         del part["format"]
+
+
+def _list_names(part: dict[str, Any], root: Mapping[str, Any]) -> None:
+    """A map whose names are listed (zod's record of an enum, Pydantic's dict of one) as an object with these names."""
+    names = part.get("propertyNames")
+    if isinstance(names, dict) and isinstance(names.get("$ref"), str) and not names.keys() - {"$ref", *ANNOTATIONS}:
+        where, _, name = names["$ref"].rpartition("/")
+        definitions = root.get(where.removeprefix("#/"))
+        names = definitions.get(name) if isinstance(definitions, dict) else None
+    if (
+        not isinstance(names, dict)
+        or names.keys() - {"type", "enum", "const", *ANNOTATIONS}
+        or "patternProperties" in part
+    ):
+        return
+    listed = names.get("enum", [names["const"]] if "const" in names else None)
+    properties = part.get("properties", {})
+    if not isinstance(listed, list) or not isinstance(properties, dict) or names.get("type", "string") != "string":
+        return
+    others = part.get("additionalProperties", True)
+    part["properties"] = {name: properties.get(name, others) for name in listed if isinstance(name, str)}
+    part["additionalProperties"] = False
+    del part["propertyNames"]
 
 
 def _takes_all_names(names: Any) -> bool:

@@ -129,8 +129,11 @@ class EngineLoop:
     def _prepare(self, handle: Handle) -> None:
         """In a preparing thread."""
         handle.prepare(self.engine.prompt, self.engine.check)
+        with self._lock:
+            self._lanes.prepared(handle)
         self._prepared.append(handle)
         self.wake()
+        self._start_preparing()  # the step that runs now may be a long one
 
     def turn(self, wait_s: float = 1.0) -> list[Handle]:
         """Take in what is new and run one step, or wait up to `wait_s` for something to do. In one thread only.
@@ -209,10 +212,13 @@ class EngineLoop:
                 except Exception as error:  # the thread's end would leave everybody waiting
                     self._num_faults += 1
                     logger.exception("a step of the engine failed")
+                    # Other ranks of the same step may be anywhere in it.
+                    if not self.engine.replica.is_alone:
+                        self.fault = error
+                        break
                     for handle in list(self._running.values()):
                         self._end_handle(handle, RuntimeError(f"the step failed: {type(error).__name__}: {error}"))
-                    # Other ranks of the same step may be anywhere in it.
-                    if self._num_faults == MAX_FAULTS or not self.engine.replica.is_alone:
+                    if self._num_faults == MAX_FAULTS:
                         self.fault = error
                         break
         finally:
@@ -284,6 +290,9 @@ class EngineLoop:
         """Pieces to their handles, beside the next step. Returns the handles that end with these."""
         told, ended = [(self._running[piece.answer.parent_id], piece) for piece in pieces], []
         for handle, piece in told:
+            if handle.pixel_bytes:
+                with self._lock:
+                    self._lanes.begun(handle)
             if piece.finish_reason is not None:
                 handle.num_running -= 1
                 if not handle.num_running:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from executor.engine.grammar import GrammarFault
-from executor.schedule.request import Request
+from executor.schedule.request import GRAMMAR_ENDS, Request
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def masked(scores: torch.Tensor, requests: Sequence[Request]) -> Iterator[dict[i
         try:
             mask = request.matcher.barred()
         except GrammarFault as error:
-            faults[row] = f"its grammar cannot be followed any further: {error}"
+            faults[row] = f"{GRAMMAR_ENDS}: {error}"
             continue
         if mask is not None:
             rows.append(row)

@@ -35,7 +35,7 @@ from executor.engine.masks import masked
 from executor.engine.noise import as_int64, gumbel_noise, least_bits, may_reach, noise_key
 from executor.engine.penalties import Penalties
 from executor.engine.token_rules import TokenRules
-from executor.schedule.request import Request, SamplingParams
+from executor.schedule.request import NO_SCORE_LEFT, Request, SamplingParams
 
 _FAILED, _OPEN = -1, -2  # in place of a token id on its way to the host
 _BLOCK = 256  # chunks whose noise is made at a time: it stays in the cache
@@ -321,7 +321,7 @@ def _reason(logits: torch.Tensor, num_tokens: int, dtype: torch.dtype) -> str:
             f"{check}"
         )
     return (
-        f"{where}: min_new_tokens, allowed_token_ids, bad_words, the grammar and the penalties leave no finite score; "
+        f"{where}: min_new_tokens, allowed_token_ids, bad_words, the grammar and the penalties {NO_SCORE_LEFT}; "
         "lower min_new_tokens or the penalties, allow more tokens or bar fewer words"
     )
 

@@ -23,7 +23,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from executor.errors import UserError
-from executor.media.hosts import DOMAINS_KEY, PRIVATE_KEY, HostRule, IPAddress, Place, parse_place, reach_of, shown
+from executor.media.hosts import (
+    PRIVATE_KEY,
+    HostRule,
+    IPAddress,
+    Place,
+    key_for,
+    parse_place,
+    reach_of,
+    shown,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +99,11 @@ class Fetcher:
         """The address taken apart. Raises UserError, naming the key, where its host is not allowed. Asks nobody."""
         place = parse_place(url)
         if not any(rule.fits(place) for rule in (*self.hosts, *self.private_hosts)):
-            key = DOMAINS_KEY if place.address is None else PRIVATE_KEY
+            key = key_for(place)
+            advice = f"add it to {key}, or send" if key else "no list helps with such an address; send"
             raise UserError(
-                f"{shown(url)}: {place.host_header} is not among the hosts that media may be fetched from; add it to "
-                f"{key}, or send the media as a base64 data: URL"
+                f"{shown(url)}: {place.host_header} is not among the hosts that media may be fetched from; {advice} "
+                "the media as a base64 data: URL"
             )
         return place
 

@@ -104,6 +104,15 @@ class HostRule:
         return place.host.endswith(f".{self.name}") if self.below else place.host == self.name
 
 
+def key_for(place: Place) -> str | None:
+    """The list that a host would have to be on, None where none helps. Of names only localhost is seen to be private,
+    as none is resolved."""
+    if place.address is None:
+        is_local = place.host == "localhost" or place.host.endswith(".localhost")
+        return PRIVATE_KEY if is_local else DOMAINS_KEY
+    return {"public": DOMAINS_KEY, "private": PRIVATE_KEY, "never": None}[reach_of(place.address)]
+
+
 def parse_rules(entries: Sequence[str], key: str) -> tuple[HostRule, ...]:
     """Rules of a recipe's list: `example.org`, `*.example.org`, `10.0.0.5:9000`, `[fd00::5]:9000`.
 

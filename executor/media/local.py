@@ -48,6 +48,8 @@ class Folder:
                 real = os.path.realpath(os.path.join(self.root, path))
             except (OSError, ValueError) as error:  # a zero byte, half a character
                 raise UserError(f"{_short(name)}: not a path ({error})") from error
+            if real == self.root:
+                raise UserError(f"{_short(name)}: is the folder itself that {FOLDER_KEY} allows; name a file in it")
             if not self.holds(real):
                 outside = True
             elif os.path.exists(real):

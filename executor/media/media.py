@@ -25,7 +25,7 @@ from PIL import Image
 from executor.errors import UserError, nearest
 from executor.media.fetch import Fetcher
 from executor.media.formats import HEAD_BYTES, Kind, foreign, sniff
-from executor.media.hosts import DOMAINS_KEY, shown
+from executor.media.hosts import DOMAINS_KEY, key_for, parse_place, shown
 from executor.media.local import FOLDER_KEY, Folder, opened_path
 
 Content = Path | bytes | Image.Image | np.ndarray | tuple["Media", ...]
@@ -169,8 +169,12 @@ def web_addresses(source: object) -> Iterator[str]:
 
 def _fetcher(url: str, limits: MediaLimits) -> Fetcher:
     if limits.fetcher is None:
+        try:
+            key = key_for(parse_place(url)) or DOMAINS_KEY
+        except UserError:  # no whole address
+            key = DOMAINS_KEY
         raise UserError(
-            f"{shown(url)}: http(s) addresses are not read here, because {DOMAINS_KEY} is empty; add the host to it, "
+            f"{shown(url)}: http(s) addresses are not read here, because {key} is empty; add the host to it, "
             f"or give the media as {'a path or ' if limits.paths else ''}a base64 data: URL"
         )
     return limits.fetcher

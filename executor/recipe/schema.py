@@ -240,6 +240,8 @@ class ServerSection(Section):
     """Folder below which requests may name files, by path or as file:///path. null: none."""
     max_body_bytes: Positive = 512 * 1024 * 1024
     """Bytes of one HTTP request."""
+    max_held_body_bytes: Positive = 1024 * 1024 * 1024
+    """Bytes of all requests that wait, together. Further ones of more than 64 KiB are not read until there is room."""
     max_pictures: Annotated[int, Field(ge=0)] = 16
     """Pictures of one request."""
     max_videos: Annotated[int, Field(ge=0)] = 4

@@ -15,6 +15,14 @@ import numpy as np
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
 THINK_BEGIN, THINK_END = "<think>", "</think>"
 
+GRAMMAR_ENDS = "its grammar cannot be followed any further"
+NO_SCORE_LEFT = "leave no finite score"
+
+
+def is_own_fault(error: str) -> bool:
+    """Whether a request cannot go on because of what it asks for, and would not elsewhere either."""
+    return error.startswith(GRAMMAR_ENDS) or NO_SCORE_LEFT in error
+
 
 @dataclass(frozen=True)
 class Grammar:

@@ -34,6 +34,7 @@ SHORT_SHARE = 4
 class _Record:
     """What the scheduler remembers of an unfinished request."""
 
+    request: Request
     max_output_tokens: int
     end_ids: frozenset[int]  # tokens that may end the answer
     digests: BlockDigests
@@ -115,6 +116,7 @@ class Scheduler:
         # The last token of an answer is never computed, hence the one more than the pool has slots.
         room_tokens = min(self.max_model_len, self.pool.num_blocks * self.pool.block_size + 1) - num_prompt
         self._records[request.id] = _Record(
+            request,
             max_output_tokens=min(request.params.max_new_tokens, room_tokens),
             end_ids=self._end_ids(request.params),
             digests=BlockDigests(request, self.pool.block_size),
@@ -125,11 +127,11 @@ class Scheduler:
 
     def abort(self, request_id: str) -> Request | None:
         """Drop a request, also between `schedule` and `update`; None when there is no such unfinished request."""
-        for request in (*self._running, *self._waiting):
-            if request.id == request_id:
-                self.finish(request, FinishReason.ABORT)
-                return request
-        return None
+        record = self._records.get(request_id)
+        if record is None:
+            return None
+        self.finish(record.request, FinishReason.ABORT)
+        return record.request
 
     def fail(self, request: Request, error: str) -> None:
         """End a request that cannot go on, also between `schedule` and `update`; `error` says why."""
@@ -257,10 +259,7 @@ class Scheduler:
         if request.params.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {request.params.max_new_tokens}, at least 1 is needed")
         if num_prompt >= self.max_model_len:
-            raise UserError(
-                f"maximum context length is {self.max_model_len} tokens, the prompt has {num_prompt} tokens and leaves "
-                f"no room for an answer; {_what_shortens(request.prompt)}, or raise scheduler_config.max_model_len"
-            )
+            raise no_room(request.prompt, self.max_model_len)
         num_needed = self.pool.num_blocks_for(num_prompt + 1)
         if num_needed > self.pool.num_blocks:
             raise UserError(
@@ -484,6 +483,17 @@ def _scored(request: Request, start: int, end: int) -> range:
         return range(0)
     # The logits of a token judge the one behind it; what was known before a preemption is not asked for again.
     return range(max(start, len(request.prompt_logprobs) - 1), min(end, len(request.prompt.token_ids) - 1))
+
+
+def no_room(prompt: Prompt, max_model_len: int, where: str | None = None) -> UserError:
+    """Of a prompt that leaves no room for an answer. `where`: the request's field that holds it."""
+    num_prompt = len(prompt.token_ids)
+    return UserError(
+        f"maximum context length is {max_model_len} tokens, requested {num_prompt + 1} or more: the "
+        f"prompt has {num_prompt} tokens and leaves no room for an answer; {_what_shortens(prompt)}, "
+        "or raise scheduler_config.max_model_len",
+        where=where,
+    )
 
 
 def _what_shortens(prompt: Prompt) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from executor.serve.asks import Delta, Done, Event, Failure, TokenInfo
-from executor.serve.errors import ApiError, of_failure
+from executor.serve.errors import of_answer, of_failure
 from executor.serve.feed import Feed, Joined
 
 
@@ -44,7 +44,7 @@ class Answers:
     def add(self, delta: Delta) -> None:
         """Raises ApiError for an answer that failed."""
         if delta.error is not None:
-            raise ApiError(500, delta.error)
+            raise of_answer(delta)
         answer = self.answers[delta.index]
         answer.text += delta.text
         answer.token_ids += delta.token_ids

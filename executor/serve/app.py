@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -39,11 +40,16 @@ ERRORS = {
     "5XX": {"model": ErrorReply, "description": "The request failed, or may come again later"},
 }
 ANTHROPIC_ERRORS = {name: {"description": words["description"]} for name, words in ERRORS.items()}
+NEAR = 0.8  # how alike a path must be to one that is served, to be a slip of it: /chat is none of /health
+PAGE_PATHS = "/page/"  # what the chat page asks for
 OPEN_PATHS = ("/", "/health", "/ping")  # without the key: the page asks for it
 
 
 def build_app(service: Service) -> FastAPI:
-    app = FastAPI(title="Qwen-VL", docs_url=None, redoc_url=None, middleware=list(_middleware(service.recipe.server)))
+    app = FastAPI(
+        title="Qwen-VL", version=models.VERSION, docs_url=None, redoc_url=None,
+        middleware=list(_middleware(service.recipe.server)),
+    )  # fmt: skip
     app.state.service = service
     app.state.responses = ResponseStore()
     for router in ROUTERS:
@@ -68,7 +74,7 @@ def _middleware(settings: ServerSection) -> Iterator[Middleware]:
     yield Middleware(Net)
     if settings.api_key:
         yield Middleware(KeyGate, key=settings.api_key, open_paths=OPEN_PATHS)
-    yield Middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    yield Middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_held_bytes=settings.max_held_body_bytes)
 
 
 async def _api_error(request: Request, error: ApiError) -> JSONResponse:
@@ -92,8 +98,8 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     path = request.scope["path"]
     asked = f"{request.method} {path}"
     if error.status_code == 404:
-        served = _served(request.app)
-        hint = nearest(path, [each for each, _ in served])
+        served = _served()
+        hint = nearest(path, [each for each, _ in served], NEAR)
         routes = ", ".join(f"{method} {each}" for each, method in served)
         words = f"{asked} is not served here{hint}; served: {routes}"
     elif error.status_code == 405:
@@ -103,7 +109,8 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     return ApiError(error.status_code, words, headers=error.headers).response(request.url.path)
 
 
-def _served(app: FastAPI) -> list[tuple[str, str]]:
-    """(path, method) of every documented route."""
-    paths = app.openapi()["paths"]
-    return [(path, method.upper()) for path, methods in paths.items() for method in methods]
+def _served() -> list[tuple[str, str]]:
+    """(path, method) of every route for clients."""
+    routes = [route for router in ROUTERS for route in router.routes]
+    for_clients = [each for each in routes if isinstance(each, APIRoute) and not each.path.startswith(PAGE_PATHS)]
+    return [(route.path_format, method) for route in for_clients for method in sorted(route.methods)]

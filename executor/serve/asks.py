@@ -47,6 +47,8 @@ class Ask:
     params: SamplingParams
     timeout_s: float | None = None
     fits_exactly: bool = False  # refuse a prompt that leaves no room for params.max_new_tokens; else they are fewer
+    prompt_field: str = "messages"  # of the request's body, for errors
+    limit_field: str = "max_tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class Delta:
     stop_reason: int | str | None = None
     error: str | None = None  # where finish_reason is "error"
     prompt_logprobs: tuple[TokenInfo | None, ...] | None = None  # with the first delta, where asked for
+    is_own_fault: bool = False  # the error is of what the request asks for
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from executor.engine.outputs import Completion, Output
 from executor.engine.prepare import Lane
 from executor.errors import UserError
 from executor.media.fetch import Unreachable
-from executor.schedule.request import Prompt
+from executor.schedule.request import Prompt, is_own_fault
+from executor.schedule.scheduler import no_room
 from executor.serve.asks import Ask, ChatPrompt, Delta, Done, EngineStats, Event, Failure, TextPrompt, TokenInfo
 from executor.serve.feed import Crossing, Feed
 
@@ -94,12 +95,15 @@ class EngineBackend:
         prompt = build_prompt(engine.processor, ask)
         room_tokens = engine.scheduler.max_model_len - len(prompt.token_ids)
         wanted_tokens = ask.params.max_new_tokens if ask.fits_exactly else ask.params.min_new_tokens
-        if wanted_tokens > room_tokens > 0:  # without any room the scheduler says what shortens the prompt
+        if room_tokens <= 0:
+            raise no_room(prompt, engine.scheduler.max_model_len, ask.prompt_field)
+        if wanted_tokens > room_tokens:
             raise UserError(
                 f"this model's maximum context length is {engine.scheduler.max_model_len} tokens, requested "
                 f"{len(prompt.token_ids) + wanted_tokens}: {len(prompt.token_ids)} of the prompt and "
                 f"{'' if ask.fits_exactly else 'at least '}{wanted_tokens} of the answer; shorten the prompt or ask "
-                "for fewer tokens"
+                "for fewer tokens",
+                where=ask.limit_field if ask.fits_exactly else "min_tokens",
             )
         return prompt
 
@@ -153,6 +157,7 @@ def plain_event(event: LoopEvent, handle: Handle) -> Event:
             finish_reason=event.finish_reason and event.finish_reason.value,
             stop_reason=request.stop_reason if event.finished else None,
             error=event.error if event.finished else None,
+            is_own_fault=event.finished and event.error is not None and is_own_fault(event.error),
             prompt_logprobs=event.prompt_logprobs and tuple(x and _token_info(x) for x in event.prompt_logprobs),
         )
     if isinstance(event, Completion):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from executor.serve.asks import Delta, Done, Failure, TokenInfo
-from executor.serve.errors import ApiError, of_failure
+from executor.serve.errors import of_answer, of_failure
 from executor.serve.feed import Feed
 from executor.serve.parser import AnswerParser, Piece
 
@@ -54,7 +54,7 @@ class BlockAnswer:
     def take(self, delta: Delta) -> list[Change]:
         """What a step adds. Raises ApiError for an answer that failed."""
         if delta.error is not None:
-            raise ApiError(500, delta.error)
+            raise of_answer(delta)
         self.num_prompt_tokens, self.num_cached_tokens = delta.num_prompt_tokens, delta.num_cached_tokens
         self.num_output_tokens += len(delta.token_ids)
         self._held += delta.logprobs

@@ -19,6 +19,7 @@ ASIDE_BYTES = 256 * 1024  # larger bodies are parsed in a thread beside the even
 MARKS, MAX_MARKS = (b",", b"[", b"{"), 2_000_000  # each value of a body costs time in which nobody else is answered
 SHOWN_CHARACTERS = 60
 
+_PLACE = re.compile(r"line (\d+) column (\d+)$")  # of a parser's complaint, both from 1, columns in bytes
 _TAG = re.compile(r"\[|^(str|int|float|bool|dict|list|function|nullable)\b|^[A-Z]")
 _ALLOWED = {  # pydantic's error types
     "int_type": "a whole number", "int_from_float": "a whole number", "int_parsing_size": "a whole number",
@@ -68,8 +69,15 @@ async def read_object(request: Request) -> dict[str, Any]:
     """The body's JSON object. Raises ApiError 400."""
     pieces = [piece async for piece in request.stream()]
     if sum(map(len, pieces)) > ASIDE_BYTES:
-        return await asyncio.to_thread(parse_object, pieces)
+        return await asyncio.to_thread(_parse_and_drop, pieces)
     return parse_object(pieces)
+
+
+def _parse_and_drop(pieces: list[bytes]) -> dict[str, Any]:
+    """A large body need not be there in pieces, as a whole and as an object at the same time."""
+    body = b"".join(pieces)
+    pieces.clear()
+    return parse_object((body,))
 
 
 def parse_object(pieces: Sequence[bytes]) -> dict[str, Any]:
@@ -82,13 +90,25 @@ def parse_object(pieces: Sequence[bytes]) -> dict[str, Any]:
     try:
         tree = from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        raise ApiError(400, f"the body is no valid JSON ({error}); allowed: a JSON object in UTF-8") from error
+        what = f"{error}{_found(body, str(error))}"
+        raise ApiError(400, f"the body is no valid JSON ({what}); allowed: a JSON object in UTF-8") from error
     if not isinstance(tree, dict):
         raise ApiError(400, f"the body is {in_json(tree)}; allowed: a JSON object")
     place = _endless(tree)
     if place is not None:
         raise ApiError(400, f"{place} is a number too large for a computer; allowed: numbers below 1e308", param=place)
     return tree
+
+
+def _found(body: bytes, complaint: str) -> str:
+    """The character that the parser stopped at, where it is not ASCII: a full-width comma looks like a comma."""
+    place = _PLACE.search(complaint)
+    if place is None:
+        return ""
+    line, column = int(place[1]), int(place[2])
+    begin = column - 1 + sum(map(len, body.split(b"\n", line - 1)[: line - 1])) + line - 1
+    character = body[begin : begin + 4].decode(errors="ignore")[:1]
+    return f", found {character!r}" if character and not character.isascii() else ""
 
 
 def _endless(tree: dict[str, Any]) -> str | None:
@@ -128,7 +148,10 @@ def in_json(value: Any) -> str:
         value = value[: SHOWN_CHARACTERS + 1]
     elif isinstance(value, list | dict) and len(value) > SHOWN_CHARACTERS:
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        return "nested too deeply to show"
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 

@@ -11,22 +11,26 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from executor.serve.errors import ApiError
+from executor.serve.errors import EXCHANGE, ApiError
 from executor.serve.jsontext import dumps
+from executor.serve.room import Body, Room
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("executor.serve.access")
 
-EXCHANGE = "executor.exchange"  # of the ASGI scope
 REQUEST_ID = "X-Request-ID"
 POLLED = ("/health", "/ping", "/metrics")  # asked every few seconds: not worth a line
 LOGGED_CHARACTERS = 2000  # of each text of a prompt
+REASON_CHARACTERS = 300  # of an error's message
 
 _ID = re.compile(r"[!-~]{1,128}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_DATA_URL = re.compile(r"data:[^\s'\",]*,[^\s'\"]*", re.IGNORECASE)
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Exchange:
     is_whole: bool = False  # the reply was sent to its end
     answer_id: str | None = None
     asked: Mapping[str, Any] | None = None  # the body's object, where prompts are logged
+    error: ApiError | None = None  # that the client was told
 
 
 class AccessLog:
@@ -89,9 +94,19 @@ def _write_line(scope: Scope, exchange: Exchange) -> None:
         line += f" answer={exchange.answer_id}"
     if not exchange.is_whole:
         line += " (cut off)"
+    if exchange.error is not None:
+        line += f" {_reason(exchange.error)}"
     if exchange.asked is not None:
         line += f" {dumps(shortened(exchange.asked))}"
     access.log(level, "%s", line)
+
+
+def _reason(error: ApiError) -> str:
+    """An error in one line, without what a picture holds."""
+    words = _CONTROL.sub(" ", _DATA_URL.sub("data:...", error.message))
+    words = words if len(words) <= REASON_CHARACTERS else f"{words[:REASON_CHARACTERS]}..."
+    named = [f"{name}={value}" for name, value in (("code", error.code), ("param", error.param)) if value]
+    return " ".join([*named, f"error={dumps(words)}"])
 
 
 def shortened(tree: Any) -> Any:
@@ -159,8 +174,11 @@ class OriginGate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS") and "*" not in self.allowed:
             headers = Headers(scope=scope)
-            origin = headers.get("origin", "")
-            if headers.get("sec-fetch-site") in ("cross-site", "same-site") and origin not in self.allowed:
+            origin, site = headers.get("origin", ""), headers.get("sec-fetch-site")
+            is_foreign = site in ("cross-site", "same-site")
+            if site is None and origin:  # http from another machine: browsers name the page alone
+                is_foreign = urlsplit(origin).netloc != headers.get("host")
+            if is_foreign and origin not in self.allowed:
                 words = f"the web page {origin or 'of another address'} may not ask this server; its operator can allow"
                 await ApiError(403, f"{words} it in server_config.allowed_origins").response(scope["path"])(
                     scope, receive, send
@@ -170,11 +188,15 @@ class OriginGate:
 
 
 class BodyLimit:
-    """Refuses a body of more than `max_bytes` before it is read, and one of unknown length when it has passed them."""
+    """Refuses a body of more than `max_bytes` before it is read, and one of unknown length when it has passed them.
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    All bodies whose requests are not answered yet hold about `max_held_bytes` at most: further ones wait unread.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, max_held_bytes: int) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.room = Room(max_held_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -184,17 +206,26 @@ class BodyLimit:
         if length.isdecimal() and int(length) > self.max_bytes:
             await self._error(f"{length} bytes").response(scope["path"])(scope, receive, send)
             return
-        num_bytes = 0
+        body = Body()
 
         async def receive_counting() -> Message:
-            nonlocal num_bytes
+            await self.room.wait(body)
             message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self.max_bytes:
+            is_last = not message.get("more_body")
+            self.room.add(body, len(message.get("body", b"")), is_last=is_last)
+            if body.num_bytes > self.max_bytes:
                 raise self._error("more")
             return message
 
-        await self.app(scope, receive_counting, send)
+        async def send_noting(message: Message) -> None:
+            if message["type"] == "http.response.start":  # what was asked is with the engine, or done
+                self.room.leave(body)
+            await send(message)
+
+        try:
+            await self.app(scope, receive_counting, send_noting)
+        finally:
+            self.room.leave(body)
 
     def _error(self, size: str) -> ApiError:
         words = f"the body has {size}; allowed: {self.max_bytes} bytes (server_config.max_body_bytes)"

@@ -12,7 +12,7 @@ import logging
 from functools import partial
 
 from executor.engine.loop import QueueFull
-from executor.errors import UserError
+from executor.errors import EngineEnded, UserError
 from executor.serve import wire
 from executor.serve.asks import Ask, Done, EngineStats, Event, Failure
 from executor.serve.backends import Backend
@@ -107,7 +107,7 @@ async def attend(peer: Peer, backend: Backend) -> None:
         if backend.fault is not None:
             peer.send({"fault": backend.fault})
             await peer.flush()
-            raise RuntimeError(f"the engine has ended: {backend.fault}")
+            raise EngineEnded(f"the engine has ended: {backend.fault}")
         if not serving.result():
             raise RuntimeError("the front door is gone: its process or the network has ended")
     finally:

@@ -5,76 +5,28 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from executor.errors import UserError
+from executor.errors import EngineEnded
 from executor.recipe.schema import ServerSection
-from executor.serve.errors import ApiError
-from executor.serve.jsontext import dumps
+from executor.serve.connection import KEEP_ALIVE_S, Connection, Server
+from executor.serve.listener import BACKLOG, SIGNALS
 from executor.serve.service import Service
-from executor.serve.settings import check_settings
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 2048  # connections that wait to be accepted: as large as a benchmark's burst
-KEEP_ALIVE_S = 60
 POLL_S = 0.05
 CLOSE_S = 2.0  # that a client has to read the last of its answer, once nothing more is computed
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-def interrupt(number: int, frame: Any) -> None:
-    """While the model is loaded a signal ends the command as Ctrl-C does."""
-    raise KeyboardInterrupt(signal.Signals(number).name)
-
-
-class Protocol(HttpToolsProtocol):
-    """What is no HTTP at all is told so in the errors' one form."""
-
-    def send_400_response(self, msg: str) -> None:
-        body = dumps(ApiError(400, msg).body).encode()
-        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head.encode() + body)
-        self.transport.close()
-
-
-class Server(uvicorn.Server):
-    """Signals are this module's own."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def listen(settings: ServerSection) -> socket.socket:
-    """The listening socket. Raises UserError for settings that cannot work, or an address that cannot be had."""
-    check_settings(settings)
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-        listener.listen(BACKLOG)  # whoever connects from now on waits until the application runs
-    except (OSError, TypeError, ValueError) as error:
-        listener.close()
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"server_config: {settings.host!r}, port {settings.port} cannot be listened on ({reason}); choose another "
-            "with --host and --port"
-        ) from error
-    return listener
 
 
 def config_of(app: FastAPI, settings: ServerSection) -> uvicorn.Config:
     """How HTTP is spoken. `access_log`: the application writes its own."""
     return uvicorn.Config(
         app, log_config=None, access_log=False, backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_S, lifespan="off",
-        ws="none", http=Protocol, ssl_certfile=settings.ssl_certfile, ssl_keyfile=settings.ssl_keyfile,
+        ws="none", http=Connection, ssl_certfile=settings.ssl_certfile, ssl_keyfile=settings.ssl_keyfile,
         server_header=False,
     )  # fmt: skip
 
@@ -82,7 +34,7 @@ def config_of(app: FastAPI, settings: ServerSection) -> uvicorn.Config:
 async def serve(
     app: FastAPI, service: Service, listener: socket.socket, signals: Iterable[signal.Signals] = SIGNALS
 ) -> None:
-    """Until one of `signals`, or the backend's fault: RuntimeError then. The first signal lets what runs come to its
+    """Until one of `signals`, or the backend's fault: EngineEnded then. The first signal lets what runs come to its
     end within drain_timeout_s; a second one, and the end of that time, ends it at once."""
     settings = service.recipe.server
     server = Server(config_of(app, settings))
@@ -116,7 +68,7 @@ async def serve(
         for number in signals:
             loop.remove_signal_handler(number)
     if fault is not None:
-        raise RuntimeError(f"the engine has ended: {fault}")
+        raise EngineEnded(f"the engine has ended: {fault}")
 
 
 async def _closed(server: Server, running: asyncio.Future[None]) -> None:

@@ -1,14 +1,10 @@
-"""server_config before and at the start: what cannot work is refused, and what a user wants to know is told."""
+"""server_config at the start: what a user wants to know is told."""
 
 import ipaddress
 import json
 import shlex
-import ssl
 from collections.abc import Iterator
-from pathlib import Path
-from urllib.parse import urlsplit
 
-from executor.errors import UserError
 from executor.recipe.schema import ServerSection
 from executor.schedule.request import SamplingParams
 from executor.serve.service import Service
@@ -19,34 +15,6 @@ SHOWN = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "min_new_tokens", "stop", "stop_token_ids", "ignore_eos", "n",
 )  # fmt: skip
-
-
-def check_settings(settings: ServerSection) -> None:
-    """Raises UserError for a certificate that cannot be used, or origins that no browser names so."""
-    for origin in settings.allowed_origins:
-        parts = urlsplit(origin)
-        if origin != "*" and (not parts.netloc or f"{parts.scheme}://{parts.netloc}" != origin):
-            raise UserError(
-                f"server_config.allowed_origins holds {origin!r}; allowed: scheme, host and port as in "
-                'https://host:8443, without a path or a slash at the end, or "*"'
-            )
-    if settings.ssl_keyfile and not settings.ssl_certfile:
-        raise UserError("server_config.ssl_keyfile is set without ssl_certfile; set both, or neither for http")
-    if settings.ssl_certfile:
-        _check_certificate(settings.ssl_certfile, settings.ssl_keyfile)
-
-
-def _check_certificate(certificate: str, key: str | None) -> None:
-    for name, path in (("ssl_certfile", certificate), ("ssl_keyfile", key)):
-        if path is not None and not Path(path).is_file():
-            raise UserError(f"server_config.{name}: there is no file '{path}'; give a file in PEM form")
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
-    except (OSError, ValueError) as error:  # SSLError is an OSError
-        raise UserError(
-            f"server_config.ssl_certfile '{certificate}' with the key '{key or certificate}' cannot be used ({error}); "
-            "give a certificate and its key in PEM form, the key without a password"
-        ) from error
 
 
 def is_loopback(host: str) -> bool:

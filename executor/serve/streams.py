@@ -13,7 +13,7 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from executor.serve.errors import ApiError, hung_up
+from executor.serve.errors import ApiError, hung_up, note_error
 from executor.serve.feed import Feed, Joined
 from executor.serve.jsontext import dumps
 
@@ -73,7 +73,7 @@ class EventStream(Response):
         return cls(feed, first, lines, write_error, media_type)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writer = asyncio.ensure_future(self._write(send))
+        writer = asyncio.ensure_future(self._write(scope, send))
         leaver = asyncio.ensure_future(_hung_up(receive))
         try:
             await asyncio.wait((writer, leaver), return_when=asyncio.FIRST_COMPLETED)
@@ -85,13 +85,14 @@ class EventStream(Response):
                 task.cancel()
             await asyncio.gather(writer, leaver, return_exceptions=True)
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self._first.encode(), "more_body": True})
         try:
             async for line in self._lines:
                 await send({"type": "http.response.body", "body": line.encode(), "more_body": True})
         except ApiError as error:
+            note_error(scope, error)
             await send({"type": "http.response.body", "body": self._write_error(error).encode(), "more_body": True})
             await asyncio.sleep(READ_ERROR_S)
             return  # without the end of the body: the server closes the connection

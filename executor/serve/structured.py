@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from executor.errors import UserError
-from executor.prompt.messages import describe
 from executor.schedule.request import THINK_BEGIN, THINK_END, Grammar
 from executor.serve.asks import ChatPrompt
+from executor.serve.bodies import in_json
 from executor.serve.errors import ApiError, in_words
 
 ANY_OBJECT = {"type": "object"}
+NO_PARAMETERS = {"type": "object", "properties": {}}  # of a function that names none
 KINDS = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "ebnf"}
 HINTS = ("disable_fallback", "backend")  # of structured_outputs: change no answer here, where nothing falls back
 FORMATS = "text, json_object or json_schema"
@@ -25,7 +26,7 @@ CHOICES = 'none, auto, required or {"type": "function", "function": {"name": ...
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the model may call. `parameters`: a JSON schema; None takes any object."""
+    """A function that the model may call. `parameters`: a JSON schema; None takes no arguments, as in OpenAI's API."""
 
     name: str
     parameters: Any = None
@@ -144,11 +145,11 @@ def _response_format(value: Any) -> Grammar | None:
     if kind == "json_object":
         return _grammar("json", ANY_OBJECT, place)
     if kind != "json_schema":
-        raise _refused(place, f"{place} is {describe(value)}; allowed: an object whose type is {FORMATS}")
+        raise _refused(place, f"{place} is {in_json(value)}; allowed: an object whose type is {FORMATS}")
     wrapper = value.get("json_schema", value)
     if not isinstance(wrapper, Mapping) or not isinstance(wrapper.get("schema"), dict | bool):
         raise _refused(
-            place, f'{place}.json_schema is {describe(wrapper)}; allowed: {{"name": ..., "schema": a JSON schema}}'
+            place, f'{place}.json_schema is {in_json(wrapper)}; allowed: {{"name": ..., "schema": a JSON schema}}'
         )
     return _grammar("json", wrapper["schema"], f"{place}.json_schema")
 
@@ -156,8 +157,9 @@ def _response_format(value: Any) -> Grammar | None:
 def _structured_outputs(value: Any) -> Grammar | None:
     place = "structured_outputs"
     if not isinstance(value, Mapping):
-        raise _refused(place, f"{place} is {describe(value)}; allowed: an object with one of {', '.join(KINDS)}")
-    said = {name: each for name, each in value.items() if each is not None and each is not False}
+        raise _refused(place, f"{place} is {in_json(value)}; allowed: an object with one of {', '.join(KINDS)}")
+    # false is a schema too, which nothing fits; of the others it means not asked for
+    said = {name: each for name, each in value.items() if each is not None and (each is not False or name == "json")}
     for name in said:
         if name not in (*KINDS, "json_object", *HINTS):
             raise _refused(
@@ -183,7 +185,7 @@ def _grammar(name: str, value: Any, place: str) -> Grammar:
     else:
         allowed, fits = "a text that is not empty", isinstance(value, str) and bool(value)
     if not fits:
-        raise _refused(place, f"{place} is {describe(value)}; allowed: {allowed}")
+        raise _refused(place, f"{place} is {in_json(value)}; allowed: {allowed}")
     return Grammar(KINDS[name], value if isinstance(value, str) else _dumps(value, place), asked_by=place)
 
 
@@ -206,15 +208,13 @@ def _tools(fields: Mapping[str, Any]) -> list[Tool]:
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str) or not name or value.get("type", "function") != "function":
             raise _refused(
-                place, f'{place} is {describe(value)}; allowed: {{"type": "function", "function": {{"name": ...}}}}'
+                place, f'{place} is {in_json(value)}; allowed: {{"type": "function", "function": {{"name": ...}}}}'
             )
         parameters, is_strict = function.get("parameters"), function.get("strict")
         if parameters is not None and not isinstance(parameters, dict):
-            raise _refused(
-                place, f"{place}: parameters are {describe(parameters)}; allowed: a JSON schema of an object"
-            )
+            raise _refused(place, f"{place}: parameters are {in_json(parameters)}; allowed: a JSON schema of an object")
         if is_strict is not None and not isinstance(is_strict, bool):
-            raise _refused(place, f"{place}: strict is {describe(is_strict)}; allowed: true or false")
+            raise _refused(place, f"{place}: strict is {in_json(is_strict)}; allowed: true or false")
         if name in [tool.name for tool in tools]:
             raise _refused(place, f"{place}: the name '{name}' is given twice; give each tool its own")
         tools.append(Tool(name, parameters, bool(is_strict)))
@@ -232,10 +232,10 @@ def _choice(fields: Mapping[str, Any]) -> str | Tool:
         named = [tool for tool in tools if tool.name == name]
         if not named:
             given = ", ".join(tool.name for tool in tools) or "nothing, as there are no tools"
-            raise _refused("tool_choice", f"tool_choice names {describe(name)}; allowed: {given}")
+            raise _refused("tool_choice", f"tool_choice names {in_json(name)}; allowed: {given}")
         return named[0]
     if value not in ("none", "auto", "required"):
-        raise _refused("tool_choice", f"tool_choice is {describe(value)}; allowed: {CHOICES}")
+        raise _refused("tool_choice", f"tool_choice is {in_json(value)}; allowed: {CHOICES}")
     if value == "required" and not tools:
         raise _refused("tool_choice", "tool_choice is required, but there are no tools; give tools, or none")
     return value
@@ -253,13 +253,17 @@ def _calls(fields: Mapping[str, Any], tools: Sequence[Tool], choice: str | Tool,
         tools, is_parallel = (choice,), False
     is_lazy = choice == "auto" and form is None
     source: dict[str, Any] = {"parallel": is_parallel}
-    source["tools"] = [
-        {"name": tool.name, "parameters": tool.parameters if tool.is_strict or choice != "auto" else None}
-        for tool in tools
-    ]
+    source["tools"] = [{"name": tool.name, "parameters": _enforced_parameters(tool, choice)} for tool in tools]
     if form is not None and choice == "auto":
         source["else"] = form.source
     return Grammar("calls", _dumps(source, "tools"), is_lazy=is_lazy, asked_by="tools")
+
+
+def _enforced_parameters(tool: Tool, choice: str | Tool) -> Any:
+    """The schema of a call's arguments; None where any object is taken."""
+    if choice == "auto" and not tool.is_strict:
+        return None
+    return NO_PARAMETERS if tool.parameters is None else tool.parameters
 
 
 def _refused(place: str, message: str) -> ApiError:

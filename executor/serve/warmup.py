@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from executor.errors import EngineEnded
 from executor.schedule.request import Grammar, SamplingParams
 from executor.serve.asks import Ask, ChatPrompt, Delta, Done, Failure
 from executor.serve.backends import Backend
@@ -37,7 +38,7 @@ async def warm_up(backend: Backend) -> None:
     ):
         reason = await _ask(backend, Ask(f"warm-up-{name}", ChatPrompt([{"role": "user", "content": content}]), params))
         if backend.fault is not None:
-            raise RuntimeError(f"the engine has ended at its first request: {backend.fault}")
+            raise EngineEnded(f"the engine has ended at its first request: {backend.fault}")
         if reason is not None:
             logger.warning("the first %s was not answered: %s", name, reason)
     logger.info("the first requests were answered in %.1f s", time.monotonic() - started)

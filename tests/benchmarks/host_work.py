@@ -3,11 +3,11 @@
     python -m tests.benchmarks.host_work [--batch 32] [--steps 300] [--against FOLDER]
 
 `--batch` answers are written by an EngineLoop that hands every token to a callback, as a server does. Between the end
-of one forward of the model and the beginning of the next lie sampling, bookkeeping, text, delivery, planning and the
-gathering of inputs, as far as they are not done beside the next forward: `between_ms`, of which the thread has computed for `between_cpu_ms` (the rest is other processes'
-doing). `step_ms` is from one forward's beginning to the next one's. `--against`: another
-checkout of this project, whose engine is measured by the same code in turns with this one's; medians over all turns,
-and their ratio. Not a test: timings on shared machines vary.
+of one forward of the model and the beginning of the next lie sampling, bookkeeping, planning and the gathering of
+inputs, and whatever of text and delivery is not done beside the next forward: `between_ms`, of which the thread has
+computed for `between_cpu_ms` (the rest is other threads' and processes' doing). `step_ms` is from one forward's
+beginning to the next one's. `--against`: another checkout of this project, whose engine is measured by the same code in
+turns with this one's; medians over all turns, and their ratio. Not a test: timings on shared machines vary.
 """
 
 import argparse

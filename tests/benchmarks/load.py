@@ -118,7 +118,9 @@ def questions(rng: random.Random, pictures: float) -> Iterator[dict[str, Any]]:
     """Bodies of requests without an end; `pictures`: which share of them has one."""
     drawn = [_picture(rng) for _ in range(16)]
     while True:
-        words = " ".join(rng.choice(("What", "is", "a", "red", "square", "circle")) for _ in range(rng.randrange(3, 40)))
+        words = " ".join(
+            rng.choice(("What", "is", "a", "red", "square", "circle")) for _ in range(rng.randrange(3, 40))
+        )
         content: Any = words
         if rng.random() < pictures:
             content = [{"type": "image_url", "image_url": {"url": rng.choice(drawn)}}, {"type": "text", "text": words}]
@@ -210,7 +212,10 @@ def main() -> int:
                 "refused": report.num_refused,
                 "seconds": round(seconds, 1),
                 "server_cpu_s": round(cpu_s, 1),
-                "answer_s": {"median": round(times[len(times) // 2], 2), "p99": round(times[len(times) * 99 // 100], 2)},
+                "answer_s": {
+                    "median": round(times[len(times) // 2], 2),
+                    "p99": round(times[len(times) * 99 // 100], 2),
+                },
                 "memory_mib": [round(before["memory_mib"], 1), *report.memory_mib, round(after["memory_mib"], 1)],
                 "before": before,
                 "after": after,

@@ -20,8 +20,8 @@ from tests.reference import REPO
 
 FOLDER = Path(__file__).parent
 MODEL = REPO / "models/tiny/qwen3_vl"
-SCRIPTS = sorted(path.name for path in FOLDER.iterdir() if path.suffix in (".py", ".mjs") and path.stem not in (
-    "__init__", "test_clients",
+SCRIPTS = sorted(path.name for path in FOLDER.iterdir() if path.suffix == ".mjs" or (
+    path.suffix == ".py" and path.read_text().startswith("# /// script")
 ))  # fmt: skip
 MEDIA = REPO / ".cache/clients/media"
 PREPARE_S, RUN_S = 1800, 900
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.long
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """A server in a process of its own, started as a user does."""
-    MEDIA.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(REPO / "dataset/media", MEDIA, dirs_exist_ok=True)
     overrides = ["server_config.port=0", f"server_config.allowed_local_media_path={MEDIA}"]
     command = ["bash", "infer.sh", "config/quickstart.yaml", "serve", "--set", *overrides]
     with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

@@ -574,7 +574,7 @@ def test_bad_parameters_are_refused(engine, describe, change, message):
 def test_a_prompt_beyond_the_context_is_refused_and_harms_nobody(engine, describe):
     long = engine.processor.build([{"role": "user", "content": "red " * 2100}])
     engine.add(describe, DESCRIBE, "good")
-    with pytest.raises(UserError, match="maximum context length is 2048 tokens, the prompt has 2"):
+    with pytest.raises(UserError, match="maximum context length is 2048 tokens, requested 2"):
         engine.add(long, DESCRIBE)
     outputs = []
     while engine.has_work:

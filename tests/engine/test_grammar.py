@@ -132,6 +132,30 @@ SCHEMAS: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {  # (schema,
          "required": ["n", "r"], "additionalProperties": False},
         ('{"n": 5, "r": {"x": 1.5}}',), ('{"n": 5.5, "r": {}}', '{"n": 5, "r": {"x": "y"}}'),
     ),
+    "zod's formats with their patterns": (
+        {"type": "string", "format": "hex", "pattern": "^[0-9a-f]+$"}, ('"0af"',), ('"x"', '""')),
+    "zod's record of an enum": (
+        {"type": "object", "propertyNames": {"type": "string", "enum": ["a", "b"]},
+         "additionalProperties": {"type": "integer"}, "required": ["a"]},
+        ('{"a": 1}', '{"a": 1, "b": 2}'), ("{}", '{"a": "x"}', '{"a": 1, "c": 2}')),
+    "pydantic's dict of an enum": (
+        {"$defs": {"E": {"enum": ["a", "b"], "title": "E", "type": "string"}}, "type": "object",
+         "propertyNames": {"$ref": "#/$defs/E"}, "additionalProperties": {"type": "integer"}},
+        ("{}", '{"b": 2}'), ('{"c": 2}', '{"a": "x"}')),
+    "names that some properties have": (
+        {"type": "object", "propertyNames": {"enum": ["a", "b"]}, "properties": {"a": {"type": "null"}, "c": {}}},
+        ('{"a": null, "b": [1]}',), ('{"a": 1}', '{"c": 1}')),
+    "pydantic's Decimal": (
+        {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"},
+        ('"1"', '"-1.5"', '"+.5"', '"5."', '"007"'), ('"."', '"+"', '""', '"1.2.3"', '"-+1"')),
+    "zod's email": (
+        {"type": "string", "pattern": r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@"
+         r"([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"},
+        ('"a.b\'c+d@x-y.z.org"',), ('".a@x.org"', '"a..b@x.org"', '"a.@x.org"', '"a\'@x.org"', '"a@x.o"')),
+    "whole numbers at float64's end": (
+        {"type": "integer", "minimum": 2**53 + 1, "maximum": 2**63 - 1},
+        ("9007199254740994", "9223372036854774784"), ("9007199254740993", "9223372036854775807", "5")),
+    "decomposed characters": ({"const": "e\u0301"}, ('"e\u0301"',), ('"\u00e9"',)),
     "what rules nothing out": ({"type": "array", "items": {"type": "null"}, "uniqueItems": False,
                                 "x-order": 1, "examples": [[]]}, ("[]", "[null, null]"), ("[1]",)),
 }  # fmt: skip
@@ -169,6 +193,12 @@ REFUSED: dict[str, tuple[Grammar, str]] = {
             "unknown type": ({"type": "strng"}, "strng"),
             "options of the library": ({"not": {}, "x-guidance": {"lenient": True}}, "not"),
             "no schema": ([1], "allowed: a JSON object"),
+            "half a character": ({"enum": ["\ud800"]}, "no JSON"),
+            "infinite": ({"maximum": float("inf")}, "no JSON"),
+            "a bound beyond float64": ({"minimum": 10**400}, "float64"),
+            "a value between float64's": ({"const": {"id": [2**53 + 1]}}, "float64"),
+            "a number of any size": ({"default": 10**400}, "no JSON"),
+            "a format that nobody describes": ({"type": "string", "format": "jwt"}, "jwt"),
         }.items()
     },
     "no JSON": (Grammar("json_schema", "{"), "no JSON"),
@@ -211,6 +241,9 @@ HOSTILE: dict[str, Grammar] = {
     "long regex": Grammar("regex", "a" * 500_000),
     "parentheses": Grammar("regex", "(" * 5000 + "a" + ")" * 5000),
     "rules in themselves": Grammar("ebnf", "root ::= " + "(" * 3000 + '"a"' + ")" * 3000),
+    "counts too far": Grammar("regex", "a{100000}"),
+    "counts and counts": Grammar("regex", "(a{1000}){1000}"),
+    "must go on for ever": Grammar("ebnf", 'root ::= "a" root'),
     "many choices": Grammar("choice", json.dumps([f"choice number {n}" for n in range(50_000)])),
 }  # fmt: skip
 
@@ -224,9 +257,11 @@ def test_a_hostile_grammar_is_refused_quickly(grammars, name: str):
 
 
 def test_a_regex_that_grows_without_end_is_its_own_requests_fault(engine):
-    """(a{1000}){1000} compiles; its masks do not. Others of the batch do not notice."""
+    """It compiles; its masks do not. Others of the batch do not notice."""
     started = time.process_time()
-    bomb, plain = engine.generate(["What is a square?"] * 2, [bound(Grammar("regex", "(a{1000}){1000}")), bound(None)])
+    bomb, plain = engine.generate(
+        ["What is a square?"] * 2, [bound(Grammar("regex", "[0-9] ?(a{1000}){1000}")), bound(None)]
+    )
     assert time.process_time() - started < 3
     assert bomb.finish_reason is FinishReason.ERROR and "grammar" in bomb.error
     assert plain == replace(engine.generate("What is a square?", bound(None))[0], **_times(plain))
@@ -256,6 +291,25 @@ def test_added_tokens_come_only_where_the_grammar_names_them(grammars):
     assert {vocab.tokens[token][0] for token in np.flatnonzero(mask[: min(vocab.special_token_ids)])} <= NO_BEGINNING
     call = Matcher(_NoThreads(grammars), grammars.compiled(calls({"name": "f"})), bound(None)).barred()
     assert np.flatnonzero(~call).tolist() == [vocab.added_id("<tool_call>")]
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        (Grammar("choice", '["<|im_end|>"]'), "<|im_end|>"),
+        (Grammar("choice", '["a <tool_call> b</think>"]'), "a <tool_call> b</think>"),
+        (schema({"const": "<|vision_start|>e\u0301"}), '"<|vision_start|>e\u0301"'),
+        (
+            calls({"name": "<|endoftext|>", "parameters": {"properties": {"<|im_end|>": {"const": 1}},
+                   "required": ["<|im_end|>"]}}, parallel=False),
+            '<tool_call>\n{"name": "<|endoftext|>", "arguments": {"<|im_end|>":1}}\n</tool_call>',
+        ),
+    ],
+)  # fmt: skip
+def test_what_must_come_holds_added_tokens_as_text(engine, grammar: Grammar, text: str):
+    """Where only one text can follow the library writes it with the tokenizer, which may see added tokens in it."""
+    answer = engine.generate("What?", bound(grammar))[0]
+    assert ("".join(answer.text.split()), answer.finish_reason) == ("".join(text.split()), FinishReason.STOP)
 
 
 def test_logits_may_be_wider_than_the_vocabulary(engine):

@@ -374,3 +374,24 @@ def test_a_text_that_fails_beside_the_engine_is_its_own_request_s(loop, answer, 
     assert failed.finish_reason is FinishReason.ERROR and answer.text.startswith(failed.text)
     assert {each.text for each in found if each is not failed} == {answer.text}
     assert set(names) == {"teller"}
+
+
+def test_giving_a_request_up_costs_as_much_as_its_answers(loop):
+    """Not as much as all that wait: 250 clients that leave at once, each with 128 answers, held everybody up."""
+
+    class Unread(type(loop.engine.scheduler._waiting)):
+        def __iter__(self):
+            raise AssertionError("somebody looks at everyone who waits")
+
+    many = replace(ENDLESS, n=40)
+    handles = [loop.submit(QUESTION, many) for _ in range(3)]
+    while len(loop.engine._answers) < 120:
+        loop.turn(0.05)
+    scheduler = loop.engine.scheduler
+    scheduler._waiting = Unread(scheduler._waiting)
+    handles[1].abort()
+    while not handles[1].ended:
+        loop.turn(0.05)
+    assert {answer.parent_id for answer in loop.engine._answers.values()} == set(loop.engine._answers_of)
+    assert len(loop.engine._answers) == 80 and scheduler.num_waiting + scheduler.num_running == 80
+    del Unread.__iter__

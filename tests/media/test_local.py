@@ -70,6 +70,12 @@ def test_below_the_folder(shared: Path, name: str, color: int) -> None:
     assert decode_image(media.content, source=media.source)[0, 0, 0] == color and media.source == name
 
 
+@pytest.mark.parametrize("template", [".", "./", "file://{}", "{}/"])
+def test_the_folder_itself(shared: Path, template: str) -> None:
+    with pytest.raises(UserError, match="is the folder itself that .* allows; name a file in it"):
+        load_media(template.format(shared), None, limits_of(shared))
+
+
 @pytest.mark.parametrize("template", OUTSIDE)
 def test_outside_of_the_folder(shared: Path, template: str) -> None:
     name = template.format(shared)

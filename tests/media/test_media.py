@@ -69,6 +69,7 @@ def test_data_urls() -> None:
     [
         *((url, "addresses are not read here, because data_config.allowed_media_domains is empty; add the host to it")
           for url in ("http://host/a.png", "HTTPS://host/a.png?key=1", "http:/host/a.png")),
+        ("http://127.0.0.1:80/a.png", "because data_config.allowed_private_hosts is empty; add the host to it"),
         *((url, "ftp:// addresses are not read; give the media as") for url in ("ftp://host/a.mp4",)),
         ("gopher://127.0.0.1:70/_x", "gopher:// addresses are not read"),
     ],

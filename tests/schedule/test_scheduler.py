@@ -79,7 +79,7 @@ def test_sequence_slots():
 @pytest.mark.parametrize(
     ("length", "options", "message"),
     [
-        (20, {"max_model_len": 20}, "maximum context length is 20 tokens, the prompt has 20 tokens"),
+        (20, {"max_model_len": 20}, "maximum context length is 20 tokens, requested 21 or more: the prompt has 20 "),
         (8, {"num_blocks": 2}, "needs 3 KV blocks of 4 tokens, there are 2"),
         (11, {"max_num_batched_tokens": 10, "enable_chunked_prefill": False}, "has 11 tokens, a step at most 10"),
         (0, {}, "the prompt is empty"),

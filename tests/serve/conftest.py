@@ -14,7 +14,9 @@ from executor.engine.loop import EngineLoop
 from executor.recipe.schema import Recipe, build_recipe
 from executor.serve.app import build_app
 from executor.serve.backends import EngineBackend
-from executor.serve.server import Server, config_of, listen
+from executor.serve.connection import Server
+from executor.serve.listener import listen
+from executor.serve.server import config_of
 from executor.serve.service import Service
 from executor.serve.settings import url_of
 from tests.engines import engine_over

@@ -36,6 +36,25 @@ def test_a_client_that_leaves_is_written_as_cut_off(server: Running, caplog: pyt
     wait_for(lambda: not server.service.backend.num_unfinished)
 
 
+def test_a_refusal_is_written_with_its_reason(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "executor.serve.access")
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,SECRETBYTES"}}
+    for body in (
+        {"messages": MESSAGES, "temperature": -1},
+        {"messages": [{"role": "user", "content": [picture]}]},
+        {"messages": MESSAGES, "tool_choice": "a\nb data:image/png;base64,SECRETBYTES"},
+    ):
+        error = server.http.post(CHAT, json=body).json()["error"]
+        wait_for(lambda: lines_of(caplog))
+        (line,) = lines_of(caplog)
+        assert " 400 " in line and "\n" not in line and "SECRET" not in line
+        assert f" param={error['param']} " in line and f'error="{error["message"][:15]}' in line
+        caplog.clear()
+    server.http.get("/nowhere")
+    wait_for(lambda: lines_of(caplog))
+    assert 'error="GET /nowhere is not served here' in lines_of(caplog)[0]
+
+
 def wait_for(condition: Any) -> None:
     async def poll() -> None:
         while not condition():

@@ -66,7 +66,7 @@ def test_a_prompt_that_fills_the_context_is_refused_with_what_shortens_it(answer
     for fits_exactly in (True, False):
         (refused,) = answer(TokenPrompt([5] * 2048), fits_exactly=fits_exactly)
         assert isinstance(refused, Failure) and refused.kind == "refused"
-        assert "maximum context length is 2048 tokens, the prompt has 2048 tokens" in refused.message
+        assert "context length is 2048 tokens, requested 2049 or more: the prompt has 2048 tokens" in refused.message
 
 
 def test_token_ids_are_answered_as_the_text_they_stand_for(answer, tiny_engine):

@@ -74,8 +74,9 @@ def test_a_token_without_text_waits_and_its_logprobs_with_it() -> None:
         delta_of("é", token_ids=(3,), logprobs=(infos[1],)),
         delta_of("a\n", "length", logprobs=(infos[2],)),
     ]
-    chunks = written(deltas, style_of(has_logprobs=True, includes_usage=True))
-    assert deltas_of(chunks[:2]) == [{"role": "assistant", "content": "é"}, {"content": "a\n"}]
+    first, *chunks = written(deltas, style_of(has_logprobs=True, includes_usage=True))
+    assert deltas_of([first]) == [{"role": "assistant", "content": ""}], "the first token's time is the first chunk's"
+    assert deltas_of(chunks[:2]) == [{"content": "é"}, {"content": "a\n"}]
     entries = [[entry["bytes"] for entry in chunk["choices"][0]["logprobs"]["content"]] for chunk in chunks[:2]]
     assert entries == [[[0xC3], [0xA9]], [[97]]]
     assert chunks[0]["choices"][0]["logprobs"]["content"][0]["token"] == "bytes:\\xc3"
@@ -159,11 +160,12 @@ def test_answers_are_interleaved_each_with_its_own_state() -> None:
     chunks = written(deltas, style_of(2, counts_on=True))
     assert [(chunk["choices"][0]["index"], chunk["choices"][0]["delta"]) for chunk in chunks[:-1]] == [
         (0, {"role": "assistant", "content": "a"}),
+        (1, {"role": "assistant", "content": ""}),
         (0, {"content": "b"}),
-        (1, {"role": "assistant", "content": "c"}),
+        (1, {"content": "c"}),
         (1, {"content": ""}),
     ]
-    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 3, 4, 5, 5]
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 4, 5, 5]
 
 
 def test_an_answer_that_fails_is_an_error() -> None:

@@ -17,8 +17,8 @@ from executor.errors import UserError
 from executor.parallel.groups import Parallel
 from executor.recipe.schema import build_recipe
 from executor.serve.gate import call
+from executor.serve.listener import listen
 from executor.serve.remote import attend
-from executor.serve.server import listen
 from tests.cluster.fakes import FakeCluster, FakeJob
 from tests.serve.fakes import DONE, FakeBackend
 

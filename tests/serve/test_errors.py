@@ -30,6 +30,12 @@ BODIES = {  # no JSON object of finite numbers and whole characters
     "lists without end": b'{"messages": [' + b"[]," * 1_000_000 + b"0]}",
 }
 
+LOOKALIKES = {  # characters that look like JSON's, and are not: the message shows them
+    "，": '{"model": "é",\n "messages": [1，2]}',
+    "：": '{"messages"：[]}',
+    "“": '{"messages": “hello”}',
+}
+
 FIELDS: list[tuple[dict[str, Any], str | None, str]] = [  # fields, what `param` names, words of the message
     ({"messages": 3}, "messages", "messages is 3; allowed: a list"),
     ({"messages": None}, "messages", "messages is null; allowed: a list"),
@@ -37,8 +43,13 @@ FIELDS: list[tuple[dict[str, Any], str | None, str]] = [  # fields, what `param`
     ({"messages": [None]}, "messages[0]", "role"),
     ({"messages": [{"role": "usr", "content": "a"}]}, "messages[0]", "did you mean 'user'"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "a string or a list of parts"),
-    ({"messages": [{"role": "user", "content": "a " * 5000}]}, None, "maximum context length is 2048 tokens"),
-    ({"max_tokens": 4000}, None, "maximum context length is 2048 tokens, requested 4013"),
+    (
+        {"messages": [{"role": "user", "content": "a " * 5000}]},
+        "messages",
+        "context length is 2048 tokens, requested 5010",
+    ),
+    ({"max_completion_tokens": 4000}, "max_completion_tokens", "maximum context length is 2048 tokens, requested 4013"),
+    ({"max_tokens": 4000}, "max_tokens", "maximum context length is 2048 tokens, requested 4013"),
     ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; allowed: a whole number of 1 or more"),
     ({"max_completion_tokens": -1}, "max_completion_tokens", "max_completion_tokens is -1"),
     ({"max_tokens": "5"}, "max_tokens", 'max_tokens is "5"; allowed: a whole number'),
@@ -90,6 +101,8 @@ FIELDS: list[tuple[dict[str, Any], str | None, str]] = [  # fields, what `param`
     ({"media_io_kwargs": {"image": {"mode": "L"}}}, "media_io_kwargs.image.mode", "is not supported"),
     ({"best_of": 3}, "best_of", "best_of is 3, which is not supported; allowed: null or 1; ask for n answers"),
     ({"use_beam_search": True}, "use_beam_search", "allowed: null or false"),
+    ({"logprob_token_ids": [4]}, "logprob_token_ids", "allowed: null or []; use top_logprobs"),
+    ({"thinking_token_budget": 9}, "thinking_token_budget", "allowed: null; max_tokens bounds"),
     ({"functions": [{"name": "f"}]}, "functions", "use tools"),
     ({"modalities": ["text", "audio"]}, "modalities", 'allowed: null or ["text"]'),
     ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "never cut"),
@@ -105,6 +118,13 @@ def error_of(reply: Any, status: int) -> dict[str, Any]:
     assert name == "error" and not others and set(error) == {"message", "type", "param", "code"}
     assert error["message"] and isinstance(error["type"], str)
     return error
+
+
+@pytest.mark.parametrize("character", LOOKALIKES)
+def test_a_character_that_only_looks_like_jsons_is_shown(server: Running, character: str) -> None:
+    reply = server.http.post(CHAT, content=LOOKALIKES[character].encode())
+    assert reply.status_code == 400
+    assert f", found {character!r})" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -158,6 +178,9 @@ ROUTES = [
     ("GET", "/nothing", 404, "POST /v1/chat/completions"),
     ("POST", "/v1/chat/completion", 404, "did you mean '/v1/chat/completions'"),
     ("POST", "/v1/embeddings", 404, "POST /v1/chat/completions"),
+    ("GET", "/nothing", 404, "GET /ping"),
+    ("GET", "/nothing", 404, "POST /chat/completions"),
+    ("GET", "/nothing", 404, ", GET /"),
     ("GET", "/%00%0a", 404, "is not served here"),
     ("GET", CHAT, 405, "allowed: POST"),
     ("DELETE", "/health", 405, "allowed: GET"),
@@ -173,6 +196,7 @@ def test_routes_that_are_not_there(server: Running, method: str, path: str, stat
 
 def test_the_page_that_describes_the_api_has_every_field(server: Running) -> None:
     description = server.http.get("/openapi.json").json()
+    assert description["info"]["version"] == server.http.get("/version").json()["version"]
     responses = description["paths"][CHAT]["post"]["responses"]
     assert set(responses) == {"200", "4XX", "5XX"} and "ErrorReply" in str(responses["4XX"])
     schemas = description["components"]["schemas"]

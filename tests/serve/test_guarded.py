@@ -71,6 +71,10 @@ def test_another_page_is_refused_what_it_makes_a_browser_send(guarded: Running) 
     reply = guarded.http.post(CHAT, json=ASK, headers={**bearer(), **headers})
     assert "allowed_origins" in error_of(reply, 403)["message"]
     assert "access-control-allow-origin" not in reply.headers
+    del headers["Sec-Fetch-Site"]  # browsers send it to https and to their own machine only
+    assert error_of(guarded.http.post(CHAT, json=ASK, headers={**bearer(), **headers}), 403)
+    for origin in (guarded.url, PAGE):
+        assert guarded.http.post(CHAT, json=ASK, headers={**bearer(), "Origin": origin}).status_code == 200
     same = {"Origin": guarded.url, "Sec-Fetch-Site": "same-origin"}
     assert guarded.http.post(CHAT, json=ASK, headers={**bearer(), **same}).status_code == 200
 

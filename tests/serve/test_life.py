@@ -20,7 +20,8 @@ from executor.engine.loop import EngineLoop
 from executor.recipe.schema import build_recipe
 from executor.serve.app import build_app
 from executor.serve.backends import EngineBackend
-from executor.serve.server import listen, serve
+from executor.serve.listener import listen
+from executor.serve.server import serve
 from executor.serve.service import Service
 from executor.serve.settings import url_of
 from executor.serve.warmup import warm_up

@@ -53,7 +53,7 @@ def test_events_travel_as_they_are() -> None:
     token = TokenInfo(5, -0.25, ((5, -0.25), (6, -math.inf)))
     events = [
         (1, Delta(1, "é", (5, 6), 9, 4, (token, token), "stop", "x", None, (None, token))),
-        (2, Delta(0, "", (), 9, finish_reason="error", error="why")),
+        (2, Delta(0, "", (), 9, finish_reason="error", error="why", is_own_fault=True)),
         (1, DONE),
         (3, Failure("late", "words")),
     ]

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import socket
 import ssl
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import pytest
 from executor.engine.engine import Engine
 from executor.errors import UserError
 from executor.recipe.schema import ServerSection
-from executor.serve.server import listen
-from executor.serve.settings import check_settings, greeting, url_of
+from executor.serve.listener import check_settings, listen
+from executor.serve.settings import greeting, url_of
+from tests.reference import REPO
 from tests.serve.conftest import start
 from tests.serve.test_errors import CHAT, MESSAGES
 
@@ -99,3 +102,35 @@ def test_what_is_told_at_the_start(tiny_engine: Engine) -> None:
         assert "temperature 0" in defaults and "up to the context's end (2048 tokens)" in defaults
         (warning,) = [words for words, is_warning in lines if is_warning]
         assert "0.0.0.0:80" in warning and "api_key" in warning
+
+
+def test_mistakes_are_told_without_heavy_imports(tmp_path: Path) -> None:
+    """A process of its own: which modules it has imported is what is tested."""
+    code = """if True:
+        import sys
+        from executor.commands.serve.mistakes import check_mistakes
+        from executor.errors import UserError
+        from executor.recipe.schema import load_recipe
+        for override in sys.argv[1:]:
+            try:
+                check_mistakes(load_recipe("config/quickstart.yaml", [override]), listens=True)
+            except UserError as error:
+                print(error)
+        print({"torch", "transformers", "fastapi", "uvicorn"} & sys.modules.keys())
+    """
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        wrong = {
+            f"server_config.port={other.getsockname()[1]}": "cannot be listened on (Address already in use)",
+            "server_config.host=no.such.host.invalid": "cannot be listened on",
+            "server_config.ssl_certfile=/no/such": "server_config.ssl_certfile: there is no file",
+            "server_config.allowed_local_media_path=/no/such": "/no/such: no such folder",
+            "data_config.allowed_media_domains=[https://x.org]": "'https://x.org' is no host",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code, *wrong], capture_output=True, text=True, cwd=REPO, check=True
+        )
+    *lines, heavy = done.stdout.splitlines()
+    assert len(lines) == len(wrong) and heavy == "set()"
+    assert all(words in line for words, line in zip(wrong.values(), lines, strict=True))

@@ -76,6 +76,7 @@ FORMS: dict[str, tuple[dict[str, Any], tuple[str, Any] | None]] = {  # (fields, 
         {"response_format": {"type": "json_schema", "name": "t", "schema": SCHEMA}}, ("json_schema", SCHEMA)),
     "json": ({"structured_outputs": {"json": SCHEMA, "regex": None}}, ("json_schema", SCHEMA)),
     "json text": ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, ("json_schema", SCHEMA)),
+    "nothing fits": ({"structured_outputs": {"json": False, "json_object": False}}, ("json_schema", False)),
     "any json": ({"structured_outputs": {"json_object": True}}, ("json_schema", {"type": "object"})),
     "choice": ({"structured_outputs": {"choice": ["a", "b"], "disable_fallback": True}}, ("choice", ["a", "b"])),
     "old choice": ({"guided_choice": ["a", "b"]}, ("choice", ["a", "b"])),
@@ -97,7 +98,17 @@ FORMS: dict[str, tuple[dict[str, Any], tuple[str, Any] | None]] = {  # (fields, 
     ),
     "named as in /v1/responses": (
         {"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": "f"}},
-        ("calls", {"parallel": False, "tools": [{"name": "f", "parameters": None}]}),
+        ("calls", {"parallel": False, "tools": [{"name": "f", "parameters": {"type": "object", "properties": {}}}]}),
+    ),
+    "without parameters": (
+        {"tools": [tool("f"), tool("g", {})], "tool_choice": "required"},
+        ("calls", {"parallel": True, "tools": [
+            {"name": "f", "parameters": {"type": "object", "properties": {}}}, {"name": "g", "parameters": {}}]}),
+    ),
+    "auto, without parameters": (
+        {"tools": [tool("f"), tool("g", strict=True)]},
+        ("calls", {"parallel": True, "tools": [
+            {"name": "f", "parameters": None}, {"name": "g", "parameters": {"type": "object", "properties": {}}}]}),
     ),
     "auto or a form": (
         {"tools": [tool("f")], "response_format": {"type": "json_object"}},
@@ -111,7 +122,7 @@ def test_a_form_is_a_grammar(name: str):
     fields, expected = FORMS[name]
     grammar = grammar_of(fields)
     assert (grammar and (grammar.kind, json.loads(grammar.source))) == expected
-    assert grammar is None or grammar.is_lazy == (name == "auto")
+    assert grammar is None or grammar.is_lazy == (name in ("auto", "auto, without parameters"))
     thinking = grammar_of(fields, thinks=True)
     assert thinking == (grammar and Grammar(grammar.kind, grammar.source, "</think>", grammar.is_lazy))
 
@@ -303,6 +314,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {  # (fields, param)
     "regex": ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
     "tool": ({"tools": [tool("f", {"type": "object", "if": {}})], "tool_choice": "required"}, "tools"),
     "strict tool": ({"tools": [tool("f", {"type": "object", "if": {}}, strict=True)]}, "tools"),
+    "nothing fits": ({"structured_outputs": {"json": False}}, "structured_outputs.json"),
     "old name": ({"guided_grammar": "root ::= ("}, "guided_grammar"),
 }  # fmt: skip
 
@@ -373,3 +385,22 @@ def test_calls_come_after_the_reasoning(thinker):
     whole = chat(thinker, **fields, parallel_tool_calls=False)
     assert whole["finish_reason"] == "tool_calls" and "<" not in whole["message"].get("reasoning_content", "")
     check_call(whole["message"]["tool_calls"][0])
+
+
+NO_TOKEN_LEFT = {"guided_regex": "abc", "allowed_token_ids": [10]}
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "words", "stream"),
+    [
+        *((path, NO_TOKEN_LEFT, "no token can be chosen", stream)
+          for path in ("/v1/chat/completions", "/v1/completions", "/generate") for stream in (False, True)),
+        ("/v1/chat/completions", {"guided_regex": "[0-9]?(a{1000}){1000}"}, "cannot be followed", False),
+    ],
+)  # fmt: skip
+def test_what_no_answer_can_follow_is_the_requests_fault(server, path: str, asked: Any, words: str, stream: bool):
+    """Found while it is answered."""
+    prompt = {"messages": [{"role": "user", "content": "Hi"}]} if "chat" in path else {"prompt": "Hi"}
+    reply = server.http.post(path, json={**prompt, **asked, "max_tokens": 8, "stream": stream})
+    assert reply.status_code == 400 and words in reply.json()["error"]["message"]
+    assert reply.json()["error"]["type"] == "invalid_request_error"

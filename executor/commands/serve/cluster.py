@@ -19,9 +19,9 @@ from executor.errors import UserError
 from executor.host.env import code_digest
 from executor.recipe.schema import Recipe, build_recipe
 from executor.serve.gate import Gate, Peer
+from executor.serve.listener import SIGNALS, interrupt, listen
 from executor.serve.remote import RemoteBackend
 from executor.serve.router import Router
-from executor.serve.server import SIGNALS, interrupt, listen
 from executor.serve.service import Service
 
 logger = logging.getLogger(__name__)

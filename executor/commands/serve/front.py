@@ -12,9 +12,10 @@ from executor.recipe.schema import Recipe
 from executor.serve.app import build_app
 from executor.serve.backends import Backend
 from executor.serve.gate import Front, Gate, Peer
+from executor.serve.listener import SIGNALS
 from executor.serve.remote import RemoteBackend
 from executor.serve.router import Router, slack_of
-from executor.serve.server import SIGNALS, serve
+from executor.serve.server import serve
 from executor.serve.service import Service
 from executor.serve.settings import greeting, url_of
 

@@ -14,7 +14,7 @@ from typing import Any
 from executor.host.env import environment, rank_place
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import Prepared, prepare
-from executor.serve.server import SIGNALS, interrupt, listen
+from executor.serve.listener import SIGNALS, interrupt, listen
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from executor.prompt.messages import describe
+from executor.serve.bodies import in_json
 from executor.serve.errors import ApiError
 from executor.serve.jsontext import dumps
 
@@ -21,14 +21,14 @@ def messages_of(messages: Sequence[Any], system: Any) -> list[dict[str, Any]]:
         where = f"messages[{index}]"
         role = message.get("role") if isinstance(message, Mapping) else None
         if role not in ("user", "assistant", "system"):
-            raise refusal(where, f"is {describe(message)}; allowed: an object with the role user or assistant")
+            raise refusal(where, f"is {in_json(message)}; allowed: an object with the role user or assistant")
         content = message.get("content")
         blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(blocks, list):
-            raise refusal(f"{where}.content", f"is {describe(content)}; allowed: a text or a list of blocks")
+            raise refusal(f"{where}.content", f"is {in_json(content)}; allowed: a text or a list of blocks")
         for number, block in enumerate(blocks):
             if not isinstance(block, Mapping):
-                raise refusal(f"{where}.content[{number}]", f"is {describe(block)}; allowed: an object such as a text")
+                raise refusal(f"{where}.content[{number}]", f"is {in_json(block)}; allowed: an object such as a text")
         if role == "assistant":
             chat.append(_answer(blocks, f"{where}.content"))
         else:
@@ -60,7 +60,7 @@ def _answer(blocks: Sequence[Block], where: str) -> dict[str, Any]:
             message["reasoning_content"] = message.get("reasoning_content", "") + _text(block, "thinking", place)
         elif kind == "tool_use":
             if not isinstance(block.get("input"), Mapping):
-                raise refusal(f"{place}.input", f"is {describe(block.get('input'))}; allowed: an object")
+                raise refusal(f"{place}.input", f"is {in_json(block.get('input'))}; allowed: an object")
             function = {"name": _text(block, "name", place), "arguments": dumps(block["input"])}
             call = {"id": _text(block, "id", place), "type": "function", "function": function}
             message.setdefault("tool_calls", []).append(call)
@@ -71,7 +71,7 @@ def _answer(blocks: Sequence[Block], where: str) -> dict[str, Any]:
 
 def _parts(blocks: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(blocks, list) or not all(isinstance(block, Mapping) for block in blocks):
-        raise refusal(where, f"is {describe(blocks)}; allowed: a text or a list of blocks")
+        raise refusal(where, f"is {in_json(blocks)}; allowed: a text or a list of blocks")
     return [_part(block, f"{where}[{index}]") for index, block in enumerate(blocks)]
 
 
@@ -90,18 +90,18 @@ def _url(source: Any, where: str) -> str:
         return f"data:{_text(source, 'media_type', where)};base64,{_text(source, 'data', where)}"
     if kind == "url":
         return _text(source, "url", where)
-    raise refusal(where, f"is {describe(source)}; allowed: a source of type base64 or url")
+    raise refusal(where, f"is {in_json(source)}; allowed: a source of type base64 or url")
 
 
 def _texts(system: Any, where: str) -> str:
     if isinstance(system, str):
         return system
     if not isinstance(system, list):
-        raise refusal(where, f"is {describe(system)}; allowed: a text or a list of text blocks")
+        raise refusal(where, f"is {in_json(system)}; allowed: a text or a list of text blocks")
     texts = []
     for index, block in enumerate(system):
         if not isinstance(block, Mapping) or block.get("type") != "text":
-            raise refusal(f"{where}[{index}]", f"is {describe(block)}; allowed: a text block")
+            raise refusal(f"{where}[{index}]", f"is {in_json(block)}; allowed: a text block")
         texts.append(_text(block, "text", f"{where}[{index}]"))
     return "\n".join(texts)
 
@@ -111,7 +111,7 @@ def tools_of_messages(tools: Sequence[Any] | None) -> list[dict[str, Any]] | Non
     chat_tools = []
     for index, tool in enumerate(tools or ()):
         if not isinstance(tool, Mapping) or tool.get("type") not in (None, "custom"):
-            raise refusal(f"tools[{index}]", f"is {describe(tool)}; allowed: tools with a name and an input_schema")
+            raise refusal(f"tools[{index}]", f"is {in_json(tool)}; allowed: tools with a name and an input_schema")
         function = {"name": tool.get("name"), "parameters": tool.get("input_schema") or {"type": "object"}}
         function.update({key: tool[key] for key in ("description", "strict") if tool.get(key) is not None})
         chat_tools.append({"type": "function", "function": function})
@@ -135,19 +135,19 @@ def response_format_of(config: Mapping[str, Any] | None) -> dict[str, Any] | Non
     """`output_config.format` as chat's response_format. Raises ApiError 400 for what else the config says."""
     for name, value in (config or {}).items():
         if value is not None and name != "format":
-            raise refusal(f"output_config.{name}", f"is {describe(value)}, which is not supported; leave it out")
+            raise refusal(f"output_config.{name}", f"is {in_json(value)}, which is not supported; leave it out")
     given = (config or {}).get("format")
     if given is None:
         return None
     if not isinstance(given, Mapping) or given.get("type") != "json_schema":
-        raise refusal("output_config.format", f"is {describe(given)}; allowed: an object of type json_schema")
+        raise refusal("output_config.format", f"is {in_json(given)}; allowed: an object of type json_schema")
     return {"type": "json_schema", "json_schema": {"name": "output", "schema": given.get("schema"), "strict": True}}
 
 
 def _text(block: Block, key: str, where: str) -> str:
     value = block.get(key)
     if not isinstance(value, str):
-        raise refusal(f"{where}.{key}", f"is {describe(value)}; allowed: a text")
+        raise refusal(f"{where}.{key}", f"is {in_json(value)}; allowed: a text")
     return value
 
 

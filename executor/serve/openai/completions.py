@@ -18,7 +18,7 @@ from executor.serve.answers import Answers, gather_all
 from executor.serve.asks import Ask, Delta, Done, Failure, TextPrompt, TokenInfo, TokenPrompt
 from executor.serve.backends import build_prompt
 from executor.serve.bodies import JsonRoute
-from executor.serve.errors import ApiError, of_failure
+from executor.serve.errors import ApiError, of_answer, of_failure
 from executor.serve.feed import Joined
 from executor.serve.openai.chat import StreamOptions, answer_id
 from executor.serve.openai.chat_reply import usage_of
@@ -75,7 +75,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     asks = [
         Ask(
             f"{job.frame['id']}-{index}", prompt, job.params, service.recipe.server.request_timeout_s,
-            fits_exactly=body.max_tokens is not None,
+            fits_exactly=body.max_tokens is not None, prompt_field="prompt",
         )
         for index, prompt in enumerate(job.prompts)
     ]  # fmt: skip
@@ -203,7 +203,7 @@ async def chunks(service: Service, feeds: Joined, job: Job) -> AsyncIterator[str
         if isinstance(item, Done):
             continue
         if item.error is not None:
-            raise ApiError(500, item.error)
+            raise of_answer(item)
         usage.take(index, item, job)
         number = index * job.params.n + item.index
         infos = held.setdefault(number, [])

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from executor.prompt.messages import describe
+from executor.serve.bodies import in_json
 from executor.serve.errors import ApiError
 
 Item = Mapping[str, Any]
@@ -22,7 +22,7 @@ def messages_of(items: Sequence[Item], instructions: str | None) -> list[dict[st
     for index, item in enumerate(items):
         where = f"input[{index}]"
         if not isinstance(item, Mapping):
-            raise _refusal(where, f"is {describe(item)}; allowed: an object such as a message")
+            raise _refusal(where, f"is {in_json(item)}; allowed: an object such as a message")
         kind = item.get("type", "message" if "role" in item else None)
         if kind == "message":
             _add_message(messages, item, where)
@@ -78,13 +78,13 @@ def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _refusal(where, f"is {describe(content)}; allowed: a text or a list of parts")
+        raise _refusal(where, f"is {in_json(content)}; allowed: a text or a list of parts")
     return [_part(part, f"{where}[{index}]") for index, part in enumerate(content)]
 
 
 def _part(part: Any, where: str) -> dict[str, Any]:
     if not isinstance(part, Mapping):
-        raise _refusal(where, f"is {describe(part)}; allowed: an object such as an input_text")
+        raise _refusal(where, f"is {in_json(part)}; allowed: an object such as an input_text")
     kind = part.get("type")
     if kind in TEXT_PARTS:
         return {"type": "text", "text": _text(part, "refusal" if kind == "refusal" else "text", where)}
@@ -103,7 +103,7 @@ def tools_of_response(tools: Sequence[Any] | None) -> list[dict[str, Any]] | Non
     for index, tool in enumerate(tools or ()):
         kind = tool.get("type") if isinstance(tool, Mapping) else None
         if kind != "function":
-            raise _refusal(f"tools[{index}]", f"is {describe(tool)}; allowed: tools of type function", param="tools")
+            raise _refusal(f"tools[{index}]", f"is {in_json(tool)}; allowed: tools of type function", param="tools")
         function = {key: value for key, value in tool.items() if key != "type" and value is not None}
         chat_tools.append({"type": "function", "function": function})
     return chat_tools or None
@@ -128,7 +128,7 @@ def response_format_of(text: Mapping[str, Any] | None) -> Any:
 def _text(item: Mapping[str, Any], key: str, where: str) -> str:
     value = item.get(key)
     if not isinstance(value, str):
-        raise _refusal(f"{where}.{key}", f"is {describe(value)}; allowed: a text")
+        raise _refusal(f"{where}.{key}", f"is {in_json(value)}; allowed: a text")
     return value
 
 

@@ -125,7 +125,10 @@ def job_of(service: Service, store: ResponseStore, body: ResponseRequest, name: 
     begins_thinking = thinks(service.processor, prompt)
     params = _params_of(service, body, form, begins_thinking=begins_thinking)
     is_bounded = body.max_output_tokens is not None or body.max_tokens is not None
-    ask = Ask(name, prompt, params, service.recipe.server.request_timeout_s, fits_exactly=is_bounded)
+    ask = Ask(
+        name, prompt, params, service.recipe.server.request_timeout_s, fits_exactly=is_bounded, prompt_field="input",
+        limit_field="max_tokens" if body.max_output_tokens is None else "max_output_tokens",
+    )  # fmt: skip
     finds_calls = takes_tools(form)
     names = tool_names(tools_of(form)) if finds_calls else None
     answer = BlockAnswer(AnswerParser(takes_tools=finds_calls, thinks=begins_thinking, tool_names=names))

@@ -32,6 +32,16 @@ function bodyOf({ chosen, asked }, urlOf) {
   return { model: settings?.model, messages: messagesOf(system, asked, urlOf), temperature, max_tokens };
 }
 
+/** An error's words, with the names of files in place of where they stand in the body. */
+function withFileNames(words, { chosen, asked }) {
+  const messages = messagesOf(chosen.system, asked, (medium) => medium);
+  return words.replace(/messages\[(\d+)\]\.content\[(\d+)\](\.\w+)*/g, (path, message, part) => {
+    const found = messages[message]?.content[part];
+    const medium = found?.[found.type]?.url;
+    return medium ? `“${medium.name}”` : path;
+  });
+}
+
 const mediaOf = (asked) => asked.flatMap((turn) => turn.question.media);
 
 async function wholeBody(request) {
@@ -102,8 +112,9 @@ async function run(turn, signal) {
       return;
     }
     if (!(error instanceof AskError)) console.error(error);
-    turn.finish("failed", error.message);
-    speaker.begin(`No answer: ${error.message}`);
+    const words = withFileNames(error.message, turn.request);
+    turn.finish("failed", words);
+    speaker.begin(`No answer: ${words}`);
     if (error.needsKey) askForKey(error.message, again);
   }
 }
@@ -196,7 +207,7 @@ function fitQuestion() {
 }
 
 function askForKey(words, afterwards) {
-  find("key-words").textContent = `${words} It is kept until this tab is closed, and sent to this server only.`;
+  find("key-words").textContent = `${words} What you enter is kept until this tab is closed, and sent to this server only.`;
   find("key").value = "";
   find("key-form").onsubmit = () => {
     key.value = find("key").value.trim();
@@ -219,6 +230,7 @@ async function loadSettings() {
   document.title = `Chat · ${settings.model}`;
   find("model").textContent = settings.model;
   find("temperature").placeholder = String(settings.temperature);
+  if (settings.max_tokens !== null) find("max-tokens").placeholder = String(settings.max_tokens);
   find("max-tokens").max = settings.max_model_len;
   return true;
 }

@@ -51,6 +51,7 @@ async def settings(request: Request) -> dict[str, Any]:
         "model": service.model_name,
         "max_model_len": service.max_model_len,
         "temperature": defaults.temperature,
+        "max_tokens": service.recipe.generation.max_new_tokens,  # None: to the context's end
         "max_pictures": server.max_pictures,
         "max_videos": server.max_videos,
         "max_media_bytes": server.max_media_bytes,

@@ -1,5 +1,9 @@
 // One question with its answer: what was said, how far it is, and how it is shown.
 
+// What the browser sees of a short answer, or of one that comes in a single burst, is no time per token.
+const TPOT_TOKENS = 8;
+const TPOT_MS = 20;
+
 class Turn {
   /** `pictures`: those that the answer may speak of, of this question or the last one that had some. */
   constructor(text, media, pictures) {
@@ -106,7 +110,7 @@ class Turn {
   showFault() {
     const { error, finish } = this.answer;
     const words = [];
-    if (this.state === "failed") words.push(error[0].toUpperCase() + error.slice(1));
+    if (this.state === "failed") words.push(asSentence(error));
     if (this.state === "stopped") words.push("Stopped.");
     if (finish === "length") words.push("The answer was cut at max tokens, or at the end of the context.");
     if (this.isOver && !this.counts) words.push("Without an answer, this question is left out of the conversation.");
@@ -121,7 +125,7 @@ class Turn {
     const usage = this.answer.usage;
     const parts = [];
     if (first !== null) parts.push(`TTFT ${milliseconds(first - sent)}`);
-    if (first !== null && usage?.completion_tokens > 1)
+    if (first !== null && usage?.completion_tokens >= TPOT_TOKENS && last - first >= TPOT_MS)
       parts.push(`TPOT ${milliseconds((last - first) / (usage.completion_tokens - 1))}`);
     if (usage) {
       const cached = usage.prompt_tokens_details?.cached_tokens;
@@ -131,6 +135,9 @@ class Turn {
     return parts.join(" · ");
   }
 }
+
+/** Begins with a capital, unless it begins with a name: of a field, a path in the body or a file. */
+const asSentence = (words) => (/^[a-z]+[ ,]/.test(words) ? words[0].toUpperCase() + words.slice(1) : words);
 
 const milliseconds = (time) => (time >= 1000 ? `${(time / 1000).toFixed(2)} s` : `${time.toFixed(time < 10 ? 1 : 0)} ms`);
 

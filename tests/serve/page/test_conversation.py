@@ -124,11 +124,14 @@ def test_the_last_question_is_asked_again_and_changed(visit: Open, scripted: Any
     assert opened.page.locator(".turn").count() == 2
 
 
-def test_settings_go_with_the_question(visit: Open, scripted: Any) -> None:
+def test_settings_go_with_the_question(visit: Open, scripted: Any, server: Running) -> None:
     backend, opened = scripted("yes"), visit()
     opened.page.click("#show-settings")
     opened.page.fill("#system", "Be brief.")
     opened.page.fill("#temperature", "0.5")
+    most = server.service.recipe.generation.max_new_tokens
+    shown = opened.page.locator("#max-tokens").get_attribute("placeholder")
+    assert shown == ("As many as fit" if most is None else str(most))
     opened.page.fill("#max-tokens", "9")
     opened.ask("Well?")
     ask = backend.asks[0]
@@ -165,6 +168,27 @@ def test_what_goes_wrong_is_said_in_words_and_can_be_tried_again(visit: Open, sc
     opened.page.get_by_role("button", name="Retry").click()
     opened.page.get_by_text("whole").first.wait_for()
     assert opened.page.locator(".turn").count() == 1 and opened.page.locator(".fault").is_hidden()
+
+
+def test_a_bad_picture_is_named_by_its_file(visit: Open, tmp_path: Path) -> None:
+    bad = tmp_path / "broken one.png"
+    bad.write_bytes(b"no picture")
+    opened = visit(allowed="400")
+    opened.page.click("#show-settings")
+    opened.page.fill("#system", "Be brief.")
+    opened.add(PICTURE, bad)
+    opened.ask("What is it?")
+    words = opened.page.locator(".fault.error p").first.inner_text()
+    assert words.startswith("“broken one.png”: ") and "essages[" not in words
+
+
+def test_a_burst_of_tokens_has_no_time_per_token(visit: Open, scripted: Any) -> None:
+    scripted(*"0123456789")
+    opened = visit()
+    opened.ask("Count.")
+    assert opened.answers() == ["0123456789"]
+    figures = opened.page.locator(".figures").inner_text()
+    assert "TTFT" in figures and "10 output tokens" in figures and "TPOT" not in figures
 
 
 @pytest.mark.parametrize(

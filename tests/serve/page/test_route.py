@@ -49,6 +49,7 @@ def test_all_files_of_the_page_are_in_it() -> None:
 def test_settings_are_those_of_the_recipe(server: Running) -> None:
     told = server.http.get("/page/settings").json()
     assert told["model"] == server.service.model_name and told["max_model_len"] == 2048
+    assert told["max_tokens"] == server.service.recipe.generation.max_new_tokens
     assert told["max_pictures"] == server.service.recipe.server.max_pictures
 
 
