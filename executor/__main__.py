@@ -154,7 +154,7 @@ def end(status: int) -> NoReturn:
     """End this process. A thread that still asks the job's store (which may never answer), reads a long video or
     computes a step comes back from C++ into an interpreter that is being taken down, and aborts it: then the status
     would be SIGABRT's."""
-    if any(thread.name.startswith(("store: ", "prepare: ", "engine")) for thread in threading.enumerate()):
+    if any(thread.name.startswith(("store: ", "prepare: ", "engine", "teller")) for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -10,7 +10,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from executor.engine.bad_words import BadWords
@@ -21,25 +21,14 @@ from executor.engine.noise import child_seed
 from executor.engine.outputs import Collector, Completion, Output
 from executor.engine.params import check_params, type_of, with_seed
 from executor.engine.replica import Replica
-from executor.engine.runner import FAULTS, Runner, describe
+from executor.engine.runner import FAULTS, Runner
+from executor.engine.writing import Answer, Piece, unreadable
 from executor.errors import UserError
 from executor.schedule.request import GRAMMAR_ENDS, FinishReason, Prompt, Request, SamplingParams, Status
 from executor.schedule.scheduler import Scheduler
 
 Question = Prompt | str | Sequence[Mapping[str, Any]]
 """A prompt made by `engine.processor`, the text of a user's message, or the messages of a conversation."""
-
-
-@dataclass(eq=False)
-class _Answer:
-    """One of a request's `n` answers while it is being written."""
-
-    parent_id: str
-    index: int
-    request: Request
-    detokenizer: Detokenizer
-    outputs: deque[Output]  # of whoever asked
-    is_begun: bool = False  # the prompt's logprobs were told with its first token
 
 
 class Engine:
@@ -55,9 +44,10 @@ class Engine:
         self.runner = runner
         self.vocab_size = vocab_size
         self.matchers = Matchers(processor.tokenizer, vocab_size, processor.eos_token_ids)
-        self._answers: dict[str, _Answer] = {}
-        self._answers_of: dict[str, dict[str, _Answer]] = {}  # the same, by the id that their `n` share
-        self._outputs: deque[Output] = deque()  # of requests that were `add`ed: for the next `step`
+        self._answers: dict[str, Answer] = {}
+        self._answers_of: dict[str, dict[str, Answer]] = {}  # the same, by the id that their `n` share
+        self._pieces: deque[Piece] = deque()  # of requests that were `add`ed: for the next `step`
+        self._unreadable: deque[Answer] = deque()  # fail with the next step
         self._known_bytes: dict[int, bytes] = {}  # of the tokens that were read
         self._aborted: deque[str] = deque()
         self._ids = itertools.count()
@@ -67,7 +57,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to give."""
-        return self.scheduler.has_work or bool(self._outputs)
+        return self.scheduler.has_work or bool(self._pieces)
 
     @property
     def replica(self) -> Replica:
@@ -97,7 +87,7 @@ class Engine:
         Raises UserError for parameters or a prompt that cannot be served; nothing is queued then.
         """
         with self._exclusive():
-            return self._queue([(self.prompt(question), params, request_id)], self._outputs)[0]
+            return self._queue([(self.prompt(question), params, request_id)], self._pieces)[0]
 
     def step(self) -> list[Output]:
         """Run one step; what it added to each answer of the requests that were `add`ed, and what steps that `stream`
@@ -106,22 +96,26 @@ class Engine:
         A request that fails for its own reason ends with ERROR. What fails for another is raised, and the step is as
         if it had not been: call again, or abort.
         """
+        return [piece.written() for piece in self.advance()]
+
+    def advance(self) -> list[Piece]:
+        """`step`, for whoever reads the texts later: all pieces of it before those of the next one."""
         with self._exclusive():
             self._run()
-            outputs = list(self._outputs)
-            self._outputs.clear()
-            return outputs
+            pieces = list(self._pieces)
+            self._pieces.clear()
+            return pieces
 
     def stream(self, question: Question, params: SamplingParams) -> Iterator[Output]:
         """Outputs of one request as they come. A caller that stops iterating aborts it."""
-        outputs: deque[Output] = deque()
+        pieces: deque[Piece] = deque()
         with self._exclusive():
-            (request_id,) = self._queue([(self.prompt(question), params, None)], outputs)
+            (request_id,) = self._queue([(self.prompt(question), params, None)], pieces)
         running = params.n
         try:
             while running:
-                while outputs:
-                    output = outputs.popleft()
+                while pieces:
+                    output = pieces.popleft().written()
                     running -= output.finished
                     yield output
                 if running:
@@ -141,18 +135,19 @@ class Engine:
         """
         questions = _as_list(questions)
         each = _each(params, len(questions))
-        collector, outputs, done = Collector(), deque(), {}
+        collector, pieces, done = Collector(), deque(), {}
         with self._exclusive():
             prompts = [self.prompt(question) for question in questions]
-            ids = self._queue([(*pair, None) for pair in zip(prompts, each, strict=True)], outputs)
+            ids = self._queue([(*pair, None) for pair in zip(prompts, each, strict=True)], pieces)
         for request_id, one in zip(ids, each, strict=True):
             collector.expect(request_id, one.n)
         try:
             while len(done) < len(ids):
                 with self._exclusive():
                     self._run()
+                outputs = [piece.written() for piece in pieces]
+                pieces.clear()
                 done |= {completion.request_id: completion for completion in collector.feed(outputs)}
-                outputs.clear()
         finally:
             for request_id in collector.unfinished:
                 self.abort(request_id)
@@ -227,9 +222,9 @@ class Engine:
             self._drop(self._aborted.popleft())
         self._lock.release()
 
-    def _queue(self, asked: Sequence[tuple[Prompt, SamplingParams, str | None]], outputs: deque[Output]) -> list[str]:
+    def _queue(self, asked: Sequence[tuple[Prompt, SamplingParams, str | None]], pieces: deque[Piece]) -> list[str]:
         """Take in all of these, or none: they are checked before the first is queued. Returns their ids."""
-        answers: list[_Answer] = []
+        answers: list[Answer] = []
         ids: list[str] = []
         given: set[str] = set()
         for prompt, params, request_id in asked:
@@ -247,7 +242,7 @@ class Engine:
                 request.matcher = self.matchers.begin(one)
                 self.scheduler.check_possible(request)
                 detokenizer = Detokenizer(self.processor.tokenizer, one, known_bytes=self._known_bytes)
-                answers.append(_Answer(ids[-1], index, request, detokenizer, outputs))
+                answers.append(Answer(ids[-1], index, request, detokenizer, pieces, self._unreadable))
         for answer in answers:
             self.scheduler.add(answer.request)
             self._answers[answer.request.id] = answer
@@ -279,11 +274,16 @@ class Engine:
         return asked
 
     def _run(self) -> None:
-        """One step, its outputs to whoever asked.
+        """One step, its pieces to whoever asked.
 
-        The host reads a step's tokens before it plans the next one. To overlap the two, a plan would stay in flight
-        here: `schedule` asks how many tokens a request has, and the runner alone needs to know which.
+        The host reads a step's tokens before it plans the next one: `schedule` asks how many tokens a request has, and
+        what has ended. Texts are another matter: see executor.engine.writing.
         """
+        while self._unreadable:
+            answer = self._unreadable.popleft()
+            if answer.request.status is not Status.FINISHED:
+                self.scheduler.fail(answer.request, answer.fault)
+                self._emit(answer, (), text="")
         plan = self.scheduler.schedule()
         try:
             result = self.runner.execute(plan)
@@ -296,13 +296,17 @@ class Engine:
             plan.rows[number].request.prompt_logprobs += scores
         logprobs = {plan.rows[number].request.id: new for number, new in result.logprobs.items()}
         for request, token_ids in self.scheduler.update(plan, result.token_ids, result.missing):
+            answer = self._answers[request.id]
+            if answer.is_plain and request.finish_reason is None:
+                answer.pieces.append(Piece(answer, tuple(token_ids)))
+                continue
             if request.id in logprobs:
                 request.output_logprobs += logprobs[request.id][: len(token_ids)]
             if request.matcher is not None:
                 self._follow_grammar(request, token_ids)
-            self._advance(self._answers[request.id], token_ids)
+            self._advance(answer, token_ids)
         for number in result.failures:
-            self._emit(self._answers[plan.rows[number].request.id], "", ())
+            self._emit(self._answers[plan.rows[number].request.id], (), text="")
 
     def _follow_grammar(self, request: Request, token_ids: list[int]) -> None:
         """The answer ends where its grammar must, and fails where that cannot be followed."""
@@ -315,25 +319,20 @@ class Engine:
         except GrammarFault as error:
             self.scheduler.fail(request, f"{GRAMMAR_ENDS}: {error}")
 
-    def _advance(self, answer: _Answer, token_ids: list[int]) -> None:
-        """The text of an answer's new tokens, up to a stop string, or to the token that has ended it."""
-        request, detokenizer, delta = answer.request, answer.detokenizer, ""
-        if not request.params.stop and request.status is not Status.FINISHED:  # nothing in the text ends it
-            try:
-                delta = detokenizer.push(token_ids)
-            except FAULTS as error:
-                self._fail_text(request, error)
-            self._emit(answer, delta, tuple(token_ids))
+    def _advance(self, answer: Answer, token_ids: list[int]) -> None:
+        """An answer's new tokens, up to a stop string, or to the token that has ended it."""
+        request, num_silent = answer.request, 0
+        if request.finish_reason is FinishReason.STOP and not request.params.include_stop_str_in_output:
+            # Else its grammar has ended it.
+            ends = token_ids[-1] in self.scheduler.eos_token_ids or token_ids[-1] in request.params.stop_token_ids
+            num_silent = int(ends)
+        if not request.params.stop:  # nothing in the text ends it
+            self._emit(answer, tuple(token_ids), num_silent=num_silent)
             return
-        num_written = len(token_ids)
-        has_stop_token = request.finish_reason is FinishReason.STOP and (  # else its grammar has ended it
-            token_ids[-1] in self.scheduler.eos_token_ids or token_ids[-1] in request.params.stop_token_ids
-        )
-        if has_stop_token and not request.params.include_stop_str_in_output:
-            num_written -= 1
+        text, detokenizer = "", answer.detokenizer
         try:
-            for count, token_id in enumerate(token_ids[:num_written], start=1):
-                delta += detokenizer.push((token_id,))
+            for count, token_id in enumerate(token_ids[: len(token_ids) - num_silent], start=1):
+                text += detokenizer.push((token_id,))
                 if detokenizer.stopped:
                     num_kept = len(request.output_token_ids) - len(token_ids) + count
                     del request.output_token_ids[num_kept:], request.output_logprobs[num_kept:]
@@ -342,15 +341,14 @@ class Engine:
                     self.scheduler.finish(request, FinishReason.STOP, detokenizer.stop_string)
                     break
             else:
-                delta += detokenizer.finish() if request.finished else ""
+                text += detokenizer.finish() if request.finished else ""
         except FAULTS as error:
-            self._fail_text(request, error)
-        self._emit(answer, delta, tuple(token_ids))
+            self.scheduler.fail(request, unreadable(error))
+        self._emit(answer, tuple(token_ids), text=text)
 
-    def _fail_text(self, request: Request, error: Exception) -> None:
-        self.scheduler.fail(request, f"its tokens cannot be read as text: {describe(error)}")
-
-    def _emit(self, answer: _Answer, delta: str, token_ids: tuple[int, ...]) -> None:
+    def _emit(
+        self, answer: Answer, token_ids: tuple[int, ...], *, text: str | None = None, num_silent: int = 0
+    ) -> None:
         request = answer.request
         if request.status is Status.FINISHED:
             del self._answers[request.id]
@@ -360,20 +358,22 @@ class Engine:
                 del self._answers_of[answer.parent_id]
             self.runner.forget(request)
         logprobs = tuple(request.output_logprobs[-len(token_ids) :]) if request.output_logprobs and token_ids else ()
-        output = Output(answer.parent_id, answer.index, delta, token_ids, request.finish_reason, request, logprobs)
+        prompt_logprobs = None
         if request.prompt_logprobs and token_ids and not answer.is_begun:
             answer.is_begun = True
-            output = output._replace(prompt_logprobs=tuple(request.prompt_logprobs))
-        answer.outputs.append(output)
+            prompt_logprobs = tuple(request.prompt_logprobs)
+        answer.pieces.append(
+            Piece(answer, token_ids, request.finish_reason, logprobs, prompt_logprobs, text, num_silent)
+        )
 
     def _drop(self, request_id: str) -> None:
         """End a request at its caller's wish. Unread outputs of it go as well, all but the last of a `stream`."""
         for answer in list(self._answers_of.get(request_id, {}).values()):
             self.scheduler.abort(answer.request.id)
-            self._emit(answer, "", ())
-        unread = [output for output in self._outputs if output.request_id != request_id]
-        self._outputs.clear()
-        self._outputs.extend(unread)
+            self._emit(answer, (), text="")
+        unread = [piece for piece in self._pieces if piece.answer.parent_id != request_id]
+        self._pieces.clear()
+        self._pieces.extend(unread)
 
 
 def _as_list(questions: Any) -> list[Question]:

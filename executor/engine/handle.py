@@ -19,7 +19,7 @@ Made = Question | tuple[Question, SamplingParams]
 
 
 class Handle:
-    """A submitted request. `on_event` is called with every Event, in the driving thread; it must not raise.
+    """A submitted request. `on_event` is called with every Event, in one thread of the loop's; it must not raise.
 
     Without `on_event` events are kept for `outputs` and `result`, which wait for them.
     """
@@ -45,6 +45,7 @@ class Handle:
         self.request_id: str | None = None  # of the engine, once it is queued there
         self.deadline_s = deadline_s  # of time.monotonic
         self.number: int | None = None  # its loop's, where it has a deadline
+        self.num_running = 0  # of its answers, those that the engine is at
         self.is_aborted = False
         self._make: Callable[[], Made] | None = make
         self._events: SimpleQueue[Event] = SimpleQueue()

@@ -4,7 +4,8 @@ A submitted question waits in its lane until the engine has room for it, is prep
 queued and answered. Whoever drives the loop calls `turn` again and again, or lets a thread do so: `start`. What a turn
 costs beside its step does not grow with the number of requests that wait.
 Invariants: every handle ends, with a completion or a failure, and says so once; a request's failure is its own. Only
-the driving thread touches the engine.
+the driving thread touches the engine. A thread of the loop's leaves
+texts and events to a second one, which makes them while the model computes; in `turn` alone they are made at once.
 Knows no HTTP and no files: how a prompt is made is the submitter's.
 """
 
@@ -16,12 +17,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from executor.engine.engine import Engine, Question
 from executor.engine.handle import Event, Handle, Made
 from executor.engine.lanes import Lanes
-from executor.engine.outputs import Collector, Completion, Output
+from executor.engine.outputs import Collector
 from executor.engine.prepare import Lane, Preparers
+from executor.engine.teller import Teller
+from executor.engine.writing import Piece
 from executor.errors import UserError
 from executor.schedule.request import Prompt, SamplingParams
 
@@ -63,7 +67,8 @@ class EngineLoop:
         self._aborted: deque[Handle] = deque()
         self._prepared: deque[Handle] = deque()
         self._running: dict[str, Handle] = {}
-        self._collector = Collector()
+        self._teller = Teller()
+        self._collector = Collector()  # the teller's, but for what it expects
         self._awake = threading.Event()
         self._thread: threading.Thread | None = None
         self._is_stopping = False  # takes no new requests
@@ -136,16 +141,19 @@ class EngineLoop:
         Returns the handles that have ended. Raises what a step raises that is no single request's fault.
         """
         self._awake.clear()
+        self._teller.check()
         ended = [*self._drop(), *self._queue_prepared()]
         self._start_preparing()
         if self._running:
-            ended += self._deliver(self.engine.step())
+            ended += self._hand_out(self.engine.advance())
             self._num_faults = 0
         elif not ended and self.engine.replica.in_step:
             self._awake.wait(min(self._patience_s(wait_s), SHARED_WAIT_S))
             self.engine.step()
         elif not ended:
             self._awake.wait(self._patience_s(wait_s))
+        if not self._running:
+            self._teller.release()
         return ended
 
     def _patience_s(self, most_s: float) -> float:
@@ -157,6 +165,8 @@ class EngineLoop:
 
     def start(self) -> "EngineLoop":
         """Drive it in a thread of its own until `stop`."""
+        self._teller.start()
+        self.engine.runner.meanwhile = self._teller.release
         self._thread = threading.Thread(target=self._drive, name="engine", daemon=True)
         self._thread.start()
         atexit.register(self.stop)  # a step that is cut off by the interpreter's end aborts the process
@@ -224,6 +234,8 @@ class EngineLoop:
         for handle in left:
             words = f"the engine has ended: {self.fault}" if self.fault else "the engine is being stopped"
             self._end_handle(handle, Stopped(f"the request was aborted: {words}"))
+        self._teller.stop()
+        self.engine.runner.meanwhile = None
         self._preparers.stop()
 
     def _drop(self) -> list[Handle]:
@@ -231,7 +243,7 @@ class EngineLoop:
         ended = []
         while self._aborted:
             handle = self._aborted.popleft()
-            if not handle.ended:
+            if handle in self._unfinished:
                 ended.append(self._end_handle(handle, RuntimeError("the request was aborted")))
         now_s, late = time.monotonic(), []
         with self._lock:
@@ -256,7 +268,7 @@ class EngineLoop:
         ended = []
         while self._prepared:
             handle = self._prepared.popleft()
-            if handle.ended:  # aborted meanwhile
+            if handle not in self._unfinished:  # aborted meanwhile
                 self._release(handle)
                 continue
             refusal = handle.refusal
@@ -270,35 +282,62 @@ class EngineLoop:
                 ended.append(self._end_handle(handle, refusal))
                 continue
             self._running[handle.request_id] = handle
+            handle.num_running = handle.params.n
             self._collector.expect(handle.request_id, handle.params.n)
         return ended
 
-    def _deliver(self, outputs: list[Output]) -> list[Handle]:
-        """Outputs to their handles."""
-        ended = []
-        for output in outputs:
-            handle = self._running[output.request_id]
-            handle.tell(output)
+    def _hand_out(self, pieces: list[Piece]) -> list[Handle]:
+        """Pieces to their handles, beside the next step. Returns the handles that end with these."""
+        told, ended = [(self._running[piece.answer.parent_id], piece) for piece in pieces], []
+        for handle, piece in told:
             if handle.pixel_bytes:
                 with self._lock:
                     self._lanes.begun(handle)
-            completion = self._collector.take(output)
-            if completion is not None:
-                ended.append(self._end_handle(handle, completion))
+            if piece.finish_reason is not None:
+                handle.num_running -= 1
+                if not handle.num_running:
+                    self._leave(handle)
+                    ended.append(handle)
+        self._teller.put(partial(self._tell, told))
         return ended
 
-    def _end_handle(self, handle: Handle, end: Completion | Exception) -> Handle:
+    def _tell(self, told: list[tuple[Handle, Piece]]) -> None:
+        """By the teller: the texts of pieces, and the completions that these complete."""
+        try:
+            for handle, piece in told:
+                output = piece.written()
+                handle.tell(output)
+                completion = self._collector.take(output)
+                if completion is not None:
+                    handle.finish(completion)
+        except Exception as error:
+            for handle, _ in told:  # some have ended for the engine, which will not name them again
+                self._finish(handle, RuntimeError(f"the step failed: {type(error).__name__}: {error}"))
+            raise
+
+    def _end_handle(self, handle: Handle, end: Exception) -> Handle:
+        """The request is not answered, or no further."""
+        if handle.request_id in self._running:
+            self.engine.abort(handle.request_id)
+        self._leave(handle)
+        self._teller.put(partial(self._finish, handle, end))
+        return handle
+
+    def _finish(self, handle: Handle, end: Exception) -> None:
+        """By the teller."""
+        if handle.request_id is not None:
+            self._collector.forget(handle.request_id)
+        if not handle.ended:
+            handle.finish(end)
+
+    def _leave(self, handle: Handle) -> None:
+        """The engine has done with it."""
         if self._running.pop(handle.request_id, None) is not None:
-            if isinstance(end, Exception):
-                self.engine.abort(handle.request_id)
-                self._collector.forget(handle.request_id)
             self._release(handle)
         with self._lock:
             self._unfinished.discard(handle)
             self._lanes.discard(handle)
             self._timed.pop(handle.number, None)
-        handle.finish(end)
-        return handle
 
     def _release(self, handle: Handle) -> None:
         with self._lock:

@@ -8,8 +8,9 @@ Legend: T tokens of the step, M visual tokens of a media item, n hidden size.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 
 from executor.checkpoint.settings import PixelSettings
 from executor.device.ops import KVLayer, Ops
+from executor.engine.decode_inputs import DecodeInputs
 from executor.engine.encode import encode_items
 from executor.engine.graphs import DecodeGraphs
 from executor.engine.logprobs import PromptScores, TokenLogprobs
 from executor.engine.replica import Replica
-from executor.engine.sampler import Sampler
+from executor.engine.sampler import Sampled, Sampler
 from executor.engine.step import ModelStep, Visual
 from executor.recipe.peak import ENCODE_TOKENS, SCORED_ROWS
 from executor.schedule.plan import Plan, Row
@@ -117,7 +119,9 @@ class Runner:
         self.replica = replica
         self.encode_tokens = ENCODE_TOKENS  # visual tokens of one pass of the encoder
         self.features: dict[bytes, Tensor] = {}  # media digest -> [M, 1 + taps, n]
+        self.meanwhile: Callable[[], None] | None = None  # called when the model is to compute, maybe more than once
         self.times = StepTimes()
+        self.decode_inputs = DecodeInputs(device, block_size)
         self._has_assisted = self._has_dismissed = False
 
     @torch.inference_mode()
@@ -141,10 +145,20 @@ class Runner:
             return self._row_by_row(plan)
 
     def _computed(self, plan: Plan) -> StepResult:
+        if plan.is_decode:
+            sampled = self.sampler.sample(self.forward(plan), [row.request for row in plan.rows])
+            if not sampled.failures and not sampled.has_logprobs:
+                return StepResult([[token_id] for token_id in sampled.token_ids])
+            return self._result(plan, list(range(len(plan.rows))), sampled, {})
         scores = PromptScores(plan.rows) if any(row.scored for row in plan.rows) else None
         logits = self.forward(plan) if scores is None else self.forward(plan, scores)
         yielding = [number for number, row in enumerate(plan.rows) if row.max_yield]
         sampled = self.sampler.sample(logits, [plan.rows[number].request for number in yielding])
+        return self._result(plan, yielding, sampled, {} if scores is None else scores.by_row())
+
+    def _result(
+        self, plan: Plan, yielding: list[int], sampled: Sampled, prompt_logprobs: dict[int, list[TokenLogprobs]]
+    ) -> StepResult:
         token_ids: list[list[int]] = [[] for _ in plan.rows]
         for number, token_id in zip(yielding, sampled.token_ids, strict=True):
             token_ids[number].append(token_id)
@@ -155,7 +169,6 @@ class Runner:
         if sampled.has_logprobs:
             pairs = zip(yielding, sampled.logprobs, strict=True)
             logprobs = {number: [each] for number, each in pairs if each is not None and number not in failures}
-        prompt_logprobs = {} if scores is None else scores.by_row()
         return StepResult(token_ids, logprobs, failures, prompt_logprobs=prompt_logprobs)
 
     def _row_by_row(self, plan: Plan) -> StepResult:
@@ -224,15 +237,26 @@ class Runner:
             self.features.pop(digest, None)
         if plan.encode:
             started = time.perf_counter()
+            self._tell_meanwhile()
             self.encode(plan.encode)
             self.times.vision_s += time.perf_counter() - started
         if plan.in_graph:
-            return self.graphs(plan.rows, plan.padded_tokens)
-        if not plan.rows:
+            computation = partial(self.graphs, plan.rows, plan.padded_tokens)
+        elif not plan.rows:
             self.model.help(plan.padded_tokens)
             return torch.empty(0, self.model.config.text.vocab_size)
-        inputs = self._inputs(plan.rows)
-        num_scored = sum(len(row.scored) for row in plan.rows)
+        else:
+            inputs = self.decode_inputs(plan.rows) if plan.is_decode else self._inputs(plan.rows)
+            computation = partial(self._eager, plan, inputs, scores)
+        if self.device.computes_behind:  # then Python's lock is free when all is launched
+            logits = computation()
+            self._tell_meanwhile()
+            return logits
+        self._tell_meanwhile()
+        return computation()
+
+    def _eager(self, plan: Plan, inputs: tuple[Any, ...], scores: PromptScores | None) -> Tensor:
+        num_scored = 0 if plan.is_decode else sum(len(row.scored) for row in plan.rows)
         if not num_scored:
             return self.step(*inputs, plan.padded_tokens)
         hidden = self.step.hidden(*inputs, plan.padded_tokens)
@@ -242,6 +266,10 @@ class Runner:
             if scores is not None:
                 scores.add(logits)
         return self.model.lm_head(hidden[:num_yielding])
+
+    def _tell_meanwhile(self) -> None:
+        if self.meanwhile is not None:
+            self.meanwhile()
 
     @torch.inference_mode()
     def encode(self, media: Sequence[MediaItem]) -> None:
@@ -263,10 +291,12 @@ class Runner:
     def forget(self, request: Request) -> None:
         """Drop what is kept for a request that has ended."""
         self.sampler.forget(request.id)
+        self.decode_inputs.forget()
         self.replica.forget(request)
 
     def _inputs(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor, Any, Tensor, Visual | None]:
         """The arguments of ModelStep."""
+        self.decode_inputs.forget()
         host = self._gather(rows)
         to = self.device.device
         visual = None

@@ -165,7 +165,7 @@ class Sampler:
         """Each row's token id, or _FAILED."""
         maxima, params, ways = chunk_maxima(scores), batch.params, batch.ways
         if batch.is_greedy:
-            return _best(_Rows(scores, maxima, batch.rows, batch.index, params, [])).tolist()
+            return _best_of_all(scores, maxima, batch.index).tolist()
 
         def part(numbers: list[int]) -> _Rows:
             own, index = maxima, batch.index
@@ -240,13 +240,14 @@ def _way(params: SamplingParams) -> tuple[Callable[[_Rows, Kind | None], torch.T
 
 def _best(rows: _Rows, kind: None = None) -> torch.Tensor:
     """The highest score, of equal ones the lowest id."""
-    best, chunks = rows.maxima.max(dim=-1)
-    num_chunks = rows.maxima.shape[-1]
-    places = chunks
-    if len(rows.numbers) > 1 or rows.numbers[0]:
-        places = chunks + rows.index * num_chunks
-    inside = rows.scores.view(-1, CHUNK).index_select(0, places).argmax(dim=-1)
-    return torch.where(best.abs() < math.inf, chunks * CHUNK + inside, _FAILED)
+    return _best_of_all(rows.scores, rows.maxima, rows.index)
+
+
+def _best_of_all(scores: torch.Tensor, maxima: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    best, chunks = maxima.max(dim=-1)
+    places = torch.add(chunks, index, alpha=maxima.shape[-1])
+    inside = scores.view(-1, CHUNK).index_select(0, places).argmax(dim=-1)
+    return inside.add_(chunks, alpha=CHUNK).masked_fill_((best.abs_() < math.inf).logical_not_(), _FAILED)
 
 
 def _draw_among_few(rows: _Rows, kind: Kind) -> torch.Tensor:

@@ -38,3 +38,4 @@ class Plan:
     release: tuple[bytes, ...] = ()
     padded_tokens: int | None = None
     in_graph: bool = False
+    is_decode: bool = False  # known to be of rows that have one token each, the last of an answer under way

@@ -24,7 +24,7 @@ from executor.schedule.block_pool import BlockPool
 from executor.schedule.encoder_cache import EncoderCache, MediaReads
 from executor.schedule.plan import Plan, Row
 from executor.schedule.prefix_cache import BlockDigests
-from executor.schedule.request import FinishReason, Prompt, Request, Status
+from executor.schedule.request import FinishReason, Prompt, Request, SamplingParams, Status
 
 SHORT_SHARE = 4
 """A long prompt leaves one in so many of a step's tokens to short texts that have come after it."""
@@ -36,6 +36,7 @@ class _Record:
 
     request: Request
     max_output_tokens: int
+    end_ids: frozenset[int]  # tokens that may end the answer
     digests: BlockDigests
     media: MediaReads
     num_registered_blocks: int = 0
@@ -117,6 +118,7 @@ class Scheduler:
         self._records[request.id] = _Record(
             request,
             max_output_tokens=min(request.params.max_new_tokens, room_tokens),
+            end_ids=self._end_ids(request.params),
             digests=BlockDigests(request, self.pool.block_size),
             media=MediaReads(request, self._encoder),
         )
@@ -160,9 +162,8 @@ class Scheduler:
     def schedule(self) -> Plan:
         """The next step; without rows only when there is no work."""
         open_plan = _OpenPlan(self.max_num_batched_tokens)
-        self._schedule_decode(open_plan)
+        under_way = self._schedule_decode(open_plan)
         num_decode_rows = len(open_plan.rows)
-        under_way = [request for request in self._running if not _is_decode(request)]
         if under_way:
             self._admit(open_plan, open_plan.budget_tokens // SHORT_SHARE)
         self._schedule_prefill(under_way, open_plan)
@@ -170,9 +171,10 @@ class Scheduler:
         assert open_plan.rows or not self.has_work, "nothing was scheduled although there is work"
         if not open_plan.rows:
             return Plan(())
-        if len(open_plan.rows) > num_decode_rows:
+        is_decode = len(open_plan.rows) == num_decode_rows
+        if not is_decode:
             open_plan.rows.sort(key=lambda row: row.num_tokens > 1)  # the end of a prefill may be a single token too
-        return Plan(tuple(open_plan.rows), *self._encoder.drain())
+        return Plan(tuple(open_plan.rows), *self._encoder.drain(), is_decode=is_decode)
 
     def update(
         self, plan: Plan, token_ids: Sequence[Sequence[int]], missing: Collection[bytes] = ()
@@ -194,9 +196,15 @@ class Scheduler:
                 f"request '{request.id}': {len(new)} tokens of a row that may yield {max_yield}"
             )
             record = self._records[request.id]
-            kept, end = self._append(request, record, new)
-            # Of what it yields all but the last has been computed in the same step.
-            num_computed = request.num_computed_tokens = start + num_tokens + max(0, len(kept) - 1)
+            kept, end = new, None
+            output = request.output_token_ids
+            if len(new) == 1 and new[0] not in record.end_ids and len(output) + 1 < record.max_output_tokens:
+                output.append(new[0])  # nothing ends: the rule
+                num_computed = request.num_computed_tokens = start + num_tokens
+            else:
+                kept, end = self._append(request, record, new)
+                # Of what it yields all but the last has been computed in the same step.
+                num_computed = request.num_computed_tokens = start + num_tokens + max(0, len(kept) - 1)
             if num_computed >= record.next_full_tokens:
                 self._register_blocks(request, record)
             if record.media.holds_any:
@@ -265,23 +273,34 @@ class Scheduler:
                 "is off; raise scheduler_config.max_num_batched_tokens or set scheduler_config.enable_chunked_prefill"
             )
 
-    def _schedule_decode(self, open_plan: _OpenPlan) -> None:
-        candidates = [request for request in self._running if _is_decode(request)]
-        block_size, guesses = self.pool.block_size, self.max_yield > 1
-        for place, request in enumerate(candidates):
+    def _schedule_decode(self, open_plan: _OpenPlan) -> list[Request]:
+        """Rows of the running requests that go on token by token; returns the others."""
+        candidates, under_way = [], []
+        for request in self._running:
+            num_output, start = len(request.output_token_ids), request.num_computed_tokens
+            if num_output and len(request.prompt.token_ids) + num_output - start == 1:
+                candidates.append((request, start))
+            else:
+                under_way.append(request)
+        block_size, guesses, rows = self.pool.block_size, self.max_yield > 1, open_plan.rows
+        num_preemptions = self.num_preemptions
+        for place, (request, start) in enumerate(candidates):
             if not open_plan.budget_tokens:
-                return
+                break
             # A request preempted by an earlier row is no longer running. Older rows are never preempted by later ones.
             if request.status is not Status.RUNNING:
                 continue
-            start, num_more = request.num_computed_tokens, 0
+            num_more = 0
             if len(request.block_ids) * block_size <= start and not self._grow(request, open_plan):
                 continue
             if guesses:  # each row has its token before any row has a second one
                 spare_tokens = max(0, open_plan.budget_tokens - (len(candidates) - place))
                 num_more = self._grow_more(request, min(self.max_yield - 1, spare_tokens))
-            open_plan.rows.append(Row(request, start, 1, 1 + num_more))
+            rows.append(Row(request, start, 1, 1 + num_more))
             open_plan.budget_tokens -= 1 + num_more
+        if self.num_preemptions > num_preemptions:
+            under_way = [request for request in under_way if request.status is Status.RUNNING]
+        return under_way
 
     def _grow_more(self, request: Request, wanted: int) -> int:
         """Slots for up to `wanted` tokens behind the next one, from free blocks only; how many there are."""
@@ -436,12 +455,17 @@ class Scheduler:
         """Why the answer ends with its last token: EOS, stop ids, and the lengths that `add` has put together."""
         token_id, num_output = request.output_token_ids[-1], len(request.output_token_ids)
         params = request.params
-        if num_output >= params.min_new_tokens:
+        if num_output >= params.min_new_tokens and token_id in record.end_ids:
             if token_id in params.stop_token_ids:
                 return FinishReason.STOP, token_id
-            if not params.ignore_eos and token_id in self.eos_token_ids:
-                return FinishReason.STOP, None
+            return FinishReason.STOP, None
         return (FinishReason.LENGTH, None) if num_output >= record.max_output_tokens else None
+
+    def _end_ids(self, params: SamplingParams) -> frozenset[int]:
+        """Of EOS and stop ids those that end an answer."""
+        if not params.stop_token_ids and not params.ignore_eos:
+            return self.eos_token_ids
+        return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
 
     def _give_back(self, request: Request) -> None:
         """End all that a request holds."""
@@ -459,11 +483,6 @@ def _scored(request: Request, start: int, end: int) -> range:
         return range(0)
     # The logits of a token judge the one behind it; what was known before a preemption is not asked for again.
     return range(max(start, len(request.prompt_logprobs) - 1), min(end, len(request.prompt.token_ids) - 1))
-
-
-def _is_decode(request: Request) -> bool:
-    num_output = len(request.output_token_ids)
-    return num_output > 0 and len(request.prompt.token_ids) + num_output - request.num_computed_tokens == 1
 
 
 def no_room(prompt: Prompt, max_model_len: int, where: str | None = None) -> UserError:

@@ -3,11 +3,11 @@
     python -m tests.benchmarks.host_work [--batch 32] [--steps 300] [--against FOLDER]
 
 `--batch` answers are written by an EngineLoop that hands every token to a callback, as a server does. Between the end
-of one forward of the model and the beginning of the next lie sampling, bookkeeping, text, delivery, planning and the
-gathering of inputs: `between_ms`, of which the thread has computed for `between_cpu_ms` (the rest is other processes'
-doing). `step_ms` is from one forward's beginning to the next one's. `--against`: another
-checkout of this project, whose engine is measured by the same code in turns with this one's; medians over all turns,
-and their ratio. Not a test: timings on shared machines vary.
+of one forward of the model and the beginning of the next lie sampling, bookkeeping, planning and the gathering of
+inputs, and whatever of text and delivery is not done beside the next forward: `between_ms`, of which the thread has
+computed for `between_cpu_ms` (the rest is other threads' and processes' doing). `step_ms` is from one forward's
+beginning to the next one's. `--against`: another checkout of this project, whose engine is measured by the same code in
+turns with this one's; medians over all turns, and their ratio. Not a test: timings on shared machines vary.
 """
 
 import argparse
@@ -95,13 +95,13 @@ def measure(args: argparse.Namespace) -> dict:
             return logits
 
         engine.runner.step.forward = timed
-        with EngineLoop(engine) as loop:
+        with EngineLoop(engine).start() as loop:
             handles = [
                 loop.submit(f"Count to {number}.", params, on_event=lambda event: told.append(1))
                 for number in range(args.batch)
             ]
             while sum(count == args.batch for count in rows) < args.steps + WARM_UP_STEPS:
-                loop.turn(0.05)
+                time.sleep(0.05)
             for handle in handles:
                 assert handle.failure is None, handle.failure
     steady = [n for n in range(1, len(rows)) if rows[n - 1] == rows[n] == args.batch][WARM_UP_STEPS:]

@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from executor.engine.detokenize import Detokenizer
 from executor.engine.loop import EngineLoop, QueueFull
 from executor.engine.prepare import Preparers
 from executor.errors import UserError
-from executor.schedule.request import SamplingParams
+from executor.schedule.request import FinishReason, SamplingParams
 from tests.engines import engine_over
 from tests.reference import REPO
 
@@ -350,6 +351,29 @@ def test_deadlines_of_what_has_ended_do_not_add_up(loop, engine, monkeypatch):
         loop.submit(QUESTION, SHORT, lane="text", timeout_s=1000).abort()
         loop.turn()
     assert len(loop._deadlines) <= 12 and not loop._timed
+
+
+@pytest.mark.parametrize("place", [3, 8])
+def test_a_text_that_fails_beside_the_engine_is_its_own_request_s(loop, answer, monkeypatch, place):
+    """Also where its last token fails, when the engine has let go of it."""
+    push, names, chosen = Detokenizer.push, [], []
+
+    def failing(self, token_ids):
+        names.append(threading.current_thread().name)
+        chosen.append(self)
+        if self is chosen[0] and chosen.count(self) == place:
+            raise ValueError("no such token")
+        return push(self, token_ids)
+
+    monkeypatch.setattr(Detokenizer, "push", failing)
+    bad, good = loop.submit(QUESTION, SHORT), loop.submit(QUESTION, SHORT)
+    loop.start()
+    found = [handle.result(60) for handle in (bad, good)]
+    (failed,) = (each for each in found if each.error is not None)
+    assert "cannot be read as text: ValueError: no such token" in failed.error
+    assert failed.finish_reason is FinishReason.ERROR and answer.text.startswith(failed.text)
+    assert {each.text for each in found if each is not failed} == {answer.text}
+    assert set(names) == {"teller"}
 
 
 def test_giving_a_request_up_costs_as_much_as_its_answers(loop):

@@ -127,17 +127,18 @@ class Watched:
         return engine
 
     def _score(self, engine: Any) -> None:
-        add, step = engine.add, engine.step
+        add, advance = engine.add, engine.advance
 
         def scored() -> list[Any]:
-            outputs = step()
-            for output in outputs:
-                if output.prompt_logprobs:
-                    self.prompt_logprobs[output.request_id] = [x.logprob for x in output.prompt_logprobs[1:]]
-            return outputs
+            pieces = advance()
+            for piece in pieces:
+                if piece.prompt_logprobs:
+                    scores = [x.logprob for x in piece.prompt_logprobs[1:]]
+                    self.prompt_logprobs[piece.answer.parent_id] = scores
+            return pieces
 
         engine.add = lambda prompt, params: add(prompt, replace(params, prompt_logprobs=self.num_prompt_logprobs))
-        engine.step = scored
+        engine.advance = scored
 
     def _count(self, runner: Runner) -> None:
         parallel, forward = runner.replica.parallel, runner.forward

@@ -227,6 +227,10 @@ class NpuOps(Ops):
             return super().qkv_norm_rope_write(qkv, heads, norms, cos, sin, cache, slots)
         return self.attention.norm_rope_write(qkv, heads, norms, cos, sin, cache, slots)
 
+    @property
+    def computes_behind(self) -> bool:
+        return self.device.type != "cpu"
+
     def prepare_attention(
         self, q_lens: Sequence[int], kv_lens: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int
     ) -> attention.Step:
