@@ -96,7 +96,7 @@ class Watched:
 
     def __init__(self, num_prompt_logprobs: int | None) -> None:
         self.num_prompt_logprobs = num_prompt_logprobs
-        self.prompt_logprobs: dict[str, list[float]] = {}  # of every request's prompt, behind its first token
+        self.prompt_logprobs: dict[str, list[float]] = {}  # prompt -> behind its first token
         self.steps: list[list[int]] = []  # of every decode step of rank 0: collectives, rows
         self.loads: list[list[int]] = []  # of every rank: bytes read, bytes estimated, growth of its memory
 
@@ -134,7 +134,8 @@ class Watched:
             for piece in pieces:
                 if piece.prompt_logprobs:
                     scores = [x.logprob for x in piece.prompt_logprobs[1:]]
-                    self.prompt_logprobs[piece.answer.parent_id] = scores
+                    prompt = piece.answer.request.prompt  # ids are given in the order in which prompts are ready
+                    self.prompt_logprobs[prompt.text + "".join(item.digest.hex() for item in prompt.media)] = scores
             return pieces
 
         engine.add = lambda prompt, params: add(prompt, replace(params, prompt_logprobs=self.num_prompt_logprobs))

@@ -60,8 +60,8 @@ def _check(found: dict[str, Any], wanted: dict[str, Any], num_ranks: int, collec
     assert all(len(ids) == 40 for ids in found["token_ids"])
     for ours, theirs in zip(found["logprobs"], wanted["logprobs"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
-    for request_id, scores in found["prompt_logprobs"].items():
-        assert scores == pytest.approx(wanted["prompt_logprobs"][request_id], abs=1e-4) and len(scores) > 10
+    for prompt, scores in found["prompt_logprobs"].items():
+        assert scores == pytest.approx(wanted["prompt_logprobs"][prompt], abs=1e-4) and len(scores) > 10
     assert len(found["loads"]) == num_ranks
     assert found["steps"] and {count for count, _ in found["steps"]} == {collectives}
     for read, estimated, _ in found["loads"]:
