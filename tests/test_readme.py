@@ -177,6 +177,8 @@ def test_the_life_of_a_request_names_functions_that_exist():
     named = re.findall(r"`([\w/]+\.py):(\w+)`", text)
     assert len(named) >= 12
     for file, function in named:
-        assert re.search(rf"^\s*def {function}\(", (REPO / file).read_text(), flags=re.MULTILINE), f"{file}:{function}"
+        assert re.search(rf"^\s*(async )?def {function}\(", (REPO / file).read_text(), flags=re.MULTILINE), (
+            f"{file}:{function}"
+        )
     for file in re.findall(r"`(executor/[\w/]+\.py)`", text):
         assert (REPO / file).is_file(), file
