@@ -48,7 +48,7 @@ class Visit:
 
     def add(self, *paths: Path) -> None:
         self.page.set_input_files("#files", list(paths))
-        self.page.wait_for_function("n => document.querySelectorAll('#media li').length === n", arg=len(paths))
+        self.page.locator("#media li").nth(len(paths) - 1).wait_for()
 
     def ask(self, question: str, *, waits: bool = True) -> None:
         num_turns = self.page.locator(".turn").count()

@@ -92,7 +92,7 @@ def test_an_answer_is_stopped_and_kept(visit: Open, scripted: Any) -> None:
     assert opened.page.locator("#stop").is_visible() and not opened.page.locator("#send").is_visible()
     opened.page.keyboard.press("Escape")
     opened.page.get_by_text("Stopped.").first.wait_for()
-    opened.page.wait_for_function("!document.querySelector('#send').hidden")
+    opened.page.locator("#send").wait_for(state="visible")
     deadline_s = time.monotonic() + 30
     while not backend.num_aborted and time.monotonic() < deadline_s:  # until the server sees that the client has left
         time.sleep(0.01)
@@ -102,20 +102,28 @@ def test_an_answer_is_stopped_and_kept(visit: Open, scripted: Any) -> None:
     assert [m["content"] for m in backend.asks[0].prompt.messages] == ["Count.", "One. Two", "Go on."]
 
 
+def wait_for_answer(opened: Any, backend: Any, number: int) -> None:
+    """Until the server was asked `number` times and the page takes the next question."""
+    deadline = time.monotonic() + 30
+    while len(backend.asks) < number:
+        assert time.monotonic() < deadline, f"{len(backend.asks)} questions came, not {number}"
+        opened.page.wait_for_timeout(20)
+    opened.page.locator("#send").wait_for(state="visible")
+
+
 def test_the_last_question_is_asked_again_and_changed(visit: Open, scripted: Any) -> None:
     backend, opened = scripted("yes"), visit()
     opened.ask("first")
     opened.add(WORD)
     opened.ask("second")
     opened.page.get_by_role("button", name="Regenerate").click()
-    opened.page.wait_for_function("!document.querySelector('#send').hidden")
+    wait_for_answer(opened, backend, 3)
     assert backend.asks[2].prompt == backend.asks[1].prompt
     opened.page.get_by_role("button", name="Edit question").click()
     assert opened.page.input_value("#question") == "second" and opened.page.locator("#media li").count() == 1
     opened.page.fill("#question", "changed")
     opened.page.press("#question", "Enter")
-    opened.page.get_by_text("changed").wait_for()
-    opened.page.wait_for_function("!document.querySelector('#send').hidden")
+    wait_for_answer(opened, backend, 4)
     told = [m["content"] for m in backend.asks[3].prompt.messages]
     assert told == ["first", "yes", message("changed", WORD)["content"]] and opened.page.locator(".turn").count() == 2
     opened.page.click("#new")
