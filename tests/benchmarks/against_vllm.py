@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.benchmarks.serving import REPO, served
+from tests.benchmarks.serving import REPO, served, wait_until_healthy
 
 MODEL = REPO / "models/tiny/qwen3_vl"
 MEDIA = REPO / "dataset/media"
@@ -98,15 +98,7 @@ def peer(python: str, log: str) -> Iterator[int]:
             [python, "-c", PEER, *words], env=environment, cwd=Path(python).parent, stdout=output, stderr=output
         )
     try:
-        deadline = time.monotonic() + PEER_START_S
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except (urllib.error.URLError, OSError):
-                if time.monotonic() > deadline or process.poll() is not None:
-                    raise RuntimeError(f"the peer does not answer; its log: {log}") from None
-                time.sleep(0.5)
+        wait_until_healthy(port, process, PEER_START_S, f"the peer does not answer; its log: {log}")
         yield port
     finally:
         process.terminate()

@@ -29,6 +29,19 @@ class Served:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def wait_until_healthy(port: int, process: subprocess.Popen, limit_s: float, words: str) -> None:
+    """RuntimeError with `words` where the server of `process` has ended, or says nothing good within `limit_s`."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+            return
+        except (urllib.error.URLError, OSError):
+            if time.monotonic() > deadline or process.poll() is not None:
+                raise RuntimeError(words) from None
+            time.sleep(0.2)
+
+
 @contextmanager
 def served(*settings: str, folder: Path = REPO) -> Iterator[Served]:
     """A server of the tiny checkpoint, with `settings` of the recipe. `folder`: whose code it runs."""
@@ -41,15 +54,7 @@ def served(*settings: str, folder: Path = REPO) -> Iterator[Served]:
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + START_S
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except (urllib.error.URLError, OSError):
-                if time.monotonic() > deadline or process.poll() is not None:
-                    raise RuntimeError("the server does not answer") from None
-                time.sleep(0.2)
+        wait_until_healthy(port, process, START_S, "the server does not answer")
         yield Served(port, process.pid)
     finally:
         process.terminate()

@@ -1,9 +1,11 @@
 """A server over a tiny checkpoint, in a thread of the test's process."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import httpx
 import pytest
@@ -60,6 +62,18 @@ def start(engine: Engine, *, data: dict[str, object] | None = None, **server: ob
         thread.join()
         event_loop.close()
     engine.processor.options = options
+
+
+def named_events(server: Running, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a stream of named events holds; each one's name is its type."""
+    with server.http.stream("POST", path, json=body) as reply:
+        text = "".join(reply.iter_text())
+    events = []
+    for each in text.removesuffix("\n\n").split("\n\n"):
+        name, data = each.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    return events
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from executor.serve.anthropic.message_input import messages_of, tool_choice_of_m
 from executor.serve.anthropic.message_output import MessageWriter
 from executor.serve.asks import Delta
 from executor.serve.blocks import BlockAnswer
-from tests.serve.conftest import Running
+from tests.serve.conftest import Running, named_events
 from tests.serve.test_generate import PICTURE
 from tests.serve.test_responses import SCHEMA, ScriptedParser, chat
 
@@ -31,14 +31,7 @@ def ask(server: Running, messages: Any, **fields: Any) -> dict[str, Any]:
 
 def streamed(server: Running, messages: Any, **fields: Any) -> list[dict[str, Any]]:
     body = {"messages": messages, **LIMITS, "stream": True, **fields}
-    with server.http.stream("POST", "/v1/messages", json=body) as reply:
-        text = "".join(reply.iter_text())
-    events = []
-    for each in text.removesuffix("\n\n").split("\n\n"):
-        name, data = each.split("\n")
-        events.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {events[-1]['type']}"
-    return events
+    return named_events(server, "/v1/messages", body)
 
 
 def test_a_text_is_answered_as_a_chat(server: Running) -> None:

@@ -12,7 +12,7 @@ from executor.serve.openai.response_input import messages_of, tools_of_response
 from executor.serve.openai.response_output import ResponseWriter
 from executor.serve.openai.response_store import ResponseStore, size_of
 from executor.serve.parser import Piece
-from tests.serve.conftest import Running
+from tests.serve.conftest import Running, named_events
 from tests.serve.test_generate import PICTURE
 
 QUESTION = "What color is the square?"
@@ -31,13 +31,7 @@ def respond(server: Running, given: Any, **fields: Any) -> dict[str, Any]:
 
 def streamed(server: Running, given: Any, **fields: Any) -> list[dict[str, Any]]:
     body = {"input": given, **LIMITS, "stream": True, **fields}
-    with server.http.stream("POST", "/v1/responses", json=body) as reply:
-        text = "".join(reply.iter_text())
-    events = []
-    for each in text.removesuffix("\n\n").split("\n\n"):
-        name, data = each.split("\n")
-        events.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {events[-1]['type']}"
+    events = named_events(server, "/v1/responses", body)
     assert [each["sequence_number"] for each in events] == list(range(len(events)))
     return events
 

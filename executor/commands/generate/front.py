@@ -13,11 +13,11 @@ from typing import Any
 from torch.distributed import PrefixStore
 
 from dataset.sample import Dataset, Sample
-from executor.host.env import code_digest
+from executor.cluster.leader import front_and_hello
 from executor.parallel.groups import Parallel
 from executor.recipe.schema import Recipe
 from executor.serve import wire
-from executor.serve.gate import Front, call_blocking
+from executor.serve.gate import call_blocking
 
 MAX_HELD = 1 << 20  # the front door counts
 
@@ -40,16 +40,8 @@ class FrontSpread:
         self._rows: SimpleQueue[int | None] = SimpleQueue()  # None: there are no more
         if dataset is None:
             return
-        hello = {
-            "replica": int(variables["RECIPE_REPLICA"]),
-            "leader": parallel.replicas.rank,
-            "leaders": parallel.replicas.size,
-            "code": code_digest(),
-            "recipe": recipe.model_dump(mode="json", by_alias=True),
-            "dataset": dataset.digest(),
-            "seats": seats,
-        }
-        self._connection = call_blocking(Front.from_text(variables["RECIPE_FRONT"]), hello)
+        front, hello = front_and_hello(recipe, parallel, variables)
+        self._connection = call_blocking(front, hello | {"dataset": dataset.digest(), "seats": seats})
 
     def start(self) -> bool:
         """Whether there is anything to answer. Waits until the front door knows."""

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
-from executor.host.env import code_digest, environment
+from executor.cluster.leader import front_and_hello
+from executor.host.env import environment
 from executor.recipe.schema import Recipe
 from executor.serve.app import build_app
 from executor.serve.backends import Backend
@@ -78,11 +79,4 @@ async def find_front(recipe: Recipe, parallel: Any, variables: Mapping[str, str]
     """
     if "RECIPE_FRONT" not in variables:
         return Front.from_text(await asyncio.to_thread(parallel.store.get, KEY)), {"rank": parallel.rank}
-    hello = {
-        "replica": int(variables["RECIPE_REPLICA"]),
-        "leader": parallel.replicas.rank,
-        "leaders": parallel.replicas.size,
-        "code": code_digest(),
-        "recipe": recipe.model_dump(mode="json", by_alias=True),
-    }
-    return Front.from_text(variables["RECIPE_FRONT"]), hello
+    return front_and_hello(recipe, parallel, variables)
