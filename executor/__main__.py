@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("executor")
 
-ONE_PROCESS = ("plan", "check")  # compute nothing on ranks, however many the recipe has
+
+def needs_ranks(arguments: argparse.Namespace, recipe: "Recipe") -> bool:
+    """Whether a command computes on the recipe's ranks, however many these are. What starts a server leaves them to
+    it."""
+    if arguments.command in ("plan", "check") or arguments.compared is not None:
+        return False
+    return arguments.command != "bench" or recipe.bench.mode != "serve"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +108,10 @@ def run(arguments: argparse.Namespace, argv: Sequence[str], rank: "Rank | None" 
     A rank runs the command; without a launcher a recipe of one rank is run right here, and a larger one is launched.
     """
     check(arguments)
-    name = (MODULES | extra_commands())[arguments.command]
+    if arguments.compared is not None:
+        name = f"executor.commands.{arguments.command}.compare"
+    else:
+        name = (MODULES | extra_commands())[arguments.command]
     from executor.recipe.schema import load_recipe  # pydantic takes a moment that --help need not wait for
 
     recipe = load_recipe(arguments.config, arguments.overrides)
@@ -114,10 +123,12 @@ def run(arguments: argparse.Namespace, argv: Sequence[str], rank: "Rank | None" 
         # A job that a cluster has started attends the front door, and listens nowhere.
         check_mistakes(recipe, listens=is_alone and "RECIPE_FRONT" not in environment())
         logger.info("loading %s", recipe.model.model_path)
-    if arguments.command in ONE_PROCESS or is_alone:
-        if arguments.command not in ONE_PROCESS and not is_head:
+    if is_alone or not needs_ranks(arguments, recipe):
+        if needs_ranks(arguments, recipe) and not is_head:
             _set_options(recipe, local_ranks=1)
         options = {} if arguments.save is None else {"save": arguments.save}
+        if arguments.compared is not None:
+            options = {"compared": arguments.compared}
         return importlib.import_module(name).run(recipe, **options)
 
     from executor.recipe.settle import prepare

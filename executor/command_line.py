@@ -35,6 +35,12 @@ MODULES = {  # the commands of this release
     "check": "executor.commands.check",
 }
 
+WORDS = {  # command -> what may stand behind it, with how many files; a mode sets bench_config.mode
+    "bench": {"latency": 0, "throughput": 0, "serve": 0, "compare": 2},
+    "eval": {"compare": 2},
+}
+MODES = tuple(word for word, files in WORDS["bench"].items() if not files)
+
 SHORT_FORMS = {  # flag -> key; the flag may be written with - or _
     "question": "data_config.prompt",
     "prompt": "data_config.prompt",
@@ -53,14 +59,33 @@ SHORT_FORMS = {  # flag -> key; the flag may be written with - or _
     "max-model-len": "scheduler_config.max_model_len",
     "max-num-seqs": "scheduler_config.max_num_seqs",
     "output": "data_config.results_path",
+    "dataset": "data_config.dataset",
+    "dataset-path": "data_config.dataset_path",
+    "num-prompts": "data_config.limit",
     "host": "server_config.host",
     "port": "server_config.port",
 }
+COMMAND_FORMS = {  # flag -> command -> key: short forms that only these commands have
+    "plot": {"bench": "bench_config.plot", "plan": "plan_config.plot"},
+    "batch-sizes": {"bench": "bench_config.batch_sizes"},
+    "request-rates": {"bench": "bench_config.request_rates"},
+    "concurrencies": {"bench": "bench_config.concurrencies"},
+    "base-url": {"bench": "bench_config.base_url"},
+    "metric": {"eval": "eval_config.metric"},
+    "dump-layers": {"eval": "eval_config.dump_layers"},
+    "chip": {"plan": "plan_config.chip"},
+    "table": {"plan": "plan_config.table"},
+    "for": {"plan": "plan_config.demand"},
+}
+ALONE = {"plot": "true", "table": "true", "dump-layers": "transformers"}  # what such a flag means without a value
 UNUSED_BY = {  # command -> sections and keys that it does not use, so that a flag for one of them is a mistake
     "serve": ("data_config.prompt", "data_config.media", "data_config.dataset", "data_config.dataset_path"),
 }
 LISTS = ("data_config.media",)  # repeated flags add up
-TEXTS = ("data_config.prompt", "model_config.model_path", "data_config.results_path", "server_config.host")
+TEXTS = (
+    *("data_config.prompt", "model_config.model_path", "data_config.results_path", "server_config.host"),
+    *("data_config.dataset_path", "bench_config.base_url", "plan_config.chip", "plan_config.demand"),
+)
 
 FOREIGN = {  # flags of vLLM, MindIE, PaddleMIX and others -> what stands for them here (docs/coming_from.md has all)
     "tensor-parallel-size": "--set parallel_config.world_size=N (attn_tp_size: null splits over all ranks)",
@@ -143,8 +168,10 @@ class _Set(argparse.Action):
     """`--set` takes several overrides; what follows them without a `=` may be the command."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if len(values) > 1 and values[-1] in COMMANDS:
-            namespace.command_behind = values.pop()
+        behind = [place for place, value in enumerate(values) if place and value in COMMANDS]
+        if behind:
+            namespace.behind = values[behind[0] :]
+            values = values[: behind[0]]
         for value in values:
             _refuse_broken_text(value, value.partition("=")[0], option_string)
         namespace.overrides = [*namespace.overrides, *values]
@@ -157,7 +184,7 @@ class _ShortForm(argparse.Action):
         key = SHORT_FORMS[self.option_strings[0][2:]]
         values = values if isinstance(values, list) else [values]
         if len(values) > 1 and values[-1] in COMMANDS and not Path(values[-1]).exists():
-            namespace.command_behind = values.pop()
+            namespace.behind = [values.pop()]
         if not all(values):
             raise UserError(f"{option_string}: got an empty text (an unset variable of the shell?); give a value")
         for value in values:
@@ -175,6 +202,52 @@ class _ShortForm(argparse.Action):
             raise _two_values(key, namespace.flags[key], f"{key}={text}")
         namespace.flags[key] = f"{key}={text}"
         namespace.overrides = [*namespace.overrides, f"{key}={text}"]
+
+
+class _CommandForm(argparse.Action):
+    """A flag whose key the command decides; kept until that is known."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        name = self.option_strings[0][2:]
+        if values in COMMANDS and name in ALONE:
+            namespace.behind, values = [values], None
+        value = ALONE.get(name) if values is None else values
+        if not value:
+            raise UserError(f"{option_string}: got an empty text (an unset variable of the shell?); give a value")
+        _refuse_broken_text(value, "", option_string)
+        namespace.command_flags = [*namespace.command_flags, (name, value)]
+
+
+def _command_overrides(arguments: argparse.Namespace) -> None:
+    """Turn the flags and words of `arguments.command` into overrides; UserError for those of other commands."""
+    for name, value in arguments.command_flags:
+        key = COMMAND_FORMS[name].get(arguments.command)
+        if key is None:
+            owners = " and ".join(COMMAND_FORMS[name])
+            raise UserError(f"--{name} belongs to the command {owners}, got {arguments.command}")
+        override = f"{key}={json.dumps(value, ensure_ascii=False) if key in TEXTS else value}"
+        if arguments.flags.setdefault(key, override) != override:
+            raise _two_values(key, arguments.flags[key], override)
+        arguments.overrides = [*arguments.overrides, override]
+    allowed = WORDS.get(arguments.command, {})
+    arguments.compared = None
+    if not arguments.words:
+        return
+    if not allowed:
+        raise UserError(_unknown(arguments.words))
+    word, *files = arguments.words
+    if word not in allowed:
+        known = f"it takes {', '.join(allowed)}{nearest(word, allowed)}"
+        raise UserError(f"{arguments.command} {printable(word)}: {known}")
+    if len(files) != allowed[word]:
+        wanted = "two files of results, as in  compare first.json second.json" if allowed[word] else "no more words"
+        raise UserError(f"{arguments.command} {word} takes {wanted}; got {printable(' '.join(files)) or 'none'}")
+    if word == "compare":
+        arguments.compared = tuple(Path(file) for file in files)
+        return
+    override = f"bench_config.mode={word}"
+    arguments.flags["bench_config.mode"] = override
+    arguments.overrides = [*arguments.overrides, override]
 
 
 def _refuse_broken_text(text: str, key: str, flag: str | None) -> None:
@@ -205,17 +278,14 @@ def _two_values(key: str, first: str, second: str) -> UserError:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line as (config, command, overrides, save). UserError for anything else."""
+    """The command line as (config, command, overrides, save, compared). UserError for anything else."""
     parser = _parser()
     parser.words = list(argv)
     arguments, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
         raise UserError(_unknown(unknown))
-    for override in arguments.overrides:
-        flag = arguments.flags.get(override.partition("=")[0].strip(), override)
-        if flag != override and _value_of(flag) != _value_of(override):
-            raise _two_values(override.partition("=")[0].strip(), flag, override)
-    arguments.command = arguments.command or arguments.command_behind or "generate"
+    said = [word for word in (arguments.command, *arguments.words) if word is not None]
+    arguments.command, *arguments.words = [*said, *arguments.behind] or ["generate"]
     is_recipe = arguments.command.endswith((".yaml", ".yml"))
     if (is_recipe or arguments.config in COMMANDS) and not Path(arguments.config).exists():
         recipe = shlex.quote(arguments.command) if is_recipe else "CONFIG.yaml"
@@ -223,6 +293,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.command not in {**COMMANDS, **extra_commands()}:
         known = f"{', '.join(COMMANDS)}{nearest(arguments.command, COMMANDS)}"
         raise UserError(f"unknown command '{arguments.command}'; commands: {known}")
+    _command_overrides(arguments)
+    for override in arguments.overrides:
+        flag = arguments.flags.get(override.partition("=")[0].strip(), override)
+        if flag != override and _value_of(flag) != _value_of(override):
+            raise _two_values(override.partition("=")[0].strip(), flag, override)
     for override in arguments.overrides:
         key = override.partition("=")[0].strip()
         if key in UNUSED_BY.get(arguments.command, ()):
@@ -248,15 +323,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = "\n".join(f"  {name:<10}{purpose}{later[name]}" for name, purpose in COMMANDS.items())
     parser = _Parser(
         prog="bash infer.sh",
-        usage="bash infer.sh CONFIG.yaml [COMMAND] [--set section.key=value ...]",
+        usage="bash infer.sh CONFIG.yaml [COMMAND [WORD ...]] [--set section.key=value ...]",
         description=f"Run one recipe.\n\ncommands:\n{commands}",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(listed={}, flags={}, command_behind=None, overrides=[])
+    parser.set_defaults(listed={}, flags={}, behind=[], command_flags=[], overrides=[])
     parser.add_argument("config", metavar="CONFIG.yaml", help="the recipe, e.g. config/quickstart.yaml")
     parser.add_argument("command", metavar="COMMAND", nargs="?", help="see above")
+    parser.add_argument(
+        "words", metavar="WORD", nargs="*", help="bench: latency, throughput, serve, or compare A B; eval: compare A B"
+    )
     change = "change a value of the recipe; may be repeated; docs/recipe.md has every key"
     parser.add_argument(
         "--set", metavar="section.key=value", dest="overrides", action=_Set, nargs="+", help=change
@@ -267,6 +345,12 @@ def _parser() -> argparse.ArgumentParser:
         spellings = dict.fromkeys((f"--{flag}", f"--{flag.replace('-', '_')}"))
         number = "+" if key in LISTS else None
         short.add_argument(*spellings, dest="overrides", metavar="X", nargs=number, action=_ShortForm, help=key)
+    own = parser.add_argument_group("short forms of one command")
+    for flag, keys in COMMAND_FORMS.items():
+        spellings = dict.fromkeys((f"--{flag}", f"--{flag.replace('-', '_')}"))
+        number = "?" if flag in ALONE else None
+        words = f"{', '.join(keys)}: {', '.join(dict.fromkeys(keys.values()))}"
+        own.add_argument(*spellings, dest="command_flags", metavar="X", nargs=number, action=_CommandForm, help=words)
     return parser
 
 

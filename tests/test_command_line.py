@@ -170,3 +170,56 @@ def test_a_rank_of_many_leaves_mistakes_to_the_job(monkeypatch, capsys):
 def test_words_that_a_newcomer_gets_wrong(words: tuple[str, ...], says: str):
     with pytest.raises(UserError, match=says):
         parse(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [QUICK, "bench", "serve", "--plot", "--request-rates", "[1,2]"],
+        [QUICK, "--plot", "--request_rates=[1,2]", "bench", "serve"],
+        ["--set", "bench_config.mode=serve", "bench_config.request_rates=[1,2]", "--plot", "--", QUICK, "bench"],
+        ["--request-rates", "[1,2]", QUICK, "--plot", "bench", "--set", "bench_config.mode=serve"],
+    ],
+)
+def test_words_and_flags_of_a_command_are_keys(words):
+    parsed = parse(words)
+    recipe = load_recipe(parsed.config, parsed.overrides)
+    assert parsed.command == "bench"
+    assert (recipe.bench.mode, recipe.bench.plot, recipe.bench.request_rates) == ("serve", True, (1.0, 2.0))
+
+
+def test_one_flag_means_what_the_command_says():
+    assert recipe_of("plan", "--plot", "--for", "32 users, TPOT 50 ms").plan.demand == "32 users, TPOT 50 ms"
+    assert recipe_of("eval", "--dump-layers").eval.dump_layers == "transformers"
+    assert recipe_of("eval", "--dump-layers=cpu").eval.dump_layers == "cpu"
+
+
+@pytest.mark.parametrize(
+    "before", [[], ["--set", "bench_config.warmups=0"], ["--set", "bench_config.warmups=0", "generation_config.seed=1"]]
+)
+def test_compare_takes_two_files(before):
+    parsed = parse([QUICK, *before, "bench", "compare", "a.json", "b.json"])
+    assert (parsed.command, [str(path) for path in parsed.compared]) == ("bench", ["a.json", "b.json"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--plot"], "--plot belongs to the command bench and plan, got generate"),
+        (["bench", "--for", "8k"], "--for belongs to the command plan, got bench"),
+        (["bench", "serv"], "bench serv: it takes latency, throughput, serve, compare"),
+        (["bench", "compare", "a.json"], "bench compare takes two files"),
+        (["bench", "serve", "a.json"], "bench serve takes no more words; got a.json"),
+        (["bench", "serve", "--set", "bench_config.mode=latency"], "bench_config.mode is given twice"),
+        (["bench", "--batch-sizes", "1", "--batch_sizes", "2"], "bench_config.batch_sizes is given twice"),
+        (["plan", "--for", ""], "--for: got an empty text"),
+    ],
+)
+def test_words_and_flags_of_other_commands_are_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        parse([QUICK, *words])
+
+
+def test_flags_of_one_command_are_keys_of_the_recipe():
+    fields = {f"{field.alias}.{key}" for field in Recipe.model_fields.values() for key in field.annotation.model_fields}
+    assert {key for keys in command_line.COMMAND_FORMS.values() for key in keys.values()} <= fields

@@ -39,8 +39,11 @@ RANKS = {
     "executor.cluster": 9,
     "executor.command_line": 9,
     "executor.calibrate": 9,
-    "executor.commands": 10,
-    "executor.__main__": 11,
+    "executor.capacity": 9,
+    "executor.bench": 10,
+    "executor.evaluate": 9,
+    "executor.commands": 11,
+    "executor.__main__": 12,
 }
 SOURCES = ("executor", "models", "dataset", "emulator")
 SCRIPTS = ("executor/scripts", "models/tiny")  # run by themselves; no module of the product imports them

@@ -25,6 +25,15 @@ Quantization = Literal[
     "auto", "none", "w8a8", "w8a8_dynamic", "w8a8_mix", "w8a16", "w4a8_dynamic", "w8a8s", "w8a8sc", "wint8"
 ]
 
+DatasetName = Literal[
+    *("default", "vision-arena-bench-v0.1", "jsonl", "random", "tiny_world", "textvqa", "docvqa", "chartqa", "mmmu"),
+    *("ocrbench", "refcoco", "video_mc"),
+]
+Metric = Literal[
+    *("vqa_accuracy", "anls", "relaxed_accuracy", "mmmu_accuracy", "ocrbench_accuracy", "box_iou"),
+    *("choice_accuracy", "exact_match"),
+]
+
 
 def _as_list(value: Any) -> Any:
     """A lone value where a list is wanted is a list of one."""
@@ -36,6 +45,11 @@ Positive = Annotated[int, Field(ge=1)]
 # strict=False only lets YAML's lists become tuples: the items are checked as strictly as everything else.
 Words = Annotated[tuple[Annotated[str, Field(strict=True)], ...], Field(strict=False), BeforeValidator(_as_list)]
 Numbers = Annotated[tuple[Annotated[int, Field(strict=True)], ...], Field(strict=False), BeforeValidator(_as_list)]
+Counts = Annotated[tuple[Positive, ...], Field(strict=False, min_length=1), BeforeValidator(_as_list)]
+Rates = Annotated[
+    tuple[Annotated[float, Field(gt=0, strict=True)], ...], Field(strict=False), BeforeValidator(_as_list)
+]
+PictureSize = Annotated[tuple[Positive, Positive], Field(strict=False)]
 
 
 class Section(BaseModel):
@@ -81,8 +95,10 @@ class ModelSection(Section):
     cpu_isa: CpuIsa = "auto"
     """Instructions that the cpu device may use. avx512: those with bfloat16 products, refused where they are not.
     avx2: none of them, for trying here what a smaller machine does. auto: what the CPU has."""
+    profile: bool = False
+    """Write a Chrome trace of the first steps, with named stages, under output_path."""
     output_path: str = "output"
-    """Folder for logs and drawn pictures."""
+    """Folder for logs, drawn pictures, traces, charts and reports."""
 
 
 class ParallelSection(Section):
@@ -176,11 +192,22 @@ class GenerationSection(Section):
 class DataSection(Section):
     """What is asked, and how pictures and videos are prepared."""
 
-    dataset: Literal["default", "vision-arena-bench-v0.1", "jsonl"] = "default"
-    """default: dataset/default_prompt.json. jsonl: a file of your own, named by dataset_path. docs/datasets.md has the
-    forms of a row."""
+    dataset: DatasetName = "default"
+    """default: dataset/default_prompt.json. jsonl: a file of your own, named by dataset_path. random: as random_tokens
+    and random_pictures say. tiny_world: drawn for the tiny checkpoints. docs/datasets.md has the forms of all."""
     dataset_path: str | None = None
     """File or folder of the data set, if it is not at its usual place."""
+    split: str | None = None
+    """Part of a published data set, as its files name it (validation, test, testA). null: what its scores are usually
+    given for."""
+    random_tokens: Positive = 1000
+    """Tokens of a prompt of the data set random, what the chat template and pictures add among them."""
+    random_pictures: Annotated[int, Field(ge=0)] = 0
+    """Pictures of noise in each prompt of the data set random."""
+    random_picture_size: PictureSize = (1920, 1080)
+    """Width and height of these pictures in pixels, before the resize: [1920, 1080]."""
+    random_seed: Annotated[int, Field(ge=0)] = 0
+    """Decides what the data sets random and tiny_world hold."""
     prompt: str | None = None
     """Ask this instead of a data set. null with `media`: "Describe this image.", "Describe this video."."""
     media: Words = ()
@@ -272,6 +299,67 @@ class ServerSection(Section):
     """Jobs of the whole recipe on a Ray cluster that share the requests. null: parallel_config.ray_jobs."""
 
 
+class BenchSection(Section):
+    """What the `bench` command measures. Its requests are those of data_config and generation_config."""
+
+    mode: Literal["latency", "throughput", "serve"] = "throughput"
+    """latency: batches of batch_sizes, one after the other. throughput: all requests at once, offline. serve: over
+    HTTP, at request_rates or concurrencies. Also a word of the command line: bench latency."""
+    batch_sizes: Counts = (1,)
+    """Requests of a batch, for latency: each size is measured."""
+    request_rates: Rates = ()
+    """Requests sent a second, for serve: each rate is measured. None: all at once, as far as concurrencies allow."""
+    concurrencies: Annotated[tuple[Positive, ...], Field(strict=False), BeforeValidator(_as_list)] = ()
+    """Requests that may be under way at once, for serve: each number is measured. None: all."""
+    burstiness: Annotated[float, Field(gt=0)] = 1.0
+    """How even the gaps between requests are: 1 as of independent users (Poisson), below 1 in bursts, above 1 evener."""
+    base_url: str | None = None
+    """The running server that serve measures, as http://HOST:PORT. null: the recipe's own, started for it."""
+    warmups: Annotated[int, Field(ge=0)] = 1
+    """Runs before those that count: batches of latency and throughput, requests of serve."""
+    repetitions: Positive = 3
+    """Runs that count; results are their medians, with their spread."""
+    plot: bool = False
+    """Draw latency and throughput into PNG files under output_path."""
+    results_path: str | None = None
+    """JSON file of the results. null: a new one under output_path."""
+
+
+class EvalSection(Section):
+    """What the `eval` command scores, and how. Its requests are those of data_config."""
+
+    metric: Metric | None = None
+    """null: the data set's own."""
+    dump_layers: Literal["transformers", "cpu", "npu_emulated"] | None = None
+    """Instead of scores: the hidden states of the first requests beside those of this, stage by stage."""
+
+
+class PlanSection(Section):
+    """What the `plan` command is asked."""
+
+    chip: str | None = None
+    """A chip of config/device/ by its file's name, or a file of the same form. null: that of model_config.soc."""
+    input_tokens: Positive = 1000
+    """Tokens of a prompt's text."""
+    pictures: Annotated[int, Field(ge=0)] = 0
+    """Pictures of a prompt."""
+    picture_size: PictureSize = (1920, 1080)
+    """Width and height of these pictures in pixels, before the resize."""
+    output_tokens: Positive = 1000
+    """Tokens of an answer."""
+    users: Positive | None = None
+    """Requests under way at once. null: scheduler_config.max_num_seqs."""
+    demand: str | None = None
+    """What must hold, as "32 users, 4 pictures of 1080p, 8k context, TPOT 50 ms": the cheapest recipes that hold it are
+    named."""
+    dies: Positive | None = None
+    """Dies of the whole installation, for what replicas on many nodes give. null: those of the recipe."""
+    table: bool = False
+    """All models on all chips in all precisions."""
+    plot: bool = False
+    """Draw the prediction into PNG files under output_path."""
+
+
 class Recipe(Section):
     """One deployment of one model."""
 
@@ -281,6 +369,9 @@ class Recipe(Section):
     generation: Annotated[GenerationSection, Field(alias="generation_config")] = GenerationSection()
     data: Annotated[DataSection, Field(alias="data_config")] = DataSection()
     server: Annotated[ServerSection, Field(alias="server_config")] = ServerSection()
+    bench: Annotated[BenchSection, Field(alias="bench_config")] = BenchSection()
+    eval: Annotated[EvalSection, Field(alias="eval_config")] = EvalSection()
+    plan: Annotated[PlanSection, Field(alias="plan_config")] = PlanSection()
 
     @property
     def attn_tp_size(self) -> int:
