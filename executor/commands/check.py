@@ -20,12 +20,12 @@ from executor.checkpoint.folder import local_checkpoint
 from executor.checkpoint.load import build_on_meta
 from executor.checkpoint.part_pulls import open_checkpoint
 from executor.checkpoint.pull import finalize, local_bytes
-from executor.commands.build import decode_rows, graph_sizes
+from executor.commands.build import decode_rows
 from executor.device import ops
-from executor.engine.graphs import batch_sizes
 from executor.errors import UserError, nearest
 from executor.parallel.groups import SINGLE, Parallel, groups
 from executor.quant.choose import MADE, assume_schemes, choose_cache, choose_schemes, schemes_of
+from executor.recipe.graph_sizes import batch_sizes, graph_sizes
 from executor.recipe.kv_cache import has_cache_scales
 from executor.recipe.schema import Recipe
 from executor.recipe.schemes import word_findings
