@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,7 @@ def join(
     )  # fmt: skip
     sampler = Sampler(text.vocab_size, device.device, eos_token_ids=processor.eos_token_ids, dtype=dtype)
     runner = Runner(model, device, kv, limits.block_size, sampler, processor.picture, dtype, replica)
+    processor.around_media = partial(runner.clock.beside, "media")
     if sizes:
         runner.graphs = _captured(recipe, runner.step, device, sizes, num_blocks, replica.parallel, decode_graphs)
     return Engine(processor, scheduler, runner, text.vocab_size)
