@@ -34,7 +34,7 @@ END_S = 15.0
 def run_cluster(recipe: Recipe, out: TextIO) -> tuple[Row, int]:
     """Answer everything `recipe` asks; returns the JSON document and the exit status."""
     check_data(recipe)
-    dataset = load_dataset(recipe.data)
+    dataset = load_dataset(recipe.data, recipe)
     num_jobs = recipe.num_jobs("generate")
     with RayCluster(recipe, num_jobs) as cluster:
         return answer_over(cluster, num_jobs, dataset, out)

@@ -44,7 +44,7 @@ def run(recipe: Recipe, build: Callable[..., Any] | None = None, out: TextIO | N
         _assist(prepare(recipe, place.local_world_size), build)
         return {"command": "generate"}, 0
     check_data(recipe)
-    dataset = load_dataset(recipe.data)
+    dataset = load_dataset(recipe.data, recipe)
     prepared = prepare(recipe, place.local_world_size)
     params = _checked_params(prepared)
 
@@ -166,7 +166,7 @@ def _assist(prepared: Prepared, build: Callable[..., Any] | None) -> None:
 
     recipe, params = prepared.recipe, _checked_params(prepared)
     device, parallel = open_rank(prepared)
-    dataset = load_dataset(recipe.data) if parallel.leads else None
+    dataset = load_dataset(recipe.data, recipe) if parallel.leads else None
     variables = environment()
     if "RECIPE_FRONT" in variables:
         from executor.commands.generate.front import FrontSpread
