@@ -312,7 +312,7 @@ class BenchSection(Section):
     concurrencies: Annotated[tuple[Positive, ...], Field(strict=False), BeforeValidator(_as_list)] = ()
     """Requests that may be under way at once, for serve: each number is measured. None: all."""
     burstiness: Annotated[float, Field(gt=0)] = 1.0
-    """How even the gaps between requests are. 1: as of independent users (Poisson); below 1: in bursts; above: evener."""
+    """How even the gaps between requests are. 1: as of independent users (Poisson); less: in bursts; more: evener."""
     base_url: str | None = None
     """The running server that serve measures, as http://HOST:PORT. null: the recipe's own, started for it."""
     warmups: Annotated[int, Field(ge=0)] = 1
