@@ -19,5 +19,5 @@ def load_dataset(data: DataSection) -> Dataset:
     Raises UserError when the data set is not there or holds nothing. Single bad rows are samples with an error.
     """
     if data.prompt is None and not data.media:
-        return DATASETS[data.dataset](data.dataset_path).first(data.limit)
+        return DATASETS[data.dataset](data).first(data.limit)
     return Dataset(REPO_ROOT, ask(data.prompt, data.media)).first(data.limit)
