@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from executor.media.hosts import DOMAINS_KEY, PRIVATE_KEY, parse_rules
 from executor.media.local import Folder
 from executor.media.media import MediaLimits
 from executor.parallel.groups import Parallel
-from executor.prompt.options import MediaOptions
+from executor.prompt.options import media_options
 from executor.quant.choose import MADE, choose_cache, choose_schemes, make_schemes
 from executor.recipe.graph_sizes import graph_sizes, spare_blocks
 from executor.recipe.memory import estimate
@@ -152,6 +153,7 @@ def join(
     )  # fmt: skip
     sampler = Sampler(text.vocab_size, device.device, eos_token_ids=processor.eos_token_ids, dtype=dtype)
     runner = Runner(model, device, kv, limits.block_size, sampler, processor.picture, dtype, replica)
+    processor.around_media = partial(runner.clock.beside, "media")
     if sizes:
         runner.graphs = _captured(recipe, runner.step, device, sizes, num_blocks, replica.parallel, decode_graphs)
     return Engine(processor, scheduler, runner, text.vocab_size)
@@ -247,20 +249,3 @@ def fetcher_of(recipe: Recipe) -> Fetcher | None:
     hosts = parse_rules(data.allowed_media_domains, DOMAINS_KEY)
     private_hosts = parse_rules(data.allowed_private_hosts, PRIVATE_KEY)
     return Fetcher(hosts, private_hosts, data.fetch_timeout_s) if hosts or private_hosts else None
-
-
-def media_options(recipe: Recipe) -> MediaOptions:
-    """What the recipe says about pictures and videos."""
-    data = recipe.data
-    return MediaOptions(
-        min_pixels=data.min_pixels,
-        max_pixels=data.max_pixels,
-        video_max_pixels=data.video_max_pixels,
-        frame_max_pixels=data.frame_max_pixels,
-        fps=data.fps,
-        min_frames=data.min_frames,
-        max_frames=data.max_frames,
-        cap_pixels_per_frame=data.cap_pixels_per_frame,
-        video_timestamps=data.video_timestamps,
-        max_model_len=recipe.scheduler.max_model_len,
-    )

@@ -274,6 +274,10 @@ class Engine:
         return asked
 
     def _run(self) -> None:
+        with self.runner.clock.stage("host"):
+            self._run_step()
+
+    def _run_step(self) -> None:
         """One step, its pieces to whoever asked.
 
         The host reads a step's tokens before it plans the next one: `schedule` asks how many tokens a request has, and

@@ -142,19 +142,26 @@ class EngineLoop:
         """
         self._awake.clear()
         self._teller.check()
-        ended = [*self._drop(), *self._queue_prepared()]
-        self._start_preparing()
-        if self._running:
-            ended += self._hand_out(self.engine.advance())
-            self._num_faults = 0
-        elif not ended and self.engine.replica.in_step:
-            self._awake.wait(min(self._patience_s(wait_s), SHARED_WAIT_S))
-            self.engine.step()
-        elif not ended:
-            self._awake.wait(self._patience_s(wait_s))
+        with self.engine.runner.clock.stage("host"):
+            ended = [*self._drop(), *self._queue_prepared()]
+            self._start_preparing()
+            is_idle = not self._running and not ended
+            if self._running:
+                ended += self._hand_out(self.engine.advance())
+                self._num_faults = 0
+        if is_idle:
+            self._wait(wait_s)
         if not self._running:
             self._teller.release()
         return ended
+
+    def _wait(self, most_s: float) -> None:
+        """Until there is something new; other replicas that need this one are helped between."""
+        if self.engine.replica.in_step:
+            self._awake.wait(min(self._patience_s(most_s), SHARED_WAIT_S))
+            self.engine.step()
+        else:
+            self._awake.wait(self._patience_s(most_s))
 
     def _patience_s(self, most_s: float) -> float:
         """At most until the next deadline."""

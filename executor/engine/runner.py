@@ -7,7 +7,6 @@ Legend: T tokens of the step, M visual tokens of a media item, n hidden size.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,6 +24,7 @@ from executor.engine.graphs import DecodeGraphs
 from executor.engine.logprobs import PromptScores, TokenLogprobs
 from executor.engine.replica import Replica
 from executor.engine.sampler import Sampled, Sampler
+from executor.engine.stages import Stage, StageClock
 from executor.engine.step import ModelStep, Visual
 from executor.recipe.peak import ENCODE_TOKENS, SCORED_ROWS
 from executor.schedule.plan import Plan, Row
@@ -51,30 +51,6 @@ class StepResult:
     failures: dict[int, str] = field(default_factory=dict)
     missing: frozenset[bytes] = frozenset()
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-
-
-@dataclass
-class StepTimes:
-    """Seconds that steps have taken on the host, to the moment when it has read their tokens, and how many there were.
-
-    `vision_s`: of them, handing pictures to the encoder; a device that computes behind the host's back goes on after.
-    """
-
-    prefill_s: float = 0.0  # of steps in which some prompt had more than one token
-    decode_s: float = 0.0
-    vision_s: float = 0.0
-    num_prefill_steps: int = 0
-    num_decode_steps: int = 0
-
-    def add(self, plan: Plan, seconds: float) -> None:
-        if not plan.rows:
-            return
-        if plan.rows[-1].num_tokens > 1:  # the longer rows come last
-            self.prefill_s += seconds
-            self.num_prefill_steps += 1
-        else:
-            self.decode_s += seconds
-            self.num_decode_steps += 1
 
 
 @dataclass
@@ -120,7 +96,7 @@ class Runner:
         self.encode_tokens = ENCODE_TOKENS  # visual tokens of one pass of the encoder
         self.features: dict[bytes, Tensor] = {}  # media digest -> [M, 1 + taps, n]
         self.meanwhile: Callable[[], None] | None = None  # called when the model is to compute, maybe more than once
-        self.times = StepTimes()
+        self.clock = StageClock()
         self.decode_inputs = DecodeInputs(device, block_size)
         self._has_assisted = self._has_dismissed = False
 
@@ -133,10 +109,9 @@ class Runner:
         plan = self.replica.lead(plan, self._is_captured(plan))
         if plan is None:
             return StepResult([])
-        started = time.perf_counter()
         try:
             result = self._computed(plan)
-            self.times.add(plan, time.perf_counter() - started)
+            self._count(plan)
             return result
         except FAULTS as error:
             if not self.replica.is_alone:
@@ -144,16 +119,30 @@ class Runner:
             logger.warning("a step failed and is computed again row by row: %s", describe(error), exc_info=True)
             return self._row_by_row(plan)
 
+    def _count(self, plan: Plan) -> None:
+        if not plan.rows:
+            return
+        if _stage_of(plan) == "prefill":
+            self.clock.num_prefill_steps += 1
+        else:
+            self.clock.num_decode_steps += 1
+
+    def _sample(self, plan: Plan, logits: Tensor, requests: Sequence[Request]) -> Sampled:
+        # Of a device that computes behind the host's back, the step's tokens are waited for in here.
+        booked = _stage_of(plan) if self.device.computes_behind else None
+        with self.clock.stage("sampling", booked):
+            return self.sampler.sample(logits, requests)
+
     def _computed(self, plan: Plan) -> StepResult:
         if plan.is_decode:
-            sampled = self.sampler.sample(self.forward(plan), [row.request for row in plan.rows])
+            sampled = self._sample(plan, self.forward(plan), [row.request for row in plan.rows])
             if not sampled.failures and not sampled.has_logprobs:
                 return StepResult([[token_id] for token_id in sampled.token_ids])
             return self._result(plan, list(range(len(plan.rows))), sampled, {})
         scores = PromptScores(plan.rows) if any(row.scored for row in plan.rows) else None
         logits = self.forward(plan) if scores is None else self.forward(plan, scores)
         yielding = [number for number, row in enumerate(plan.rows) if row.max_yield]
-        sampled = self.sampler.sample(logits, [plan.rows[number].request for number in yielding])
+        sampled = self._sample(plan, logits, [plan.rows[number].request for number in yielding])
         return self._result(plan, yielding, sampled, {} if scores is None else scores.by_row())
 
     def _result(
@@ -236,24 +225,25 @@ class Runner:
         for digest in plan.release:
             self.features.pop(digest, None)
         if plan.encode:
-            started = time.perf_counter()
             self._tell_meanwhile()
-            self.encode(plan.encode)
-            self.times.vision_s += time.perf_counter() - started
+            with self.clock.stage("vision"):
+                self.encode(plan.encode)
         if plan.in_graph:
             computation = partial(self.graphs, plan.rows, plan.padded_tokens)
         elif not plan.rows:
-            self.model.help(plan.padded_tokens)
+            with self.clock.stage("decode"):
+                self.model.help(plan.padded_tokens)
             return torch.empty(0, self.model.config.text.vocab_size)
         else:
             inputs = self.decode_inputs(plan.rows) if plan.is_decode else self._inputs(plan.rows)
             computation = partial(self._eager, plan, inputs, scores)
-        if self.device.computes_behind:  # then Python's lock is free when all is launched
-            logits = computation()
+        if not self.device.computes_behind:
             self._tell_meanwhile()
-            return logits
-        self._tell_meanwhile()
-        return computation()
+        with self.clock.stage(_stage_of(plan)):
+            logits = computation()
+        if self.device.computes_behind:  # Python's lock is free when all is launched
+            self._tell_meanwhile()
+        return logits
 
     def _eager(self, plan: Plan, inputs: tuple[Any, ...], scores: PromptScores | None) -> Tensor:
         num_scored = 0 if plan.is_decode else sum(len(row.scored) for row in plan.rows)
@@ -377,6 +367,12 @@ def describe(error: BaseException) -> str:
     """An exception in one line, for people."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _stage_of(plan: Plan) -> Stage:
+    """The stage of the text model in this step."""
+    is_longer = plan.rows and plan.rows[-1].num_tokens > 1  # the longer rows come last
+    return "prefill" if is_longer else "decode"
 
 
 def _unreadable(row: Row, reasons: dict[bytes, str]) -> str | None:

@@ -9,6 +9,7 @@ Does not know the engine: a prompt longer than the model's context is refused th
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +43,8 @@ class PromptBuilder(ABC):
 
     `tokenizer`: transformers' of the folder. `eos_token_ids`: end an answer. `tokens`: ids around media.
     `picture`, `video`: pixel settings, which the encoder needs to normalise and patchify `MediaItem.pixels`.
-    `generation_config`: the folder's, {} if it has none.
+    `generation_config`: the folder's, {} if it has none. `around_media`: entered while a picture or video is fetched,
+    decoded and resized, by whichever thread does it; whoever measures sets it.
     """
 
     picture_defaults: Mapping[str, Any]  # of the family's transformers classes, for keys a checkpoint leaves out
@@ -69,6 +71,7 @@ class PromptBuilder(ABC):
         self._check_options()
         self.eos_token_ids = read_eos_token_ids(self.folder, self.tokenizer, self.config.text.vocab_size)
         self.generation_config = read_generation_config(self.folder)
+        self.around_media: Callable[[], AbstractContextManager] = nullcontext
 
     @property
     def image_token_id(self) -> int:
@@ -206,7 +209,7 @@ class PromptBuilder(ABC):
 
     def _open(self, part: MediaPart, said: RequestOptions) -> MediaItem:
         options = self.options.of_request(part.kind, said, sizes_all_frames=self.sizes_all_frames).with_overrides(part)
-        with located(part.where):
+        with located(part.where), self.around_media():
             return self.open_video(part, options) if part.kind == "video" else self.open_picture(part, options)
 
     def open_picture(self, part: MediaPart, options: MediaOptions) -> MediaItem:

@@ -124,9 +124,12 @@ class EngineStats:
     num_preemptions: int = 0
     num_encoder_queries: int = 0
     num_encoder_hits: int = 0
+    media_s: float = 0.0  # from here on executor.engine.stages.StageTimes
     vision_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    sampling_s: float = 0.0
+    host_s: float = 0.0
     num_prefill_steps: int = 0
     num_decode_steps: int = 0
 

@@ -5,6 +5,7 @@ A backend's `ask` returns a Feed at once or raises QueueFull; what goes wrong la
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Protocol
 
@@ -66,7 +67,7 @@ class EngineBackend:
         return None if self.loop.fault is None else str(self.loop.fault)
 
     def stats(self) -> EngineStats:
-        scheduler, times = self.loop.engine.scheduler, self.loop.engine.runner.times
+        scheduler, clock = self.loop.engine.scheduler, self.loop.engine.runner.clock
         num_running = scheduler.num_running
         queries, hits = scheduler.encoder_queries
         return EngineStats(
@@ -77,7 +78,7 @@ class EngineBackend:
             num_preemptions=scheduler.num_preemptions,
             num_encoder_queries=queries,
             num_encoder_hits=hits,
-            **vars(times),
+            **asdict(clock.times()),
         )
 
     def ask(self, ask: Ask) -> Feed:

@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
+from executor.engine.stages import STAGES
 from executor.serve.asks import Ask, Delta, Done, Event
 from executor.serve.backends import Backend
 
@@ -145,8 +146,10 @@ class Metrics:
             counter = CounterMetricFamily(name, words, labels=names)
             counter.add_metric(values, value)
             yield counter
-        stages = CounterMetricFamily("qwenvl:stage_seconds", "Time of the engine's steps.", labels=(*names, "stage"))
-        for stage in ("vision", "prefill", "decode"):
+        stages = CounterMetricFamily(
+            "qwenvl:stage_seconds", "Time of the engine's stages on the host.", labels=(*names, "stage")
+        )
+        for stage in STAGES:
             stages.add_metric((*values, stage), getattr(stats, f"{stage}_s"))
         yield stages
 
