@@ -109,8 +109,7 @@ def table_rows(names: Sequence[str] | None = None) -> Iterator[TableRow]:
         if chip.soc is None:
             continue
         for model in published_models():
-            has_experts = "A3B" in model or "A22B" in model
-            for quantization in precisions(chip, has_experts):
+            for quantization in precisions(chip, "num_experts" in published_shapes()[model]["text"]):
                 yield table_row(model, name, chip, quantization)
 
 
