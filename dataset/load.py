@@ -23,5 +23,5 @@ def load_dataset(data: DataSection, recipe: Recipe | None = None) -> Dataset:
         if data.dataset == "random":
             assert recipe is not None, "tokens are counted by a checkpoint's tokenizer"
             return random.load(recipe)
-        return DATASETS[data.dataset](data.dataset_path).first(data.limit)
+        return DATASETS[data.dataset](data).first(data.limit)
     return Dataset(REPO_ROOT, ask(data.prompt, data.media)).first(data.limit)

@@ -19,7 +19,7 @@ from executor.device import ops
 from executor.device.table import BACKENDS
 from executor.engine.engine import Engine
 from executor.engine.graph_folder import GraphFolder
-from executor.engine.graphs import DecodeGraphs, batch_sizes, spare_blocks
+from executor.engine.graphs import DecodeGraphs
 from executor.engine.replica import Replica
 from executor.engine.runner import Runner
 from executor.engine.sampler import Sampler
@@ -32,6 +32,7 @@ from executor.media.media import MediaLimits
 from executor.parallel.groups import Parallel
 from executor.prompt.options import media_options
 from executor.quant.choose import MADE, choose_cache, choose_schemes, make_schemes
+from executor.recipe.graph_sizes import graph_sizes, spare_blocks
 from executor.recipe.memory import estimate
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import Prepared, compute_bytes, device_settings, prepare
@@ -161,13 +162,6 @@ def join(
 def decode_rows(recipe: Recipe) -> int:
     """The most rows of a decode step of one replica, with those that a graph is padded by."""
     return max((recipe.scheduler.max_num_seqs, *graph_sizes(recipe)))
-
-
-def graph_sizes(recipe: Recipe) -> tuple[int, ...]:
-    """Batch sizes of the decode graphs of a recipe; none where decode steps run eagerly."""
-    if recipe.model.exe_mode == "eager":
-        return ()
-    return recipe.scheduler.graph_batch_sizes or batch_sizes(recipe.scheduler.max_num_seqs)
 
 
 def _captured(

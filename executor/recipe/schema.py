@@ -385,7 +385,7 @@ class Recipe(Section):
         """How many jobs of the recipe a Ray cluster runs for a command; 1: no Ray."""
         if command == "serve" and self.server.replicas is not None:
             return self.server.replicas
-        return self.parallel.ray_jobs if command in ("serve", "generate") else 1
+        return self.parallel.ray_jobs if command in ("serve", "generate", "eval") else 1
 
     def replace(self, **sections: dict[str, Any]) -> "Recipe":
         """A checked copy with fields changed: `recipe.replace(model={"dtype": "float32"})`."""
