@@ -1,7 +1,7 @@
 """From samples of a data set to the JSON of streamed chat completions, as any OpenAI-compatible server takes it.
 
-What the recipe's generation_config says, and what a sample says itself, stands in the request; what neither says is left
-to the server. Media are sent along as data: URLs, addresses of the web as they are.
+What the recipe's generation_config says, and what a sample says itself, stands in the request; what neither says is
+left to the server. Media are sent along as data: URLs, addresses of the web as they are.
 """
 
 import base64

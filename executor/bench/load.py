@@ -1,22 +1,22 @@
 """Load on a server: requests sent at random moments of a given rate, so many at once at most, and what came of them.
 
-The arrivals are those of `vllm bench serve` (vllm/benchmarks/serve.py, get_request): gaps of a gamma distribution, whose
-shape is the burstiness, stretched so that the whole run has exactly the rate. A request that waits for one of the
+The arrivals are those of `vllm bench serve` (vllm/benchmarks/serve.py, get_request): gaps of a gamma distribution,
+whose shape is the burstiness, stretched so that the whole run has exactly the rate. A request that waits for one of the
 `concurrency` places is not sent, and its time to the first token has not begun. Knows no recipe and no data set.
 """
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from executor.bench.client import Client, Reply
-from executor.bench.results import RequestResult
+from executor.bench.results import Load, RequestResult
+from executor.errors import UserError
 
 Body = bytes | Callable[[], bytes]
-"""A request's JSON, or what makes it when it is its turn."""
+"""A request's JSON, or what makes it when it is its turn; a UserError fails that request."""
 
 
 def arrival_times_s(num_requests: int, rate: float | None, burstiness: float, seed: int) -> list[float]:
@@ -31,6 +31,12 @@ def arrival_times_s(num_requests: int, rate: float | None, burstiness: float, se
     return (times_s * (num_requests / rate / times_s[-1])).tolist()
 
 
+def loads_of(request_rates: Sequence[float], concurrencies: Sequence[int]) -> list[Load]:
+    """What is varied: every rate with every number of requests at once; one of all at once where neither is given."""
+    rates, numbers = dict.fromkeys(request_rates) or [None], dict.fromkeys(concurrencies) or [None]
+    return [Load(request_rate=rate, concurrency=number) for rate in rates for number in numbers]
+
+
 async def send_all(
     client: Client, bodies: Sequence[Body], arrivals_s: Sequence[float], concurrency: int | None = None
 ) -> tuple[list[Reply], float, float]:
@@ -43,7 +49,13 @@ async def send_all(
 
     async def send(body: Body) -> Reply:
         async with places:
-            return await client.chat(body if isinstance(body, bytes) else await asyncio.to_thread(body))
+            if isinstance(body, bytes):
+                return await client.chat(body)
+            try:
+                content = await asyncio.to_thread(body)
+            except UserError as error:
+                return Reply(now_s := time.perf_counter(), now_s, error=str(error))
+            return await client.chat(content)
 
     begun_s = time.perf_counter()
     tasks = []
@@ -72,9 +84,9 @@ def results_of(replies: Sequence[Reply], begun_s: float) -> tuple[RequestResult,
     )
 
 
-def num_tokens_per_piece(replies: Sequence[Reply]) -> float:
-    """How many tokens a piece of an answer holds on average: above 1, inter-token latencies are those of pieces. NaN
+def num_tokens_per_piece(replies: Sequence[Reply]) -> float | None:
+    """How many tokens a piece of an answer holds on average: above 1, inter-token latencies are those of pieces. None
     where nothing was answered, or tokens were not counted."""
     answered = [reply for reply in replies if reply.error is None and reply.has_usage]
     pieces = sum(len(reply.piece_times_s) for reply in answered)
-    return sum(reply.output_tokens for reply in answered) / pieces if pieces else math.nan
+    return sum(reply.output_tokens for reply in answered) / pieces if pieces else None

@@ -47,7 +47,9 @@ class ChatStream:
         try:
             self._chunk(json.loads(content), now_s)
         except (ValueError, TypeError, AttributeError):
-            self.error = f"the stream holds an event that is no chunk of a chat: {content[:80].decode(errors='replace')}"
+            self.error = (
+                f"the stream holds an event that is no chunk of a chat: {content[:80].decode(errors='replace')}"
+            )
 
     def _chunk(self, chunk: Mapping[str, Any], now_s: float) -> None:
         """Raises TypeError or AttributeError for something of another form."""
