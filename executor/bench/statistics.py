@@ -143,6 +143,7 @@ def _flat(run: Run) -> dict[str, float]:
     flat["peak_memory_bytes"] = run.peak_memory_bytes
     flat["measured_over_floor"] = run.duration_s / run.floor_s if run.floor_s else None
     flat |= {f"stage_s.{name}": seconds for name, seconds in run.stages_s.items()}
+    flat |= {f"beside.{name}": value for name, value in run.beside.items()}
     return {name: value for name, value in flat.items() if value is not None}
 
 
