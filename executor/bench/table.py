@@ -60,7 +60,12 @@ def beside_table(point: Point) -> str:
     """What `vllm bench serve` does not print, in its form: whole answers, stages, the model alone, the floor, memory,
     spread. Parts without data are left out."""
     found = figures(point.runs)
-    lines = [f"{' Beside it ':=^{WIDTH}}", *latency_lines(found, "End-to-end Latency", "e2e_ms", "E2EL")]
+    lines = [
+        f"{' Beside it ':=^{WIDTH}}",
+        line("Vision tokens among the input:", number(found, "vision_tokens", 0)),
+        line("Input tokens found in the cache:", number(found, "cached_tokens", 0)),
+        *latency_lines(found, "End-to-end Latency", "e2e_ms", "E2EL"),
+    ]
     lines += _stage_lines(found)
     if "model_tpot_ms" in found:
         lines += [
@@ -124,7 +129,11 @@ def _stage_lines(found: Mapping[str, Figure]) -> list[str]:
     if not stages:
         return []
     duration_s = found["duration_s"].median
-    rows = [line(f"{name} (s, % of duration):", f"{s:.2f}  {100 * s / duration_s:.0f} %") for name, s in stages.items()]
+    names = {"media": "media, meanwhile"}
+    rows = [
+        line(f"{names.get(name, name)} (s, % of duration):", f"{s:.2f}  {100 * s / duration_s:.0f} %")
+        for name, s in stages.items()
+    ]
     return [f"{'Stages':-^{WIDTH}}", *rows]
 
 
