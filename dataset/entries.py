@@ -127,11 +127,11 @@ def _read(entry: Any, where: str, folder: Path, strict: bool, unused: Callable[[
     where = f"{where} ({named[:ID_CHARACTERS]})" if named else where
     _report_unused(entry, folder, unused)
     options = media_options_of(entry)
-    messages, reference = _messages(entry, folder)
+    messages, references = _messages(entry, folder)
     messages = with_system(messages, entry)
     media = [resolve(kind, source, folder) for kind, source in _named_media(entry)]
     more = {
-        "reference": reference,
+        "references": references,
         "generation": generation_of(entry),
         "tools": tools_of(entry),
         "template_kwargs": template_kwargs_of(entry),
@@ -216,8 +216,8 @@ def _refuse_unread_media(entry: Mapping[str, Any], folder: Path) -> None:
             )
 
 
-def _messages(entry: Mapping[str, Any], folder: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """The conversation up to and with the last user message, and the answer that the entry gives to it."""
+def _messages(entry: Mapping[str, Any], folder: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """The conversation up to and with the last user message, and the answers that the entry accepts to it."""
     key = next((name for name in TEXT_KEYS if entry.get(name) is not None), None)
     if key is None:
         raise UserError(
@@ -242,7 +242,14 @@ def _messages(entry: Mapping[str, Any], folder: Path) -> tuple[list[dict[str, An
         reference = last if reference is None and last else reference
     if not any(message["role"] in ("user", "tool") for message in messages):
         raise UserError(f"{key} holds no question of a user")
-    return messages, None if reference is None else str(reference)
+    return messages, _texts(reference)
+
+
+def _texts(reference: Any) -> tuple[str, ...]:
+    """The accepted answers: one, or those of a list of plain values."""
+    if isinstance(reference, list) and reference and not any(isinstance(item, list | Mapping) for item in reference):
+        return tuple(str(item) for item in reference if item is not None)
+    return () if reference is None else (str(reference),)
 
 
 def _is_message(item: Mapping[str, Any]) -> bool:

@@ -73,7 +73,7 @@ def open_rows(path: Path, *, strict: bool = False) -> Dataset:
         raise UserError(f"the data set {path} has no entries")
     if unused:
         _report(path, unused)
-    return Dataset(path, samples, path)
+    return Dataset(path, samples, (path,))
 
 
 def _samples(row: Row, *, folder: Path, strict: bool, unused: Counter[str]) -> list[Sample]:

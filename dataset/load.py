@@ -1,10 +1,10 @@
 """From a recipe's data_config to the requests it asks."""
 
-from dataset import default_prompt, jsonl, vision_arena
+from dataset import default_prompt, jsonl, random, vision_arena
 from dataset.entries import ask
 from dataset.sample import Dataset
 from executor.host.env import REPO_ROOT
-from executor.recipe.schema import DataSection
+from executor.recipe.schema import DataSection, Recipe
 
 DATASETS = {
     "default": default_prompt.load,
@@ -13,11 +13,15 @@ DATASETS = {
 }
 
 
-def load_dataset(data: DataSection) -> Dataset:
+def load_dataset(data: DataSection, recipe: Recipe | None = None) -> Dataset:
     """The requests of `data`: its own prompt and media, or its data set; at most `limit` of them.
 
+    `recipe`: whose `data` it is. Only the data set random needs it: its prompts are counted in the checkpoint's tokens.
     Raises UserError when the data set is not there or holds nothing. Single bad rows are samples with an error.
     """
     if data.prompt is None and not data.media:
-        return DATASETS[data.dataset](data.dataset_path).first(data.limit)
+        if data.dataset == "random":
+            assert recipe is not None, "tokens are counted by a checkpoint's tokenizer"
+            return random.load(recipe)
+        return DATASETS[data.dataset](data).first(data.limit)
     return Dataset(REPO_ROOT, ask(data.prompt, data.media)).first(data.limit)

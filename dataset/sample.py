@@ -15,6 +15,8 @@ from executor.errors import printable
 MEDIA_TYPES = ("image", "video", "image_url", "video_url")
 DIGEST_CHUNK_BYTES = 2**20
 
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 as parts of the picture's width and height, 0 to 1
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -22,11 +24,19 @@ class Sample:
 
     id: str  # "dataset.jsonl:12": file and line or entry
     messages: tuple[dict[str, Any], ...] = ()
-    reference: str | None = None  # the answer the data set gives, if it does
+    references: tuple[str, ...] = ()  # the answers the data set accepts; a letter where there are choices
     error: str | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)  # the row's own keys of generation_config, checked
     tools: tuple[dict[str, Any], ...] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # the row's own chat_template_kwargs
+    choices: tuple[str, ...] = ()  # the texts of A, B, C, ...
+    boxes: tuple[Box, ...] = ()  # where the thing asked for is, in the sample's only picture
+    labels: Mapping[str, str] = field(default_factory=dict)  # what scores are broken down by: {"subject": "Math"}
+
+    @property
+    def reference(self) -> str | None:
+        """The first answer the data set accepts, for people; None where it gives none."""
+        return self.references[0] if self.references else None
 
     @property
     def question(self) -> str:
@@ -66,7 +76,7 @@ class Dataset:
 
     path: Path
     samples: Sequence[Sample | Callable[[], Sample]]
-    file: Path | None = None  # what the samples were read from
+    files: tuple[Path, ...] = ()  # what the samples were read from
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -80,18 +90,19 @@ class Dataset:
 
     def first(self, limit: int | None) -> "Dataset":
         """The data set's first `limit` samples; all of them for None."""
-        return self if limit is None else Dataset(self.path, self.samples[:limit], self.file)
+        return self if limit is None else Dataset(self.path, self.samples[:limit], self.files)
 
     def digest(self) -> str:
         """Of what is asked, wherever the files lie; a file is taken byte by byte, so that no row is read for it."""
         digest = hashlib.sha256(str(len(self)).encode())
-        if self.file is None:
+        if not self.files:
             for sample in self:
                 digest.update(json.dumps([sample.question, sample.media]).encode())
             return digest.hexdigest()
-        with open(self.file, "rb") as file:
-            while chunk := file.read(DIGEST_CHUNK_BYTES):
-                digest.update(chunk)
+        for path in self.files:
+            with open(path, "rb") as file:
+                while chunk := file.read(DIGEST_CHUNK_BYTES):
+                    digest.update(chunk)
         return digest.hexdigest()
 
 

@@ -10,14 +10,15 @@ from dataset.files import open_rows
 from dataset.sample import Dataset
 from executor.errors import UserError
 from executor.host.env import REPO_ROOT, find_path
+from executor.recipe.schema import DataSection
 
 FOLDER = REPO_ROOT / "dataset" / "vision_arena_bench"
 FILES = ("dataset.jsonl", "dataset.json")
 
 
-def load(dataset_path: str | None) -> Dataset:
-    """The rows of the folder (or file) `dataset_path`, or of the usual place."""
-    path = find_path(dataset_path) if dataset_path else FOLDER
+def load(data: DataSection) -> Dataset:
+    """The rows of the folder (or file) dataset_path, or of the usual place."""
+    path = find_path(data.dataset_path) if data.dataset_path else FOLDER
     return open_rows(path if path.is_file() else _rows_file(path))
 
 

@@ -29,3 +29,14 @@ def published_config(name: str) -> dict[str, Any]:
     sections = {"mrope_section": text.pop("mrope_section"), "mrope_interleaved": text.pop("mrope_interleaved")}
     text["rope_scaling"] = {"rope_type": "default", **sections}
     return {**top, "text_config": text | {"dtype": "bfloat16"}, "vision_config": vision}
+
+
+def published_name(model_path: str) -> str | None:
+    """The published model whose name this folder or hub id begins with, e.g. of .../Qwen3-VL-8B-Instruct-w8a8."""
+    folder_name = model_path.rstrip("/").rpartition("/")[2]
+    return max((name for name in published_shapes() if folder_name.startswith(name)), key=len, default=None)
+
+
+def published_pixels(family: str) -> tuple[int, int]:
+    """Least and most pixels of a picture after the resize, by the published preprocessor_config.json of a family."""
+    return (3136, 12845056) if family == "qwen2_5_vl" else (65536, 16777216)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from executor.media.image import normalize_patchify
+from executor.media.patches import normalize_patchify
 from executor.schedule.request import Prompt
 
 REPO = Path(__file__).parent.parent

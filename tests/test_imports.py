@@ -22,6 +22,7 @@ RANKS = {
     "executor.recipe": 3,
     "executor.prompt": 3,
     "executor.recipe.settle": 4,
+    "executor.recipe.on_paper": 4,
     "executor.parallel": 4,
     "executor.quant": 5,
     "executor.quant.choose": 7,

@@ -225,6 +225,12 @@ def read_max_pixels(folder: Path) -> int | None:
     return _bound(said, _edges(said), "max_pixels", "longest_edge", None)
 
 
+def read_min_pixels(folder: Path) -> int | None:
+    """The least area of a picture that the folder's files name, None where they leave it to the family's class."""
+    said = _preprocessor_section(folder, "image_processor", required=False)
+    return _bound(said, _edges(said), "min_pixels", "shortest_edge", None)
+
+
 def _preprocessor_section(folder: Path, key: str, *, required: bool = True) -> Fields:
     """The settings of one kind of media, with the file they stand in. Numbers may be written as texts."""
     both = Fields(read_json(folder, "processor_config.json", required=False), f"{folder}/processor_config.json")

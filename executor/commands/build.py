@@ -20,7 +20,7 @@ from executor.device import ops
 from executor.device.table import BACKENDS
 from executor.engine.engine import Engine
 from executor.engine.graph_folder import GraphFolder
-from executor.engine.graphs import DecodeGraphs, batch_sizes, spare_blocks
+from executor.engine.graphs import DecodeGraphs
 from executor.engine.profile import Profile
 from executor.engine.replica import Replica
 from executor.engine.runner import Runner
@@ -32,8 +32,9 @@ from executor.media.hosts import DOMAINS_KEY, PRIVATE_KEY, parse_rules
 from executor.media.local import Folder
 from executor.media.media import MediaLimits
 from executor.parallel.groups import Parallel
-from executor.prompt.options import MediaOptions
+from executor.prompt.options import media_options
 from executor.quant.choose import MADE, choose_cache, choose_schemes, make_schemes
+from executor.recipe.graph_sizes import graph_sizes, spare_blocks
 from executor.recipe.memory import estimate
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import Prepared, compute_bytes, device_settings, prepare
@@ -175,13 +176,6 @@ def decode_rows(recipe: Recipe) -> int:
     return max((recipe.scheduler.max_num_seqs, *graph_sizes(recipe)))
 
 
-def graph_sizes(recipe: Recipe) -> tuple[int, ...]:
-    """Batch sizes of the decode graphs of a recipe; none where decode steps run eagerly."""
-    if recipe.model.exe_mode == "eager":
-        return ()
-    return recipe.scheduler.graph_batch_sizes or batch_sizes(recipe.scheduler.max_num_seqs)
-
-
 def _captured(
     recipe: Recipe,
     step: ModelStep,
@@ -267,20 +261,3 @@ def fetcher_of(recipe: Recipe) -> Fetcher | None:
     hosts = parse_rules(data.allowed_media_domains, DOMAINS_KEY)
     private_hosts = parse_rules(data.allowed_private_hosts, PRIVATE_KEY)
     return Fetcher(hosts, private_hosts, data.fetch_timeout_s) if hosts or private_hosts else None
-
-
-def media_options(recipe: Recipe) -> MediaOptions:
-    """What the recipe says about pictures and videos."""
-    data = recipe.data
-    return MediaOptions(
-        min_pixels=data.min_pixels,
-        max_pixels=data.max_pixels,
-        video_max_pixels=data.video_max_pixels,
-        frame_max_pixels=data.frame_max_pixels,
-        fps=data.fps,
-        min_frames=data.min_frames,
-        max_frames=data.max_frames,
-        cap_pixels_per_frame=data.cap_pixels_per_frame,
-        video_timestamps=data.video_timestamps,
-        max_model_len=recipe.scheduler.max_model_len,
-    )

@@ -20,19 +20,16 @@ from executor.checkpoint.folder import local_checkpoint
 from executor.checkpoint.load import build_on_meta
 from executor.checkpoint.part_pulls import open_checkpoint
 from executor.checkpoint.pull import finalize, local_bytes
-from executor.commands.build import decode_rows, graph_sizes
+from executor.commands.build import decode_rows
 from executor.device import ops
-from executor.engine.graphs import batch_sizes
-from executor.errors import UserError, nearest
+from executor.errors import UserError
 from executor.parallel.groups import SINGLE, Parallel, groups
 from executor.quant.choose import MADE, assume_schemes, choose_cache, choose_schemes, schemes_of
-from executor.recipe.kv_cache import has_cache_scales
+from executor.recipe.graph_sizes import batch_sizes, graph_sizes
+from executor.recipe.on_paper import settle_on_paper
 from executor.recipe.schema import Recipe
-from executor.recipe.schemes import word_findings
-from executor.recipe.settle import check_chip, check_recipe, read_folder, refuse, resolve
 from executor.recipe.sizes import ModelShapes
-from models.published import published_config, published_shapes
-from models.registry import family_runner, read_shapes
+from models.registry import family_runner
 
 logger = logging.getLogger(__name__)
 
@@ -81,40 +78,8 @@ def settle(recipe: Recipe) -> tuple[Recipe, ModelShapes, Mapping[str, Any]]:
         )
     # Whatever device the recipe is for, the question is the chip's.
     recipe = recipe.replace(model={"device": "npu_emulated"})
-    check_chip(recipe)
-    config, quantization, shapes = find_config(recipe)
-    folder = local_checkpoint(recipe.model.model_path, recipe.model.hub)
-    description = None if folder is None else read_description(folder)
-    recipe = resolve(recipe, shapes, quantization, has_scales=has_cache_scales(description))
-    refuse(word_findings(recipe.model))
-    check_recipe(recipe, shapes)
-    return recipe, shapes, config
-
-
-def find_config(recipe: Recipe) -> tuple[Mapping[str, Any], str, ModelShapes]:
-    """config.json, quantization and sizes of the checkpoint if it is here, else of the published model of that name."""
-    path = recipe.model.model_path
-    folder = local_checkpoint(path, recipe.model.hub)
-    if folder is not None:
-        return read_folder(folder, path)
-    folder_name = path.rstrip("/").rpartition("/")[2]
-    name = max((each for each in published_shapes() if folder_name.startswith(each)), key=len, default=None)
-    if name is None:
-        raise UserError(
-            f"model_config.model_path: {path} is not on this machine, and the sizes that check has by itself are those "
-            f"of {', '.join(published_shapes())}{nearest(folder_name, published_shapes())}"
-        )
-    quantization = "none" if folder_name == name else recipe.model.quantization
-    if quantization == "auto":
-        raise UserError(
-            f"model_config.quantization: {path} is not on this machine and its name is not that of a published float "
-            f"model, so check cannot know how its weights are quantized; name it, as in  "
-            "--set model_config.quantization=w8a8 (none for float weights)"
-        )
-    assumed = "" if quantization == "none" else f", and the vendor's choice of what is {quantization}"
-    logger.info("%s is not on this machine: its published sizes are taken%s", path, assumed)
-    config = published_config(name)
-    return config, quantization, read_shapes(config, name)
+    found = settle_on_paper(recipe, "check")
+    return found.recipe, found.shapes, found.config
 
 
 @contextlib.contextmanager

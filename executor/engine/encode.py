@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from executor.checkpoint.settings import PixelSettings
-from executor.media.image import normalize_patchify
+from executor.media.patches import normalize_patchify
 from executor.schedule.request import MediaItem
 
 SLAB_PATCHES = 2048  # normalised at a time
@@ -108,15 +108,14 @@ def patches_of(batch: Sequence[Piece], form: PixelSettings, dtype: torch.dtype, 
         for frame, into in zip(frames, part.split(rows * columns), strict=True):
             slabs = frame.split(slab * form.patch_size, dim=-2)
             for pixel_rows, target in zip(slabs, into.split(slab * columns), strict=True):
-                target.copy_(
-                    normalize_patchify(
-                        pixel_rows,
-                        form.mean,
-                        form.std,
-                        form.patch_size,
-                        form.temporal_patch_size,
-                        form.merge_size,
-                        dtype,
-                    )
+                normalize_patchify(
+                    pixel_rows,
+                    form.mean,
+                    form.std,
+                    form.patch_size,
+                    form.temporal_patch_size,
+                    form.merge_size,
+                    dtype,
+                    out=target,
                 )
     return patches

@@ -23,16 +23,6 @@ logger = logging.getLogger(__name__)
 _TOKEN, _POSITION, _SLOT, _KV_LEN = range(4)  # the order of ModelStep.decode
 
 
-def batch_sizes(most: int) -> tuple[int, ...]:
-    """Powers of two below `most`, and `most`."""
-    return (*(1 << power for power in range((most - 1).bit_length())), most)
-
-
-def spare_blocks(sizes: Sequence[int], block_size: int) -> int:
-    """Blocks behind the scheduler's own that padding rows write to."""
-    return -(-max(sizes, default=0) // block_size)
-
-
 class DecodeGraphs:
     """Replays a captured decode step for every batch of rows that have one new token each."""
 

@@ -46,6 +46,15 @@ def peak_memory_bytes(root: Path = Path("/")) -> int:
     return _status_bytes(root, "VmHWM")
 
 
+def restart_peak_memory() -> bool:
+    """Count `peak_memory_bytes` from now on; False where the system does not allow it, and it counts on."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+    except OSError:
+        return False
+    return True
+
+
 def _status_bytes(root: Path, key: str) -> int:
     try:
         lines = (root / "proc/self/status").read_text().splitlines()

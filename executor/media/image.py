@@ -1,16 +1,16 @@
-"""Pictures: decoded to uint8 RGB, resized as torchvision does, normalised and cut into patches.
+"""Pictures: decoded to uint8 RGB and resized as torchvision does.
 
-Invariants: pure functions; pixels stay uint8 until `normalize_patchify`; every result equals, bit for bit, that of
-transformers' default (torchvision-backed) processors of Qwen2-VL and Qwen3-VL. Means, sizes and patch sizes are the
-caller's, out of the checkpoint's preprocessor_config.json; nothing here knows a model.
-Legend: F frames, C channels (3), H/W pixels, P patches, tp temporal patch size, ps patch size, m merge size.
+Invariants: pure functions; pixels are uint8; every result equals, bit for bit, that of transformers' default
+(torchvision-backed) processors of Qwen2-VL and Qwen3-VL. Sizes are the caller's, out of the checkpoint's
+preprocessor_config.json; nothing here knows a model. Patches are cut in executor.media.patches.
+Legend: F frames, H/W pixels.
 """
 
 import io
 import math
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +51,9 @@ def decode_image(
     source: str = "picture",
     limits: MediaLimits = DEFAULT_LIMITS,
 ) -> torch.Tensor:
-    """A picture as contiguous uint8 [3, H, W]: turned upright by its EXIF tag, transparency on white, 16 bits scaled.
+    """A picture as uint8 [3, H, W]: turned upright by its EXIF tag, transparency on white, 16 bits scaled.
 
+    A pixel's colours lie side by side in memory, as `resize` reads them fastest.
     Of an animated picture the first frame. Arrays are uint8 or uint16, [H, W] or [H, W, 1 | 3 | 4].
     Errors: UserError naming `source` when it is damaged, of an unknown format, or above `limits`.
     """
@@ -73,7 +74,7 @@ def decode_image(
     finally:
         if isinstance(content, bytes | Path):
             picture.close()
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def open_picture(content: bytes | Path | Image.Image, source: str, limits: MediaLimits) -> Image.Image:
@@ -185,61 +186,20 @@ def fit_area(
 
 
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """uint8 [F, 3, H, W] to uint8 [F, 3, height, width], bicubic with antialiasing, as torchvision's `resize`.
+    """uint8 [F, 3, H, W] to contiguous uint8 [F, 3, height, width], bicubic with antialiasing: torchvision's `resize`.
 
     On the CPU, where frames are decoded: torch resizes uint8 there with integer weights, rounding and clamping between
     the horizontal and the vertical pass. Other devices compute in float without that, up to several levels away.
     """
     assert frames.dtype == torch.uint8 and frames.device.type == "cpu"
     if frames.shape[-2:] == (height, width):
-        return frames
-    return F.interpolate(frames, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
-
-
-def repeat_last(frames: torch.Tensor, multiple: int) -> torch.Tensor:
-    """[F, ...] with the last frame repeated until F is a multiple: a picture, or a video of an odd count."""
-    missing = -frames.shape[0] % multiple
-    if missing == 0:
-        return frames
-    return torch.cat([frames, frames[-1:].expand(missing, *frames.shape[1:])])
-
-
-def normalize_patchify(
-    frames: torch.Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    patch_size: int,
-    temporal_patch_size: int,
-    merge_size: int,
-    dtype: torch.dtype = torch.float32,
-    rescale_factor: float = 1 / 255,
-) -> torch.Tensor:
-    """uint8 [F, 3, H, W] to [P, 3 * tp * ps * ps] of `dtype`, on the frames' device; H, W multiples of ps * m.
-
-    P runs over (time, row of merge windows, column of them, row in the window, column in it); in a patch (C, tp, row,
-    column). Cut as bytes and only then turned into numbers: a quarter of the traffic, the same values. Computed in
-    fp32 and cast once. No permute has more than 8 dims, the most an NPU takes: transformers' own have 9 and 10.
-    """
-    frames = repeat_last(frames, temporal_patch_size)
-    num_frames, channels, height, width = frames.shape
-    grid_t, grid_h, grid_w = num_frames // temporal_patch_size, height // patch_size, width // patch_size
-    by_channel = frames.reshape(grid_t, temporal_patch_size, channels, height, width).transpose(1, 2)
-    patches = by_channel.reshape(
-        grid_t,
-        channels * temporal_patch_size,
-        grid_h // merge_size,
-        merge_size,
-        patch_size,
-        grid_w // merge_size,
-        merge_size,
-        patch_size,
-    ).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    patches = patches.reshape(grid_t * grid_h * grid_w, channels, temporal_patch_size * patch_size * patch_size)
-    # transformers folds the rescale into mean and std; any other order of these operations rounds differently.
-    means = torch.tensor(mean, device=frames.device) * (1.0 / rescale_factor)
-    stds = torch.tensor(std, device=frames.device) * (1.0 / rescale_factor)
-    values = patches.to(torch.float32).sub_(means.view(1, -1, 1)).div_(stds.view(1, -1, 1))
-    return values.reshape(values.shape[0], -1).to(dtype)
+        return frames.contiguous()
+    if frames.shape[0] == 1 and frames.stride(1) == 1:
+        # A frame as it was decoded. torch takes it for channels-last, and resizes without reordering it first, only
+        # where the stride of the single frame says so too.
+        frames = frames.as_strided(frames.shape, (frames.numel(), *frames.stride()[1:]))
+    resized = F.interpolate(frames, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
+    return resized.contiguous()
 
 
 def _unreadable(content: bytes | Path, formats: list[str], error: Exception) -> str:

@@ -136,7 +136,7 @@ def _collect(
                 f"{source}: frame {index} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the first one "
                 f"{first_shape[1]}x{first_shape[0]}; all frames of a video must be of one size"
             )
-        frame = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()[None]
+        frame = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         frames[index] = frame if size_of is None else resize(frame, *size_of(len(indices), *pixels.shape[:2]))
     return torch.cat([frames[index] for index in indices]), first_shape[:2]
 

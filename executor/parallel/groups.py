@@ -4,7 +4,6 @@ Knows nothing of models. Processes and rendezvous belong to torch.distributed.
 """
 
 import itertools
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from executor.device.ops import Ops
 from executor.errors import UserError
 from executor.host.env import rank_place
+from executor.recipe.communicators import communicators
 from executor.recipe.schema import Recipe
 
 # The name since torch 2.13, which deprecates the one before.
@@ -24,8 +24,6 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 PATIENCE = timedelta(days=365)
 """Timeout of collectives whose other side may rightly take hours: it waits for a request, or reads another replica's
 files. That a rank is gone is noticed by the launcher, not by this timeout."""
-SUMS_MB = 200  # what is sent by prefill: tokens of a step by hidden size
-ROWS_MB = 100  # gathered for experts: one replica's tokens
 
 
 @dataclass
@@ -194,14 +192,9 @@ def groups(
     `new_group` makes the communicator of some ranks with buffers for messages of so many MB; equal sets share one.
     """
     replica, place = divmod(rank, attn_tp_size)
-    uses = [(tuple(range(world_size)), SUMS_MB)]
-    uses += [(tuple(range(first, first + attn_tp_size)), SUMS_MB) for first in range(0, world_size, attn_tp_size)]
-    uses += [(tuple(range(first, world_size, attn_tp_size)), ROWS_MB) for first in range(attn_tp_size)]
-    buffers_mb: dict[tuple[int, ...], int] = defaultdict(int)
-    for ranks, buffer_mb in uses:
-        buffers_mb[ranks] = max(buffers_mb[ranks], buffer_mb)
     made: dict[tuple[int, ...], Group] = {}
-    for ranks, buffer_mb in buffers_mb.items():  # in one order everywhere: making a group takes the whole world
+    # In one order everywhere: making a group takes the whole world.
+    for ranks, buffer_mb in communicators(world_size, attn_tp_size).items():
         handle = new_group(list(ranks), buffer_mb) if len(ranks) > 1 else None
         if rank in ranks:
             made[ranks] = Group(ranks.index(rank), len(ranks), handle)

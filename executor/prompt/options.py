@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from executor.prompt.messages import MediaPart
 from executor.prompt.request_options import RequestOptions
+from executor.recipe.schema import Recipe
 
 # How the options of a part are called here.
 _PICTURE_NAMES = {"min_pixels": "min_pixels", "max_pixels": "max_pixels"}
@@ -72,3 +73,20 @@ class MediaOptions:
         if "resized_height" in given:
             changed["resized"] = (given["resized_height"], given["resized_width"])
         return replace(self, **changed)
+
+
+def media_options(recipe: Recipe) -> MediaOptions:
+    """What the recipe says about pictures and videos."""
+    data = recipe.data
+    return MediaOptions(
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+        video_max_pixels=data.video_max_pixels,
+        frame_max_pixels=data.frame_max_pixels,
+        fps=data.fps,
+        min_frames=data.min_frames,
+        max_frames=data.max_frames,
+        cap_pixels_per_frame=data.cap_pixels_per_frame,
+        video_timestamps=data.video_timestamps,
+        max_model_len=recipe.scheduler.max_model_len,
+    )

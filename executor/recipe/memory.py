@@ -2,6 +2,7 @@
 
 Process + weights + KV cache + peak of a step, the worst that the recipe allows: every request full of pictures, the
 encoder cache full, a full pass of the encoder and a full prefill step. The peak stands in executor/recipe/peak.py.
+On an NPU the decode graphs and the buffers of communicators besides.
 The estimate decides how many KV blocks there are on a CPU, and refuses what cannot fit. A device that can measure
 its peak after loading corrects it. Knows sizes and degrees, no tensor. A test holds it against a measured peak.
 """
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 
 from executor.checkpoint.stored import ATTENTION, EXPERTS, KV, MLP, VISION, VOCABULARY, WHOLE, StoredSizes
 from executor.errors import UserError
+from executor.host.env import environment
 from executor.quant.sizes import FLOAT_BYTES, weight_bytes
-from executor.recipe.peak import peak_bytes, pixel_bytes
+from executor.recipe.communicators import buffer_bytes
+from executor.recipe.peak import Peak, graph_bytes, padding_blocks, peak_of, pixel_bytes
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
 
@@ -34,20 +37,46 @@ class MemoryEstimate:
     block_bytes: int
     process_bytes: int = 0  # Python, torch and libraries, where they lie in the same memory
     loading_bytes: int = 0  # beside the weights while the last of them take the device's layout
+    graph_bytes: int = 0  # decode graphs of an NPU, with the block that their padding rows write to
+    communication_bytes: int = 0  # buffers of an NPU's communicators
+    step: Peak | None = None  # what peak_bytes is made of, the pictures of running requests left out
 
     @property
     def total_bytes(self) -> int:
-        return self.process_bytes + self.weights_bytes + max(self.kv_bytes + self.peak_bytes, self.loading_bytes)
+        beside = self.process_bytes + self.graph_bytes + self.communication_bytes
+        return beside + self.weights_bytes + max(self.kv_bytes + self.peak_bytes, self.loading_bytes)
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes <= self.budget_bytes
+
+    def by_part(self) -> dict[str, int]:
+        """Bytes of each part; their sum is total_bytes."""
+        assert self.step is not None, "an estimate knows what its peak is made of"
+        phase, cache = round(self.step.phase_bytes), round(self.step.encoder_cache_bytes)
+        return {
+            "process": self.process_bytes,
+            "weights": self.weights_bytes,
+            "kv_cache": self.kv_bytes,
+            "step": phase,
+            "encoder_cache": cache,
+            "pictures": self.peak_bytes - phase - cache,
+            "graphs": self.graph_bytes,
+            "communication": self.communication_bytes,
+            "loading": max(0, self.loading_bytes - self.kv_bytes - self.peak_bytes),
+        }
 
     def __str__(self) -> str:
         def gib(count: float) -> str:
             return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
 
         process = f"process {gib(self.process_bytes)} + " if self.process_bytes else ""
+        graphs = f" + decode graphs {gib(self.graph_bytes)}" if self.graph_bytes else ""
+        buffers = f" + communication {gib(self.communication_bytes)}" if self.communication_bytes else ""
         return (
             f"memory per rank, estimated: {process}weights {gib(self.weights_bytes)} + KV cache {gib(self.kv_bytes)} "
-            f"({self.num_blocks} blocks) + peak of a step {gib(self.peak_bytes)} = {gib(self.total_bytes)} "
-            f"of {gib(self.budget_bytes)} allowed"
+            f"({self.num_blocks} blocks) + peak of a step {gib(self.peak_bytes)}{graphs}{buffers} "
+            f"= {gib(self.total_bytes)} of {gib(self.budget_bytes)} allowed"
         )
 
 
@@ -111,23 +140,64 @@ def estimate(
     KV blocks: what the recipe names, else what max_num_seqs requests of max_model_len use, as far as the memory goes.
     Raises UserError when weights, peak and one request of full length do not fit.
     """
+    found = account(
+        recipe,
+        shapes,
+        free_bytes,
+        compute_bytes,
+        picture_tokens=picture_tokens,
+        process_bytes=process_bytes,
+        stored=stored,
+    )
+    if not found.fits:
+        weights_alone = found.process_bytes + found.weights_bytes > found.budget_bytes
+        raise UserError(f"{shapes.name} does not fit: {found}. {advice(recipe, weights_alone)}")
+    return found
+
+
+def account(
+    recipe: Recipe,
+    shapes: ModelShapes,
+    free_bytes: int,
+    compute_bytes: int | None = None,
+    *,
+    picture_tokens: int | None = None,
+    process_bytes: int = 0,
+    stored: StoredSizes | None = None,
+    num_blocks: int | None = None,
+) -> MemoryEstimate:
+    """What `estimate` counts, whether it fits or not. `num_blocks`: of a cache that is asked about; None: its own."""
     scheduler = recipe.scheduler
     budget = int(free_bytes * scheduler.memory_fraction) + process_bytes
     weights, block = weights_bytes(recipe, shapes, stored), kv_block_bytes(recipe, shapes, compute_bytes)
-    peak = peak_bytes(recipe, shapes, picture_tokens, compute_bytes)
+    step = peak_of(recipe, shapes, picture_tokens, compute_bytes)
+    peak = step.total_bytes
     process = max(process_bytes, TORCH_BYTES) + LIBRARY_BYTES if process_bytes else 0
     blocks_of_one = -(-scheduler.max_model_len // scheduler.block_size)
     pixels = pixel_bytes(recipe, shapes, scheduler.block_size)  # of the pictures whose tokens a block holds
-    affordable = (budget - process - weights - peak) // (block + pixels)
-    num_blocks = _blocks_asked_for(recipe, block, blocks_of_one) or min(
-        scheduler.max_num_seqs * blocks_of_one, max(affordable, blocks_of_one)
+    graphs, buffers = _graph_and_buffer_bytes(recipe, shapes, block, compute_bytes)
+    affordable = (budget - process - weights - peak - graphs - buffers) // (block + pixels)
+    num_blocks = (
+        num_blocks
+        or _blocks_asked_for(recipe, block, blocks_of_one)
+        or min(scheduler.max_num_seqs * blocks_of_one, max(affordable, blocks_of_one))
     )
     peak += min(num_blocks, scheduler.max_num_seqs * blocks_of_one) * pixels
     loading = loading_bytes(recipe, shapes)
-    result = MemoryEstimate(weights, num_blocks * block, peak, budget, num_blocks, block, process, loading)
-    if result.total_bytes > budget:
-        raise UserError(f"{shapes.name} does not fit: {result}. {_advice(recipe, process + weights > budget)}")
-    return result
+    return MemoryEstimate(
+        weights, num_blocks * block, peak, budget, num_blocks, block, process, loading, graphs, buffers, step
+    )
+
+
+def _graph_and_buffer_bytes(
+    recipe: Recipe, shapes: ModelShapes, block_bytes: int, compute_bytes: int | None
+) -> tuple[int, int]:
+    """What an NPU's decode graphs and communicators take; elsewhere neither has memory of its own."""
+    if recipe.model.device != "npu":
+        return 0, 0
+    own_mb = environment().get("HCCL_BUFFSIZE", "")
+    buffers = buffer_bytes(recipe.parallel.world_size, recipe.attn_tp_size, int(own_mb) if own_mb.isdigit() else None)
+    return graph_bytes(recipe, shapes, compute_bytes) + padding_blocks(recipe) * block_bytes, buffers
 
 
 def _blocks_asked_for(recipe: Recipe, block_bytes: int, blocks_of_one: int) -> int | None:
@@ -145,7 +215,8 @@ def _blocks_asked_for(recipe: Recipe, block_bytes: int, blocks_of_one: int) -> i
     return num_blocks
 
 
-def _advice(recipe: Recipe, weights_alone: bool) -> str:
+def advice(recipe: Recipe, weights_alone: bool) -> str:
+    """What to change in a recipe that does not fit."""
     if weights_alone:
         narrower = "model_config.dtype: bfloat16, " if recipe.model.dtype == "float32" else ""
         return f"The weights alone are too many: use {narrower}a smaller model, a quantized checkpoint or more ranks."

@@ -7,8 +7,11 @@ Knows sizes and degrees, no tensor.
 Legend, in elements per token or patch: n hidden size, H and K query and key heads, D head dim, I intermediate size.
 """
 
+from dataclasses import dataclass
+
 from executor.device.table import INT8_READ_TOKENS
 from executor.quant.sizes import FLOAT_BYTES
+from executor.recipe.graph_sizes import graph_sizes, spare_blocks
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
 
@@ -22,9 +25,33 @@ HEAP_BYTES = 32 << 20
 _NPU_HEADS = (64, 128)  # what vision heads are widened to there
 
 
-def peak_bytes(
+@dataclass(frozen=True)
+class Peak:
+    """What a step takes, by what it is for. Phases follow each other, so that the widest of them counts."""
+
+    vision_bytes: float  # a pass of the encoder
+    text_bytes: float  # a full prefill step
+    logits_bytes: float  # of all rows, and sampling
+    vision_heap_bytes: float  # of each phase, what the allocator keeps beside the other one's
+    text_heap_bytes: float
+    encoder_cache_bytes: float
+    pixels_bytes: float  # pictures of prompts that wait
+
+    @property
+    def phase_bytes(self) -> float:
+        """The widest phase, with what is left of the one before."""
+        return max(
+            self.vision_bytes + self.text_heap_bytes, self.text_bytes + self.vision_heap_bytes, self.logits_bytes
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        return round(self.phase_bytes + self.encoder_cache_bytes + self.pixels_bytes)
+
+
+def peak_of(
     recipe: Recipe, shapes: ModelShapes, picture_tokens: int | None = None, compute_bytes: int | None = None
-) -> int:
+) -> Peak:
     """Of one rank; `picture_tokens` of the largest picture or frame (None: as large as a prompt can be).
 
     `compute_bytes`: of a number of the activations; None: of the recipe's dtype.
@@ -42,16 +69,39 @@ def peak_bytes(
     # scored prompt tokens, with their logprobs and what is counted for their ranks.
     rows = limits.max_num_seqs
     logits = max(rows * (8 + size % 4), rows * 4 + SCORED_ROWS * (9 + size % 4)) * shapes.vocab_size
-    peak = max(vision, text, logits)
+    text_heap = vision_heap = 0.0
     if on_host:
         # What is freed in small blocks stays with the allocator, beside the other phase's.
         text_heap = step_tokens * text_token_bytes(recipe, shapes, size, step_tokens)
         vision_heap = pass_tokens * vision_token_bytes(recipe, shapes, size, pass_tokens)
-        peak = max(peak, vision + text_heap, text + vision_heap)
     # One request alone may need more than the cache holds.
     cache_tokens = max(limits.encoder_cache_tokens, min(limits.max_model_len, picture_tokens))
     cache = cache_tokens * shapes.hidden_size * (1 + shapes.vision.num_taps) * size
-    return round(peak + cache + pixel_bytes(recipe, shapes, LOOK_AHEAD * limits.max_model_len))
+    pixels = pixel_bytes(recipe, shapes, LOOK_AHEAD * limits.max_model_len)
+    return Peak(vision, text, logits, vision_heap, text_heap, cache, pixels)
+
+
+def peak_bytes(
+    recipe: Recipe, shapes: ModelShapes, picture_tokens: int | None = None, compute_bytes: int | None = None
+) -> int:
+    """The sum of `peak_of`."""
+    return peak_of(recipe, shapes, picture_tokens, compute_bytes).total_bytes
+
+
+def graph_bytes(recipe: Recipe, shapes: ModelShapes, compute_bytes: int | None = None) -> int:
+    """Of the decode graphs, each with memory of its own for one layer's values and its logits, the attention's outputs
+    that all of them share."""
+    size, sizes = compute_bytes or FLOAT_BYTES[recipe.model.dtype], graph_sizes(recipe)
+    if not sizes:
+        return 0
+    queries = shapes.num_heads * shapes.head_dim / recipe.attn_tp_size
+    row = text_token_bytes(recipe, shapes, size) + shapes.vocab_size * (4 + size)
+    return round(sum(sizes) * row + shapes.num_layers * max(sizes) * queries * size)
+
+
+def padding_blocks(recipe: Recipe) -> int:
+    """KV blocks that padding rows of decode graphs write to, beside the scheduler's."""
+    return spare_blocks(graph_sizes(recipe), recipe.scheduler.block_size)
 
 
 def pixel_bytes(recipe: Recipe, shapes: ModelShapes, num_tokens: int) -> int:

@@ -204,6 +204,9 @@ class DataSection(Section):
     given for."""
     random_tokens: Positive = 1000
     """Tokens of a prompt of the data set random, what the chat template and pictures add among them."""
+    random_prefix_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens of text that all prompts of the data set random begin with, among random_tokens. 0: they share nothing, so
+    that no prefix cache helps."""
     random_pictures: Annotated[int, Field(ge=0)] = 0
     """Pictures of noise in each prompt of the data set random."""
     random_picture_size: PictureSize = (1920, 1080)
@@ -217,7 +220,7 @@ class DataSection(Section):
     system_prompt: str | None = None
     """Put before every conversation that has none."""
     limit: Positive | None = None
-    """Only the first so many requests."""
+    """Only the first so many requests. null: all; of the data set random, 100."""
     min_pixels: Positive | None = None
     """Smallest picture, in pixels after the resize. null: the checkpoint's."""
     max_pixels: Positive | None = None
@@ -384,7 +387,7 @@ class Recipe(Section):
         """How many jobs of the recipe a Ray cluster runs for a command; 1: no Ray."""
         if command == "serve" and self.server.replicas is not None:
             return self.server.replicas
-        return self.parallel.ray_jobs if command in ("serve", "generate") else 1
+        return self.parallel.ray_jobs if command in ("serve", "generate", "eval") else 1
 
     def replace(self, **sections: dict[str, Any]) -> "Recipe":
         """A checked copy with fields changed: `recipe.replace(model={"dtype": "float32"})`."""

@@ -10,7 +10,7 @@ from typing import get_args
 from executor.device.table import BACKENDS, having
 from executor.quant.sizes import MADE_AT_LOAD
 from executor.recipe.schema import ModelSection, Quantization
-from models.published import published_shapes
+from models.published import published_name
 
 READ = tuple(word for word in get_args(Quantization) if word not in ("auto", "none", *MADE_AT_LOAD))
 """Types that checkpoints are read in, in the recipe's words."""
@@ -66,7 +66,7 @@ def disagreement(model: ModelSection, label: str, types: Collection[str]) -> str
 def float_twin(model: ModelSection) -> str:
     """The overrides that take the float checkpoint of a quantized one, found by the published name."""
     folder = model.model_path.rstrip("/").rpartition("/")[2]
-    name = next((name for name in published_shapes() if folder.startswith(name)), None)
+    name = published_name(folder)
     path = f"--set model_config.model_path=Qwen/{name} " if name and folder != name else ""
     return f"{path}--set model_config.quantization=auto"
 

@@ -129,6 +129,11 @@ class BlockPool:
         """How many of these would leave `num_free` when acquired."""
         return sum(1 for block_id in block_ids if not self._num_holders[block_id])
 
+    def forget_cached(self) -> None:
+        """Keep no content that nobody holds."""
+        while self._cached:
+            self._evict()
+
     def check(self, held: Iterable[Sequence[int]]) -> None:
         """Assert all invariants, given the block ids of every holder. O(num_blocks)."""
         count = Counter(block_id for block_ids in held for block_id in block_ids)

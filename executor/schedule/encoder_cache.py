@@ -98,6 +98,11 @@ class EncoderCache:
         self._doubtful = dict.fromkeys((*self._planned, *self._planned_release))
         self.settle(tuple(self._planned))
 
+    def forget_idle(self) -> None:
+        """Have embeddings that nobody holds dropped by the next plan."""
+        while self._idle:
+            self._drop_oldest()
+
     def check(self, held: set[tuple[str, int, bytes]]) -> None:
         """Assert all invariants, given every (request id, number, digest) that requests hold."""
         counted = {(*holder, digest) for digest, entry in self._held.items() for holder in entry.holders}
@@ -136,9 +141,12 @@ class EncoderCache:
 
     def _trim(self) -> None:
         while self._idle and self.num_tokens > self.capacity_tokens:
-            digest, num_tokens = self._idle.popitem(last=False)
-            self._idle_tokens -= num_tokens
-            self._release[digest] = None
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        digest, num_tokens = self._idle.popitem(last=False)
+        self._idle_tokens -= num_tokens
+        self._release[digest] = None
 
 
 class MediaReads:

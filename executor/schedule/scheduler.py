@@ -226,6 +226,11 @@ class Scheduler:
         if plan.rows:
             self._encoder.undo()
 
+    def forget(self) -> None:
+        """Keep nothing of requests that have ended: no prefixes, no embeddings. For measuring the same thing again."""
+        self.pool.forget_cached()
+        self._encoder.forget_idle()
+
     def check(self) -> None:
         """Assert all invariants, between any two calls. O(blocks + requests); for tests."""
         pool = self.pool

@@ -234,4 +234,4 @@ def test_fingerprints_tell_questions_apart(folder):
 
 def test_default_prompt_file_is_strict_about_its_place(tmp_path):
     with pytest.raises(UserError, match="there is no file"):
-        default_prompt.load(str(tmp_path / "absent.json"))
+        default_prompt.load(DataSection(dataset_path=str(tmp_path / "absent.json")))

@@ -4,7 +4,7 @@ import torch
 
 from executor.checkpoint.settings import PixelSettings
 from executor.engine.encode import encode_items, passes
-from executor.media.image import normalize_patchify
+from executor.media.patches import normalize_patchify
 from executor.schedule.request import MediaItem
 
 FORM = PixelSettings(14, 2, 2, (0.5, 0.4, 0.3), (0.3, 0.3, 0.2), 784, 784 * 100)

@@ -12,8 +12,9 @@ from PIL import Image
 
 from executor.errors import UserError
 from executor.media import image
-from executor.media.image import decode_image, normalize_patchify, repeat_last, resize, smart_resize
+from executor.media.image import decode_image, resize, smart_resize
 from executor.media.media import MediaLimits
+from executor.media.patches import cut_frames, normalize_patchify, repeat_last
 
 
 def encode(picture: Image.Image, image_format: str, **options) -> bytes:
@@ -41,7 +42,7 @@ def test_lossless_formats(image_format: str) -> None:
     picture = noise("RGB")
     pixels = decode_image(encode(picture, image_format, **({"lossless": True} if image_format == "WEBP" else {})))
     assert torch.equal(pixels, torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-    assert pixels.is_contiguous() and pixels.dtype == torch.uint8
+    assert pixels.permute(1, 2, 0).is_contiguous() and pixels.dtype == torch.uint8
 
 
 def test_cmyk_and_gray_jpeg() -> None:
@@ -198,5 +199,5 @@ def test_permutes_have_at_most_eight_dims(monkeypatch: pytest.MonkeyPatch) -> No
     seen = []
     real = torch.Tensor.permute
     monkeypatch.setattr(torch.Tensor, "permute", lambda self, *dims: (seen.append(len(dims)), real(self, *dims))[1])
-    normalize_patchify(torch.zeros(3, 3, 56, 56, dtype=torch.uint8), [0, 0, 0], [1, 1, 1], 14, 2, 2)
+    cut_frames(torch.zeros(4, 3, 56, 56, dtype=torch.uint8), 14, 2, 2)
     assert seen and max(seen) <= 8

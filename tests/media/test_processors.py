@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from executor.media.image import decode_image, normalize_patchify, resize, smart_resize
+from executor.media.image import decode_image, resize, smart_resize
+from executor.media.patches import cut_frames, cut_rows, normalize_patchify
 from executor.media.sampling import Sampling, frame_size_of_all, frame_size_per_frame, spread, strided
 from executor.media.video import read_video
 from tests.media.media_files import make_frames, write_video
@@ -63,6 +64,17 @@ def test_picture_modes(mode: str) -> None:
     picture = picture.convert(mode) if mode in ("RGBA", "LA") else picture.convert("RGB").convert(mode)
     expected = Qwen2VLImageProcessor()(picture, return_tensors="pt")["pixel_values"]
     assert torch.equal(patches(resize(decode_image(picture)[None], 56, 84), QWEN2_5), expected)
+
+
+@pytest.mark.parametrize("config", [QWEN2_5, QWEN3], ids=["qwen2_5", "qwen3"])
+def test_both_ways_to_cut(config: dict) -> None:
+    """A CPU moves rows of pixels, other devices permute: the same bytes, also of a part of the rows."""
+    patch = config["patch_size"]
+    whole = torch.randint(0, 256, (4, 3, 6 * patch, 4 * patch), dtype=torch.uint8)
+    for frames in (whole, whole[:, :, 2 * patch : 4 * patch], whole[:2]):
+        by_row = cut_rows(frames, patch, 2)  # [F, N, C, ps * ps]
+        paired = by_row.unflatten(0, (-1, 2)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+        assert torch.equal(cut_frames(frames, patch, 2, 2), paired)
 
 
 def video_processor(family: str, **settings):

@@ -15,6 +15,7 @@ from executor.device import ops
 from executor.device.cpu.ops import CpuOps
 from executor.parallel.groups import groups
 from executor.quant.choose import choose_schemes
+from executor.recipe.communicators import SUMS_MB, buffer_bytes
 from executor.recipe.memory import LIBRARY_BYTES, TORCH_BYTES, estimate, weights_bytes
 from executor.recipe.peak import ENCODE_TOKENS, peak_bytes, pixel_bytes, vision_token_bytes
 from executor.recipe.schema import build_recipe
@@ -163,3 +164,39 @@ def test_headers_that_cannot_be_read_count_for_nothing(msmodelslim, tmp_path):
     assert read_sizes(tmp_path, tied=False) is None
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0[")
     assert read_sizes(tmp_path, tied=False) is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "npu"])
+def test_the_parts_are_the_whole(device):
+    recipe, shapes = resolved("Qwen3-VL-8B-Instruct", device=device, max_model_len=4096)
+    found = estimate(recipe, shapes, 64 << 30, process_bytes=1 << 30 if device == "cpu" else 0)
+    parts = found.by_part()
+    assert sum(parts.values()) == found.total_bytes
+    assert parts["kv_cache"] == found.num_blocks * found.block_bytes and parts["weights"] == found.weights_bytes
+    assert parts["step"] + parts["encoder_cache"] + parts["pictures"] == found.peak_bytes
+
+
+def test_decode_graphs_and_communicators_count_on_a_chip():
+    alone, shapes = resolved("Qwen3-VL-8B-Instruct", device="npu", max_model_len=4096)
+    plain = estimate(alone, shapes, 64 << 30)
+    assert plain.graph_bytes == plain.communication_bytes == 0
+    in_graph = estimate(alone.replace(model={"exe_mode": "ge_graph"}), shapes, 64 << 30)
+    assert in_graph.total_bytes - plain.total_bytes == in_graph.graph_bytes > in_graph.block_bytes
+    two = alone.replace(parallel={"world_size": 2, "attn_tp_size": 2})
+    assert estimate(two, shapes, 64 << 30).communication_bytes == 2 * SUMS_MB << 20
+
+
+def test_communication_takes_the_users_own_buffers(monkeypatch):
+    monkeypatch.setenv("HCCL_BUFFSIZE", "64")
+    recipe, shapes = resolved("Qwen3-VL-8B-Instruct", device="npu", max_model_len=4096)
+    two = recipe.replace(parallel={"world_size": 2, "attn_tp_size": 2})
+    assert estimate(two, shapes, 64 << 30).communication_bytes == 2 * 64 << 20
+
+
+@pytest.mark.parametrize("world, tp, joined_mb", [(1, 1, 0), (2, 2, 200), (4, 2, 200 + 200 + 100), (4, 1, 200)])
+def test_a_rank_has_two_buffers_for_each_of_its_communicators(world, tp, joined_mb):
+    """Equal sets of ranks share one; the groups of executor/parallel are made from the same table."""
+    made = {}
+    groups(world, tp, 1, "tp", rank=0, new_group=lambda ranks, buffer_mb: made.setdefault(tuple(ranks), buffer_mb))
+    assert buffer_bytes(world, tp) == 2 * joined_mb << 20
+    assert sum(buffer_mb for ranks, buffer_mb in made.items() if 0 in ranks) == joined_mb

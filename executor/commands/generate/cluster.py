@@ -1,4 +1,4 @@
-"""`generate` over a Ray cluster: this process reads the data set, deals its rows out, and has the results.
+"""A data set over a Ray cluster: this process reads the data set, deals its rows out, and has the results.
 
 Jobs of the whole recipe on the cluster's nodes answer (executor.commands.generate.front). A row that cannot be
 answered fails alone; rows of a job that has died are answered by the others, and by itself when it is back.
@@ -10,15 +10,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
-from dataset.load import load_dataset
 from dataset.sample import Dataset
 from executor.cluster.jobs import Jobs
 from executor.cluster.process import End
 from executor.cluster.ray_cluster import RayCluster
+from executor.commands.generate.answering import Work, answered, check_data
 from executor.commands.generate.dealer import MAX_LOSSES, Dealer
 from executor.commands.generate.results import ResultsFile
 from executor.commands.generate.rows import Row, failed_row
-from executor.commands.generate.run import answered, check_data
 from executor.commands.generate.taking import Taking
 from executor.errors import UserError
 from executor.host.env import code_digest
@@ -31,27 +30,27 @@ END_S = 15.0
 """How long jobs that have been let go may take to end."""
 
 
-def run_cluster(recipe: Recipe, out: TextIO) -> tuple[Row, int]:
+def run_cluster(work: Work, recipe: Recipe, out: TextIO) -> tuple[Row, int]:
     """Answer everything `recipe` asks; returns the JSON document and the exit status."""
     check_data(recipe)
-    dataset = load_dataset(recipe.data)
-    num_jobs = recipe.num_jobs("generate")
+    dataset = work.dataset(recipe)
+    num_jobs = recipe.num_jobs(work.command)
     with RayCluster(recipe, num_jobs) as cluster:
-        return answer_over(cluster, num_jobs, dataset, out)
+        return answer_over(cluster, num_jobs, dataset, out, work)
 
 
-def answer_over(cluster: Any, num_jobs: int, dataset: Dataset, out: TextIO) -> tuple[Row, int]:
+def answer_over(cluster: Any, num_jobs: int, dataset: Dataset, out: TextIO, work: Work) -> tuple[Row, int]:
     """The same over `num_jobs` jobs on a cluster (executor.cluster.jobs)."""
     with asyncio.Runner() as runner:
-        crew = Crew(dataset, num_jobs)
+        crew = Crew(dataset, num_jobs, work.command)
         try:
             recipe = runner.run(crew.gather(cluster))
 
             def fill(rows: dict[int, Row], results: ResultsFile | None) -> None:
-                with Taking(len(dataset), rows, results, out) as take:
+                with Taking(work, dataset, rows, results, out) as take:
                     runner.run(crew.answer([index for index in range(len(dataset)) if index not in rows], take))
 
-            return answered(recipe, dataset, out, fill)
+            return answered(work, recipe, dataset, out, fill)
         finally:
             runner.run(crew.end())
 
@@ -59,8 +58,8 @@ def answer_over(cluster: Any, num_jobs: int, dataset: Dataset, out: TextIO) -> t
 class Crew:
     """The jobs' leaders, and what they do. All of it is called in the event loop's thread."""
 
-    def __init__(self, dataset: Dataset, num_jobs: int) -> None:
-        self._dataset, self._num_jobs = dataset, num_jobs
+    def __init__(self, dataset: Dataset, num_jobs: int, command: str) -> None:
+        self._dataset, self._num_jobs, self._command = dataset, num_jobs, command
         self._digest, self._code = dataset.digest(), code_digest()
         self._peers: list[Peer] = []  # leaders that are here
         self._recipe: Recipe | None = None
@@ -81,7 +80,7 @@ class Crew:
             event_loop.call_soon_threadsafe(self._on_end, number)
 
         variables = {"RECIPE_FRONT": self._gate.front.to_text()}
-        self._jobs = Jobs(cluster, self._num_jobs, "generate", variables, on_end)
+        self._jobs = Jobs(cluster, self._num_jobs, self._command, variables, on_end)
         while self._recipe is None:
             await self._change()
         return self._recipe

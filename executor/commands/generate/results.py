@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -180,8 +180,11 @@ class ResultsFile:
         self._file.write(_line(row))
         self._file.flush()
 
-    def sort(self) -> None:
-        """Put the rows into the order of the requests, one for each. All or nothing."""
+    def sort(self, rows: Mapping[int, dict[str, Any]]) -> None:
+        """Put the rows into the order of the requests, one for each, as they are in `rows` where it has them. All or
+        nothing."""
+        for index, row in rows.items():
+            self._rows[index] = {**row, "fingerprint": self._rows[index]["fingerprint"]}
         partial = self.path.with_name(self.path.name + ".partial")
         with open(partial, "wb") as file:
             file.writelines(_line(self._rows[index]) for index in sorted(self._rows))

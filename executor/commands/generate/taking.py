@@ -1,11 +1,11 @@
-"""Rows as they come, from whoever answers: saved, counted, and printed in the order of the data set."""
+"""Rows as they come, from whoever answers: finished, saved, counted, and printed in the order of the data set."""
 
 import sys
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from executor.commands.generate.printer import Printer
+from dataset.sample import Dataset
 from executor.commands.generate.results import ResultsFile
 from executor.commands.generate.rows import Row
 
@@ -15,9 +15,13 @@ BAR_AFTER_S = 5.0
 class Taking:
     """Fills `rows` (by their index), of which those of an earlier run are there. Use it as a context manager."""
 
-    def __init__(self, total: int, rows: dict[int, Row], results: ResultsFile | None, out: TextIO) -> None:
-        self._total, self._rows, self._results = total, rows, results
-        self._printer = Printer(total, out, already=rows)
+    def __init__(
+        self, work: Any, dataset: Dataset, rows: dict[int, Row], results: ResultsFile | None, out: TextIO
+    ) -> None:
+        """`work`: an executor.commands.generate.answering.Work."""
+        self._work, self._dataset, self._rows, self._results = work, dataset, rows, results
+        self._total = len(dataset)
+        self._printer = work.printer(self._total, out, frozenset(rows))
         self._on_screen = sys.stderr.isatty()
         self._bar: Any = None
 
@@ -37,11 +41,13 @@ class Taking:
 
     def __call__(self, row: Row) -> None:
         asked = row.pop("fingerprint")
+        row = self._work.finish(row, self._dataset)
         if self._results:
             self._results.append(row, asked)
         self._rows[row["index"]] = row
+        self._bar.set_postfix_str(self._work.progress(), refresh=False)
         self._bar.update()
-        if self._printer.has_next(row["index"]):
+        if self._printer is not None and self._printer.has_next(row["index"]):
             shown = self._on_screen and self._bar.format_dict["elapsed"] > BAR_AFTER_S
             if shown:
                 self._bar.clear()

@@ -13,10 +13,10 @@ from typing import Any
 from executor.cluster.jobs import Jobs
 from executor.cluster.process import End
 from executor.cluster.ray_cluster import RayCluster
-from executor.commands.build import media_options
 from executor.commands.serve.front import open_door, router_of
 from executor.errors import UserError
 from executor.host.env import code_digest
+from executor.prompt.options import media_options
 from executor.recipe.schema import Recipe, build_recipe
 from executor.serve.gate import Gate, Peer
 from executor.serve.listener import SIGNALS, interrupt, listen

@@ -18,6 +18,7 @@ from executor.commands.generate.cluster import answer_over
 from executor.commands.generate.dealer import MAX_LOSSES
 from executor.commands.generate.front import FrontSpread
 from executor.commands.generate.rows import failed_row
+from executor.commands.generate.run import Printed
 from executor.errors import UserError
 from executor.parallel.groups import Parallel
 from executor.recipe.schema import Recipe, build_recipe
@@ -86,7 +87,7 @@ class Crowd:
 
     def run(self) -> tuple[dict, int, str]:
         out = io.StringIO()
-        document, status = answer_over(self.cluster, 2, Dataset(Path("questions"), self.samples), out)
+        document, status = answer_over(self.cluster, 2, Dataset(Path("questions"), self.samples), out, Printed())
         return document, status, out.getvalue()
 
 
@@ -148,10 +149,10 @@ def test_a_row_that_kills_is_given_up() -> None:
 def test_a_node_with_another_data_set_is_refused() -> None:
     crowd = Crowd(recipe_of())
     with pytest.raises(UserError, match="copy the same files to every node"):
-        answer_over(crowd.cluster, 2, Dataset(Path("questions"), SAMPLES[:-1]), io.StringIO())
+        answer_over(crowd.cluster, 2, Dataset(Path("questions"), SAMPLES[:-1]), io.StringIO(), Printed())
 
 
 def test_a_job_that_cannot_start_ends_the_command_with_its_reason() -> None:
     cluster = FakeCluster(lambda job: job.die("model_config.model_path: there is no folder", 2))
     with pytest.raises(UserError, match="there is no folder"):
-        answer_over(cluster, 2, Dataset(Path("questions"), SAMPLES), io.StringIO())
+        answer_over(cluster, 2, Dataset(Path("questions"), SAMPLES), io.StringIO(), Printed())

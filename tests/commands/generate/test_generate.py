@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from dataset.sample import Sample
+from executor.commands.generate import answering, taking
 from executor.commands.generate import run as generate
-from executor.commands.generate import taking
 from executor.commands.generate.printer import Printer
 from executor.commands.generate.rows import failed_row
 from executor.errors import UserError
@@ -218,7 +218,7 @@ def test_a_drawing_that_fails_is_a_warning_of_its_row(tmp_path, monkeypatch):
     monkeypatch.setattr(draw, "find_marks", lambda text: [Mark((1, 2, 3, 4), "x")])
     out = tmp_path / "out"
     out.write_text("")
-    monkeypatch.setattr(generate, "check_drawing", lambda recipe: None)
+    monkeypatch.setattr(answering, "check_drawing", lambda recipe: None)
     recipe = recipe_of(
         model={"output_path": str(out)}, generation={"draw": True}, data=own("What?", MEDIA / "objects.png")
     )
@@ -381,7 +381,7 @@ def test_ctrl_c_says_what_is_saved_and_how_to_go_on(monkeypatch, tmp_path, saved
             take(failed_row(index, Sample(f"mine.jsonl:{index}"), "as good as an answer"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "answer_all", two_rows)
+    monkeypatch.setattr(answering, "answer_all", two_rows)
     path = tmp_path / "out.jsonl"
     data = rows_file(tmp_path / "mine.jsonl", [{"question": f"{number}?"} for number in range(5)])
     with pytest.raises(KeyboardInterrupt) as interrupt:

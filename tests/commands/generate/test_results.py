@@ -36,7 +36,7 @@ def test_rows_are_on_disk_as_they_come_and_sorted_at_the_end(path):
         for index in (2, 0):
             results.append(*row(index))
             assert json.loads(path.read_text().splitlines()[-1])["index"] == index
-        results.sort()
+        results.sort({})
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 2]
     assert list(path.parent.iterdir()) == [path]
 
@@ -51,7 +51,7 @@ def test_a_half_written_line_is_dropped_and_failures_are_tried_again(path):
         assert set(results.answered()) == {0}
         results.append(*row(1))
         results.append(*row(2))
-        results.sort()
+        results.sort({})
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(item["index"], item["error"]) for item in rows] == [(0, None), (1, None), (2, None)]
 
@@ -158,7 +158,7 @@ def test_one_run_at_a_time_has_the_file(path):
             with pytest.raises(UserError, match=r"out.jsonl is being written by another run; wait for its end"):
                 ResultsFile(path, "s", SAMPLES)
         results.append(*row(1))
-        results.sort()
+        results.sort({})
         # The sorted file is another one, in the same place.
     with ResultsFile(path, "s", SAMPLES) as results:
         assert set(results.answered()) == {0, 1}

@@ -18,7 +18,7 @@ from executor.checkpoint.description import Description
 from executor.checkpoint.load import build_on_meta, load_model
 from executor.checkpoint.pull import finalize
 from executor.checkpoint.weights import Checkpoint
-from executor.commands.build import join, media_options
+from executor.commands.build import join
 from executor.device import ops
 from executor.device.cpu.capability import Capability
 from executor.device.cpu.ops import CpuOps
@@ -28,6 +28,7 @@ from executor.device.ops import Ops
 from executor.engine.engine import Engine
 from executor.engine.replica import Replica
 from executor.parallel.groups import SINGLE, groups
+from executor.prompt.options import media_options
 from executor.quant.choose import SCHEMES, assume_schemes, choose_cache, choose_schemes
 from executor.recipe.schema import build_recipe
 from executor.recipe.settle import prepare
