@@ -58,7 +58,9 @@ def main() -> None:
         with served(*settings, "scheduler_config.max_model_len=2048") as server:
             url = f"http://127.0.0.1:{server.port}"
             runs = measured(url, folder, model, args)
-    medians = {name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()}
+    medians = {
+        name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
+    }
     ours = medians.get("ours", {})
     ratios = {
         name: {key: round(value / ours[key], 3) for key, value in found.items()}
