@@ -34,7 +34,6 @@ MODULES = {  # the commands of this release
     "serve": "executor.commands.serve.run",
     "bench": "executor.commands.bench.run",
     "check": "executor.commands.check",
-    "bench": "executor.commands.bench.run",
 }
 
 WORDS = {  # command -> what may stand behind it, with how many files; a mode sets bench_config.mode
