@@ -96,7 +96,9 @@ class ModelSection(Section):
     """Instructions that the cpu device may use. avx512: those with bfloat16 products, refused where they are not.
     avx2: none of them, for trying here what a smaller machine does. auto: what the CPU has."""
     profile: bool = False
-    """Write a Chrome trace of the first steps, with named stages, under output_path."""
+    """Write a Chrome trace of the first steps of each rank, with named stages, under output_path/profile."""
+    profile_steps: Positive = 50
+    """Steps of such a trace."""
     output_path: str = "output"
     """Folder for logs, drawn pictures, traces, charts and reports."""
 
