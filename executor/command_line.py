@@ -32,7 +32,6 @@ COMMANDS = {
 MODULES = {  # the commands of this release
     "generate": "executor.commands.generate.run",
     "serve": "executor.commands.serve.run",
-    "bench": "executor.commands.bench.run",
     "check": "executor.commands.check",
     "bench": "executor.commands.bench.run",
 }
