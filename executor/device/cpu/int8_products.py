@@ -53,10 +53,12 @@ class Product(ABC):
 class OneCall(Product):
     """oneDNN multiplies int8 by int8 into int32, takes the activations' zero point off there, and scales in fp32.
 
-    Only for a CPU where a tried call says that it does not saturate (capability.py).
+    Activations go in as unsigned numbers, 128 more: signed ones a CPU with VNNI and without AMX computes by reference
+    code. Only for a CPU where a tried call says that it does not saturate (capability.py).
     """
 
     digit_base = 254
+    unsigned_zero = 128
 
     def __init__(self, values: Tensor) -> None:
         self.num_out, self.num_in = values.shape
@@ -79,8 +81,14 @@ class OneCall(Product):
         num_rows = len(x)
         if num_rows < self.least_rows:
             x = F.pad(x, (0, 0, 0, self.least_rows - num_rows))
+        zero_point += self.unsigned_zero
+        x = self._unsigned(x)
         y = self.run(x, x_scale, zero_point, self.packed, scale, self.zeros, bias, 1.0, 0, dtype, "none", [], "")
         return y[:num_rows]
+
+    def _unsigned(self, x: Tensor) -> Tensor:
+        """`x` int8 with 128 added, as uint8."""
+        return (x.view(torch.uint8)).bitwise_xor(self.unsigned_zero)
 
     def sums(self, x: Tensor) -> Tensor:
         return self.scaled(x, self.ones)
@@ -91,7 +99,7 @@ class OneCall(Product):
         The low digits' part is rounded to `dtype` first: a 254th of the result, and so is what that loses.
         """
         y, high = self.scaled(x[1], scale, None, dtype), scale * self.digit_base
-        head = x[0], 1.0, 0, self.packed, high, self.zeros, y, None, 1.0, 0, dtype
+        head = self._unsigned(x[0]), 1.0, self.unsigned_zero, self.packed, high, self.zeros, y, None, 1.0, 0, dtype
         return self.run_added(*head, 1.0, 0, "sum", 1.0, "none", [], "")
 
     def num_digits(self, num_rows: int, dtype: torch.dtype) -> int:
