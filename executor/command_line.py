@@ -32,6 +32,7 @@ COMMANDS = {
 MODULES = {  # the commands of this release
     "generate": "executor.commands.generate.run",
     "serve": "executor.commands.serve.run",
+    "eval": "executor.commands.eval.run",
     "check": "executor.commands.check",
 }
 
