@@ -49,6 +49,7 @@ def point_document(point: Point) -> dict[str, Any]:
         kind: {part: _median(found, f"{kind}.{part}") for part in ("mean", "median", "p99")} for kind in LATENCIES
     }
     stages = {name.partition(".")[2]: _median(found, name) for name in found if name.startswith("stage_s.")}
+    beside = {name.partition(".")[2]: _median(found, name) for name in found if name.startswith("beside.")}
     told: dict[str, Any] = {
         "load": load.words,
         **{name: value for name, value in vars(load).items() if value is not None},
@@ -59,6 +60,7 @@ def point_document(point: Point) -> dict[str, Any]:
         **latencies,
         "model_tpot_ms": _median(found, "model_tpot_ms"),
         "stages_s": stages or None,
+        **({"beside": beside} if beside else {}),
         "peak_memory_bytes": _median(found, "peak_memory_bytes"),
         "measured_over_floor": _median(found, "measured_over_floor"),
         "spread": {

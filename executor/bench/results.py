@@ -54,6 +54,7 @@ class Run:
     model_tpot_s: float | None = None  # of a decode step in the model alone, without the host's work around it
     peak_memory_bytes: int | None = None
     floor_s: float | None = None  # what its steps take at the least, see Floor
+    beside: Mapping[str, float] = field(default_factory=dict)  # what else is known of server and client, by name
 
 
 @dataclass(frozen=True)

@@ -243,6 +243,23 @@ class Ops(ABC):
         """Memory of the device that may still be taken; None where it is the host's."""
         return None
 
+    def restart_peak(self) -> None:  # noqa: B027 - a device that is the host has nothing of its own to count
+        """Count `peak_bytes` from now on."""
+
+    def peak_bytes(self) -> int | None:
+        """The most memory of the device that this process has taken; None where it is the host's."""
+        return None
+
+    def profiler(self, folder: Path, name: str) -> Any:
+        """What records the work of this process: `start()`, `stop()` and `write(file)`, once and in one thread.
+
+        `write` puts a Chrome trace into `file` and returns whether there is one. `folder` is there for other things to
+        be left, below `name`.
+        """
+        from executor.device.profiler import TorchProfiler
+
+        return TorchProfiler()
+
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until the device has done what was asked; for measuring only."""

@@ -212,6 +212,7 @@ class Engine:
         try:
             if self._is_closed:
                 raise RuntimeError("this engine is closed; build another one")
+            self.runner.begin_profile()
             yield
         finally:
             self._release()

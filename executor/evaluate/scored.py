@@ -25,9 +25,10 @@ def with_answers(dataset: Dataset, metric: Metric) -> Dataset:
     when it is read.
     """
     lacking = [each.id for each in dataset.samples if isinstance(each, Sample) and _lacks(each, metric)]
+    needed = " or ".join(metric.needs)
     if lacking:
         raise UserError(
-            f"{len(lacking)} of {len(dataset)} samples have no {' or '.join(metric.needs)} to score an answer by, the first of them "
+            f"{len(lacking)} of {len(dataset)} samples have no {needed} to score an answer by, the first of them "
             f"{printable(lacking[0])}; add them (docs/datasets.md), or use generate, which scores nothing"
         )
     samples = [each if isinstance(each, Sample) else partial(_judged, each, metric) for each in dataset.samples]
@@ -38,7 +39,9 @@ def _judged(load: Any, metric: Metric) -> Sample:
     sample = load()
     if not _lacks(sample, metric):
         return sample
-    return Sample(sample.id, sample.messages, error=f"{sample.id}: it has no {' or '.join(metric.needs)} to score an answer by")
+    return Sample(
+        sample.id, sample.messages, error=f"{sample.id}: it has no {' or '.join(metric.needs)} to score an answer by"
+    )
 
 
 def _lacks(sample: Sample, metric: Metric) -> bool:

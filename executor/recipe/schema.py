@@ -96,7 +96,9 @@ class ModelSection(Section):
     """Instructions that the cpu device may use. avx512: those with bfloat16 products, refused where they are not.
     avx2: none of them, for trying here what a smaller machine does. auto: what the CPU has."""
     profile: bool = False
-    """Write a Chrome trace of the first steps, with named stages, under output_path."""
+    """Write a Chrome trace of the first steps of each rank, with named stages, under output_path/profile."""
+    profile_steps: Positive = 50
+    """Steps of such a trace."""
     output_path: str = "output"
     """Folder for logs, drawn pictures, traces, charts and reports."""
 
@@ -317,7 +319,10 @@ class BenchSection(Section):
     burstiness: Annotated[float, Field(gt=0)] = 1.0
     """How even the gaps between requests are. 1: as of independent users (Poisson); less: in bursts; more: evener."""
     base_url: str | None = None
-    """The running server that serve measures, as http://HOST:PORT. null: the recipe's own, started for it."""
+    """The running server that serve measures, as http://HOST:PORT; its key is server_config.api_key, its model
+    server_config.served_model_name, else the first one it names. null: the recipe's own, started on a free port."""
+    timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 3600.0
+    """Seconds in which a request of serve must be answered, else it has failed."""
     warmups: Annotated[int, Field(ge=0)] = 1
     """Runs before those that count: batches of latency and throughput, requests of serve."""
     repetitions: Positive = 3

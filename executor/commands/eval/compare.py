@@ -68,7 +68,9 @@ def sample_finder(run: Run) -> Callable[[int, str], Sample | None]:
         try:
             return load_dataset(DataSection.model_validate(run.summary["recipe"]["data_config"]))
         except KeyError:
-            logger.warning("%s: no summary lies beside it, so that pictures inside the data set are not shown", run.path)
+            logger.warning(
+                "%s: no summary lies beside it, so that pictures inside the data set are not shown", run.path
+            )
         except ODD_DATA_ERRORS as error:  # moved, or of another release: pictures are left out, and each says so
             logger.warning("the data set of %s cannot be read, its pictures are not shown: %s", run.path, error)
         return None

@@ -1,7 +1,7 @@
 """Two runs side by side as one HTML file that needs nothing else: scores, filters, every sample with its pictures.
 
-What the runs hold goes into the page as JSON and is shown as text only; scripts and style are the page's own, allowed by
-their hashes, so that nothing an answer holds can run or load anything. The page draws few samples at a time.
+What the runs hold goes into the page as JSON and is shown as text only; scripts and style are the page's own, allowed
+by their hashes, so that nothing an answer holds can run or load anything. The page draws few samples at a time.
 """
 
 import base64
