@@ -112,22 +112,22 @@ def _refuse_other_samples(pairs: Sequence[Pair], first: Run, second: Run) -> Non
 def _warnings(pairs: Sequence[Pair], first: Run, second: Run) -> list[str]:
     """What a reader must know of the pairs."""
     found = []
-    for run, num_rows in ((first, len(first.rows)), (second, len(second.rows))):
-        if num_rows > len(pairs):
-            found.append(
-                f"{num_rows - len(pairs)} of {num_rows} samples of {run.path} are left out: the other run lacks them"
-            )
+    for run in (first, second):
+        num_others = len(run.rows) - len(pairs)
+        if num_others:
+            found.append(f"{_samples(num_others)} of {run.path} left out: not in the other run")
     other = [pair.first.id for pair in pairs if pair.first.question != pair.second.question]
     if other:
         found.append(
-            f"{len(other)} samples were asked in other words in the two runs, the first of them {other[0]}: the "
-            "difference is that of the prompts, too"
+            f"{_samples(len(other))} asked in other words in the two runs, such as {other[0]}: the difference is "
+            "that of the prompts, too"
         )
     for run, rows in ((first, [pair.first for pair in pairs]), (second, [pair.second for pair in pairs])):
         failed = [row.id for row in rows if row.error is not None]
         if failed:
-            found.append(
-                f"{len(failed)} samples of {run.path} could not be answered and count as 0, the first of them "
-                f"{failed[0]}"
-            )
+            found.append(f"{_samples(len(failed))} of {run.path} not answered, counted as 0, such as {failed[0]}")
     return found
+
+
+def _samples(number: int) -> str:
+    return f"{number} sample{'s' if number > 1 else ''}"

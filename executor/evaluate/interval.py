@@ -26,10 +26,6 @@ class Estimate:
     high: float
     num_samples: int
 
-    @property
-    def ci95(self) -> list[float]:
-        return [self.low, self.high]
-
 
 @dataclass(frozen=True)
 class Difference:

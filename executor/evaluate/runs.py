@@ -57,7 +57,7 @@ class Run:
         """The checkpoint and its numbers, as far as they are known."""
         model = self.summary.get("recipe", {}).get("model_config", {})
         words = [Path(str(model.get("model_path", ""))).name, model.get("dtype"), model.get("quantization")]
-        return ", ".join(str(word) for word in words if word)
+        return ", ".join(str(word) for word in words if word not in ("", None, "none"))
 
 
 def summary_path(results_path: str | Path) -> Path:

@@ -27,10 +27,10 @@ const soft = (text) => make("span", { className: "soft" }, text);
 
 function verdict() {
   const { first, second, difference, samples } = report.whole;
-  const range = `95 % interval ${signed(difference.low)} to ${signed(difference.high)}`;
+  const range = `95 % interval ${signed(difference.ci95[0])} to ${signed(difference.ci95[1])}`;
   const scores = `A scores ${points(first.score)} %, B ${points(second.score)} %, over ${samples} samples. `;
-  const changed = `${difference.better} samples are better in B and ${difference.worse} worse`;
-  const chance = `sign test p = ${difference.p_value < 0.001 ? "< 0.001" : difference.p_value.toFixed(3)}`.replace("= <", "<");
+  const changed = `Better in B: ${difference.better}, worse: ${difference.worse}`;
+  const chance = `sign test p ${difference.p_value < 0.001 ? "< 0.001" : `= ${difference.p_value.toFixed(3)}`}`;
   const how = difference.mean < 0 ? "worse" : "better";
   const end = difference.is_real
     ? `B is ${points(Math.abs(difference.mean))} points ${how} (${range}).`
@@ -41,7 +41,7 @@ function verdict() {
 function scoreRow(name, contrast, kind) {
   const cell = ({ score, ci95 }) => make("td", {}, `${points(score)} `, soft(`[${points(ci95[0])}, ${points(ci95[1])}]`));
   const { difference } = contrast;
-  const change = make("td", {}, `${signed(difference.mean)} `, soft(`[${signed(difference.low)}, ${signed(difference.high)}]`));
+  const change = make("td", {}, `${signed(difference.mean)} `, soft(`[${signed(difference.ci95[0])}, ${signed(difference.ci95[1])}]`));
   return make("tr", { className: kind }, make("th", { scope: "row" }, name), make("td", {}, String(contrast.samples)),
     cell(contrast.first), cell(contrast.second), change,
     make("td", {}, String(difference.better)), make("td", {}, String(difference.worse)));
@@ -134,7 +134,9 @@ function drawSamples() {
   state.page = Math.min(state.page, pages - 1);
   const from = state.page * PAGE;
   one("#samples").replaceChildren(...rows.slice(from, from + PAGE).map(sampleOf));
-  one("#samples").start = from + 1;
+  for (const said of document.querySelectorAll(".answer .said")) {
+    if (said.scrollHeight > said.clientHeight) said.tabIndex = 0; // a keyboard can scroll it, too
+  }
   one("#count").textContent = rows.length
     ? `${from + 1} to ${Math.min(from + PAGE, rows.length)} of ${rows.length} samples` : "No sample of this kind.";
   one("#pages").hidden = pages === 1;

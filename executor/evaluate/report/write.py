@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +66,25 @@ def page_of(comparison: Comparison, shown: Sequence[Sequence[Thumbnail]]) -> str
 
 
 def contrast_tree(contrast: Contrast) -> dict[str, Any]:
-    """The figures of both runs as plain values."""
+    """The figures of both runs as plain values, to five places."""
     first, second, difference = contrast.first, contrast.second, contrast.difference
     return {
         "samples": first.num_samples,
-        "first": {"score": first.mean, "ci95": first.ci95},
-        "second": {"score": second.mean, "ci95": second.ci95},
-        "difference": {**asdict(difference), "ci95": [difference.low, difference.high], "is_real": difference.is_real},
+        "first": {"score": _rounded(first.mean), "ci95": [_rounded(first.low), _rounded(first.high)]},
+        "second": {"score": _rounded(second.mean), "ci95": [_rounded(second.low), _rounded(second.high)]},
+        "difference": {
+            "mean": _rounded(difference.mean),
+            "ci95": [_rounded(difference.low), _rounded(difference.high)],
+            "better": difference.better,
+            "worse": difference.worse,
+            "p_value": _rounded(difference.p_value),
+            "is_real": difference.is_real,
+        },
     }
+
+
+def _rounded(value: float) -> float:
+    return round(value, 5)
 
 
 def breakdown_tree(comparison: Comparison) -> dict[str, dict[str, Any]]:
