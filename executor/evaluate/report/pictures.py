@@ -87,7 +87,8 @@ def _made(key: tuple[Any, ...], side_px: int, find: FindSample) -> tuple[str, st
         return "", printable(str(error))
     except ODD_DATA_ERRORS as error:
         logger.debug("%s", key, exc_info=True)
-        return "", printable(f"{key[0] if len(key) == 1 else key[1]}: the picture cannot be read ({type(error).__name__}: {error})")
+        place = key[0] if len(key) == 1 else key[1]
+        return "", printable(f"{place}: the picture cannot be read ({type(error).__name__}: {error})")
 
 
 def _url(source: Any, side_px: int) -> str:
