@@ -340,6 +340,8 @@ class EvalSection(Section):
     """null: the data set's own."""
     dump_layers: Literal["transformers", "cpu", "npu_emulated"] | None = None
     """Instead of scores: the hidden states of the first requests beside those of this, stage by stage."""
+    report_path: str | None = None
+    """HTML file of eval compare. null: one under output_path."""
 
 
 class PlanSection(Section):

@@ -55,7 +55,8 @@ class OneCall(Product):
     """oneDNN multiplies bytes by int8 into int32, takes the activations' zero point off there, and scales in fp32.
 
     Activations go in unsigned, 128 higher, and so does their zero point: of signed ones oneDNN has a fast product for
-    CPUs with AMX only, and elsewhere takes its reference code without a word, a thousand times as long. Only for a CPU where a tried call says that it does not saturate (capability.py).
+    CPUs with AMX only, and elsewhere takes its reference code without a word, a thousand times as long.
+    Only for a CPU where a tried call says that it does not saturate (capability.py).
     """
 
     digit_base = 254
