@@ -18,15 +18,6 @@ from tests.reference import REPO
 
 CONFIGS = sorted(path.name for path in (REPO / "config").glob("*.yaml"))
 CONTRACT = {"command", "device", "memory_bytes", "max_num_seqs", "max_model_len", "predicted", "calibration_error"}
-    "command",
-    "device",
-    "memory_bytes",
-    "max_num_seqs",
-    "max_model_len",
-    "predicted",
-    "calibration_error",
-    "fits",
-}
 
 
 def planned(config: str, *words: str) -> dict:
