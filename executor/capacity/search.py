@@ -180,9 +180,10 @@ def sized(recipe: Recipe, candidate: Candidate, workload: Workload, longest: int
 def _memory_faults(held: Fit) -> list[str]:
     """In few words: the list of candidates is long."""
     memory = held.memory
-    if not memory.fits:
-        return [f"memory: {memory.total_bytes / GIB:.1f} GiB of {memory.budget_bytes / GIB:.1f} a rank"]
-    return list(held.faults)
+    of_sizes = [fault for fault in held.faults if not fault.startswith("memory:")]
+    if of_sizes:
+        return of_sizes
+    return [f"memory: {memory.total_bytes / GIB:.1f} GiB of {memory.budget_bytes / GIB:.1f} a rank"]
 
 
 def _time_faults(found: Answer, demand: Demand) -> list[str]:

@@ -182,3 +182,23 @@ def test_charts_are_pictures(words, names, tmp_path):
     for name in names:
         with Image.open(tmp_path / name) as picture:
             assert picture.size[0] >= 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
+
+
+def test_an_installation_of_many_dies(capsys):
+    """2,048 jobs of two ranks; one front door is full long before the chips are."""
+    alone = planned("qwen3_vl_8b.yaml")
+    found = planned("qwen3_vl_8b.yaml", "--set", "plan_config.dies=4097")["installation"]
+    assert (found["nodes"], found["jobs"], found["idle_dies"]) == (513, 2048, 1)
+    assert found["limits"]["chips"] == pytest.approx(2048 * alone["predicted"]["tokens_per_s"], rel=1e-3)
+    assert found["bound_by"] == "front_door" and found["tokens_per_s"] == min(found["limits"].values())
+    assert found["tokens_per_s_with_a_front_door_on_each_node"] > 100 * found["tokens_per_s"]
+    shown = capsys.readouterr().out
+    assert "4097 dies on 513 nodes: 2048 jobs" in shown and "nothing was tried on many nodes" in shown
+
+
+@pytest.mark.parametrize(
+    "config, dies, part", [("quickstart.yaml", 8, "a CPU has none"), ("qwen3_vl_8b.yaml", 1, "takes 2 ranks")]
+)
+def test_dies_that_hold_no_job_are_refused(config, dies, part):
+    with pytest.raises(UserError, match=part):
+        planned(config, "--set", f"plan_config.dies={dies}")
