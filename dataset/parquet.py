@@ -1,7 +1,8 @@
 """Rows of Parquet files, as data sets are published on hubs: the small columns are read at once, pictures when asked.
 
-A file of thousands of embedded pictures never lies in memory: of a row group a few rows are decoded at a time, and rows
-asked in their order are decoded once. Knows nothing of what the columns mean. Needs pyarrow, which nothing else does.
+A file of thousands of embedded pictures never lies in memory: at most one row group does (of files of the library
+datasets 100 pictures), or a page of it where the file was written in pages, and a few decoded rows. Rows asked in their
+order are decoded once. Knows nothing of what the columns mean. Needs pyarrow, which nothing else does.
 """
 
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 from executor.errors import UserError
 
 ROWS_AT_ONCE = 4  # decoded together: what lies in memory of a column of pictures, twice
-BUFFER_BYTES = 2**20  # of a column's pages, instead of the whole row group
+BUFFER_BYTES = 2**20  # read of a file at a time
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -97,7 +98,7 @@ class _Cursor:
 
     def __init__(self, path: Path, columns: list[str]) -> None:
         self.path, self._columns = path, columns
-        self._file = pyarrow_parquet().ParquetFile(path, buffer_size=BUFFER_BYTES)
+        self._file = pyarrow_parquet().ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
         counts = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
         self._starts = [sum(counts[:group]) for group in range(len(counts) + 1)]
         self._group = -1
@@ -115,7 +116,7 @@ class _Cursor:
         return self._held[index]
 
     def _begin(self, group: int) -> None:
-        self._group, self._next, self._held = group, self._starts[group], {}
+        self._group, self._next = group, self._starts[group]
         read = self._file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=self._columns, use_threads=False)
         self._batches = (batch.to_pylist() for batch in read)
 
@@ -124,6 +125,6 @@ class _Cursor:
         if rows is None:
             raise EOFError(f"{self.path.name} ends inside row group {self._group}")
         before = self._next - ROWS_AT_ONCE
-        self._held = {index: row for index, row in self._held.items() if index >= before}
+        self._held = {index: row for index, row in self._held.items() if before <= index < self._next}
         self._held |= dict(enumerate(rows, start=self._next))
         self._next += len(rows)

@@ -1,4 +1,4 @@
-"""Every metric by its name in a recipe. What each does: docs/evaluate.md."""
+"""Every metric by its name in a recipe. What each does: docs/metrics.md."""
 
 from executor.evaluate.scoring import anls, boxes, choice, exact, mmmu, ocrbench, relaxed, vqa
 from executor.evaluate.scoring.score import Metric
