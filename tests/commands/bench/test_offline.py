@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_a_batch_that_is_none_and_answers_that_are_cut_are_told(recipe, caplog):
     recipe = recipe.replace(scheduler=scheduler, generation={"max_new_tokens": 12}, bench={"mode": "latency"})
     document, status, _ = measured(recipe.replace(bench={"batch_sizes": (3,), "warmups": 0, "repetitions": 1}))
     assert status == 0 and document["output_tokens"] < 36
-    assert "at most 2 of its 3 requests" in caplog.text
+    assert re.search("at most [12] of its 3 requests", caplog.text)
     assert "answers ended before max_new_tokens" in caplog.text
 
 
