@@ -37,9 +37,11 @@ _SONAMES = (
     "libascend_protobuf.so",
     "libfmk_parser.so",
     "libatb.so",
+    "libmsprofiler.so",
+    "libascend_hal.so",
 )
 # Looked up by name at run time (dlsym), so they stand in the wheel as strings and not as undefined symbols.
-_RUNTIME_NAMES = re.compile(rb"(?<![A-Za-z0-9_])(?:acl(?!nn)[A-Za-z]\w*|Hccl[A-Za-z]\w*|Hcom\w*)(?=\x00)")
+_RUNTIME_NAMES = re.compile(rb"(?<![A-Za-z0-9_])(?:acl(?!nn)[A-Za-z]\w*|Hccl[A-Za-z]\w*|Hcom\w*|hal[A-Z]\w*)(?=\x00)")
 _C_NAME = re.compile(r"^[A-Za-z_]\w*$")
 _TEMPLATE = Path(__file__).with_name("stub.c.in")
 

@@ -22,7 +22,8 @@ DEFAULT_CHIPS = {"atlas_800i_a2": "910b4", "atlas_800i_a3": "a3_die", "atlas_300
 
 Positive = Annotated[float, Field(gt=0)]
 _FIGURES = (
-    "memory_bytes", "usable_bytes", "bandwidth_bytes_per_s", "flops_per_s", "link_bytes_per_s", "dies_per_node",
+    "memory_bytes", "usable_bytes", "bandwidth_bytes_per_s", "flops_per_s", "link_bytes_per_s", "link_latency_s",
+    "dies_per_node",
 )  # fmt: skip
 
 
@@ -30,7 +31,8 @@ class Chip(BaseModel):
     """One chip. `flops_per_s`: of matrix products by type of their operands, additions and multiplications counted.
 
     `usable_bytes`: what a program may have of the memory. `link_bytes_per_s`: to another chip of the node, in one
-    direction. `sources`: a word for every figure; `disputed`: figures about which sources disagree.
+    direction. `link_latency_s`: of one step of a ring over such links, beside the bytes. `sources`: a word for every
+    figure; `disputed`: figures about which sources disagree.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -43,6 +45,7 @@ class Chip(BaseModel):
     flops_per_s: dict[Literal["float32", "bfloat16", "float16", "int8"], Positive]
     link: Literal["hccs", "pcie", "memory"]
     link_bytes_per_s: Positive
+    link_latency_s: Positive
     dies_per_node: Annotated[int, Field(ge=1)]
     sources: dict[str, str]
     disputed: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from executor.capacity import products as sizes
 from executor.capacity.kernels import decode_kernels, prefill_kernels, vision_kernels
 from executor.capacity.products import Product, TypeOf
-from executor.capacity.work import StepCost, Work
+from executor.capacity.work import Messages, StepCost, Work, gathered, summed
 from executor.engine.replica import deal
 from executor.quant.sizes import FLOAT_BYTES
 from executor.recipe.peak import ENCODE_TOKENS
@@ -91,8 +91,7 @@ def _text_cost(recipe: Recipe, shapes: ModelShapes, step: _Text, types: TypeOf, 
         parts["mlp"] = sum(each if shapes.num_experts else (_but_last(product, step) for product in dense), Work())
     if shapes.num_experts:
         parts |= _mixture(recipe, shapes, step, types)
-    count, sent = _collectives(recipe, shapes, step, size)
-    return StepCost(parts, kernels, count, sent)
+    return _collectives(recipe, shapes, step, size).cost(parts, kernels)
 
 
 def _but_last(product: Product, step: _Text) -> Work:
@@ -142,33 +141,15 @@ def _mixture(recipe: Recipe, shapes: ModelShapes, step: _Text, types: TypeOf) ->
     }
 
 
-def _collectives(recipe: Recipe, shapes: ModelShapes, step: _Text, size: int) -> tuple[int, float]:
-    """How many, and what this rank sends in them."""
+def _collectives(recipe: Recipe, shapes: ModelShapes, step: _Text, size: int) -> Messages:
+    """Sums behind attention and MLP, of the embedding's parts, and the gathering of logits; experts' over the world."""
     tp, world = recipe.attn_tp_size, recipe.parallel.world_size
     replicas, layers, n = world // tp, shapes.num_layers, shapes.hidden_size
-    hidden = step.tokens * n * size
-    behind = ((layers - 1) * step.tokens + step.sampled) * n * size  # of all layers, behind their attention
+    each = ((layers - 1) * step.tokens + step.sampled) * n * size / layers  # of a layer on average, behind attention
     sparse = layers - shapes.num_dense_layers if shapes.num_experts else 0
-    count, sent = 0, 0.0
-    if tp > 1:
-        count += 2 + layers + (layers - sparse)
-        sent += summed(hidden + behind + behind * (layers - sparse) / layers, tp)
-        sent += gathered(step.sampled * shapes.vocab_size // tp * size, tp)
-    if sparse and world > 1:
-        count += sparse * (1 if replicas == 1 else 2)
-        part = behind * sparse / layers
-        sent += summed(part * replicas, world) + gathered(part, replicas)
-    return count, sent
-
-
-def summed(num_bytes: float, ranks: int) -> float:
-    """What a rank of a ring sends so that all have the sum of a tensor."""
-    return 2.0 * (ranks - 1) / ranks * num_bytes
-
-
-def gathered(num_bytes: float, ranks: int) -> float:
-    """What a rank of a ring sends so that all have every rank's tensor; `num_bytes` of its own."""
-    return float((ranks - 1) * num_bytes)
+    found = summed(step.tokens * n * size, tp) + gathered(step.sampled * shapes.vocab_size // tp * size, tp)
+    found += summed(each, tp) * (layers + layers - sparse)
+    return found + (gathered(each, replicas) + summed(each * replicas, world)) * sparse
 
 
 def vision_cost(recipe: Recipe, shapes: ModelShapes, grids: Sequence[Grid], types: TypeOf | None = None) -> StepCost:
@@ -188,8 +169,8 @@ def vision_cost(recipe: Recipe, shapes: ModelShapes, grids: Sequence[Grid], type
         return cost
     v = shapes.vision
     features = sum(_tokens(shapes, grid) for grid in grids) * (1 + v.num_taps) * v.out_size
-    sent = features * FLOAT_BYTES[recipe.model.dtype]
-    return cost + StepCost({}, len(grids), len(grids), float(sent))
+    told = Messages(len(grids), float(features * FLOAT_BYTES[recipe.model.dtype]), len(grids) * (ranks - 1))
+    return cost + told.cost({}, len(grids))
 
 
 def vision_passes(shapes: ModelShapes, grids: Sequence[Grid]) -> list[list[Grid]]:
@@ -258,9 +239,6 @@ def _vision_pass(recipe: Recipe, shapes: ModelShapes, grids: Sequence[Grid], typ
     parts["vision_elementwise"] = Work(
         weight_bytes=(norms + positions) * size, activation_bytes=(moved + positions) * size
     )
-    count, sent = 0, 0.0
-    if degree > 1:
-        count = 2 * v.depth + 1 + v.num_taps
-        rows = 2 * v.depth * patches * v.hidden_size + (1 + v.num_taps) * tokens * v.out_size
-        sent = summed(rows * size, degree)
-    return StepCost(parts, vision_kernels(recipe, shapes), count, sent)
+    told = summed(patches * v.hidden_size * size, degree) * (2 * v.depth)
+    told += summed(tokens * v.out_size * size, degree) * (1 + v.num_taps)
+    return told.cost(parts, vision_kernels(recipe, shapes))

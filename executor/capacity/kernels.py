@@ -12,7 +12,7 @@ from executor.recipe.sizes import ModelShapes
 
 GRAPH_MODES = ("ge_graph", "npugraph_ex")
 _DUO = "atlas_300i_duo"
-_NPUS = ("npu", "npu_emulated")
+NPUS = ("npu", "npu_emulated")
 _STATIC = ("w8a8", "w8a8s", "w8a8sc", "w8a8_mix", "w4a8_dynamic")
 """Recipes' words whose attention and first MLP linears have one measured scale for all rows."""
 _INTEGER = (*_STATIC, "w8a8_dynamic")
@@ -69,7 +69,7 @@ def counts_eager(recipe: Recipe, shapes: ModelShapes) -> KernelCounts:
 
 def decode_kernels(recipe: Recipe, shapes: ModelShapes) -> int:
     """Of a decode step in the recipe's exe_mode."""
-    if recipe.model.device not in _NPUS:
+    if recipe.model.device not in NPUS:
         return 0
     if recipe.model.exe_mode in GRAPH_MODES:
         return counts_in_graph(recipe, shapes).total(shapes.num_layers)
@@ -78,7 +78,7 @@ def decode_kernels(recipe: Recipe, shapes: ModelShapes) -> int:
 
 def prefill_kernels(recipe: Recipe, shapes: ModelShapes, tokens: int, has_visual: bool) -> int:
     """Of an eager step of so many new tokens."""
-    if recipe.model.device not in _NPUS:
+    if recipe.model.device not in NPUS:
         return 0
     kernels = counts_eager(recipe, shapes).total(shapes.num_layers)
     if tokens > decode_rows(recipe):
@@ -94,7 +94,7 @@ def prefill_kernels(recipe: Recipe, shapes: ModelShapes, tokens: int, has_visual
 
 def vision_kernels(recipe: Recipe, shapes: ModelShapes) -> int:
     """Of one pass of the encoder."""
-    if recipe.model.device not in _NPUS:
+    if recipe.model.device not in NPUS:
         return 0
     fixed = 19 if shapes.family == "qwen2_5_vl" else 35
     if _splits_vision(recipe) and not _fuses(recipe):

@@ -42,14 +42,16 @@ _WORK = tuple(each.name for each in fields(Work))
 class StepCost:
     """Of a whole step on one rank: its parts by name, and what is counted in pieces.
 
-    kernels: of the device, collectives among them. collective_bytes: what a rank sends in all collectives, by rings:
-    2 (p - 1) / p of a tensor that p ranks sum, (p - 1) of its own where they gather.
+    kernels: of the device, collectives among them. Collectives go by rings: `collective_bytes` is what a rank sends in
+    all of them, 2 (p - 1) / p of a tensor that p ranks sum and (p - 1) times its own where they gather; `ring_steps`
+    is how often it waits for its neighbour, 2 (p - 1) and p - 1.
     """
 
     parts: Mapping[str, Work] = field(default_factory=dict)
     kernels: int = 0
     collectives: int = 0
     collective_bytes: float = 0.0
+    ring_steps: int = 0
 
     def __add__(self, other: "StepCost") -> "StepCost":
         names = dict.fromkeys((*self.parts, *other.parts))
@@ -59,6 +61,7 @@ class StepCost:
             self.kernels + other.kernels,
             self.collectives + other.collectives,
             self.collective_bytes + other.collective_bytes,
+            self.ring_steps + other.ring_steps,
         )
 
     @property
@@ -98,3 +101,32 @@ class StepCost:
         work = self.work
         computing = work.flops / flops_per_s + work.int8_flops / int8_flops_per_s
         return max((work.weight_bytes + work.kv_bytes) / bandwidth_bytes_per_s, computing)
+
+
+@dataclass(frozen=True)
+class Messages:
+    """Collectives of a step: how many, what a rank sends in them, and the steps of their rings."""
+
+    count: int = 0
+    bytes: float = 0.0
+    ring_steps: int = 0
+
+    def __add__(self, other: "Messages") -> "Messages":
+        return Messages(self.count + other.count, self.bytes + other.bytes, self.ring_steps + other.ring_steps)
+
+    def __mul__(self, times: int) -> "Messages":
+        return Messages(self.count * times, self.bytes * times, self.ring_steps * times)
+
+    def cost(self, parts: Mapping[str, Work], kernels: int) -> StepCost:
+        """The step of these parts and messages."""
+        return StepCost(parts, kernels, self.count, self.bytes, self.ring_steps)
+
+
+def summed(num_bytes: float, ranks: int) -> Messages:
+    """All of `ranks` have the sum of a tensor; none where there is one."""
+    return Messages(1, 2.0 * (ranks - 1) / ranks * num_bytes, 2 * (ranks - 1)) if ranks > 1 else Messages()
+
+
+def gathered(num_bytes: float, ranks: int) -> Messages:
+    """All of `ranks` have every rank's tensor, each of `num_bytes`."""
+    return Messages(1, float((ranks - 1) * num_bytes), ranks - 1) if ranks > 1 else Messages()

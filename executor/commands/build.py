@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from executor.device.table import BACKENDS
 from executor.engine.engine import Engine
 from executor.engine.graph_folder import GraphFolder
 from executor.engine.graphs import DecodeGraphs
+from executor.engine.profile import Profile
 from executor.engine.replica import Replica
 from executor.engine.runner import Runner
 from executor.engine.sampler import Sampler
@@ -156,7 +158,17 @@ def join(
     processor.around_media = partial(runner.clock.beside, "media")
     if sizes:
         runner.graphs = _captured(recipe, runner.step, device, sizes, num_blocks, replica.parallel, decode_graphs)
+    if recipe.model.profile:
+        runner.profile = Profile(
+            device, model, runner.clock,
+            folder=Path(recipe.model.output_path) / "profile", name=_profile_name(recipe, replica.parallel.rank),
+            num_steps=recipe.model.profile_steps,
+        )  # fmt: skip
     return Engine(processor, scheduler, runner, text.vocab_size)
+
+
+def _profile_name(recipe: Recipe, rank: int) -> str:
+    return f"{Path(recipe.model.model_path).name}_{time.strftime('%Y%m%d_%H%M%S')}_rank_{rank:02d}"
 
 
 def decode_rows(recipe: Recipe) -> int:

@@ -250,6 +250,16 @@ class Ops(ABC):
         """The most memory of the device that this process has taken; None where it is the host's."""
         return None
 
+    def profiler(self, folder: Path, name: str) -> Any:
+        """What records the work of this process: `start()`, `stop()` and `write(file)`, once and in one thread.
+
+        `write` puts a Chrome trace into `file` and returns whether there is one. `folder` is there for other things to
+        be left, below `name`.
+        """
+        from executor.device.profiler import TorchProfiler
+
+        return TorchProfiler()
+
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until the device has done what was asked; for measuring only."""

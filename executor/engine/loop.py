@@ -142,6 +142,7 @@ class EngineLoop:
         """
         self._awake.clear()
         self._teller.check()
+        self.engine.runner.begin_profile()
         with self.engine.runner.clock.stage("host"):
             ended = [*self._drop(), *self._queue_prepared()]
             self._start_preparing()
@@ -231,6 +232,7 @@ class EngineLoop:
         finally:
             if not self._is_stopping and self.fault is None:
                 self.fault = RuntimeError("its thread has ended")
+            self.engine.runner.end_profile()
             self._end()
 
     def _end(self) -> None:

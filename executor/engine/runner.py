@@ -22,6 +22,7 @@ from executor.engine.decode_inputs import DecodeInputs
 from executor.engine.encode import encode_items
 from executor.engine.graphs import DecodeGraphs
 from executor.engine.logprobs import PromptScores, TokenLogprobs
+from executor.engine.profile import Profile
 from executor.engine.replica import Replica
 from executor.engine.sampler import Sampled, Sampler
 from executor.engine.stages import Stage, StageClock
@@ -97,6 +98,7 @@ class Runner:
         self.features: dict[bytes, Tensor] = {}  # media digest -> [M, 1 + taps, n]
         self.meanwhile: Callable[[], None] | None = None  # called when the model is to compute, maybe more than once
         self.clock = StageClock()
+        self.profile: Profile | None = None  # set by whoever wants one
         self.decode_inputs = DecodeInputs(device, block_size)
         self._has_assisted = self._has_dismissed = False
 
@@ -126,6 +128,8 @@ class Runner:
             self.clock.num_prefill_steps += 1
         else:
             self.clock.num_decode_steps += 1
+        if self.profile is not None:
+            self.profile.after_step()
 
     def _sample(self, plan: Plan, logits: Tensor, requests: Sequence[Request]) -> Sampled:
         # Of a device that computes behind the host's back, the step's tokens are waited for in here.
@@ -201,6 +205,7 @@ class Runner:
 
     def dismiss(self) -> None:
         """After `assist`: let this replica's other ranks go."""
+        self.end_profile()
         if self.replica.leads and not self._has_dismissed:
             self._has_dismissed = True
             self.replica.dismiss()
@@ -213,7 +218,25 @@ class Runner:
     def follow(self) -> None:
         """Run the leader's plans until it ends."""
         for plan in self.replica.follow():
+            self.begin_profile()
             self.forward(plan)
+            self._count(plan)
+        self.end_profile()
+
+    def begin_profile(self) -> None:
+        """Before a step, outside all stages, by its thread. Nothing where no profile is wanted, or no more."""
+        if self.profile is not None:
+            self.profile.begin()
+
+    def hold_profile(self, is_held: bool) -> None:
+        """While it is held nothing is recorded: of a warm-up, before the engine is used."""
+        if self.profile is not None:
+            self.profile.is_held = is_held
+
+    def end_profile(self) -> None:
+        """Write what has been recorded; by the thread of the steps, when there will be no more."""
+        if self.profile is not None:
+            self.profile.end()
 
     def _is_captured(self, plan: Plan) -> bool:
         return self.graphs is not None and self.graphs.takes(plan.rows)

@@ -96,7 +96,9 @@ class ModelSection(Section):
     """Instructions that the cpu device may use. avx512: those with bfloat16 products, refused where they are not.
     avx2: none of them, for trying here what a smaller machine does. auto: what the CPU has."""
     profile: bool = False
-    """Write a Chrome trace of the first steps, with named stages, under output_path."""
+    """Write a Chrome trace of the first steps of each rank, with named stages, under output_path/profile."""
+    profile_steps: Positive = 50
+    """Steps of such a trace."""
     output_path: str = "output"
     """Folder for logs, drawn pictures, traces, charts and reports."""
 
@@ -337,7 +339,13 @@ class EvalSection(Section):
     metric: Metric | None = None
     """null: the data set's own."""
     dump_layers: Literal["transformers", "cpu", "npu_emulated"] | None = None
-    """Instead of scores: the hidden states of the first requests beside those of this, stage by stage."""
+    """Instead of scores: the hidden states of the first requests (data_config.limit, else 2) beside those of this,
+    stage by stage. docs/evaluate.md has what is compared."""
+    reference_model: str | None = None
+    """Checkpoint of the other side of dump_layers: the float weights of a quantized model_path, say. null: model_path.
+    """
+    report_path: str | None = None
+    """HTML file of eval compare. null: one under output_path."""
 
 
 class PlanSection(Section):

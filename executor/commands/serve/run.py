@@ -50,6 +50,7 @@ def run(recipe: Recipe) -> tuple[dict[str, Any], int]:
         most = None  # where a front door counts for several
         if parallel.replicas.size == 1:
             most = prepared.recipe.scheduler.max_num_seqs + recipe.server.max_queued_requests
+        engine.runner.hold_profile(True)
         loop = EngineLoop(engine, max_unfinished=most).start()
         try:
             if listener is None:
@@ -73,6 +74,7 @@ async def _serve(recipe: Recipe, loop: Any, parallel: Any, listener: Any) -> dic
     async with AsyncExitStack() as replicas:
         backend = EngineBackend(loop, asyncio.get_running_loop())
         await warm_up(backend)
+        engine.runner.hold_profile(False)
         settle_memory()
         if parallel.replicas.size > 1:
             backend = await with_others(backend, recipe, parallel, replicas)
@@ -91,6 +93,7 @@ async def _attend(prepared: Prepared, loop: Any, parallel: Any) -> None:
 
     backend = EngineBackend(loop, asyncio.get_running_loop())
     await warm_up(backend)
+    loop.engine.runner.hold_profile(False)
     settle_memory()
     front, hello = await find_front(prepared.recipe, parallel, environment())
     await attend(await call(front, hello), backend)

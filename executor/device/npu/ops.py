@@ -27,6 +27,7 @@ from executor.device.npu import (
     quant,
     quant_experts,
 )  # fmt: skip
+from executor.device.npu.profiler import NpuProfiler
 from executor.device.npu.soc import COMPOSED, SOCS, Soc, chip_named, choose, soc_of
 from executor.device.ops import HeadNorms, Heads, KVLayer, KVScales, Ops
 from executor.device.table import DeviceSettings
@@ -269,6 +270,9 @@ class NpuOps(Ops):
 
     def peak_bytes(self) -> int | None:
         return None if self.device.type == "cpu" else torch_npu.npu.max_memory_reserved()
+
+    def profiler(self, folder: Path, name: str) -> Any:
+        return NpuProfiler(folder, name, on_chip=self.device.type != "cpu")
 
     def synchronize(self) -> None:
         if self.device.type != "cpu":
