@@ -33,8 +33,9 @@ MODULES = {  # the commands of this release
     "generate": "executor.commands.generate.run",
     "serve": "executor.commands.serve.run",
     "bench": "executor.commands.bench.run",
+    "plan": "executor.commands.plan.run",
+    "eval": "executor.commands.eval.run",
     "check": "executor.commands.check",
-    "bench": "executor.commands.bench.run",
 }
 
 WORDS = {  # command -> what may stand behind it, with how many files; a mode sets bench_config.mode
