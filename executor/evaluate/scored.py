@@ -101,6 +101,7 @@ def summary_of(rows: Sequence[Row]) -> dict[str, Any]:
         **_figures(rows),
         "failed": len(failed),
         "failed_samples": failed,
+        "unparsed": sum(row["extracted"] == "" for row in rows),  # answers in which nothing could be scored
         "details": means,  # of all samples; a failed one has 0
         "breakdown": breakdown,
     }

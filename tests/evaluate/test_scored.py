@@ -92,10 +92,11 @@ def test_a_summary_counts_failures_and_breaks_down():
         }
         for index, score in enumerate(scores)
     ]
-    rows.append({"id": "4", "score": 0.0, "error": "no such file", "labels": {}})
+    rows.append({"id": "4", "score": 0.0, "error": "no such file", "labels": {}, "extracted": None})
     found = summary_of(rows)
     estimate = estimate_of([*scores, 0.0])
     assert (found["score"], found["samples"]) == (0.5, 5)
     assert found["ci95"] == [round(estimate.low, 5), round(estimate.high, 5)]
+    assert found["unparsed"] == 1
     assert (found["failed"], found["failed_samples"], found["details"]) == (1, ["4"], {"iou": 0.5})
     assert {value: each["score"] for value, each in found["breakdown"]["kind"].items()} == {"a": 1.0, "b": 0.25}
