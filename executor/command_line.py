@@ -33,6 +33,7 @@ MODULES = {  # the commands of this release
     "generate": "executor.commands.generate.run",
     "serve": "executor.commands.serve.run",
     "bench": "executor.commands.bench.run",
+    "plan": "executor.commands.plan.run",
     "eval": "executor.commands.eval.run",
     "check": "executor.commands.check",
 }

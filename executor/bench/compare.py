@@ -9,7 +9,7 @@ from typing import Any
 
 from executor.bench.results import Load, Point, Report
 from executor.bench.statistics import LATENCIES, RATES, Figure, chance_of_difference, differs, figures
-from executor.bench.table import columns
+from executor.bench.table import GIB, columns
 from executor.errors import UserError
 
 COMPARED = (
@@ -121,7 +121,9 @@ def comparison_table(found: list[Difference]) -> str:
         spreads = [
             "-" if figure.spread is None else f"{100 * figure.spread:.1f} %" for figure in (each.first, each.second)
         ]
-        rows.append([each.name, f"{each.first.median:.2f}", f"{each.second.median:.2f}", ratio, *spreads, each.verdict])
+        label, unit = (f"{each.name[:-6]}_gib", GIB) if each.name.endswith("_bytes") else (each.name, 1)
+        medians = [f"{figure.median / unit:.2f}" for figure in (each.first, each.second)]
+        rows.append([label, *medians, ratio, *spreads, each.verdict])
     return columns(rows)
 
 

@@ -23,8 +23,8 @@ def document(report: Report) -> dict[str, Any]:
         "model": report.recipe["model_config"]["model_path"],
         "dataset": report.dataset,
         **point_document(best),
-        "startup_s": report.startup.first_token_s,
-        "startup": {"weights_s": report.startup.weights_s, "first_token_s": report.startup.first_token_s},
+        "startup_s": _rounded(report.startup.first_token_s),
+        "startup": {name: _rounded(value) for name, value in vars(report.startup).items()},
     }
     if len(report.points) > 1:
         found["points"] = [point_document(point) for point in report.points]
@@ -81,4 +81,5 @@ def _median(found: Mapping[str, Figure], name: str) -> float | int | None:
 
 
 def _rounded(value: Any) -> Any:
-    return round(value, 4) if isinstance(value, float) else value
+    """To six digits that count."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value

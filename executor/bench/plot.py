@@ -4,6 +4,7 @@ Several loads: throughput, TTFT and TPOT over what is varied, and throughput aga
 times are distributed. Points are medians over the repetitions, bars reach from the least to the greatest.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,16 +18,18 @@ from executor.bench.results import Load, Point, Report, RequestResult
 
 COLOURS = ("#1f5f99", "#c4552d", "#3b7f4f", "#7a4f9a", "#8a6d1f", "#4a4a4a")
 SIZE_INCHES = (11, 8.5)
-MOST_TITLE = 100  # characters of a line
+MOST_TITLE = 130  # characters of a line
 AXES = (("batch_size", "batch size (requests)"), ("request_rate", "request rate (requests/s)"),
         ("concurrency", "concurrency (requests at once)"))  # fmt: skip
 
 
-def draw(reports: Sequence[Report], stem: Path, names: Sequence[str] = ()) -> list[Path]:
-    """Draw `reports` together into files that begin with `stem`; returns them. `names`: of the reports, for legends.
+def draw(reports: Sequence[Report], stem: Path, names: Sequence[str] = (), below: str = "") -> list[Path]:
+    """Draw `reports` together into files that begin with `stem`; returns them. `names`: of the reports, for legends;
+    `below`: a line below the title.
 
     Raises OSError where no file can be written.
     """
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # its search for fonts is no news
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     panels = figure.subplots(2, 2)
     named = list(zip(names or [""] * len(reports), reports, strict=True))
@@ -34,7 +37,10 @@ def draw(reports: Sequence[Report], stem: Path, names: Sequence[str] = ()) -> li
         _distributions(panels, named)
     else:
         _curves(panels, named)
-    figure.suptitle("\n".join(title_lines(reports[0], is_alone=len(reports) == 1)), fontsize=11)
+    figure.suptitle(
+        "\n".join([*title_lines(reports[0], is_alone=len(reports) == 1), *([_short(below)] if below else [])]),
+        fontsize=11,
+    )
     path = Path(f"{stem}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -46,6 +52,9 @@ def title_lines(report: Report, *, is_alone: bool = True) -> list[str]:
     model = report.recipe["model_config"]
     name = str(model["model_path"]).rstrip("/").rpartition("/")[2]
     first = f"bench {report.mode}: {name}, data set {report.dataset}"
+    numbers = sorted({len(point.runs) for point in report.points})
+    if numbers[-1] > 1 and len(report.points) > 1:
+        first += f"; medians of {numbers[-1]} repetitions, bars: least to greatest"
     if not is_alone:
         return [_short(first)]
     machine = report.machine
@@ -77,6 +86,7 @@ def _curves(panels: np.ndarray, named: Sequence[tuple[str, Report]]) -> None:
     _finish(throughput, label, "output tokens/s", "Throughput")
     _finish(ttft, label, "TTFT (ms)", "Time to first token")
     _finish(tpot, label, "TPOT (ms)", "Time per output token")
+    trade.set_xlim(left=0)
     _finish(trade, "TPOT, mean (ms)", "output tokens/s", f"Throughput against latency, by {label.partition(' (')[0]}")
     for panel in (throughput, ttft, tpot):
         values = [value for line in panel.lines for value in line.get_xdata()]
@@ -144,7 +154,10 @@ def _trade(
         return
     panel.plot([x for x, _, _ in there], [y for _, y, _ in there], "o-", color=colour, markersize=4, label=label)
     for x, y, value in there:
-        panel.annotate(f"{value:g}", (x, y), textcoords="offset points", xytext=(5, -10), fontsize=8, color=colour)
+        panel.annotate(
+            f"{value:g}", (x, y), textcoords="offset points", xytext=(6, -12), fontsize=8, color=colour,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
+        )  # fmt: skip
 
 
 def _distributions(panels: np.ndarray, named: Sequence[tuple[str, Report]]) -> None:
@@ -163,7 +176,7 @@ def _distributions(panels: np.ndarray, named: Sequence[tuple[str, Report]]) -> N
             if values_ms:
                 panel.ecdf(values_ms, color=colour, label=name)
                 panel.axvline(np.median(values_ms), color=colour, linestyle=":", linewidth=1)
-        _finish(panel, label, "share of all", title)
+        _finish(panel, label, "share of all (dotted: median)", title)
         panel.set_xlim(left=0)
 
 
@@ -177,6 +190,7 @@ def _finish(panel: Axes, x: str, y: str, title: str) -> None:
     panel.set_ylabel(y)
     panel.set_title(title, fontsize=10)
     panel.set_ylim(bottom=0)
+    panel.margins(x=0.08)
     panel.grid(alpha=0.3)
     labels = [label for label in panel.get_legend_handles_labels()[1] if label]
     if labels:

@@ -61,14 +61,14 @@ class Run:
 class Floor:
     """The least time that bytes and operations allow, and what it is computed with.
 
-    `origin`: measured (by a probe in the same process) or published (a chip's data sheet).
+    `origin`: measured (by a probe in the same process) or published (a chip's data sheet). See executor/bench/floor.py.
     """
 
     origin: str
     bytes_per_s: float
     flops_per_s: float
-    ttft_s: float | None = None  # of one prompt, or of a batch of them
-    tpot_s: float | None = None  # of one decode step in the middle of the answers
+    ttft_s: float | None = None  # of the last prompt of a batch
+    tpot_s: float | None = None  # of a decode step, on average over the run's
 
 
 @dataclass(frozen=True)

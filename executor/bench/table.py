@@ -143,11 +143,18 @@ def _floor_lines(found: Mapping[str, Figure], floor: Floor) -> list[str]:
         line(f"Memory ({floor.origin}, GB/s):", f"{floor.bytes_per_s / GB:.1f}"),
         line(f"Products ({floor.origin}, GFLOP/s):", f"{floor.flops_per_s / GFLOP:.0f}"),
     ]
-    for word, floor_s, name in (("TTFT", floor.ttft_s, "ttft_ms.mean"), ("TPOT", floor.tpot_s, "tpot_ms.mean")):
-        if floor_s and name in found:
+    for word, floor_s, names in (
+        ("TTFT of the batch", floor.ttft_s, (("P99 TTFT", "ttft_ms.p99"),)),
+        ("TPOT", floor.tpot_s, (("Model-only TPOT", "model_tpot_ms"), ("Mean TPOT", "tpot_ms.mean"))),
+    ):
+        if floor_s:
             lines.append(line(f"Floor of {word} (ms):", f"{1000 * floor_s:.2f}"))
-            lines.append(line(f"Mean {word} / floor:", f"{found[name].median / (1000 * floor_s):.2f}"))
-    return [*lines, line("Duration / floor of its steps:", number(found, "measured_over_floor"))]
+            lines += [
+                line(f"{label} / floor:", f"{found[name].median / (1000 * floor_s):.2f}")
+                for label, name in names
+                if name in found
+            ]
+    return [*lines, line("Duration / floor of all its steps:", number(found, "measured_over_floor"))]
 
 
 BESIDE = (  # label, name in Run.beside, digits, factor

@@ -23,16 +23,19 @@ class PlannedRun:
 
 
 def planned_runs(recipe: Recipe, num_samples: int) -> Iterator[PlannedRun]:
-    """All runs in their order. A batch that is larger than the data set begins it again."""
+    """All runs in their order. A batch that is larger than the data set begins it again.
+
+    Every load once, then every load again: repetitions lie far apart, so that what slows the machine down for a while
+    shows as their spread, not as a difference of two loads.
+    """
     bench = recipe.bench
     if bench.mode == "latency":
         loads = [(Load(batch_size=size), size) for size in dict.fromkeys(bench.batch_sizes)]
     else:
         loads = [(Load(), num_samples)]
-    for load, size in loads:
-        places = tuple(place % num_samples for place in range(size))
-        for number in range(bench.warmups + bench.repetitions):
-            yield PlannedRun(load, places, number < bench.warmups)
+    for number in range(bench.warmups + bench.repetitions):
+        for load, size in loads:
+            yield PlannedRun(load, tuple(place % num_samples for place in range(size)), number < bench.warmups)
 
 
 def with_fixed_lengths(recipe: Recipe) -> Recipe:

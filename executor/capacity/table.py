@@ -8,19 +8,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from executor.capacity.chips import DEFAULT_CHIPS, Chip, chip_names, read_chip
+from executor.capacity.choices import DUO, float_type, precision_word, precisions, published_models, recipe_on
 from executor.capacity.fits import Deployment, deployment_on, fewest_ranks, holds_one, most_sequences
 from executor.recipe.memory import GIB, weights_bytes
 from executor.recipe.on_paper import OnPaper, settle_on_paper
-from executor.recipe.schema import Recipe, build_recipe
-from models.published import published_shapes
+from executor.recipe.schema import build_recipe
 
-DUO = "atlas_300i_duo"
 CONTEXTS = {DUO: 10240}
 USUAL_CONTEXT = 32768
 WORLDS = (1, 2, 4, 8, 16)
-LEFT_OUT = ("Qwen3-VL-235B-A22B-Instruct",)  # sizes that are known and have no recipe
-PRECISIONS = ("none", "w8a8", "w8a8_dynamic", "w8a8sc")
-"""Of the weights, best first: float ones, then eight bits."""
 
 
 @dataclass(frozen=True)
@@ -50,45 +46,13 @@ class TableRow:
     @property
     def precision(self) -> str:
         """The weights in a word: their 16-bit type, or the scheme."""
-        return self.quantization if self.quantization != "none" else float_type(self.chip)
-
-
-def published_models() -> tuple[str, ...]:
-    return tuple(name for name in published_shapes() if name not in LEFT_OUT)
-
-
-def float_type(chip: Chip) -> str:
-    """The 16-bit type that a chip's recipes use."""
-    return "bfloat16" if "bfloat16" in chip.flops_per_s else "float16"
-
-
-def precisions(chip: Chip, has_experts: bool) -> tuple[str, ...]:
-    """Schemes of weights that a chip takes, of PRECISIONS: compressed ones only 300I DUO, and never of experts."""
-    found = [word for word in PRECISIONS[:3] if word == "none" or "int8" in chip.flops_per_s]
-    return (*found, *(("w8a8sc",) if chip.soc == DUO and not has_experts else ()))
-
-
-def weights_path(model: str, quantization: str) -> str:
-    """Where the recipes of config/ have the weights of a published model."""
-    return f"Qwen/{model}" if quantization == "none" else f"weights/{model}-{quantization}"
+        return precision_word(self.chip, self.quantization)
 
 
 def paper_of(model: str, chip: Chip, quantization: str, context_tokens: int) -> OnPaper:
     """A published model on one rank of a chip, as the recipes of config/ have it."""
-    is_duo = chip.soc == DUO
-    sections = {
-        "model_config": {
-            "model_path": weights_path(model, quantization),
-            "device": "npu",
-            "soc": chip.soc,
-            "dtype": "auto",
-            "exe_mode": "eager" if is_duo else "ge_graph",
-            "quantization": quantization,
-        },
-        "parallel_config": {"vision_parallel": "data"},
-        "scheduler_config": {"max_model_len": context_tokens},
-    }
-    return settle_on_paper(build_recipe(sections), "plan")
+    base = build_recipe({"model_config": {"model_path": f"Qwen/{model}"}})
+    return settle_on_paper(recipe_on(base, chip, quantization, max_model_len=context_tokens), "plan")
 
 
 def table_row(model: str, chip_name: str, chip: Chip, quantization: str) -> TableRow:
@@ -109,15 +73,8 @@ def table_rows(names: Sequence[str] | None = None) -> Iterator[TableRow]:
         if chip.soc is None:
             continue
         for model in published_models():
-            for quantization in precisions(chip, "num_experts" in published_shapes()[model]["text"]):
+            for quantization in precisions(chip, f"Qwen/{model}"):
                 yield table_row(model, name, chip, quantization)
-
-
-def with_workload(deployment: Deployment, recipe: Recipe) -> Deployment:
-    """The same deployment, asked about what `recipe`'s plan_config says."""
-    paper = deployment.paper
-    asked = paper.recipe.model_copy(update={"plan": recipe.plan})
-    return Deployment(OnPaper(asked, paper.shapes, paper.config, paper.pixels, paper.stored), deployment.free_bytes)
 
 
 def readme_tables() -> tuple[str, str]:

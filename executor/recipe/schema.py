@@ -339,7 +339,11 @@ class EvalSection(Section):
     metric: Metric | None = None
     """null: the data set's own."""
     dump_layers: Literal["transformers", "cpu", "npu_emulated"] | None = None
-    """Instead of scores: the hidden states of the first requests beside those of this, stage by stage."""
+    """Instead of scores: the hidden states of the first requests (data_config.limit, else 2) beside those of this,
+    stage by stage. docs/evaluate.md has what is compared."""
+    reference_model: str | None = None
+    """Checkpoint of the other side of dump_layers: the float weights of a quantized model_path, say. null: model_path.
+    """
     report_path: str | None = None
     """HTML file of eval compare. null: one under output_path."""
 

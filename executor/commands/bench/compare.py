@@ -39,8 +39,9 @@ def run(recipe: Recipe, compared: tuple[Path, Path], out: TextIO | None = None) 
     points = []
     for at, one, other in pairs:
         found = differences(one, other)
-        print(f"\n{at.words}\n{comparison_table(found)}\n{how_judged(one, other)}", file=out, flush=True)
+        print(f"\n{at.words}\n{comparison_table(found)}", file=out, flush=True)
         points.append({"load": at.words, "figures": {each.name: _document(each) for each in found}})
+    print("", *dict.fromkeys(how_judged(one, other) for _, one, other in pairs), sep="\n", file=out, flush=True)
     document: dict[str, Any] = {
         "command": "bench",
         "mode": "compare",
@@ -53,8 +54,9 @@ def run(recipe: Recipe, compared: tuple[Path, Path], out: TextIO | None = None) 
     if recipe.bench.plot:
         from executor.bench.plot import draw
 
+        files = f"first: {compared[0].name}; second: {compared[1].name}"
         stem = Path(recipe.model.output_path) / f"bench_compare_{compared[0].stem}_{compared[1].stem}"
-        document["plots"] = [str(chart) for chart in draw([first, second], stem, [path.stem for path in compared])]
+        document["plots"] = [str(chart) for chart in draw([first, second], stem, ("first", "second"), files)]
         for chart in document["plots"]:
             print(f"chart: {chart}", file=out, flush=True)
     return document, 0

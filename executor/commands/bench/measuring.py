@@ -2,13 +2,15 @@
 
 import logging
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from dataset.sample import Dataset, Sample
 from executor.bench.drive import Question, drive
+from executor.bench.floor import Speeds, StepLog
 from executor.bench.replicas import Replicas
-from executor.bench.results import Load, Run, Startup
+from executor.bench.results import Load, Point, Run, Startup
 from executor.bench.workload import PlannedRun, planned_runs
 from executor.commands.generate.ask import ask
 from executor.engine.loop import EngineLoop
@@ -16,6 +18,7 @@ from executor.engine.stages import StageTimes
 from executor.host.limits import peak_memory_bytes, restart_peak_memory
 from executor.host.uptime import process_age_s
 from executor.recipe.schema import Recipe
+from executor.recipe.sizes import ModelShapes
 from executor.schedule.request import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -31,6 +34,7 @@ class Measuring:
         self.engine = loop.engine
         self.dataset = dataset
         self.runs: dict[Load, list[Run]] = {}
+        self.steps: dict[Load, list[StepLog]] = {}  # of the same runs
         self.weights_s, self.first_token_s = process_age_s(), None
         self._samples: dict[int, Sample] = {}  # drawn and read before a run begins, once
 
@@ -47,20 +51,36 @@ class Measuring:
                 "the prefix cache knows them; see data_config.limit", len(self.dataset),
             )  # fmt: skip
         for number, run in enumerate(planned, 1):
-            made = self._run(run)
+            steps = StepLog()
+            made = self._run(run, steps)
             kind = "warm-up" if run.is_warmup else "run"
             logger.info("%s %d of %d (%s): %.2f s", kind, number, len(planned), run.load.words, made.duration_s)
             if not run.is_warmup:
                 self.runs.setdefault(run.load, []).append(made)
+                self.steps.setdefault(run.load, []).append(steps)
 
-    def _run(self, run: PlannedRun) -> Run:
+    def points(self, shapes: ModelShapes, speeds: Speeds | None) -> tuple[Point, ...]:
+        """What was measured, beside its floors where the chip's speeds are known."""
+        points = []
+        for load, runs in self.runs.items():
+            floor = None
+            if speeds is not None:
+                floors = [steps.floors(self.recipe, shapes, speeds) for steps in self.steps[load]]
+                floor = floors[-1].of_point(speeds, is_one_batch=load.batch_size is not None)
+                runs = [replace(run, floor_s=each.total_s) for run, each in zip(runs, floors, strict=True)]
+            points.append(Point(load, tuple(runs), floor))
+        return tuple(points)
+
+    def _run(self, run: PlannedRun, steps: StepLog) -> Run:
         questions = [self._question(place) for place in self.replicas.share(run.places)]
         self.engine.scheduler.forget()
         self.replicas.begin()
         restart_peak_memory()
         self.engine.runner.device.restart_peak()
         before, age_s, started_s = self.engine.runner.clock.times(), process_age_s(), time.perf_counter()
+        self.engine.watch = steps
         results = drive(self.loop, questions, self.params)
+        self.engine.watch = None
         own_s = time.perf_counter() - started_s
         times = self.engine.runner.clock.times().since(before)
         peak = self.engine.runner.device.peak_bytes() or peak_memory_bytes()

@@ -8,16 +8,16 @@ from functools import partial
 from typing import Any, TextIO
 
 from dataset.load import load_dataset
+from executor.bench.floor import speeds_of
 from executor.bench.machine import machine, versions
 from executor.bench.publish import now, publish, results_place
 from executor.bench.replicas import Replicas
-from executor.bench.results import Point, Report, recipe_tree
+from executor.bench.results import Report, recipe_tree
 from executor.bench.workload import requests_digest, with_fixed_lengths, workload
 from executor.commands.bench.measuring import Measuring
 from executor.commands.build import engine_of, open_rank
 from executor.engine.loop import EngineLoop
 from executor.engine.params import check_params
-from executor.errors import UserError
 from executor.host.env import rank_place
 from executor.prompt.chat import check_template_kwargs
 from executor.recipe.generation import sampling_params
@@ -35,6 +35,7 @@ def measure(recipe: Recipe, out: TextIO) -> tuple[dict[str, Any], int]:
     """
     place, created = rank_place(), now()
     recipe = with_fixed_lengths(recipe)
+    dataset = None if place.rank else load_dataset(recipe.data, recipe)
     prepared = prepare(recipe, place.local_world_size)
     recipe, params = prepared.recipe, _checked_params(prepared)
     path = None if place.rank else results_place(recipe, recipe.bench.mode, created)
@@ -43,9 +44,7 @@ def measure(recipe: Recipe, out: TextIO) -> tuple[dict[str, Any], int]:
         engine_of(prepared, device, parallel).follow()
         parallel.disconnect()
         return {"command": "bench"}, 0
-    dataset = load_dataset(recipe.data)
-    if not len(dataset):
-        raise UserError(f"data_config.dataset: {dataset.path} holds no requests to measure with")
+    dataset = dataset or load_dataset(recipe.data, recipe)
     engine = engine_of(prepared, device, parallel)
     with EngineLoop(engine) as loop:
         replicas = Replicas(parallel, partial(loop.turn, TURN_S))
@@ -59,9 +58,9 @@ def measure(recipe: Recipe, out: TextIO) -> tuple[dict[str, Any], int]:
         parallel.disconnect()
     if place.rank:
         return {"command": "bench"}, 0
-    points = tuple(Point(load, tuple(runs)) for load, runs in measuring.runs.items())
-    if not points:
+    if not measuring.runs:
         raise KeyboardInterrupt("before anything was measured")
+    speeds = speeds_of(recipe, engine.runner.dtype) if is_whole else None
     report = Report(
         mode=recipe.bench.mode,
         dataset=recipe.data.dataset,
@@ -70,7 +69,7 @@ def measure(recipe: Recipe, out: TextIO) -> tuple[dict[str, Any], int]:
         workload=workload(recipe, dataset),
         machine=machine(recipe),
         versions=versions(),
-        points=points,
+        points=measuring.points(prepared.shapes, speeds),
         startup=measuring.startup,
     )
     document, status = publish(recipe, report, path, out)
