@@ -1,6 +1,19 @@
 """From a recipe's data_config to the requests it asks."""
 
-from dataset import default_prompt, jsonl, random, vision_arena
+from dataset import (
+    chartqa,
+    default_prompt,
+    docvqa,
+    jsonl,
+    mmmu,
+    ocrbench,
+    random,
+    refcoco,
+    textvqa,
+    tiny_world,
+    video_mc,
+    vision_arena,
+)
 from dataset.entries import ask
 from dataset.sample import Dataset
 from executor.host.env import REPO_ROOT
@@ -10,6 +23,14 @@ DATASETS = {
     "default": default_prompt.load,
     "vision-arena-bench-v0.1": vision_arena.load,
     "jsonl": jsonl.load,
+    "tiny_world": tiny_world.load,
+    "textvqa": textvqa.load,
+    "docvqa": docvqa.load,
+    "chartqa": chartqa.load,
+    "mmmu": mmmu.load,
+    "ocrbench": ocrbench.load,
+    "refcoco": refcoco.load,
+    "video_mc": video_mc.load,
 }
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from executor.errors import UserError, nearest
 
+VALIDATION = ("validation", "val")  # the same part, by two names
+
 
 @dataclass(frozen=True)
 class Published:
@@ -26,7 +28,8 @@ class Published:
         """The part to read. UserError for one that the set does not have."""
         if asked is None:
             return self.splits[0]
-        same = [split for split in self.splits if split.lower() == asked.lower()]
+        wanted = VALIDATION if asked.lower() in VALIDATION else (asked.lower(),)
+        same = [split for split in self.splits if split.lower() in wanted]
         if not same:
             raise UserError(
                 f"data_config.split: {self.title} has no part {asked!r}{nearest(asked, self.splits)}; "

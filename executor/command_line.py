@@ -32,6 +32,9 @@ COMMANDS = {
 MODULES = {  # the commands of this release
     "generate": "executor.commands.generate.run",
     "serve": "executor.commands.serve.run",
+    "bench": "executor.commands.bench.run",
+    "plan": "executor.commands.plan.run",
+    "eval": "executor.commands.eval.run",
     "check": "executor.commands.check",
 }
 
@@ -78,8 +81,14 @@ COMMAND_FORMS = {  # flag -> command -> key: short forms that only these command
     "for": {"plan": "plan_config.demand"},
 }
 ALONE = {"plot": "true", "table": "true", "dump-layers": "transformers"}  # what such a flag means without a value
-UNUSED_BY = {  # command -> sections and keys that it does not use, so that a flag for one of them is a mistake
-    "serve": ("data_config.prompt", "data_config.media", "data_config.dataset", "data_config.dataset_path"),
+UNUSED_BY = {  # command -> keys that it does not use, so that a flag for one of them is a mistake, and what to do
+    "serve": {
+        **dict.fromkeys(
+            ("data_config.prompt", "data_config.media", "data_config.dataset", "data_config.dataset_path"),
+            "its requests ask the questions; leave it out",
+        )
+    },
+    "bench": {"data_config.results_path": "it keeps no answers; its figures go to bench_config.results_path"},
 }
 LISTS = ("data_config.media",)  # repeated flags add up
 TEXTS = (
@@ -300,8 +309,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             raise _two_values(override.partition("=")[0].strip(), flag, override)
     for override in arguments.overrides:
         key = override.partition("=")[0].strip()
-        if key in UNUSED_BY.get(arguments.command, ()):
-            raise UserError(f"{key} is not used by {arguments.command}, whose requests ask the questions; leave it out")
+        reason = UNUSED_BY.get(arguments.command, {}).get(key)
+        if reason is not None:
+            raise UserError(f"{key} is not used by {arguments.command}: {reason}")
     if arguments.save is not None and arguments.command != "check":
         raise UserError(f"--save belongs to the command check, got {arguments.command}")
     return arguments

@@ -147,10 +147,10 @@ def test_unknown_flags_name_the_nearest():
 
 def test_a_rank_of_many_leaves_mistakes_to_the_job(monkeypatch, capsys):
     """infer.sh under srun: every rank is asked, and all say it once, together."""
-    assert command_line.main([QUICK, "bench"]) == command_line.REFUSED
-    assert "not part of this release" in capsys.readouterr().out
+    assert command_line.main([QUICK, "bnech"]) == command_line.REFUSED
+    assert "unknown command 'bnech'" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_PROCID", "3")
-    assert command_line.main([QUICK, "bench"]) == 0
+    assert command_line.main([QUICK, "bnech"]) == 0
     assert capsys.readouterr().out == ""
 
 
@@ -163,6 +163,10 @@ def test_a_rank_of_many_leaves_mistakes_to_the_job(monkeypatch, capsys):
         ((QUICK, "serve", "--question", "hi"), "data_config.prompt is not used by serve"),
         ((QUICK, "serve", "--image", "a.png"), "data_config.media is not used by serve"),
         ((QUICK, "serve", "--set", "data_config.dataset=jsonl"), "data_config.dataset is not used by serve"),
+        (
+            (QUICK, "bench", "--output", "a"),
+            "data_config.results_path is not used by bench: .* bench_config.results_path",
+        ),
         ((QUICK, "serve", "--prot", "1"), r"--prot \(did you mean '--port'\?\)"),
         ((QUICK, "--promt", "1"), r"--promt \(did you mean '--prompt'\?\)"),
     ],

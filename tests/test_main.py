@@ -65,7 +65,7 @@ def test_exit_status_of_what_a_command_raises(monkeypatch, capsys, error, status
         ([], "launch", "CONFIG.yaml"),
         ([QUICK, "--sett", "a.b=1"], "launch", "unrecognized arguments: --sett"),
         ([QUICK, "generat"], "launch", "unknown command 'generat'; commands: generate, serve"),
-        ([QUICK, "bench"], "bench", "bench is not part of this release yet; there is: generate"),
+        ([QUICK, "bench", "speed"], "launch", "bench speed: it takes latency, throughput, serve, compare"),
         ([QUICK, "--tp", "2"], "launch", "--tp is no flag here; write --set parallel_config.world_size=N"),
         (["config/absent.yaml"], "generate", "there is no recipe config/absent.yaml"),
         ([QUICK, "--set", "model_config.model_pth=a"], "generate", "did you mean 'model_path'?"),
@@ -127,7 +127,7 @@ def copied(root, *folders: str):
     [
         (["-h"], 0, "usage: bash infer.sh"),
         ([], 2, "CONFIG.yaml"),
-        (["config/quickstart.yaml", "bench"], 2, "not part of this release yet"),
+        (["config/quickstart.yaml", "bench", "speed"], 2, "bench speed: it takes latency"),
         (["config/quickstrt.yaml"], 2, "did you mean 'quickstart.yaml'?"),
         (["config/quickstart.yaml", "--set", "data_config.prompt="], 2, "write null for none"),
         (["config/quickstart.yaml", "--set", "nonsense"], 2, "section.key=value"),

@@ -9,14 +9,7 @@ import sys
 
 import pytest
 
-from executor.device.table import CHIP_BYTES
-from executor.errors import UserError
-from executor.recipe.memory import GIB, estimate, weights_bytes
-from executor.recipe.schema import build_recipe
-from executor.recipe.settle import tp_faults
-from models.published import published_config
-from models.registry import read_shapes
-from tests.models.test_shapes import SHAPES
+from executor.capacity.table import readme_tables
 from tests.reference import REPO
 
 README = (REPO / "README.md").read_text()
@@ -92,46 +85,9 @@ def test_python_as_written(monkeypatch, capsys):
     assert first == again and "square" in first
 
 
-def test_the_table_of_cards_is_the_arithmetic():
-    rows = re.findall(r"^\| (Qwen\S+-Instruct) \|(.*)\|$", README, flags=re.MULTILINE)
-    assert {name for name, _ in rows} == set(SHAPES) - {"Qwen3-VL-235B-A22B-Instruct"}
-    for name, cells in rows:
-        shapes = read_shapes(published_config(name), name)
-        for degree, cell in zip((1, 2, 4, 8), cells.split("|"), strict=True):
-            if tp_faults(degree, shapes, "data"):
-                assert cell.strip() == "-"
-                continue
-            parallel = {"world_size": degree, "attn_tp_size": degree, "vision_parallel": "data"}
-            model = {"model_path": name, "dtype": "bfloat16", "device": "npu", "quantization": "none"}
-            recipe = build_recipe({"model_config": model, "parallel_config": parallel})
-            assert float(cell) == pytest.approx(weights_bytes(recipe, shapes) / GIB, abs=0.051)
-
-
-def fewest_cards(name: str, dtype: str, quantization: str, soc: str, memory_bytes: int, max_model_len: int) -> int:
-    shapes = read_shapes(published_config(name), name)
-    model = {"model_path": name, "dtype": dtype, "device": "npu", "soc": soc, "quantization": quantization}
-    for degree in (1, 2, 4, 8):
-        if tp_faults(degree, shapes, "data"):
-            continue
-        parallel = {"world_size": degree, "attn_tp_size": degree, "vision_parallel": "data"}
-        scheduler = {"max_model_len": max_model_len}
-        tree = {"model_config": model, "parallel_config": parallel, "scheduler_config": scheduler}
-        try:
-            estimate(build_recipe(tree), shapes, memory_bytes)
-        except UserError:
-            continue
-        return degree
-    raise AssertionError(f"{name} fits on no number of cards")
-
-
-def test_the_table_of_fewest_cards_is_the_arithmetic():
-    a2, duo = ((soc, CHIP_BYTES[soc], tokens) for soc, tokens in (("atlas_800i_a2", 32768), ("atlas_300i_duo", 10240)))
-    chips = (("bfloat16", a2), ("float16", duo))
-    columns = [(dtype, scheme, *chip) for dtype, chip in chips for scheme in ("none", "w8a8")]
-    rows = re.findall(r"^\| (Qwen\S+) \| (\d) \| (\d) \| (\d) \| (\d) \|$", README, flags=re.MULTILINE)
-    assert {f"{row[0]}-Instruct" for row in rows} == set(SHAPES) - {"Qwen3-VL-235B-A22B-Instruct"}
-    for name, *cells in rows:
-        assert [int(cell) for cell in cells] == [fewest_cards(f"{name}-Instruct", *column) for column in columns], name
+def test_the_tables_of_cards_are_those_of_plan():
+    for table in readme_tables():
+        assert table in README
 
 
 def test_troubleshooting_quotes_messages_that_exist():

@@ -23,8 +23,8 @@ def document(report: Report) -> dict[str, Any]:
         "model": report.recipe["model_config"]["model_path"],
         "dataset": report.dataset,
         **point_document(best),
-        "startup_s": report.startup.first_token_s,
-        "startup": {"weights_s": report.startup.weights_s, "first_token_s": report.startup.first_token_s},
+        "startup_s": _rounded(report.startup.first_token_s),
+        "startup": {name: _rounded(value) for name, value in vars(report.startup).items()},
     }
     if len(report.points) > 1:
         found["points"] = [point_document(point) for point in report.points]
@@ -49,6 +49,7 @@ def point_document(point: Point) -> dict[str, Any]:
         kind: {part: _median(found, f"{kind}.{part}") for part in ("mean", "median", "p99")} for kind in LATENCIES
     }
     stages = {name.partition(".")[2]: _median(found, name) for name in found if name.startswith("stage_s.")}
+    beside = {name.partition(".")[2]: _median(found, name) for name in found if name.startswith("beside.")}
     told: dict[str, Any] = {
         "load": load.words,
         **{name: value for name, value in vars(load).items() if value is not None},
@@ -59,6 +60,7 @@ def point_document(point: Point) -> dict[str, Any]:
         **latencies,
         "model_tpot_ms": _median(found, "model_tpot_ms"),
         "stages_s": stages or None,
+        **({"beside": beside} if beside else {}),
         "peak_memory_bytes": _median(found, "peak_memory_bytes"),
         "measured_over_floor": _median(found, "measured_over_floor"),
         "spread": {
@@ -79,4 +81,5 @@ def _median(found: Mapping[str, Figure], name: str) -> float | int | None:
 
 
 def _rounded(value: Any) -> Any:
-    return round(value, 4) if isinstance(value, float) else value
+    """To six digits that count."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -41,7 +41,9 @@ def results_place(recipe: Recipe, mode: str, created: str) -> Path:
             path.unlink()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{key}: results go to {path}, which cannot be written ({reason}); give another place") from error
+        raise UserError(
+            f"{key}: results go to {path}, which cannot be written ({reason}); give another place"
+        ) from error
     return path
 
 

@@ -54,20 +54,21 @@ class Run:
     model_tpot_s: float | None = None  # of a decode step in the model alone, without the host's work around it
     peak_memory_bytes: int | None = None
     floor_s: float | None = None  # what its steps take at the least, see Floor
+    beside: Mapping[str, float] = field(default_factory=dict)  # what else is known of server and client, by name
 
 
 @dataclass(frozen=True)
 class Floor:
     """The least time that bytes and operations allow, and what it is computed with.
 
-    `origin`: measured (by a probe in the same process) or published (a chip's data sheet).
+    `origin`: measured (by a probe in the same process) or published (a chip's data sheet). See executor/bench/floor.py.
     """
 
     origin: str
     bytes_per_s: float
     flops_per_s: float
-    ttft_s: float | None = None  # of one prompt, or of a batch of them
-    tpot_s: float | None = None  # of one decode step in the middle of the answers
+    ttft_s: float | None = None  # of the last prompt of a batch
+    tpot_s: float | None = None  # of a decode step, on average over the run's
 
 
 @dataclass(frozen=True)

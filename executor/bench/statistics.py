@@ -33,6 +33,8 @@ class Summary:
     duration_s: float
     input_tokens: int
     output_tokens: int
+    vision_tokens: int
+    cached_tokens: int
     ttft_ms: Latency
     tpot_ms: Latency
     itl_ms: Latency
@@ -83,7 +85,7 @@ class Figure:
 
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 RATES = ("request_per_s", "output_tokens_per_s", "total_tokens_per_s")  # the greater the better
-COUNTS = ("requests", "failed", "input_tokens", "output_tokens")
+COUNTS = ("requests", "failed", "input_tokens", "output_tokens", "vision_tokens", "cached_tokens")
 
 
 def latency(values_s: Sequence[float]) -> Latency:
@@ -112,6 +114,8 @@ def summarize(run: Run) -> Summary:
         duration_s=run.duration_s,
         input_tokens=sum(request.prompt_tokens for request in answered),
         output_tokens=sum(request.output_tokens for request in answered),
+        vision_tokens=sum(request.vision_tokens for request in answered),
+        cached_tokens=sum(request.cached_tokens for request in answered),
         ttft_ms=latency([request.ttft_s for request in answered if request.ttft_s is not None]),
         tpot_ms=latency([value for value in tpots if value is not None]),
         itl_ms=latency(np.concatenate(gaps) if gaps else []),
@@ -139,6 +143,7 @@ def _flat(run: Run) -> dict[str, float]:
     flat["peak_memory_bytes"] = run.peak_memory_bytes
     flat["measured_over_floor"] = run.duration_s / run.floor_s if run.floor_s else None
     flat |= {f"stage_s.{name}": seconds for name, seconds in run.stages_s.items()}
+    flat |= {f"beside.{name}": value for name, value in run.beside.items()}
     return {name: value for name, value in flat.items() if value is not None}
 
 

@@ -60,7 +60,12 @@ def beside_table(point: Point) -> str:
     """What `vllm bench serve` does not print, in its form: whole answers, stages, the model alone, the floor, memory,
     spread. Parts without data are left out."""
     found = figures(point.runs)
-    lines = [f"{' Beside it ':=^{WIDTH}}", *latency_lines(found, "End-to-end Latency", "e2e_ms", "E2EL")]
+    lines = [
+        f"{' Beside it ':=^{WIDTH}}",
+        line("Vision tokens among the input:", number(found, "vision_tokens", 0)),
+        line("Input tokens found in the cache:", number(found, "cached_tokens", 0)),
+        *latency_lines(found, "End-to-end Latency", "e2e_ms", "E2EL"),
+    ]
     lines += _stage_lines(found)
     if "model_tpot_ms" in found:
         lines += [
@@ -73,6 +78,7 @@ def beside_table(point: Point) -> str:
     if "peak_memory_bytes" in found:
         peak = found["peak_memory_bytes"].most / GIB
         lines += [f"{'Memory':-^{WIDTH}}", line("Peak memory (GiB):", f"{peak:.2f}")]
+    lines += _server_lines(found)
     return "\n".join([*lines, *_spread_lines(found, len(point.runs)), "=" * WIDTH])
 
 
@@ -123,7 +129,11 @@ def _stage_lines(found: Mapping[str, Figure]) -> list[str]:
     if not stages:
         return []
     duration_s = found["duration_s"].median
-    rows = [line(f"{name} (s, % of duration):", f"{s:.2f}  {100 * s / duration_s:.0f} %") for name, s in stages.items()]
+    names = {"media": "media, meanwhile"}
+    rows = [
+        line(f"{names.get(name, name)} (s, % of duration):", f"{s:.2f}  {100 * s / duration_s:.0f} %")
+        for name, s in stages.items()
+    ]
     return [f"{'Stages':-^{WIDTH}}", *rows]
 
 
@@ -133,11 +143,40 @@ def _floor_lines(found: Mapping[str, Figure], floor: Floor) -> list[str]:
         line(f"Memory ({floor.origin}, GB/s):", f"{floor.bytes_per_s / GB:.1f}"),
         line(f"Products ({floor.origin}, GFLOP/s):", f"{floor.flops_per_s / GFLOP:.0f}"),
     ]
-    for word, floor_s, name in (("TTFT", floor.ttft_s, "ttft_ms.mean"), ("TPOT", floor.tpot_s, "tpot_ms.mean")):
-        if floor_s and name in found:
+    for word, floor_s, names in (
+        ("TTFT of the batch", floor.ttft_s, (("P99 TTFT", "ttft_ms.p99"),)),
+        ("TPOT", floor.tpot_s, (("Model-only TPOT", "model_tpot_ms"), ("Mean TPOT", "tpot_ms.mean"))),
+    ):
+        if floor_s:
             lines.append(line(f"Floor of {word} (ms):", f"{1000 * floor_s:.2f}"))
-            lines.append(line(f"Mean {word} / floor:", f"{found[name].median / (1000 * floor_s):.2f}"))
-    return [*lines, line("Duration / floor of its steps:", number(found, "measured_over_floor"))]
+            lines += [
+                line(f"{label} / floor:", f"{found[name].median / (1000 * floor_s):.2f}")
+                for label, name in names
+                if name in found
+            ]
+    return [*lines, line("Duration / floor of all its steps:", number(found, "measured_over_floor"))]
+
+
+BESIDE = (  # label, name in Run.beside, digits, factor
+    ("Input tokens found in the prefix cache:", "prefix_cache_hit_tokens", 0, 1),
+    ("Pictures found in the encoder cache:", "encoder_cache_hits", 0, 1),
+    ("Most of the KV cache in use (%):", "most_kv_cache_usage", 1, 100),
+    ("Most requests computed at once:", "most_running", 0, 1),
+    ("Most requests waiting:", "most_waiting", 0, 1),
+    ("Preemptions:", "preemptions", 0, 1),
+    ("Tokens in a chunk of the stream:", "tokens_per_piece", 2, 1),
+    ("The client's own load (% of a core):", "client_cpu", 1, 100),
+)
+
+
+def _server_lines(found: Mapping[str, Figure]) -> list[str]:
+    """What a server told of itself, and how busy the client was."""
+    rows = [
+        line(label, f"{found[f'beside.{name}'].median * factor:.{digits}f}")
+        for label, name, digits, factor in BESIDE
+        if f"beside.{name}" in found
+    ]
+    return [f"{'Server and Client':-^{WIDTH}}", *rows] if rows else []
 
 
 SPREAD = (

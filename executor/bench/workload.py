@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dataset.random import ANSWER_TOKENS
 from dataset.sample import Dataset
 from executor.bench.results import Load
 from executor.recipe.schema import Recipe
@@ -22,24 +23,27 @@ class PlannedRun:
 
 
 def planned_runs(recipe: Recipe, num_samples: int) -> Iterator[PlannedRun]:
-    """All runs in their order. A batch that is larger than the data set begins it again."""
+    """All runs in their order. A batch that is larger than the data set begins it again.
+
+    Every load once, then every load again: repetitions lie far apart, so that what slows the machine down for a while
+    shows as their spread, not as a difference of two loads.
+    """
     bench = recipe.bench
     if bench.mode == "latency":
         loads = [(Load(batch_size=size), size) for size in dict.fromkeys(bench.batch_sizes)]
     else:
         loads = [(Load(), num_samples)]
-    for load, size in loads:
-        places = tuple(place % num_samples for place in range(size))
-        for number in range(bench.warmups + bench.repetitions):
-            yield PlannedRun(load, places, number < bench.warmups)
+    for number in range(bench.warmups + bench.repetitions):
+        for load, size in loads:
+            yield PlannedRun(load, tuple(place % num_samples for place in range(size)), number < bench.warmups)
 
 
 def with_fixed_lengths(recipe: Recipe) -> Recipe:
-    """The recipe, with answers that go on to max_new_tokens where it does not say how they end, and with as many drawn
-    requests as its largest batch has."""
-    changes: dict[str, dict[str, Any]] = {}
-    if recipe.generation.ignore_eos is None:
-        changes["generation"] = {"ignore_eos": True}
+    """The recipe, with answers of ANSWER_TOKENS tokens that no end token ends, where it does not say how long they are
+    and how they end, and with as many drawn requests as its largest batch has."""
+    own = {"max_new_tokens": ANSWER_TOKENS, "ignore_eos": True}
+    lengths = {key: value for key, value in own.items() if getattr(recipe.generation, key) is None}
+    changes: dict[str, dict[str, Any]] = {"generation": lengths} if lengths else {}
     if recipe.bench.mode == "latency" and recipe.data.dataset in DRAWN and recipe.data.limit is None:
         changes["data"] = {"limit": max(recipe.bench.batch_sizes)}
     return recipe.replace(**changes) if changes else recipe

@@ -1,8 +1,9 @@
 """One job of a cluster: a process of this project on this node, its files, and how it has ended.
 
 A process of its own, because Ray's worker has imported and set what a rank must not have, and because a device's fault
-then ends the job and not the one who starts it again. It ends with the worker (`die_with_parent`).
-Invariant: `start` is called by the worker's main thread, with which the kernel ends the job.
+then ends the job and not the one who starts it again. It ends with who has started it (`die_with_parent`), Ray's
+worker or `bench`.
+Invariant: `start` is called by that process's main thread, with which the kernel ends the job.
 Knows no Ray.
 """
 
@@ -71,6 +72,15 @@ class JobProcess:
         with contextlib.suppress(ValueError, IndexError, AttributeError):
             words = json.loads(_last(self._out).splitlines()[-1]).get("error") or words
         return End(status, words if status == 2 else f"{words}; its log: {self._log}", tail)
+
+    @property
+    def pid(self) -> int:
+        """Of the started job."""
+        return self._process.pid
+
+    def interrupt(self) -> None:
+        """Ask it to end, by SIGTERM."""
+        self._process.terminate()
 
     def stop(self, patience_s: float) -> None:
         """Wait for its end, and make an end of it and all that it has started after `patience_s`."""

@@ -243,6 +243,13 @@ class Ops(ABC):
         """Memory of the device that may still be taken; None where it is the host's."""
         return None
 
+    def restart_peak(self) -> None:  # noqa: B027 - a device that is the host has nothing of its own to count
+        """Count `peak_bytes` from now on."""
+
+    def peak_bytes(self) -> int | None:
+        """The most memory of the device that this process has taken; None where it is the host's."""
+        return None
+
     def profiler(self, folder: Path, name: str) -> Any:
         """What records the work of this process: `start()`, `stop()` and `write(file)`, once and in one thread.
 

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from executor.engine.replica import Replica
 from executor.engine.runner import FAULTS, Runner
 from executor.engine.writing import Answer, Piece, unreadable
 from executor.errors import UserError
+from executor.schedule.plan import Plan
 from executor.schedule.request import GRAMMAR_ENDS, FinishReason, Prompt, Request, SamplingParams, Status
 from executor.schedule.scheduler import Scheduler
 
@@ -44,6 +45,7 @@ class Engine:
         self.runner = runner
         self.vocab_size = vocab_size
         self.matchers = Matchers(processor.tokenizer, vocab_size, processor.eos_token_ids)
+        self.watch: Callable[[Plan], None] | None = None  # told of every plan that was computed
         self._answers: dict[str, Answer] = {}
         self._answers_of: dict[str, dict[str, Answer]] = {}  # the same, by the id that their `n` share
         self._pieces: deque[Piece] = deque()  # of requests that were `add`ed: for the next `step`
@@ -295,6 +297,8 @@ class Engine:
         except BaseException:
             self.scheduler.cancel(plan)
             raise
+        if self.watch is not None:
+            self.watch(plan)
         for number, reason in result.failures.items():
             self.scheduler.fail(plan.rows[number].request, reason)
         for number, scores in result.prompt_logprobs.items():

@@ -4,12 +4,12 @@ Rows are paired by the sample's id. Runs over other data sets, by other metrics 
 compared and are refused; other questions (another prompt) can, with a warning.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from executor.errors import UserError
-from executor.evaluate.interval import Difference, Score, difference_of, score_of
-from executor.evaluate.runs import Run, ScoredRow, by_category
+from executor.evaluate.interval import Difference, Estimate, difference_of, estimate_of
+from executor.evaluate.runs import Run, ScoredRow, by_label
 
 RIGHT_FROM = 0.5
 """The score from which a sample is called right. Only words: means and intervals take scores as they are."""
@@ -23,8 +23,8 @@ class Pair:
     second: ScoredRow
 
     @property
-    def category(self) -> str | None:
-        return self.first.category
+    def labels(self) -> Mapping[str, str]:
+        return self.first.labels
 
     @property
     def change(self) -> float:
@@ -43,8 +43,8 @@ class Pair:
 class Contrast:
     """Scores of a set of samples in both runs."""
 
-    first: Score
-    second: Score
+    first: Estimate
+    second: Estimate
     difference: Difference
 
 
@@ -57,7 +57,7 @@ class Comparison:
     pairs: tuple[Pair, ...]
     warnings: tuple[str, ...]
     whole: Contrast
-    categories: dict[str, Contrast]
+    breakdown: dict[str, dict[str, Contrast]]  # by label and value
 
     def of(self, verdict: str) -> list[Pair]:
         """The pairs of one verdict."""
@@ -70,8 +70,8 @@ def compare(first: Run, second: Run) -> Comparison:
         values = getattr(first, key), getattr(second, key)
         if values[0] != values[1]:
             raise UserError(
-                f"{first.path} and {second.path} cannot be compared: their {key} is {values[0]} and {values[1]}; give two "
-                "runs of the same"
+                f"{first.path} and {second.path} cannot be compared: their {key} is {values[0]} and {values[1]}; give "
+                "two runs of the same"
             )
     others = {row.id: row for row in second.rows}
     pairs = tuple(Pair(row, others[row.id]) for row in first.rows if row.id in others)
@@ -87,13 +87,16 @@ def compare(first: Run, second: Run) -> Comparison:
         pairs,
         tuple(_warnings(pairs, first, second)),
         _contrast(pairs),
-        {name: _contrast(some) for name, some in by_category(pairs).items()},
+        {
+            label: {value: _contrast(some) for value, some in values.items()}
+            for label, values in by_label(pairs, lambda pair: pair.labels).items()
+        },
     )
 
 
 def _contrast(pairs: Sequence[Pair]) -> Contrast:
     first, second = [pair.first.score for pair in pairs], [pair.second.score for pair in pairs]
-    return Contrast(score_of(first), score_of(second), difference_of(first, second))
+    return Contrast(estimate_of(first), estimate_of(second), difference_of(first, second))
 
 
 def _refuse_other_samples(pairs: Sequence[Pair], first: Run, second: Run) -> None:
@@ -101,29 +104,30 @@ def _refuse_other_samples(pairs: Sequence[Pair], first: Run, second: Run) -> Non
         other = [pair.first.id for pair in pairs if getattr(pair.first, key) != getattr(pair.second, key)]
         if other:
             raise UserError(
-                f"{first.path} and {second.path} cannot be compared: {len(other)} samples have other {key} in the one than "
-                f"in the other, the first of them {other[0]}; give two runs over the same data"
+                f"{first.path} and {second.path} cannot be compared: {len(other)} samples have other {key} in the one "
+                f"than in the other, the first of them {other[0]}; give two runs over the same data"
             )
 
 
 def _warnings(pairs: Sequence[Pair], first: Run, second: Run) -> list[str]:
     """What a reader must know of the pairs."""
     found = []
-    for run, num_rows in ((first, len(first.rows)), (second, len(second.rows))):
-        if num_rows > len(pairs):
-            found.append(
-                f"{num_rows - len(pairs)} of {num_rows} samples of {run.path} are left out: the other run lacks them"
-            )
+    for run in (first, second):
+        num_others = len(run.rows) - len(pairs)
+        if num_others:
+            found.append(f"{_samples(num_others)} of {run.path} left out: not in the other run")
     other = [pair.first.id for pair in pairs if pair.first.question != pair.second.question]
     if other:
         found.append(
-            f"{len(other)} samples were asked in other words in the two runs, the first of them {other[0]}: the difference "
-            "is that of the prompts, too"
+            f"{_samples(len(other))} asked in other words in the two runs, such as {other[0]}: the difference is "
+            "that of the prompts, too"
         )
-    for run, rows in ((first, [p.first for p in pairs]), (second, [p.second for p in pairs])):
+    for run, rows in ((first, [pair.first for pair in pairs]), (second, [pair.second for pair in pairs])):
         failed = [row.id for row in rows if row.error is not None]
         if failed:
-            found.append(
-                f"{len(failed)} samples of {run.path} could not be answered and count as 0, the first of them {failed[0]}"
-            )
+            found.append(f"{_samples(len(failed))} of {run.path} not answered, counted as 0, such as {failed[0]}")
     return found
+
+
+def _samples(number: int) -> str:
+    return f"{number} sample{'s' if number > 1 else ''}"

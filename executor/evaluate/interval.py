@@ -3,7 +3,7 @@
 Both are closed formulas without random numbers, so that the same scores always give the same interval. Samples count
 as independent: several questions about one picture are not quite, and their interval is then a little too narrow.
 
-score: Wilson's interval (1927), which is exact about runs with all or nothing right. It is that of right and wrong
+estimate: Wilson's interval (1927), which is exact about runs with all or nothing right. It is that of right and wrong
 answers; a score between 0 and 1 varies less, so that its interval is a little too wide.
 difference: Bonett and Price (2012), "Adjusted Wald confidence interval for a difference of binomial proportions based
 on paired data": two made-up pairs are added, one better and one worse by 1. For scores between 0 and 1 the same sums.
@@ -18,17 +18,13 @@ Z95 = 1.959963984540054  # the normal distribution holds 95 % within so many sta
 
 
 @dataclass(frozen=True)
-class Score:
+class Estimate:
     """The mean of scores from 0 to 1, and where the mean of endlessly many such samples lies in 95 of 100 cases."""
 
     mean: float
     low: float
     high: float
     num_samples: int
-
-    @property
-    def ci95(self) -> list[float]:
-        return [self.low, self.high]
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def score_of(scores: Sequence[float]) -> Score:
+def estimate_of(scores: Sequence[float]) -> Estimate:
     """The score of samples, each from 0 to 1. At least one."""
     assert scores and all(0 <= score <= 1 for score in scores)
     number = len(scores)
@@ -58,7 +54,7 @@ def score_of(scores: Sequence[float]) -> Score:
     reach = Z95 / (1 + weight) * math.sqrt(mean * (1 - mean) / number + weight / (4 * number))
     low = 0.0 if mean == 0 else max(centre - reach, 0.0)  # exactly, whatever rounding gives
     high = 1.0 if mean == 1 else min(centre + reach, 1.0)
-    return Score(mean, low, high, number)
+    return Estimate(mean, low, high, number)
 
 
 def difference_of(first: Sequence[float], second: Sequence[float]) -> Difference:

@@ -1,11 +1,11 @@
 """The scored rows of one run of `eval`, read back from its file; and the summary that lies beside it.
 
-A row is one of `generate` (docs/datasets.md) with dataset, metric, category, references, extracted, score and sources.
+A row is one of `generate` (docs/datasets.md) with what scored.py adds to it.
 Knows no metric: a score is a number from 0 to 1 that the run has written.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from executor.errors import UserError, printable
 _TEXT, _TEXT_OR_NONE, _NUMBER = (str,), (str, type(None)), (int, float)
 _FIELDS: dict[str, tuple[type, ...]] = {
     **{"id": _TEXT, "dataset": _TEXT, "metric": _TEXT, "prompt": _TEXT, "media": (list,), "references": (list,)},
-    **{"text": _TEXT_OR_NONE, "extracted": _TEXT_OR_NONE, "category": _TEXT_OR_NONE, "error": _TEXT_OR_NONE},
+    **{"text": _TEXT_OR_NONE, "extracted": _TEXT_OR_NONE, "labels": (dict,), "error": _TEXT_OR_NONE},
     **{"score": _NUMBER, "sources": (list,), "index": (int,)},
 }
 
@@ -26,7 +26,7 @@ class ScoredRow:
 
     index: int  # in its data set
     id: str
-    category: str | None
+    labels: Mapping[str, str]  # what scores are broken down by
     question: str
     media: tuple[str, ...]  # short names, for people
     sources: tuple[str | None, ...]  # where each lies: a path or address; None: in the data set itself
@@ -57,7 +57,7 @@ class Run:
         """The checkpoint and its numbers, as far as they are known."""
         model = self.summary.get("recipe", {}).get("model_config", {})
         words = [Path(str(model.get("model_path", ""))).name, model.get("dtype"), model.get("quantization")]
-        return ", ".join(str(word) for word in words if word)
+        return ", ".join(str(word) for word in words if word not in ("", None, "none"))
 
 
 def summary_path(results_path: str | Path) -> Path:
@@ -104,14 +104,10 @@ def _tree(line: bytes, path: Path, number: int) -> dict[str, Any]:
         raise UserError(f"{path} line {number}: an answer without a score, as generate writes them; score it with eval")
     for key, types in _FIELDS.items():
         if type(tree.get(key)) not in types:
-            raise UserError(
-                f"{path} line {number}: {key} is missing or of another kind; give the rows of eval as they are"
-            )
+            raise UserError(f"{path} line {number}: {key} is missing or of another kind; give the rows as they were")
     lists_of_texts = (tree["media"], tree["references"], [source for source in tree["sources"] if source is not None])
     if not all(isinstance(item, str) for items in lists_of_texts for item in items):
-        raise UserError(
-            f"{path} line {number}: media, references and sources hold texts; give the rows of eval as they are"
-        )
+        raise UserError(f"{path} line {number}: media, references and sources hold texts; give the rows as they were")
     if not 0 <= tree["score"] <= 1:
         raise UserError(f"{path} line {number}: the score is {tree['score']}; scores are from 0 to 1")
     return tree
@@ -121,7 +117,7 @@ def _row(tree: Mapping[str, Any]) -> ScoredRow:
     return ScoredRow(
         index=tree["index"],
         id=tree["id"],
-        category=tree["category"],
+        labels={str(key): str(value) for key, value in tree["labels"].items()},
         question=tree["prompt"],
         media=tuple(tree["media"]),
         sources=tuple(tree["sources"]),
@@ -144,10 +140,10 @@ def _summary(path: Path) -> Mapping[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def by_category(rows: Sequence[Any]) -> dict[str, list[Any]]:
-    """The rows of each category, by name; those without one are in none."""
-    found: dict[str, list[Any]] = {}
+def by_label(rows: Iterable[Any], labels_of: Callable[[Any], Mapping[str, str]]) -> dict[str, dict[str, list[Any]]]:
+    """{label: {value: its rows}}, both by name: what a score is broken down into. Rows may have no labels."""
+    found: dict[str, dict[str, list[Any]]] = {}
     for row in rows:
-        if row.category is not None:
-            found.setdefault(row.category, []).append(row)
-    return dict(sorted(found.items()))
+        for label, value in labels_of(row).items():
+            found.setdefault(label, {}).setdefault(value, []).append(row)
+    return {label: dict(sorted(found[label].items())) for label in sorted(found)}

@@ -35,6 +35,10 @@ _DEMUXERS = (
 # Half of the cores: running answers need the others. Each thread holds a frame, and FFmpeg advises against many.
 _DECODER_THREADS = min(8, max(1, (os.cpu_count() or 1) // 2))
 
+# Codecs with frames that no other refers to, which FFmpeg's decoder passes over when asked, and without packets that
+# show nothing: there the frame before the wanted one would be needed too.
+_SKIPPING_CODECS = ("h264", "hevc", "mpeg2video", "mpeg4")
+
 _HEADERS_BYTES = 2048  # of a container, in a frame and behind it, at most
 
 # Index into the timeline, the frame to show (None: no whole one yet), and whether it is the one that should be there.
@@ -300,7 +304,8 @@ class ContainerFrames:
         wanted = iter(indices)
         index = next(wanted, None)
         previous: av.VideoFrame | None = None
-        for frame in self._judged(key, last):
+        orders = {self._order[self._shown_pts[each]] for each in indices}
+        for frame in self._judged(key, last, orders):
             # Packets that show nothing (hidden reference frames) exist: the frame before stays on the screen.
             while index is not None and self._shown_pts[index] < frame.pts:
                 yield self._stand_in(index, previous)
@@ -313,14 +318,14 @@ class ContainerFrames:
             yield self._stand_in(index, previous)
             index = next(wanted, None)
 
-    def _judged(self, key: int, last: int) -> Iterator[av.VideoFrame]:
-        """The whole frames of the packets `key` to `last`, in display order.
+    def _judged(self, key: int, last: int, orders: set[int]) -> Iterator[av.VideoFrame]:
+        """The whole frames of the packets `key` to `last`, in display order; of those not in `orders` maybe not all.
 
         A frame is judged once everything decoded before it has been seen: FFmpeg marks a broken frame, not those that
         refer to it, and a frame shown earlier may refer to one shown later.
         """
         held: list[av.VideoFrame] = []
-        for frame in self._decoded(key, last):
+        for frame in self._decoded(key, last, orders):
             if frame.pts not in self._order:  # not to be placed; if it was wanted, it is reported as missing
                 continue
             # Before the run's key frame: of an open group whose other half was not decoded.
@@ -345,14 +350,20 @@ class ContainerFrames:
         key, order = self._key_of(pts), self._order[pts]
         return bisect.bisect_left(self._broken, key) < bisect.bisect_right(self._broken, order)
 
-    def _decoded(self, key: int, last: int) -> Iterator[av.VideoFrame]:
-        """Frames of the packets `key` to `last`, in display order, broken ones among them."""
+    def _decoded(self, key: int, last: int, orders: set[int]) -> Iterator[av.VideoFrame]:
+        """Frames of the packets `key` to `last`, in display order, broken ones among them.
+
+        A frame that is not among `orders` and that no other refers to is passed over by the decoder.
+        """
         self._go_to(key)
+        context, skips = self._stream.codec_context, self._stream.codec_context.name in _SKIPPING_CODECS
         self.decoded_groups += max(1, bisect.bisect_right(self._keys, last) - bisect.bisect_left(self._keys, key))
         # Drained, the decoder hands out what it holds back for reordering: no packet of the next group is needed.
         for packet in itertools.chain(itertools.islice(self._packets, last + 1 - self._position), [None]):
             self._deadline.check()
             if packet is not None:
+                if skips:
+                    context.skip_frame = "DEFAULT" if self._position in orders else "NONREF"
                 self._position += 1
                 self.decoded_frames += 1
             try:
@@ -360,7 +371,7 @@ class ContainerFrames:
             except av.FFmpegError:
                 # Decoder threads report late: the broken packet is this one or one of those in flight.
                 self._mark_broken(max(key, min(self._position, last + 1) - _DECODER_THREADS))
-        self._stream.codec_context.flush_buffers()
+        context.flush_buffers()
 
     def _stand_in(self, index: int, frame: av.VideoFrame | None) -> _Shown:
         """The frame that is on the screen while none comes; not whole where one should have come."""

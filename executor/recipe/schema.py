@@ -319,7 +319,10 @@ class BenchSection(Section):
     burstiness: Annotated[float, Field(gt=0)] = 1.0
     """How even the gaps between requests are. 1: as of independent users (Poisson); less: in bursts; more: evener."""
     base_url: str | None = None
-    """The running server that serve measures, as http://HOST:PORT. null: the recipe's own, started for it."""
+    """The running server that serve measures, as http://HOST:PORT; its key is server_config.api_key, its model
+    server_config.served_model_name, else the first one it names. null: the recipe's own, started on a free port."""
+    timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 3600.0
+    """Seconds in which a request of serve must be answered, else it has failed."""
     warmups: Annotated[int, Field(ge=0)] = 1
     """Runs before those that count: batches of latency and throughput, requests of serve."""
     repetitions: Positive = 3
@@ -336,11 +339,13 @@ class EvalSection(Section):
     metric: Metric | None = None
     """null: the data set's own."""
     dump_layers: Literal["transformers", "cpu", "npu_emulated"] | None = None
-    """Instead of scores: the hidden states of the first requests (data_config.limit, else 2) beside those of this, stage
-    by stage. docs/dump_layers.md has what is compared."""
+    """Instead of scores: the hidden states of the first requests (data_config.limit, else 2) beside those of this,
+    stage by stage. docs/dump_layers.md has what is compared."""
     reference_model: str | None = None
     """Checkpoint of the other side of dump_layers: the float weights of a quantized model_path, say. null: model_path.
     """
+    report_path: str | None = None
+    """HTML file of eval compare. null: one under output_path."""
 
 
 class PlanSection(Section):

@@ -24,6 +24,8 @@ class VisionShapes:
     out_size: int
     num_positions: int  # learned position embeddings; 0 without
     num_taps: int  # DeepStack mergers
+    window_size: int  # pixels of a window's side; 0: every block attends over whole frames
+    num_full_blocks: int  # that attend over whole frames
 
 
 @dataclass(frozen=True)

@@ -99,9 +99,11 @@ class EncoderCache:
         self.settle(tuple(self._planned))
 
     def forget_idle(self) -> None:
-        """Have embeddings that nobody holds dropped by the next plan."""
-        while self._idle:
-            self._drop_oldest()
+        """Have embeddings that nobody holds dropped by the next plan, whoever asks for them then."""
+        self._doubtful |= dict.fromkeys((*self._idle, *self._release))
+        self._idle.clear()
+        self._release.clear()
+        self._idle_tokens = 0
 
     def check(self, held: set[tuple[str, int, bytes]]) -> None:
         """Assert all invariants, given every (request id, number, digest) that requests hold."""
@@ -141,12 +143,9 @@ class EncoderCache:
 
     def _trim(self) -> None:
         while self._idle and self.num_tokens > self.capacity_tokens:
-            self._drop_oldest()
-
-    def _drop_oldest(self) -> None:
-        digest, num_tokens = self._idle.popitem(last=False)
-        self._idle_tokens -= num_tokens
-        self._release[digest] = None
+            digest, num_tokens = self._idle.popitem(last=False)
+            self._idle_tokens -= num_tokens
+            self._release[digest] = None
 
 
 class MediaReads:

@@ -84,6 +84,8 @@ class Config:
                 out_size=vision.out_hidden_size,
                 num_positions=0,
                 num_taps=0,
+                window_size=vision.window_size,
+                num_full_blocks=len(vision.full_attention_layers),
             ),
             hidden_size=text.hidden_size,
             num_layers=text.num_layers,

@@ -101,6 +101,8 @@ class Config:
                 out_size=vision.out_hidden_size,
                 num_positions=vision.num_positions,
                 num_taps=len(vision.deepstack_layers),
+                window_size=0,
+                num_full_blocks=vision.depth,
             ),
             hidden_size=text.hidden_size,
             num_layers=text.num_layers,

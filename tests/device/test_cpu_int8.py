@@ -218,3 +218,25 @@ def test_without_vnni_a_form_is_chosen_that_does_not_saturate():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True", "True"]
+
+
+def test_no_product_takes_reference_code():
+    """oneDNN falls back to it without a word, for signed activations on most CPUs: a thousand times as long."""
+    if capability().int8 != ONE_CALL:
+        pytest.skip("oneDNN's int8 product is not used on this CPU")
+    program = (
+        "import torch\n"
+        "from executor.device.cpu.int8_products import OneCall\n"
+        "product = OneCall(torch.ones(300, 96, dtype=torch.int8))\n"
+        "for rows in (1, 2, 40, 300):\n"
+        "    for dtype in (torch.float32, torch.bfloat16):\n"
+        "        product.scaled(torch.ones(rows, 96, dtype=torch.int8), product.ones, product.ones, dtype, 3)\n"
+        "        product.two_digits(torch.ones(2, rows, 96, dtype=torch.int8), product.ones, dtype)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"ONEDNN_VERBOSE": "1"}, cwd=REPO, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    products = [line for line in done.stdout.splitlines() if ",exec,cpu,matmul," in line]
+    assert len(products) == 24
+    assert [line for line in products if ",ref" in line] == []

@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from executor.checkpoint.settings import PixelSettings
 from executor.media.image import decode_image, resize, smart_resize
 from executor.media.patches import cut_frames, cut_rows, normalize_patchify
 from executor.media.sampling import Sampling, frame_size_of_all, frame_size_per_frame, spread, strided
 from executor.media.video import read_video
+from executor.prompt.digest import make_media_item
 from tests.media.media_files import make_frames, write_video
 
 pytestmark = pytest.mark.usefixtures("torchvision")
@@ -64,6 +66,18 @@ def test_picture_modes(mode: str) -> None:
     picture = picture.convert(mode) if mode in ("RGBA", "LA") else picture.convert("RGB").convert(mode)
     expected = Qwen2VLImageProcessor()(picture, return_tensors="pt")["pixel_values"]
     assert torch.equal(patches(resize(decode_image(picture)[None], 56, 84), QWEN2_5), expected)
+
+
+@pytest.mark.parametrize(("patch", "bound"), [(14, 12845056), (16, 16777216)])
+def test_bytes_that_travel_for_a_picture_of_1080p(patch: int, bound: int) -> None:
+    """A byte a colour and pixel, once: neither floats nor the second frame that a picture is repeated to."""
+    settings = PixelSettings(patch, 2, 2, (0.5,) * 3, (0.5,) * 3, 65536, bound)
+    frame = decode_image(Image.new("RGB", (1920, 1080), (10, 200, 30)))
+    size = smart_resize(1080, 1920, settings.factor, settings.min_pixels, settings.max_pixels)
+    item = make_media_item("image", resize(frame[None], *size), settings)
+    assert item.pixels.dtype == torch.uint8 and item.pixels.is_contiguous()
+    assert item.pixels.nbytes == 3 * size[0] * size[1] <= 8_000_000
+    assert item.pixels.untyped_storage().nbytes() == item.pixels.nbytes
 
 
 @pytest.mark.parametrize("config", [QWEN2_5, QWEN3], ids=["qwen2_5", "qwen3"])

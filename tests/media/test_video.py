@@ -13,6 +13,7 @@ from av.stream import Disposition
 from PIL import Image
 
 from executor.errors import UserError
+from executor.media.container import ContainerFrames
 from executor.media.image import decode_image
 from executor.media.media import MediaLimits, load_media
 from executor.media.sampling import Sampling, spread, strided
@@ -58,6 +59,25 @@ def test_frames_equal_a_full_decode(tmp_path: Path, name: str, codec: str, optio
     assert len(dense.indices) == 75 - (rule is strided)
     assert_frames(dense, every_frame)
     assert dense.decoded_frames <= 75
+
+
+def test_frames_that_nobody_refers_to_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One picture in four is wanted; of the three B-frames between two others only the middle one is referred to."""
+    x264 = "keyint=40:min-keyint=40:scenecut=0:bframes=3:b-adapt=0:b-pyramid=normal"
+    path = write_video(tmp_path / "a.mp4", make_frames(81, 96, 128), Fraction(8), options={"x264-params": x264})
+    every_frame = decode_all(path)
+    given = []
+    decoded = ContainerFrames._decoded
+
+    def counted(self, *arguments):
+        for frame in decoded(self, *arguments):
+            given.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(ContainerFrames, "_decoded", counted)
+    video = read_video(path, Sampling(strided, fps=2))
+    assert_frames(video, every_frame)
+    assert len(video.indices) <= len(given) <= 0.65 * video.decoded_frames
 
 
 def test_bytes_and_path_are_read_alike(tmp_path: Path) -> None:

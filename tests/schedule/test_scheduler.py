@@ -295,6 +295,31 @@ def test_media_within_a_known_prefix_are_not_encoded_again():
     assert runner.num_encoded == {b"red": 1, b"a": 1, b"b": 1, b"c": 1}
 
 
+def test_what_is_forgotten_is_computed_again_and_what_runs_keeps_what_it_has():
+    s = scheduler()
+    runner = FakeRunner(s)
+
+    def answer(name):
+        s.add(request(name, [5, 5], media("red", 6), [6, 7, 8]))
+        while s.has_work:
+            plan = s.schedule()
+            s.update(plan, runner.execute(plan))
+            s.check()
+
+    answer("a")
+    answer("b")
+    assert runner.num_encoded == {b"red": 1}
+    s.forget()
+    s.check()
+    assert s.pool.num_cached == 0
+    answer("c")
+    assert runner.num_encoded == {b"red": 2}
+    s.add(request("d", range(10, 22), max_new_tokens=3))
+    step(s)
+    s.forget()
+    assert step(s) == [("d", 12, 1)]
+
+
 def test_a_chunk_may_end_inside_a_picture():
     s = scheduler(max_num_batched_tokens=6, encoder_cache_tokens=12)
     s.add(request("a", [5, 5], media("red", 9), [6], media("blue", 4)))

@@ -4,60 +4,63 @@ Every run begins with empty caches. Rank 0 measures and reports; the first ranks
 each run, and all others follow theirs.
 """
 
-import logging
 from functools import partial
 from typing import Any, TextIO
 
 from dataset.load import load_dataset
-from dataset.sample import Dataset, Sample
-from executor.bench.drive import Question, drive
+from executor.bench.floor import speeds_of
 from executor.bench.machine import machine, versions
 from executor.bench.publish import now, publish, results_place
 from executor.bench.replicas import Replicas
-from executor.bench.results import Load, Point, Report, Run, Startup, recipe_tree
-from executor.bench.workload import PlannedRun, planned_runs, requests_digest, with_fixed_lengths, workload
+from executor.bench.results import Report, recipe_tree
+from executor.bench.workload import requests_digest, with_fixed_lengths, workload
+from executor.commands.bench.measuring import Measuring
 from executor.commands.build import engine_of, open_rank
-from executor.commands.generate.ask import ask
-from executor.engine.engine import Engine
 from executor.engine.loop import EngineLoop
 from executor.engine.params import check_params
 from executor.host.env import rank_place
-from executor.host.limits import peak_memory_bytes, restart_peak_memory
-from executor.host.uptime import process_age_s
 from executor.prompt.chat import check_template_kwargs
 from executor.recipe.generation import sampling_params
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import Prepared, prepare
 from executor.schedule.request import SamplingParams
 
-logger = logging.getLogger(__name__)
-
 TURN_S = 0.002  # for which a replica waits for a request before it looks for the others
 
 
 def measure(recipe: Recipe, out: TextIO) -> tuple[dict[str, Any], int]:
-    """On rank 0: everything that the recipe asks for, printed and saved; the JSON document and the exit status."""
+    """Everything that the recipe asks for; rank 0 prints and saves it. Returns the JSON document and the exit status.
+
+    After an interruption the runs that were whole are printed and saved, and KeyboardInterrupt says so.
+    """
     place, created = rank_place(), now()
     recipe = with_fixed_lengths(recipe)
+    dataset = None if place.rank else load_dataset(recipe.data, recipe)
     prepared = prepare(recipe, place.local_world_size)
     recipe, params = prepared.recipe, _checked_params(prepared)
-    path = results_place(recipe, recipe.bench.mode, created) if not place.rank else None
+    path = None if place.rank else results_place(recipe, recipe.bench.mode, created)
     device, parallel = open_rank(prepared)
-    dataset = load_dataset(recipe.data, recipe) if parallel.leads else None
-    engine = engine_of(prepared, device, parallel)
     if not parallel.leads:
-        engine.follow()
+        engine_of(prepared, device, parallel).follow()
         parallel.disconnect()
         return {"command": "bench"}, 0
+    dataset = dataset or load_dataset(recipe.data, recipe)
+    engine = engine_of(prepared, device, parallel)
     with EngineLoop(engine) as loop:
-        measuring = Measuring(recipe, params, dataset, loop, Replicas(parallel, partial(loop.turn, TURN_S)))
-        interrupt = measuring.all_runs()
-    for _ in engine.assist():
-        pass
-    engine.dismiss()
-    parallel.disconnect()
+        replicas = Replicas(parallel, partial(loop.turn, TURN_S))
+        replicas.agree(requests_digest(recipe, dataset))
+        measuring = Measuring(recipe, params, dataset, loop, replicas)
+        is_whole = _all_runs(measuring)
+    if is_whole:
+        for _ in engine.assist():
+            pass
+        engine.dismiss()
+        parallel.disconnect()
     if place.rank:
         return {"command": "bench"}, 0
+    if not measuring.runs:
+        raise KeyboardInterrupt("before anything was measured")
+    speeds = speeds_of(recipe, engine.runner.dtype) if is_whole else None
     report = Report(
         mode=recipe.bench.mode,
         dataset=recipe.data.dataset,
@@ -66,7 +69,27 @@ def measure(recipe: Recipe, out: TextIO) -> tuple[dict[str, Any], int]:
         workload=workload(recipe, dataset),
         machine=machine(recipe),
         versions=versions(),
-        points=tuple(Point(load, tuple(runs)) for load, runs in measuring.runs.items() if runs),
+        points=measuring.points(prepared.shapes, speeds),
         startup=measuring.startup,
     )
-    return publish(recipe, report, path, out)
+    document, status = publish(recipe, report, path, out)
+    if not is_whole:
+        raise KeyboardInterrupt(f"what was measured until then is in {path}")
+    return document, status
+
+
+def _all_runs(measuring: Measuring) -> bool:
+    """Whether they came to their end."""
+    try:
+        measuring.all_runs()
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+def _checked_params(prepared: Prepared) -> SamplingParams:
+    """The recipe's parameters, refused before weights are read where they cannot be served."""
+    params = sampling_params(prepared.recipe.generation, prepared.generation_config)
+    check_params(params, prepared.shapes.vocab_size)
+    check_template_kwargs(prepared.recipe.data.chat_template_kwargs)
+    return params

@@ -10,6 +10,10 @@ from executor.recipe.schema import Recipe
 def run(recipe: Recipe, out: TextIO | None = None) -> tuple[dict[str, Any], int]:
     """Measure as `recipe.bench` says; the JSON document and the exit status. Raises UserError for what cannot be."""
     check(recipe)
+    if recipe.bench.mode == "serve":
+        from executor.commands.bench.serve import measure
+
+        return measure(recipe, out or sys.stdout)
     from executor.commands.bench.offline import measure  # loads torch
 
     return measure(recipe, out or sys.stdout)
@@ -18,8 +22,6 @@ def run(recipe: Recipe, out: TextIO | None = None) -> tuple[dict[str, Any], int]
 def check(recipe: Recipe) -> None:
     """UserError for settings that say nothing, or cannot be."""
     bench, generation = recipe.bench, recipe.generation
-    if bench.mode == "serve":
-        raise UserError("bench_config.mode: serve is not part of this release yet; there are latency and throughput")
     if (generation.n or 1) > 1:
         raise UserError(f"generation_config.n is {generation.n}: bench measures one answer of a request; set it to 1")
     if bench.mode == "latency":

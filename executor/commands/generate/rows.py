@@ -46,9 +46,7 @@ def answered_row(asked: Asked, completion: Any, engine: Any, recipe: Recipe) -> 
         "error": None,
         "cached_tokens": completion.cached_tokens,
         "prepare_ms": _ms(asked.build_s),
-        "media_sizes": [
-            {"original": list(item.original_hw), "resized": list(item.resized_hw)} for item in asked.prompt.media
-        ],
+        "media_sizes": [_sizes(item, engine.processor.box_convention) for item in asked.prompt.media],
         "warnings": list(completion.warnings),
     }
     if asked.params.n > 1:
@@ -68,6 +66,16 @@ def answered_row(asked: Asked, completion: Any, engine: Any, recipe: Recipe) -> 
             row["warnings"].append(f"the answer could not be drawn: {reason}")
             logger.warning("request %d: %s", asked.index, row["warnings"][-1])
     return row
+
+
+def _sizes(item: Any, box_convention: str) -> dict[str, list[int]]:
+    """Height and width of a picture or video; and the width and height of it in the units of an answer's boxes."""
+    is_absolute = box_convention == "absolute"
+    return {
+        "original": list(item.original_hw),
+        "resized": list(item.resized_hw),
+        "box_units": [*reversed(item.resized_hw)] if is_absolute else [1000, 1000],
+    }
 
 
 def failed_row(index: int, sample: Sample, error: str) -> Row:

@@ -20,6 +20,7 @@ ONE_CALL, DIGITS, EXPANDED = "one call", "digits", "expanded"
 SMALL_RESULT = 256
 """A result of at most so many numbers, and one row by exactly so many inputs, oneDNN computes by its reference code: a
 hundred times as long as more rows take, about 30 ns a product. Measured with torch 2.13.0 on a CPU with AMX."""
+UNSIGNED_ZERO = 128  # what int8 numbers are higher by as unsigned ones
 EXACT_SUM = 1 << 24  # float32 holds every whole number up to it
 _HALF_OF_WHOLE = 1 << 23  # from here to twice that, fp32 has whole numbers only
 EXPAND_ELEMENTS = 1 << 21  # of the fp32 block that a product is made from: 8 MiB
@@ -51,8 +52,10 @@ class Product(ABC):
 
 
 class OneCall(Product):
-    """oneDNN multiplies int8 by int8 into int32, takes the activations' zero point off there, and scales in fp32.
+    """oneDNN multiplies bytes by int8 into int32, takes the activations' zero point off there, and scales in fp32.
 
+    Activations go in unsigned, 128 higher, and so does their zero point: of signed ones oneDNN has a fast product for
+    CPUs with AMX only, and elsewhere takes its reference code without a word, a thousand times as long.
     Only for a CPU where a tried call says that it does not saturate (capability.py).
     """
 
@@ -79,7 +82,8 @@ class OneCall(Product):
         num_rows = len(x)
         if num_rows < self.least_rows:
             x = F.pad(x, (0, 0, 0, self.least_rows - num_rows))
-        y = self.run(x, x_scale, zero_point, self.packed, scale, self.zeros, bias, 1.0, 0, dtype, "none", [], "")
+        head = unsigned(x), x_scale, zero_point + UNSIGNED_ZERO, self.packed, scale, self.zeros
+        y = self.run(*head, bias, 1.0, 0, dtype, "none", [], "")
         return y[:num_rows]
 
     def sums(self, x: Tensor) -> Tensor:
@@ -91,7 +95,7 @@ class OneCall(Product):
         The low digits' part is rounded to `dtype` first: a 254th of the result, and so is what that loses.
         """
         y, high = self.scaled(x[1], scale, None, dtype), scale * self.digit_base
-        head = x[0], 1.0, 0, self.packed, high, self.zeros, y, None, 1.0, 0, dtype
+        head = unsigned(x[0]), 1.0, UNSIGNED_ZERO, self.packed, high, self.zeros, y, None, 1.0, 0, dtype
         return self.run_added(*head, 1.0, 0, "sum", 1.0, "none", [], "")
 
     def num_digits(self, num_rows: int, dtype: torch.dtype) -> int:
@@ -189,6 +193,11 @@ class Expanded(Product):
 
 
 PRODUCTS: dict[str, type[Product]] = {ONE_CALL: OneCall, DIGITS: Digits, EXPANDED: Expanded}
+
+
+def unsigned(x: Tensor) -> Tensor:
+    """int8 `x` plus 128, as uint8."""
+    return x.view(torch.uint8).bitwise_xor(UNSIGNED_ZERO)
 
 
 def float_digits(whole: Tensor, base: int, count: int) -> Tensor:

@@ -264,6 +264,13 @@ class NpuOps(Ops):
     def free_bytes(self) -> int | None:
         return None if self.device.type == "cpu" else torch_npu.npu.mem_get_info()[0]
 
+    def restart_peak(self) -> None:
+        if self.device.type != "cpu":
+            torch_npu.npu.reset_peak_memory_stats()
+
+    def peak_bytes(self) -> int | None:
+        return None if self.device.type == "cpu" else torch_npu.npu.max_memory_reserved()
+
     def profiler(self, folder: Path, name: str) -> Any:
         return NpuProfiler(folder, name, on_chip=self.device.type != "cpu")
 

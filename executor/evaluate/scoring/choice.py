@@ -2,8 +2,9 @@
 
 The forms and their order are those of extract_mcq_answer (lmms-eval 0.7.3, tasks/_task_utils/mcq_extract.py): a letter
 at the start, at the end, behind "the answer is", then (A), A., A:, A) and a bare A; of several of one form the last
-counts. Where that function takes letters out of words this one does not: a letter must stand alone ("USA." holds none),
-behind "the answer is" the nearest one counts ("The answer is B. Apples"), and an option's own text is a choice too.
+counts. It departs from that function in three ways. A letter must stand alone, where that one takes it out of words
+("USA.", "Because"). Behind "the answer is" or "Answer:" the nearest letter counts, not the last ("The answer is B. A is
+red"). An option's own text is a choice too, where no letter stands in the answer, and so is a lone small letter.
 """
 
 import re
@@ -14,11 +15,11 @@ from executor.evaluate.scoring.score import BoxSpace, Score
 DEFAULT_CHOICES = 8  # letters that are looked for where a sample names no choices
 _OUTER_SIGNS = (",", ".", "!", "?", ";", ":", "'", '"')
 _PHRASES = re.compile(
-    r"(?:answer|option|choice) is|i (?:choose|select|pick)|(?:答案|选项)[是为]|答案[:：]|正确答案|选|"
-    r"정답은|답은|답[:：]|옵션|答えは",
+    r"(?:answer|option|choice) is|answer\s*[:：]|i (?:choose|select|pick)|boxed\{|"
+    r"(?:答案|选项)[是为]|答案[:：]|正确答案|选|정답은|답은|답[:：]|옵션|答えは",
     re.IGNORECASE,
 )
-_FORMS = (r"\({}\)", r"{}\.", "{}:", r"{}\)", r"{}\s")
+_FORMS = (r"\({}\)", r"{}\.", "{}:", r"{}\)", "{}")
 
 
 def score(text: str, sample: Sample, space: BoxSpace | None = None) -> Score:
@@ -61,13 +62,20 @@ def _by_form(text: str, standing: str) -> str:
     if behind:
         return behind[-1][1]
     for form in _FORMS:
-        found = re.findall(form.format(standing), f"{text} ")
+        found = re.findall(form.format(standing), text)
         if found:
             return found[-1]
     return ""
 
 
 def _by_option(text: str, options: dict[str, str]) -> str:
-    """The letter of the only option whose text the answer holds."""
-    found = [letter for letter, option in options.items() if option and option in text.lower()]
-    return found[0] if len(found) == 1 else ""
+    """The letter of the only option whose text the answer holds; one that is part of another that it holds is none."""
+    words = "(?<![A-Za-z0-9]){}(?![A-Za-z0-9])"
+    held = {each: text_of for each, text_of in options.items() if text_of}
+    held = {
+        each: text_of for each, text_of in held.items() if re.search(words.format(re.escape(text_of)), text.lower())
+    }
+    whole = [
+        each for each, text_of in held.items() if not any(text_of in other for other in set(held.values()) - {text_of})
+    ]
+    return whole[0] if len(whole) == 1 else ""

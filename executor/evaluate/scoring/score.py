@@ -36,10 +36,14 @@ class Score:
 class Metric:
     """One way to score answers. `score(text, sample, space)`; space is None for answers that hold no boxes.
 
-    needs: the field of a sample that it scores by; a sample without is the user's mistake, told before a run.
+    needs: the fields of a sample of which it must have one; `fits` says whether it has.
     """
 
     name: str
-    needs: str  # "references" or "boxes"
+    needs: tuple[str, ...]
     score: Callable[[str, Sample, BoxSpace | None], Score]
     source: str  # the public implementation that it equals
+
+    def fits(self, sample: Sample) -> bool:
+        """Whether the sample holds what it can be scored by: accepted answers, or boxes."""
+        return any(getattr(sample, field) for field in self.needs)

@@ -237,8 +237,8 @@ def test_sizes_and_warnings_are_reported_with_the_answer(tmp_path):
     (row,), status, printed = answers(recipe_of("qwen2_5_vl", data=data))
     assert status == 0 and row["error"] is None
     (picture, cut, whole) = row["media_sizes"]
-    assert picture == {"original": [200, 300], "resized": [196, 308]}
-    assert cut == whole and set(cut) == {"original", "resized"}
+    assert picture == {"original": [200, 300], "resized": [196, 308], "box_units": [308, 196]}
+    assert cut == whole and set(cut) == {"original", "resized", "box_units"}
     (warning,) = row["warnings"]
     assert "cut.mp4: the video is cut short" in warning and warning in printed
 

@@ -120,6 +120,10 @@ def test_ocrbench_contains_and_formulas_have_no_spaces():
         ("The answer is B. Apples", "B"),
         ("(A) is tempting but the answer is D", "D"),
         ("Option C: because", "C"),
+        ("Answer: C, since A and B are too few", "C"),
+        ("\\boxed{D} fits, A and B do not", "D"),
+        ("**B**", "B"),
+        ("not 7 but seven days or so", "D"),
         ("B: a red cup", "B"),
         ("seven days", "D"),
         ("It lasts seven days, I think", "D"),
@@ -133,6 +137,13 @@ def test_ocrbench_contains_and_formulas_have_no_spaces():
 def test_letters_are_read_out_of_answers(said, letter):
     assert choice.chosen(said, ABCD) == letter
     assert value("choice_accuracy", said, references=("B",), choices=ABCD) == float(letter == "B")
+
+
+def test_an_option_within_another_is_not_meant():
+    assert choice.chosen("I see a red apple here", ("red apple", "dog", "apple")) == "A"
+    assert choice.chosen("I see an apple here", ("red apple", "dog", "apple")) == "C"
+    assert choice.chosen("I see pineapples and dogma", ("red apple", "dog", "apple")) == ""
+    assert choice.chosen("an apple or a dog", ("red apple", "dog", "apple")) == ""
 
 
 def test_boxes_of_both_families_score_alike():

@@ -1,0 +1,230 @@
+"""Where a published data set lies, in which of its forms, and what to say where it does not.
+
+A loader asks its Place for files by the names they are published under, and builds samples of Rows. Knows no data set.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dataset.parquet import ParquetRows
+from dataset.published import PUBLISHED, VALIDATION, Published
+from dataset.sample import Dataset, Sample
+from executor.errors import ODD_DATA_ERRORS, UserError, printable
+from executor.host.env import REPO_ROOT, find_path
+from executor.recipe.schema import DataSection
+
+logger = logging.getLogger(__name__)
+
+NAMES_SHOWN = 8
+_NUMBERED = re.compile(r"(?P<head>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data set, whatever file it stands in. `picture(column)` is a path or the bytes themselves."""
+
+    where: str
+    values: Mapping[str, Any]
+    picture: Callable[[str], str | bytes]
+
+    def text(self, *names: str) -> str:
+        """The value of the first of these columns that is there, as text. UserError where it is empty."""
+        value = next((self.values[name] for name in names if self.values.get(name) is not None), None)
+        if value is None or str(value).strip() == "":
+            raise UserError(f"there is no {' or '.join(names)}; the row has {', '.join(map(str, self.values))}")
+        return str(value)
+
+    def texts(self, *names: str) -> tuple[str, ...]:
+        """The values of the first of these columns that is there: of a list each, of one value that."""
+        value = next((self.values[name] for name in names if self.values.get(name) is not None), ())
+        return tuple(str(item) for item in value) if isinstance(value, list | tuple) else (str(value),)
+
+    def labels(self, **names: str) -> dict[str, str]:
+        """What scores are broken down by: {label: value of the column named}, of those that the row has."""
+        return {label: str(self.values[name]) for label, name in names.items() if self.values.get(name) is not None}
+
+
+@dataclass(frozen=True)
+class Place:
+    """The folder of one data set. `file` is set where the recipe names a single file in it."""
+
+    name: str
+    published: Published
+    split: str
+    root: Path
+    file: Path | None = None
+
+    def parquet(self) -> list[Path]:
+        """The Parquet files of the split: SPLIT-00000-of-00003.parquet and the like, below `root`, in their order.
+
+        Raises UserError where some of those that belong together are not there.
+        """
+        if self.file is not None:
+            return [self.file] if self.file.suffix == ".parquet" else []
+        names = VALIDATION if self.split in VALIDATION else (self.split,)
+        found = {
+            path
+            for name in names
+            for pattern in (f"{name}-*.parquet", f"{name}_*.parquet", f"{name}.parquet")
+            for path in self.root.rglob(pattern)
+        }
+        _refuse_gaps(found)
+        return sorted(found)
+
+    def find(self, *names: str) -> Path | None:
+        """The file of one of these names, in the folder or one below it; the one that the recipe names itself."""
+        if self.file is not None:
+            return self.file if any(self.file.match(name) for name in names) else None
+        found = (path for name in names for pattern in (name, f"*/{name}") for path in sorted(self.root.glob(pattern)))
+        return next((path for path in found if path.is_file()), None)
+
+    def locate(self, name: str, *folders: str) -> str:
+        """The path of a picture or video that a row names. UserError where it is not in the folder or one of these."""
+        beside = [Path(folder) / part for folder in folders for part in (name, Path(name).name)]
+        tried = [self.root / part for part in (name, *beside)]
+        found = next((path for path in tried if path.is_file()), None)
+        if found is None:
+            where = ", ".join(str(path) for path in dict.fromkeys(path.parent for path in tried))
+            raise UserError(f"there is no file {Path(name).name} (looked in {where})")
+        return str(found)
+
+    def missing(self, *expected: str) -> UserError:
+        """What to say where none of the forms is there. `expected`: the files of each form."""
+        if not self.root.exists():
+            there = "there is no such folder"
+        else:
+            names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in self.root.iterdir())
+            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+            there = f"it has {', '.join(names[:NAMES_SHOWN]) or 'nothing'}{more}"
+        got = f"{self.file} is none of these files" if self.file else f"{self.root}: {there}"
+        return UserError(
+            f"{self.published.title}, part {self.split}, needs one of: {'; '.join(expected)}. Got {got}. The set is "
+            f"published as {self.published.published_as}. Name its folder: --set data_config.dataset_path=FOLDER"
+        )
+
+
+def place_of(name: str, data: DataSection) -> Place:
+    """Where the recipe says that the set lies, or its usual place, dataset/NAME."""
+    published = PUBLISHED[name]
+    path = find_path(data.dataset_path) if data.dataset_path else REPO_ROOT / "dataset" / name
+    split = published.split(data.split)
+    if path.is_file():
+        return Place(name, published, split, path.parent, path)
+    return Place(name, published, split, path)
+
+
+def from_parquet(
+    place: Place,
+    files: Sequence[Path],
+    build: Callable[[Row], Sample],
+    *,
+    needed: Sequence[str],
+    optional: Sequence[str] = (),
+    media: Sequence[str] = ("image",),
+    spread: Callable[[Mapping[str, Any]], Iterable[Mapping[str, Any]]] = lambda values: (values,),
+) -> Dataset:
+    """Samples of Parquet rows, each built when it is asked for and not kept. `spread` makes several rows of one."""
+    rows = ParquetRows(files, needed=needed, optional=optional, media=media)
+    samples: list[Callable[[], Sample]] = []
+    for index, values in enumerate(rows.values):
+        picture = partial(_embedded, place, rows, index)
+        for part in spread(values):
+            samples.append(partial(built, build, Row(rows.where(index), part, picture)))
+    return _dataset(place, samples, files)
+
+
+def from_rows(place: Place, rows: Iterable[Row], build: Callable[[Row], Sample], files: Sequence[Path]) -> Dataset:
+    """Samples of rows whose media are files: all are built at once."""
+    return _dataset(place, [built(build, row) for row in rows], files)
+
+
+def built(build: Callable[[Row], Sample], row: Row) -> Sample:
+    """The sample of a row, or one with its error: a bad row stops no other."""
+    try:
+        return build(row)
+    except UserError as error:
+        return Sample(row.where, error=printable(f"{row.where}: {error}"))
+    except ODD_DATA_ERRORS as error:
+        logger.debug("%s", row.where, exc_info=True)
+        reason = f"{type(error).__name__}: {error}"
+        return Sample(row.where, error=printable(f"{row.where}: the row cannot be read ({reason})"))
+
+
+def _refuse_gaps(paths: Iterable[Path]) -> None:
+    """UserError where a numbered file lacks one of those it belongs to: scores of a part of a part mislead."""
+    there: dict[tuple[Path, str, int], set[int]] = {}
+    for path in paths:
+        if match := _NUMBERED.match(path.name):
+            group = (path.parent, match["head"], int(match["count"]))
+            there.setdefault(group, set()).add(int(match["number"]))
+    for (folder, head, count), numbers in there.items():
+        if lacking := sorted(set(range(count)) - numbers):
+            raise UserError(
+                f"{folder}: {head} is {count} files, and number {', '.join(map(str, lacking))} is not there"
+            )
+
+
+def _dataset(place: Place, samples: Sequence[Sample | Callable[[], Sample]], files: Sequence[Path]) -> Dataset:
+    if not samples:
+        names = ", ".join(path.name for path in files)
+        raise UserError(f"{place.published.title}, part {place.split}: {names} in {place.root} hold no rows")
+    return Dataset(place.root, samples, tuple(files))
+
+
+def _embedded(place: Place, rows: ParquetRows, index: int, column: str) -> str | bytes:
+    value = rows.media(index).get(column)
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if not value:
+        raise UserError(f"the column {column} holds no picture")
+    return value if isinstance(value, bytes) else place.locate(str(value))
+
+
+def read_json(path: Path, key: str | None = None) -> list[Mapping[str, Any]]:
+    """The entries of a JSON list, or of the list under `key`. UserError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no readable JSON file: {error}") from error
+    if key is not None and isinstance(content, Mapping):
+        content = content.get(key)
+    if not isinstance(content, list) or not all(isinstance(entry, Mapping) for entry in content):
+        within = f" under '{key}'" if key else ""
+        raise UserError(f"{path}: wanted a list of objects{within}, got {type(content).__name__}")
+    return content
+
+
+def read_json_lines(path: Path) -> list[Mapping[str, Any]]:
+    """The objects of a JSON Lines file. UserError for a line that is none."""
+    entries = []
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    entries.append(json.loads(line))
+                    if not isinstance(entries[-1], Mapping):
+                        raise UserError(f"{path.name}:{number}: wanted an object, got {type(entries[-1]).__name__}")
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no readable JSON Lines file: {error}") from error
+    return entries
+
+
+def question(row: Row, text: str, media: Sequence[Mapping[str, Any]], **fields: Any) -> Sample:
+    """A sample of one user message: media, then text."""
+    name = next((row.values[key] for key in ("question_id", "questionId", "id") if row.values.get(key)), None)
+    content = [*media, {"type": "text", "text": text}]
+    where = row.where if name is None else f"{row.where} ({printable(str(name))[:80]})"
+    return Sample(where, ({"role": "user", "content": content},), **fields)
+
+
+def picture_part(source: str | bytes) -> dict[str, Any]:
+    """A picture as a part of a message."""
+    return {"type": "image", "image": source}

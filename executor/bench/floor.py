@@ -1,0 +1,103 @@
+"""Measured against the floor: the least time in which the steps that a run made can be computed at all.
+
+Each step has to read its weights and its part of the cache, and to compute its products: the longer of the two is its
+floor (executor/capacity/work.py, StepCost.floor_s), vision passes for themselves. The sum over a run's steps is
+compared with its duration, so that the host's work, waiting and a schedule that leaves the device idle all show. Of
+several ranks one rank's part; of several replicas the first one's. Types of quantized linears are the vendor's choice.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from executor.bench import probe
+from executor.bench.results import Floor
+from executor.capacity.chips import chip_of_soc
+from executor.capacity.costs import Grid, Row, decode_cost, prefill_cost, vision_cost
+from executor.capacity.work import StepCost
+from executor.device.table import BACKENDS
+from executor.recipe.schema import Recipe
+from executor.recipe.sizes import ModelShapes
+from executor.schedule.plan import Plan
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Of one rank's chip. `origin`: measured or published."""
+
+    origin: str
+    bytes_per_s: float
+    flops_per_s: float
+    int8_flops_per_s: float
+
+    def floor_s(self, cost: StepCost) -> float:
+        return cost.floor_s(self.bytes_per_s, self.flops_per_s, self.int8_flops_per_s)
+
+
+def speeds_of(recipe: Recipe, dtype: torch.dtype) -> Speeds | None:
+    """Of the chip that a settled recipe computes on, in `dtype`: published ones of an NPU, measured ones of this CPU;
+    None of an emulated chip, whose times say nothing."""
+    model = recipe.model
+    if BACKENDS[model.device].is_emulated:
+        return None
+    if model.device == "cpu":
+        rates = probe.measure(dtype)
+        return Speeds("measured", rates.bytes_per_s, rates.flops_per_s, rates.int8_flops_per_s)
+    chip = chip_of_soc(model.soc)
+    return Speeds("published", chip.bandwidth_bytes_per_s, chip.rate(model.dtype), chip.rate("int8"))
+
+
+class StepLog:
+    """What the steps of one run compute; is called with the plan of each."""
+
+    def __init__(self) -> None:
+        self._decodes: dict[tuple[int, int], int] = {}  # (rows, tokens of context of all) -> steps
+        self._prefills: list[tuple[Row, ...]] = []
+        self._encoded: list[tuple[Grid, ...]] = []
+        self.most_rows = 0
+
+    def __call__(self, plan: Plan) -> None:
+        if plan.encode:
+            self._encoded.append(tuple(item.grid_thw for item in plan.encode))
+        if not plan.rows:
+            return
+        self.most_rows = max(self.most_rows, len(plan.rows))
+        if plan.rows[-1].num_tokens == 1:  # the longer rows come last
+            key = len(plan.rows), sum(row.start for row in plan.rows) + len(plan.rows)
+            self._decodes[key] = self._decodes.get(key, 0) + 1
+        else:
+            self._prefills.append(tuple(Row(row.num_tokens, row.start, row.max_yield > 0) for row in plan.rows))
+
+    def floors(self, recipe: Recipe, shapes: ModelShapes, speeds: Speeds) -> "Floors":
+        """Of all steps; `recipe` is settled."""
+        decode_s, num_decodes = 0.0, 0
+        for (rows, context), steps in self._decodes.items():
+            decode_s += steps * speeds.floor_s(decode_cost(recipe, shapes, rows, context / rows))
+            num_decodes += steps
+        prefill_s = sum(speeds.floor_s(prefill_cost(recipe, shapes, rows)) for rows in self._prefills)
+        vision_s = sum(speeds.floor_s(vision_cost(recipe, shapes, grids)) for grids in self._encoded)
+        return Floors(prefill_s + vision_s, decode_s, num_decodes)
+
+
+@dataclass(frozen=True)
+class Floors:
+    """`prompts_s`: of the steps with prompts and of the encoder's passes. `decode_s`: of all other steps."""
+
+    prompts_s: float
+    decode_s: float
+    num_decodes: int
+
+    @property
+    def total_s(self) -> float:
+        return self.prompts_s + self.decode_s
+
+    def of_point(self, speeds: Speeds, *, is_one_batch: bool) -> Floor:
+        """`is_one_batch`: all requests of the run are prompts first and answers then, so that the steps with prompts
+        are what the last first token waits for."""
+        return Floor(
+            speeds.origin,
+            speeds.bytes_per_s,
+            speeds.flops_per_s,
+            ttft_s=self.prompts_s if is_one_batch else None,
+            tpot_s=self.decode_s / self.num_decodes if self.num_decodes else None,
+        )

@@ -1,0 +1,76 @@
+"""A recipe's plan: what fits on its chip, and what speed is predicted there. One recipe, one workload, one answer.
+
+Joins the memory (executor/capacity/fits.py) and the prediction (executor/capacity/predict.py); adds no arithmetic.
+"""
+
+import logging
+from dataclasses import dataclass
+
+from executor.capacity.chips import Chip, chip_names, chip_of_soc, read_chip
+from executor.capacity.fits import Deployment, Fit, deployment_on, fit
+from executor.capacity.predict import Prediction, predict
+from executor.capacity.workload import Workload
+from executor.device.table import named
+from executor.errors import UserError
+from executor.recipe.on_paper import settle_on_paper
+from executor.recipe.schema import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`chip`: what a rank computes on, None: this machine's CPU, of which no figures are known and nothing is
+    predicted."""
+
+    chip: Chip | None
+    fit: Fit
+    prediction: Prediction | None
+
+    @property
+    def deployment(self) -> Deployment:
+        return self.fit.deployment
+
+
+def settled(recipe: Recipe) -> tuple[Deployment, Chip | None]:
+    """The recipe on the chip of plan_config.chip, else of its own soc, else on this machine's CPU.
+
+    Raises UserError for what contradicts itself, the chip or the model.
+    """
+    chip = _chip_of(recipe)
+    if chip is None:
+        paper = settle_on_paper(recipe.replace(model={"device": "cpu"}), "plan")
+        return deployment_on(paper), None
+    if recipe.model.soc not in (None, chip.soc):
+        logger.info("plan_config.chip: %s is of %s, in place of %s", chip.name, chip.soc, recipe.model.soc)
+    recipe = recipe.replace(model={"device": "npu", "soc": chip.soc})
+    return deployment_on(settle_on_paper(recipe, "plan"), chip.usable_bytes), chip
+
+
+def _chip_of(recipe: Recipe) -> Chip | None:
+    model = recipe.model
+    if recipe.plan.chip is not None:
+        chip = read_chip(recipe.plan.chip)
+        if chip.soc is None:
+            raise UserError(f"plan_config.chip: {chip.name} has no soc, so it is no NPU; set device: cpu instead")
+        return chip
+    if model.soc is not None:
+        return chip_of_soc(model.soc)
+    if model.device in named(npu=True):
+        raise UserError(
+            "model_config.soc: plan asks no driver which chip it is; name it by --chip: one of "
+            f"{', '.join(chip_names())}"
+        )
+    if model.device not in ("auto", "cpu"):
+        raise UserError(
+            f"model_config.device: plan knows no {model.device}; name a chip (--chip 910b4), or set device: cpu"
+        )
+    return None
+
+
+def answer(deployment: Deployment, chip: Chip | None, workload: Workload) -> Answer:
+    """What the deployment says to the workload. It is predicted for what the memory holds at once."""
+    found = fit(deployment, workload)
+    if chip is None:
+        return Answer(chip, found, None)
+    return Answer(chip, found, predict(deployment.recipe, deployment.paper.shapes, chip, workload))

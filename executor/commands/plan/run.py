@@ -1,0 +1,165 @@
+"""The `plan` command: whether a recipe fits its chip, the largest sizes that would, and a predicted speed.
+
+Needs no weights and no device: sizes come from the checkpoint where it is here, else from the published model of that
+name. Nothing here is measured; every printed prediction says so. A plan that does not fit is an answer: exit status 0,
+`fits: false`. UserError is for what contradicts itself: a chip that cannot take the type, a model that does not divide.
+"""
+
+import logging
+from typing import Any
+
+from executor.capacity.answer import Answer, answer, settled
+from executor.capacity.calibrate import calibrated
+from executor.capacity.chips import chip_names
+from executor.capacity.choices import published_models
+from executor.capacity.demand import parse_demand
+from executor.capacity.predict import Prediction
+from executor.capacity.search import COST_ORDER, asked_again, changes, overrides, search
+from executor.capacity.table import TableRow, table_rows
+from executor.capacity.workload import Workload, asked_workload, picture_grid, replicas_of
+from executor.commands.plan import charts, show
+from executor.recipe.schema import Recipe
+
+logger = logging.getLogger(__name__)
+
+Document = dict[str, Any]
+
+
+def run(recipe: Recipe) -> tuple[Document, int]:
+    """Answer what plan_config asks; the JSON document and the exit status."""
+    if recipe.plan.table:
+        return _table(recipe), 0
+    if recipe.plan.demand is not None:
+        return _demand(recipe, recipe.plan.demand), 0
+    deployment, chip = settled(recipe)
+    found = answer(deployment, chip, asked_workload(deployment.paper))
+    print(show.plan(found))
+    document = _document(found)
+    if found.prediction is not None:
+        print(f"\n{show.calibration(calibrated())}")
+    if recipe.plan.plot:
+        document["plots"] = [str(path) for path in charts.of_plan(found)]
+    return document, 0
+
+
+def _document(found: Answer) -> Document:
+    fit, recipe = found.fit, found.deployment.recipe
+    predicted = found.prediction
+    return {
+        "command": "plan",
+        "model": recipe.model.model_path,
+        "device": found.chip.name if found.chip else "cpu",
+        "soc": recipe.model.soc,
+        "dtype": recipe.model.dtype,
+        "quantization": recipe.model.quantization,
+        "world_size": recipe.parallel.world_size,
+        "attn_tp_size": recipe.attn_tp_size,
+        "replicas": replicas_of(found.deployment.paper),
+        "workload": _workload(fit.workload),
+        "memory_bytes": fit.memory.by_part(),
+        "memory_needed_bytes": fit.memory.total_bytes,
+        "memory_allowed_bytes": fit.memory.budget_bytes,
+        "fits": fit.fits,
+        "faults": list(fit.faults),
+        "max_num_seqs": fit.max_num_seqs,
+        "max_model_len": fit.max_model_len,
+        "max_users": fit.max_users,
+        "predicted": _predicted(predicted) if predicted else None,
+        "calibration_error": dict(predicted.calibration_error) if predicted else None,
+        "note": show.NOT_MEASURED,
+    }
+
+
+def _workload(workload: Workload) -> Document:
+    return {
+        "users": workload.users,
+        "text_tokens": workload.text_tokens,
+        "pictures": workload.pictures,
+        "picture_tokens": workload.picture_tokens if workload.pictures else 0,
+        "output_tokens": workload.output_tokens,
+        "request_tokens": workload.request_tokens,
+    }
+
+
+def _predicted(predicted: Prediction) -> Document:
+    return {
+        "ttft_ms": round(predicted.ttft_ms, 2),
+        "tpot_ms": round(predicted.tpot_ms, 3),
+        "tokens_per_s": round(predicted.tokens_per_s, 1),
+        "ttft_all_ms": round(predicted.ttft_all_ms, 2),
+        "tpot_host_ms": round(predicted.tpot_host_ms, 3),
+    }
+
+
+def _demand(recipe: Recipe, text: str) -> Document:
+    """The cheapest recipe that holds a demand in words."""
+    demand = parse_demand(text, published_models(), chip_names())
+    result = search(recipe, demand)
+    chosen = result.chosen or result.failed[-1]
+    size = demand.picture_size or recipe.plan.picture_size
+    changed = changes(recipe, asked_again(chosen, result.workload, size)) if result.chosen else {}
+    changed.pop("plan_config.demand", None)
+    print(show.found_recipe(result, text, overrides(changed)))
+    print(f"\n{show.calibration(calibrated())}")
+    document = _document(chosen.answer)
+    if result.chosen is None:
+        document |= {"fits": False, "faults": list(chosen.faults)}
+    document |= {
+        "demand": text,
+        "dies": chosen.candidate.dies,
+        "chip": chosen.candidate.chip_name,
+        "settings": changed,
+        "overrides": overrides(changed),
+        "cheaper": [show.in_short(verdict) for verdict in result.next_cheaper],
+        "cost_order": COST_ORDER,
+    }
+    if recipe.plan.plot:
+        document["plots"] = [str(path) for path in charts.of_plan(chosen.answer)]
+    return document
+
+
+def _table(recipe: Recipe) -> Document:
+    """All models on all chips, or on the one of plan_config.chip, in all precisions."""
+    names = None if recipe.plan.chip is None else (recipe.plan.chip,)
+    rows = [(row, _row_prediction(row, recipe)) for row in table_rows(names)]
+    plan = recipe.plan
+    pictures = f" and {plan.pictures} pictures of {'x'.join(map(str, plan.picture_size))}" if plan.pictures else ""
+    asked = (
+        f"{plan.users or 1} requests at once, {plan.input_tokens} tokens of text{pictures}, {plan.output_tokens} out"
+    )
+    print(show.table(rows, asked))
+    print(f"\n{show.calibration(calibrated())}")
+    document: Document = {"command": "plan", "table": [_row_document(row, found) for row, found in rows]}
+    document |= {"calibration_error": calibrated().error, "note": show.NOT_MEASURED}
+    if plan.plot:
+        document["plots"] = [str(path) for path in charts.of_table(rows, recipe.model.output_path, asked)]
+    return document
+
+
+def _row_prediction(row: TableRow, recipe: Recipe) -> Prediction | None:
+    """Of plan_config's requests, one at a time unless it names users; None where no ranks hold the model."""
+    if row.deployment is None:
+        return None
+    plan = recipe.plan
+    workload = Workload(
+        plan.users or 1,
+        plan.input_tokens,
+        plan.pictures,
+        picture_grid(row.deployment.paper, *plan.picture_size),
+        plan.output_tokens,
+    )
+    return answer(row.deployment, row.chip, workload).prediction
+
+
+def _row_document(row: TableRow, found: Prediction | None) -> Document:
+    return {
+        "model": row.model,
+        "chip": row.chip_name,
+        "quantization": row.quantization,
+        "dtype": row.precision if row.quantization == "none" else None,
+        "fewest_ranks": row.ranks,
+        "weights_bytes_per_rank": row.weights_bytes,
+        "max_model_len": row.context_tokens,
+        "max_num_seqs": row.max_num_seqs,
+        "predicted": _predicted(found) if found else None,
+    }

@@ -1,0 +1,195 @@
+"""A plan for the eye: tables with units. Every predicted number stands below the words "predicted, not measured"."""
+
+from collections.abc import Sequence
+
+from executor.capacity.answer import Answer
+from executor.capacity.calibrate import Calibration
+from executor.capacity.predict import Prediction
+from executor.capacity.search import COST_ORDER, Search, Verdict
+from executor.capacity.table import TableRow
+from executor.capacity.workload import Workload, replicas_of
+from executor.recipe.memory import GIB
+
+PARTS = {
+    "process": "process (Python, torch, libraries)",
+    "weights": "weights",
+    "kv_cache": "KV cache of the requests",
+    "step": "peak of a step",
+    "encoder_cache": "encoder cache",
+    "pictures": "pictures in waiting",
+    "graphs": "decode graphs",
+    "communication": "communication buffers",
+    "loading": "second layout while loading",
+}
+UNITS = {"tpot_ms": "ms TPOT", "ttft_ms": "ms TTFT", "tokens_per_s": "tokens/s"}
+NOT_MEASURED = "predicted, not measured"
+
+
+def columns(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns as wide as their widest cell, the first `left` to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = zip(row, widths, strict=True)
+        placed = (cell.ljust(width) if at < left else cell.rjust(width) for at, (cell, width) in enumerate(cells))
+        return "  " + "  ".join(placed).rstrip()
+
+    return "\n".join(map(line, (head, *rows)))
+
+
+def amount(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def milliseconds(ms: float) -> str:
+    return f"{ms / 1000:.1f} s" if ms >= 10_000 else f"{ms:.0f} ms" if ms >= 100 else f"{ms:.2f} ms"
+
+
+def each_request(workload: Workload) -> str:
+    """What one request is, in words."""
+    pictures = ""
+    if workload.pictures:
+        word = "picture" if workload.pictures == 1 else "pictures"
+        pictures = f" + {workload.pictures} {word} of {workload.picture_tokens} tokens"
+    return f"each {workload.text_tokens} tokens of text{pictures}, answer of {workload.output_tokens}"
+
+
+def asked(workload: Workload) -> str:
+    """The workload in words."""
+    users = f"{workload.users} requests at once" if workload.users > 1 else "1 request"
+    return f"{users}, {each_request(workload)}: {workload.request_tokens} tokens"
+
+
+def plan(found: Answer) -> str:
+    """Memory by part, what fits, and what is predicted."""
+    recipe, memory = found.deployment.recipe, found.fit.memory
+    replicas = replicas_of(found.deployment.paper)
+    ranks = f"{recipe.parallel.world_size} ranks" if recipe.parallel.world_size > 1 else "1 rank"
+    dealt = f" in {replicas} replicas" if replicas > 1 else ""
+    place = found.chip.name if found.chip else "this machine's CPU"
+    weights = recipe.model.dtype if recipe.model.quantization == "none" else recipe.model.quantization
+    parts = [
+        (PARTS[name], amount(count), f"{100 * count / memory.total_bytes:.0f} %")
+        for name, count in memory.by_part().items()
+        if count
+    ]
+    parts.append(("all", amount(memory.total_bytes), f"of {amount(memory.budget_bytes)} allowed"))
+    lines = [
+        f"{found.deployment.paper.shapes.name}, {weights}, on {ranks}{dealt} of {place}",
+        f"asked: {asked(found.fit.workload)}",
+        "",
+        "memory of a rank, by arithmetic",
+        columns(("part", "size", "share"), parts),
+        *_phases(found),
+        "",
+        *_limits(found),
+        "",
+        *speed(found),
+    ]
+    return "\n".join(lines)
+
+
+def _phases(found: Answer) -> list[str]:
+    """The peak of a step is the widest of its phases."""
+    step = found.fit.memory.step
+    assert step is not None, "an estimate knows what its peak is made of"
+    phases = {"vision": step.vision_bytes, "prefill": step.text_bytes, "logits": step.logits_bytes}
+    return [f"  peak of a step: the widest of {', '.join(f'{name} {amount(size)}' for name, size in phases.items())}"]
+
+
+def _limits(found: Answer) -> list[str]:
+    fit, limits = found.fit, found.deployment.recipe.scheduler
+    verdict = "it fits" if fit.fits else "IT DOES NOT FIT"
+    rows = [
+        ("requests at once, as asked", str(fit.max_users), f"asked {fit.workload.users}"),
+        ("max_num_seqs, requests of full max_model_len", str(fit.max_num_seqs), f"recipe {limits.max_num_seqs}"),
+        ("max_model_len, with max_num_seqs requests", str(fit.max_model_len), f"recipe {limits.max_model_len}"),
+    ]
+    return [verdict, *(f"  {fault}" for fault in fit.faults), columns(("the most that the memory holds", "", ""), rows)]
+
+
+def speed(found: Answer) -> list[str]:
+    """What is predicted; on a CPU nothing is."""
+    predicted = found.prediction
+    if predicted is None:
+        return ["no prediction: no figures of this machine's CPU are known (bench measures it)"]
+    rows = [
+        ("TTFT, a request that comes while the others decode", milliseconds(predicted.ttft_ms)),
+        ("TTFT, the last of all when they come at once", milliseconds(predicted.ttft_all_ms)),
+        ("TPOT, the model's decode step", milliseconds(predicted.tpot_ms)),
+        ("TPOT, with the host and the prefills of others", milliseconds(predicted.tpot_host_ms)),
+        ("output tokens a second, all requests", f"{predicted.tokens_per_s:.0f}"),
+    ]
+    return [NOT_MEASURED, columns(("speed", "predicted"), rows)]
+
+
+def calibration(fitted: Calibration) -> str:
+    """The published points, those that constants were fitted to and those held out, each with its error."""
+    rows = [
+        (
+            checked.point.name,
+            f"{checked.point.value:g} {UNITS[checked.point.metric]}",
+            f"{checked.predicted:.4g}",
+            f"{100 * checked.error:+.1f} %",
+            f"fitted: {checked.point.fits}" if checked.is_fitted else "held out",
+        )
+        for checked in fitted.points
+    ]
+    worst = ", ".join(f"{kind} {100 * error:.0f} %" for kind, error in fitted.error.items() if error is not None)
+    return "\n".join(
+        [
+            f"how good predictions are: published speeds of other programs; largest error on those held out: {worst}",
+            columns(("point", "published", "predicted", "error of time", ""), rows),
+        ]
+    )
+
+
+def table(rows: Sequence[tuple[TableRow, Prediction | None]], workload: str) -> str:
+    """All models on all chips: each row with its TPOT and TTFT in ms."""
+    cells = [
+        (
+            row.model.removesuffix("-Instruct"),
+            row.chip_name,
+            row.precision,
+            str(row.ranks or "-"),
+            f"{row.weights_bytes / GIB:.1f}" if row.weights_bytes else "-",
+            str(row.context_tokens),
+            str(row.max_num_seqs) if row.ranks else "-",
+            f"{found.tpot_ms:.1f}" if found else "-",
+            f"{found.ttft_ms:.0f}" if found else "-",
+        )
+        for row, found in rows
+    ]
+    head = ("model", "chip", "weights", "fewest ranks", "GiB a rank", "context", "most requests", "TPOT ms", "TTFT ms")
+    return "\n".join(
+        [
+            f"{NOT_MEASURED}: TPOT and TTFT of {workload}; most requests: of full context, by memory",
+            columns(head, cells, left=3),
+        ]
+    )
+
+
+def found_recipe(result: Search, words: str, settings: str) -> str:
+    """The answer to a demand: the cheapest recipe, how to write it, and what stops the next cheaper ones."""
+    lines = [f"asked: {words}", f"  {asked(result.workload)}", f"cheapest: {COST_ORDER}", ""]
+    if result.chosen is None:
+        lines.append("NO RECIPE of up to so many dies holds it; the largest that were tried:")
+    else:
+        lines += [f"{result.chosen.candidate} holds it", f"  {settings or 'the recipe as it is'}", ""]
+        lines += [plan(result.chosen.answer), "", "what stops the next cheaper ones:"]
+    lines += [f"  {verdict.candidate}: {'; '.join(verdict.faults)}" for verdict in result.next_cheaper]
+    if not result.failed:
+        lines.append("  nothing is cheaper")
+    return "\n".join(lines)
+
+
+def in_short(verdict: Verdict) -> dict[str, object]:
+    """One candidate that does not hold the demand, for the document."""
+    candidate = verdict.candidate
+    return {
+        "dies": candidate.dies,
+        "chip": candidate.chip_name,
+        "quantization": verdict.answer.deployment.recipe.model.quantization,
+        "attn_tp_size": candidate.replica_ranks,
+        "faults": list(verdict.faults),
+    }
