@@ -2,8 +2,8 @@
 
 From the nodes with their shapes: kernels, collectives, operations of products by the shapes of their weights, and the
 bytes of weights that products read. From the recipe's arithmetic (executor/capacity/costs.py): what no node shows: how
-much of the cache is filled, which experts a token needs, what is sent, and activations. Operations of the two are equal,
-and the graph reads at most a percent less: zero offsets that are in a checkpoint's files are in no graph.
+much of the cache is filled, which experts a token needs, what is sent, and activations. Operations of both are equal;
+the graph reads at most a percent less: zero offsets that are in a checkpoint's files are in no graph.
 """
 
 import math
