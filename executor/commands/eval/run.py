@@ -155,6 +155,8 @@ def in_words(summary: Row) -> str:
         lines.append(f"  not answered, counts as 0: {name}")
     if summary["failed"] > SHOWN_FAILURES:
         lines.append(f"  and {summary['failed'] - SHOWN_FAILURES} more")
+    if summary["unparsed"]:
+        lines.append(f"  nothing that could be scored in {summary['unparsed']} answers")
     if summary["answered_before"]:
         lines.append(f"  {summary['answered_before']} answers are those of an earlier run; delete the rows to ask anew")
     if summary["greedy_by_default"]:
