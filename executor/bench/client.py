@@ -5,6 +5,7 @@ Knows addresses, keys, connections and time limits. What an answer holds is read
 
 import asyncio
 import json
+import os
 import ssl
 import time
 from collections.abc import Callable, Mapping
@@ -269,4 +270,6 @@ def reason_of(error: OSError) -> str:
     """Why no connection could be had, in one line that is the same for equal reasons."""
     if isinstance(error, ssl.SSLError):
         return f"TLS: {getattr(error, 'verify_message', '') or error.reason or error}"
+    if (error.errno or 0) > 0:  # asyncio's own text names address and port, another one for each try
+        return os.strerror(error.errno)
     return error.strerror or str(error) or type(error).__name__

@@ -238,6 +238,7 @@ def _print(document: dict[str, Any], seconds: float) -> None:
     print(f"{document['soc']}: {'ok' if document['ok'] else 'NOT ok'} after {seconds:.1f} s ({NOTE})")
     for name, text in (*lines, *_problems("unsupported", document), *_problems("undocumented", document)):
         print(f"  {name:<13}{text}")
+    print("  memory and predicted speed: the command plan, with the same options")
 
 
 def _problems(kind: str, document: dict[str, Any]) -> Iterable[tuple[str, str]]:

@@ -340,7 +340,7 @@ class EvalSection(Section):
     """null: the data set's own."""
     dump_layers: Literal["transformers", "cpu", "npu_emulated"] | None = None
     """Instead of scores: the hidden states of the first requests (data_config.limit, else 2) beside those of this,
-    stage by stage. docs/evaluate.md has what is compared."""
+    stage by stage. docs/dump_layers.md has what is compared."""
     reference_model: str | None = None
     """Checkpoint of the other side of dump_layers: the float weights of a quantized model_path, say. null: model_path.
     """

@@ -71,7 +71,10 @@ def main() -> None:
 
 
 def measured(url: str, folder: Path, model: Path, args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """Client -> figures of each of its runs. The clients take turns."""
+    """Client -> figures of each of its runs. The clients take turns, after a run of ours that does not count."""
+    warm = folder / "warm"
+    warm.mkdir()
+    ours_run(url, folder, warm, model, args)
     clients = {"ours": ours_run, "vllm": vllm_run, "evalscope": evalscope_run}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in args.clients}
     for number in range(args.runs):

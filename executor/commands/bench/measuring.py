@@ -83,6 +83,7 @@ class Measuring:
         self.engine.watch = None
         own_s = time.perf_counter() - started_s
         times = self.engine.runner.clock.times().since(before)
+        self._judge(run, len(questions), steps)
         peak = self.engine.runner.device.peak_bytes() or peak_memory_bytes()
         results = self.replicas.gather(results)
         if self.first_token_s is None and age_s is not None:
@@ -95,6 +96,15 @@ class Measuring:
             model_tpot_s=model_tpot_s(times),
             peak_memory_bytes=peak or None,
         )
+
+    def _judge(self, run: PlannedRun, num_asked: int, steps: StepLog) -> None:
+        """Say it where a batch has not been one."""
+        if run.load.batch_size is not None and steps.most_rows < num_asked:
+            logger.warning(
+                "%s: at most %d of its %d requests were computed in one step: the KV cache has no room for more, or "
+                "some had ended before others began (longer answers, or a larger max_num_batched_tokens)",
+                run.load.words, steps.most_rows, num_asked,
+            )  # fmt: skip
 
     def _question(self, place: int) -> Question:
         sample = self._samples.get(place)

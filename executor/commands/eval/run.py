@@ -36,6 +36,10 @@ def run(recipe: Recipe, build: Callable[..., Any] | None = None, out: TextIO | N
 
     `build` makes the engine (executor.commands.build.engine_of). Raises UserError for what keeps all from starting.
     """
+    if recipe.eval.dump_layers is not None:
+        from executor.commands.eval.layers import run_layers
+
+        return run_layers(recipe, out)
     metric = metric_of(recipe)
     is_greedy_by_default = recipe.generation.temperature is None and not recipe.generation.do_sample
     if is_greedy_by_default:
