@@ -342,8 +342,7 @@ class EvalSection(Section):
     """Instead of scores: the hidden states of the first requests (data_config.limit, else 2) beside those of this,
     stage by stage. docs/dump_layers.md has what is compared."""
     reference_model: str | None = None
-    """Checkpoint of the other side of dump_layers: the float weights of a quantized model_path, say. null: model_path.
-    """
+    """Checkpoint of the other side of dump_layers: the float weights of a quantized model, say. null: model_path."""
     report_path: str | None = None
     """HTML file of eval compare. null: one under output_path."""
 
