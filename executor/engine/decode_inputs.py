@@ -27,6 +27,7 @@ class DecodeInputs:
         self._starts_next: list[int] = []  # where these rows are a token further
         self._numbers = np.empty((5, 0), dtype=np.int64)  # token ids, three axes of positions, slots
         self._host = torch.from_numpy(self._numbers)
+        self._views = self._split(self._host)
         self._q_lens: list[int] = []
         self._select = torch.empty(0)
 
@@ -41,6 +42,7 @@ class DecodeInputs:
         else:
             numbers = self._numbers = np.empty((5, len(rows)), dtype=np.int64)
             self._host = torch.from_numpy(numbers)
+            self._views = self._split(self._host)
             deltas = [request.prompt.position_delta for request in requests]
             numbers[1:4] = np.add(starts, deltas)
             self._requests, self._q_lens = requests, [1] * len(rows)
@@ -54,8 +56,14 @@ class DecodeInputs:
         attention = self.device.prepare_attention(
             self._q_lens, kv_lens, [request.block_ids for request in requests], size
         )
-        sent = self._host.to(to)  # on the host itself: a step has ended before the next one's numbers
-        return sent[0], sent[1:4], sent[4].to(self.device.slot_dtype), attention, self._select, None
+        # On the host itself nothing is sent: a step has ended before the next one's numbers.
+        is_here = to.type == "cpu" and self.device.slot_dtype is self._host.dtype
+        token_ids, positions, slots = self._views if is_here else self._split(self._host.to(to))
+        return token_ids, positions, slots, attention, self._select, None
+
+    def _split(self, sent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids [R], positions [3, R] and slots [R] of `sent` [5, R]."""
+        return sent[0], sent[1:4], sent[4].to(self.device.slot_dtype)
 
     def forget(self) -> None:
         """Other steps have been between: a preempted request may come back with other blocks."""

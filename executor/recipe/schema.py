@@ -328,9 +328,9 @@ class BenchSection(Section):
     repetitions: Positive = 3
     """Runs that count; results are their medians, with their spread."""
     plot: bool = False
-    """Draw latency and throughput into PNG files under output_path."""
+    """Draw latency and throughput into a PNG file beside that of the results."""
     results_path: str | None = None
-    """JSON file of the results. null: a new one under output_path."""
+    """JSON file of the results. null: a new one under output_path, named by mode and time."""
 
 
 class EvalSection(Section):
@@ -340,7 +340,7 @@ class EvalSection(Section):
     """null: the data set's own."""
     dump_layers: Literal["transformers", "cpu", "npu_emulated"] | None = None
     """Instead of scores: the hidden states of the first requests (data_config.limit, else 2) beside those of this,
-    stage by stage. docs/evaluate.md has what is compared."""
+    stage by stage. docs/dump_layers.md has what is compared."""
     reference_model: str | None = None
     """Checkpoint of the other side of dump_layers: the float weights of a quantized model_path, say. null: model_path.
     """

@@ -15,7 +15,6 @@ Knows nothing of tensors, text or models; stop strings are found elsewhere and r
 """
 
 import time
-from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +24,7 @@ from executor.schedule.encoder_cache import EncoderCache, MediaReads
 from executor.schedule.plan import Plan, Row
 from executor.schedule.prefix_cache import BlockDigests
 from executor.schedule.request import FinishReason, Prompt, Request, SamplingParams, Status
+from executor.schedule.waiting import Waiting
 
 SHORT_SHARE = 4
 """A long prompt leaves one in so many of a step's tokens to short texts that have come after it."""
@@ -86,7 +86,7 @@ class Scheduler:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_yield = max_yield
         self._encoder = EncoderCache(encoder_cache_tokens)
-        self._waiting: deque[Request] = deque()
+        self._waiting = Waiting()
         self._running: list[Request] = []  # in order of admission
         self._records: dict[str, _Record] = {}
         self.num_preemptions = 0
@@ -342,7 +342,7 @@ class Scheduler:
         request.status = Status.WAITING
         request.num_preemptions += 1
         self.num_preemptions += 1
-        self._waiting.appendleft(request)
+        self._waiting.append_first(request)
 
     def _schedule_prefill(self, under_way: Sequence[Request], open_plan: _OpenPlan) -> None:
         for request in under_way:
@@ -354,7 +354,7 @@ class Scheduler:
         """Take in who waits, in order. `short_tokens`: only texts that fit whole into so many tokens of this step."""
         size = self.pool.block_size
         while open_plan.admits and open_plan.budget_tokens and self._waiting and len(self._running) < self.max_num_seqs:
-            request = self._waiting[0]
+            request = self._waiting.first
             record = self._records[request.id]
             cached = self._find_prefix(request, record)
             num_cached_tokens = len(cached) * size
@@ -373,7 +373,7 @@ class Scheduler:
             if not num_tokens:
                 return
             self._take_blocks(request, record, cached, num_needed)
-            self._running.append(self._waiting.popleft())
+            self._running.append(self._waiting.pop_first())
             request.status = Status.RUNNING
             request.num_computed_tokens = num_cached_tokens
             if not request.num_preemptions:

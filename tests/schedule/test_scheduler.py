@@ -1,11 +1,14 @@
 """The policy of the scheduler, one rule a test."""
 
+import sys
+
 import pytest
 
 from executor.errors import UserError
 from executor.schedule.plan import Plan
 from executor.schedule.request import FinishReason, Status
 from executor.schedule.scheduler import Scheduler
+from executor.schedule.waiting import Waiting
 from tests.schedule.fakes import EOS, FakeRunner, media, request, run, scheduler
 
 
@@ -470,3 +473,50 @@ def test_media_that_cannot_be_encoded_are_tried_again_by_who_asks_again():
     assert (a.finish_reason, a.error, a.finished) == (FinishReason.ERROR, "too large", True)
     s.add(request("b", red))
     assert s.schedule().encode == (red,)
+
+
+def test_a_step_costs_the_same_however_many_wait():
+    """Lines of Python that a decode step runs, and that an abort in the middle of the queue runs."""
+
+    def lines_of(work) -> int:
+        count = 0
+
+        def trace(frame, event, argument):
+            nonlocal count
+            count += event == "line"
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            work()
+        finally:
+            sys.settrace(before)
+        return count
+
+    def costs(num_waiting: int) -> list[int]:
+        s = scheduler(max_num_seqs=2)
+        for number in range(2 + num_waiting):
+            s.add(request(str(number), range(10, 14), max_new_tokens=100))
+        plan = s.schedule()
+        s.update(plan, [[7], [7]])
+
+        def one_step() -> None:
+            plan = s.schedule()
+            s.update(plan, [[7] for _ in plan.rows])
+
+        found = [lines_of(one_step), lines_of(lambda: s.abort(str(num_waiting // 2)))]
+        assert s.num_waiting == num_waiting - 1
+        return found
+
+    assert costs(10) == costs(3000)
+
+
+def test_whoever_waits_leaves_from_anywhere():
+    requests = [request(name, [7]) for name in "abcd"]
+    waiting = Waiting(requests[:3])
+    waiting.remove(requests[1])
+    waiting.append_first(requests[3])
+    waiting.append(requests[1])
+    assert [r.id for r in waiting] == ["d", "a", "c", "b"] and waiting.first is requests[3] and len(waiting) == 4
+    assert waiting.pop_first() is requests[3] and requests[3] not in waiting and requests[0] in waiting
