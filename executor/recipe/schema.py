@@ -117,8 +117,8 @@ class ParallelSection(Section):
     hang_timeout_s: Positive = 300
     """Seconds a rank may give no sign of life before it is reported and the job is ended."""
     ray_jobs: Positive = 1
-    """Jobs of the whole recipe on a Ray cluster, each of world_size ranks on one node, that share what is served or
-    generated. 1: no Ray."""
+    """Jobs of the whole recipe on a Ray cluster, each of world_size ranks on one node, that share what is served,
+    generated or evaluated. 1: no Ray."""
     ray_address: str | None = None
     """The Ray cluster, as HOST:PORT of its head. null: RAY_ADDRESS, else one on this machine for the time of the
     command."""
