@@ -328,9 +328,9 @@ class BenchSection(Section):
     repetitions: Positive = 3
     """Runs that count; results are their medians, with their spread."""
     plot: bool = False
-    """Draw latency and throughput into PNG files under output_path."""
+    """Draw latency and throughput into a PNG file beside that of the results."""
     results_path: str | None = None
-    """JSON file of the results. null: a new one under output_path."""
+    """JSON file of the results. null: a new one under output_path, named by mode and time."""
 
 
 class EvalSection(Section):
