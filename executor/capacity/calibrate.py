@@ -7,7 +7,8 @@ published.yaml has the points. Each constant is fitted to one of them, so that t
     efficiency  of the printed rate of large products    TTFT on Atlas 800I A2
 
 Everything else is arithmetic, and every point that no constant was fitted to tests it. Two constants are Atlas A2's and
-A3's; call_s is one more, as the 300I DUO decodes without graphs. Computed when asked, never typed in.
+A3's; call_s is one more, as the 300I DUO decodes without graphs. `two_points` is the fit without it. Computed when
+asked, never typed in.
 """
 
 import functools
@@ -33,6 +34,7 @@ from models.registry import read_shapes
 
 POINTS = Path(__file__).with_name("published.yaml")
 FITTED = ("node_s", "call_s", "efficiency")
+TWO_POINTS = ("node_s", "efficiency")
 Metric = Literal["tpot_ms", "tokens_per_s", "ttft_ms"]
 _FIRST = Constants(node_s=0.0, call_s=0.0, efficiency=1.0)
 _SMALLEST, _ROUNDS = 1e-4, 60
@@ -191,3 +193,9 @@ def _met(point: Point, name: str, constants: Constants) -> Constants:
 def calibrated() -> Calibration:
     """The calibration by all published points, computed once in a process."""
     return fit(read_points())
+
+
+@functools.cache
+def two_points() -> Calibration:
+    """The same with two fitted points only: the 300I DUO has no constant of its own, a call there takes node_s."""
+    return fit(read_points(), TWO_POINTS)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from executor.capacity.calibrate import FITTED, Calibration, calibrated, fit, read_points
+from executor.capacity.calibrate import FITTED, Calibration, Point, calibrated, fit, read_points, two_points
 from tests.reference import REPO
 
 MOST_DECODE, MOST_TTFT = 0.10, 0.20
@@ -32,7 +32,7 @@ def test_errors_on_points_that_nothing_was_fitted_to():
 
 def test_two_points_alone_give_nearly_the_same():
     """Without a constant of its own for the 300I DUO its steps come out too short."""
-    two, three = fit(read_points(), ("node_s", "efficiency")), calibrated()
+    two, three = two_points(), calibrated()
     assert sum(each.is_fitted for each in two.points) == 2
     assert two.constants.call_s == two.constants.node_s
     assert two.constants.node_s == pytest.approx(three.constants.node_s)
@@ -81,7 +81,29 @@ def test_the_page_has_the_errors_of_this_fit():
         assert float(published) == each.point.value
         assert float(predicted) == pytest.approx(each.predicted, rel=1e-3)
         assert error == ("fitted" if each.is_fitted else f"{100 * each.error:+.1f} %")
-    two = fit(read_points(), ("node_s", "efficiency"))
-    for errors in (found.error, two.error):
+    for errors in (found.error, two_points().error):
         for error in errors.values():
             assert f"{100 * error:.1f} %" in page
+
+
+def test_the_page_says_what_each_assumption_about_the_300i_duo_changed():
+    """docs/plan.md: the errors on its two held-out points before its assumptions were made, and after each."""
+
+    def errors(rate: float, has_latency: bool, float_vision: bool) -> tuple[float, ...]:
+        points = []
+        for point in read_points():
+            # A copy that is made anew has no cost and no chip kept from before.
+            point = Point(**point.model_dump() | {"float_vision": point.float_vision and float_vision})
+            changed = {"link_bytes_per_s": rate} if point.chip == "310p3" else {}
+            changed |= {} if has_latency else {"link_latency_s": 1e-12}
+            point.__dict__["hardware"] = point.hardware.model_copy(update=changed)
+            points.append(point)
+        found = fit(tuple(points)).held_out
+        return tuple(round(100 * each.error, 1) for each in found if each.point.chip == "310p3")
+
+    page = (REPO / "docs" / "plan.md").read_text()
+    rows = re.findall(r"\| (-[\d.]+) % \| (-[\d.]+) % \|$", page, re.MULTILINE)
+    stages = (32e9, False, False), (24e9, False, False), (24e9, True, False), (24e9, True, True)
+    assert [tuple(map(float, row)) for row in rows] == [errors(*stage) for stage in stages]
+    now = (each.error for each in calibrated().held_out if each.point.chip == "310p3")
+    assert errors(*stages[-1]) == tuple(round(100 * error, 1) for error in now)

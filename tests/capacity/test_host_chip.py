@@ -17,7 +17,7 @@ def test_this_machine_is_measured_once_for_each_type() -> None:
 def test_a_plain_product_is_about_as_fast_as_its_figure() -> None:
     chip, a = host_chip("float32"), torch.full((512, 2048), 0.5)
     b, best_s = torch.full((2048, 2048), 0.5), 1e9
-    for _ in range(4):
+    for _ in range(20):  # other processes may have the cores meanwhile
         started = time.perf_counter()
         torch.mm(a, b)
         best_s = min(best_s, time.perf_counter() - started)

@@ -1,5 +1,6 @@
 """Predictions: what they are made of, what they grow with, and the sums of many replicas."""
 
+import re
 from dataclasses import dataclass, replace
 
 import pytest
@@ -7,11 +8,25 @@ import pytest
 from executor.capacity.calibrate import calibrated
 from executor.capacity.chips import read_chip
 from executor.capacity.costs import Row, decode_cost, prefill_cost, vision_cost
-from executor.capacity.installation import HTTP_TOKEN_S, Node, install, replicas_of
+from executor.capacity.installation import (
+    EVENT_BYTES,
+    HTTP_TOKEN_S,
+    JPEG_PIXEL_BYTES,
+    MEASURED_IN,
+    PICTURE_S,
+    Node,
+    install,
+    measured,
+    replicas_of,
+)
 from executor.capacity.predict import HOST_ROW_S, Prediction, predict
 from executor.capacity.times import Constants, chunks, prompts_cost, step_time
 from executor.capacity.work import StepCost, Work
+from executor.serve.asks import Delta
+from executor.serve.openai.chat_reply import ChunkWriter, ReplyStyle
+from executor.serve.parser import AnswerParser
 from tests.capacity.models import MOE, QWEN3, published, recipe_of
+from tests.reference import REPO
 
 A3 = read_chip("a3_die")
 _, SHAPES = published(QWEN3)
@@ -164,6 +179,25 @@ def test_more_pictures_fill_the_network_and_the_hosts_sooner():
     for resource in ("hosts", "network"):
         assert with_pictures[resource] < without[resource]
     assert with_pictures["chips"] == without["chips"]
+
+
+def test_measured_figures_of_hosts_are_those_of_the_page_that_they_name():
+    page = (REPO / MEASURED_IN).read_text()
+    assert measured()["source"] == MEASURED_IN and "## Measured" in page
+    told = page.partition("## Measured")[2]
+    assert f"{1e3 * HTTP_TOKEN_S:g} ms of CPU time" in re.search(r"HTTP per token.*", told)[0]
+    assert f"{1e3 * PICTURE_S:g} ms of CPU time" in re.search(r"1080p JPEG of .*", told)[0]
+    assert f"and {1e3 * 32 * HOST_ROW_S:g} ms" in re.search(r"decode step of 32 rows.*", told)[0]
+    jpeg_bytes = float(re.search(r"1080p JPEG of ([\d.]+) MB", told)[1]) * 1e6
+    assert pytest.approx(jpeg_bytes / (1920 * 1080), rel=0.02) == JPEG_PIXEL_BYTES
+
+
+def test_a_streamed_tokens_bytes_are_about_those_of_the_servers_events():
+    """Of a usual name, with the frames of HTTP, TCP and IP around it."""
+    frame = {"id": f"chatcmpl-{'0' * 32}", "created": 1764000000, "model": "Qwen3-VL-8B-Instruct"}
+    writer = ChunkWriter(frame, ReplyStyle(1, AnswerParser, str))
+    events = [writer.write(Delta(0, " word", (5,), 9)) for _ in range(2)]
+    assert 0.7 < (len(events[1]) + 6 + 66) / EVENT_BYTES < 1.3
 
 
 def test_a_slower_chip_is_slower():

@@ -48,6 +48,8 @@ def test_every_recipe_is_planned(config, capsys):
     assert document["predicted"]["tpot_ms"] > 0 and document["predicted"]["ttft_ms"] > document["predicted"]["tpot_ms"]
     assert document["memory_bytes"]["process"] == 0
     assert NOT_MEASURED in shown and "held out" in shown and "fitted: node_s" in shown
+    assert "with two fitted points only" in shown and "decode 13 %, ttft 14 %" in shown
+    assert document["calibration_error_two_points"]["decode"] > document["calibration_error"]["decode"]
     assert document["counts_from"] == "table" and COUNTS["table"] in shown
     assert document["decode_step"]["kernels"] > 0 and f"{document['decode_step']['kernels']} kernels" in shown
     for part, size in document["memory_bytes"].items():
@@ -207,6 +209,11 @@ def test_an_installation_of_many_dies(capsys):
     assert found["tokens_per_s_with_a_front_door_on_each_node"] > 100 * found["tokens_per_s"]
     shown = capsys.readouterr().out
     assert "4097 dies on 513 nodes: 2048 jobs" in shown and "nothing was tried on many nodes" in shown
+    assumptions = re.search(r"assumptions: .*", shown)[0]
+    for value in found["assumed"].values():
+        assert f"{value * 8 / 1e9 if value > 1e6 else value:g}" in assumptions
+    measured = re.search(r"measured on .*", shown)[0]
+    assert "(docs/serving.md)" in measured and "0.24 ms" in measured and "not on a chip's host" in measured
 
 
 @pytest.mark.parametrize(

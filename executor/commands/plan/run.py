@@ -9,11 +9,11 @@ import logging
 from typing import Any
 
 from executor.capacity.answer import Answer, answer, settled
-from executor.capacity.calibrate import calibrated
+from executor.capacity.calibrate import calibrated, two_points
 from executor.capacity.chips import chip_names
 from executor.capacity.choices import published_models
 from executor.capacity.demand import parse_demand
-from executor.capacity.installation import Installation, install
+from executor.capacity.installation import Installation, assumed, install, measured
 from executor.capacity.predict import Prediction
 from executor.capacity.search import COST_ORDER, MOST_DIES, asked_again, changes, overrides, search
 from executor.capacity.table import TableRow, table_rows
@@ -47,7 +47,7 @@ def run(recipe: Recipe) -> tuple[Document, int]:
     if recipe.plan.dies is not None:
         document["installation"] = _installation(found, recipe.plan.dies)
     if found.prediction is not None:
-        print(f"\n{show.calibration(calibrated())}")
+        print(f"\n{show.calibration(calibrated(), two_points())}")
     if recipe.plan.plot:
         document["plots"] = [str(path) for path in charts.of_plan(found)]
     return document, 0
@@ -79,6 +79,7 @@ def _document(found: Answer) -> Document:
         "counts_from": found.counts_from,
         "decode_step": _step(predicted) if predicted else None,
         "calibration_error": dict(predicted.calibration_error) if predicted else None,
+        "calibration_error_two_points": two_points().error if predicted else None,
         "note": show.NOT_MEASURED,
     }
 
@@ -141,6 +142,8 @@ def _installation(found: Answer, dies: int) -> Document:
         "limits": {name: round(limit, 1) for name, limit in one_door.limits.items()},
         "tokens_per_s_with_a_front_door_on_each_node": round(doors.tokens_per_s, 1),
         "bound_by_with_a_front_door_on_each_node": doors.bound_by,
+        "measured": measured(),
+        "assumed": assumed(one_door.node),
     }
 
 
@@ -156,7 +159,7 @@ def _demand(recipe: Recipe, text: str) -> Document:
     document = _document(chosen.answer)
     if recipe.plan.dies is not None and result.chosen is not None:
         document["installation"] = _installation(chosen.answer, recipe.plan.dies)
-    print(f"\n{show.calibration(calibrated())}")
+    print(f"\n{show.calibration(calibrated(), two_points())}")
     if result.chosen is None:
         document |= {"fits": False, "faults": list(chosen.faults)}
     document |= {
@@ -183,9 +186,10 @@ def _table(recipe: Recipe) -> Document:
         f"{plan.users or 1} requests at once, {plan.input_tokens} tokens of text{pictures}, {plan.output_tokens} out"
     )
     print(show.table(rows, asked))
-    print(f"\n{show.calibration(calibrated())}")
+    print(f"\n{show.calibration(calibrated(), two_points())}")
     document: Document = {"command": "plan", "table": [_row_document(row, found) for row, found in rows]}
     document |= {"counts_from": "table", "calibration_error": calibrated().error, "note": show.NOT_MEASURED}
+    document["calibration_error_two_points"] = two_points().error
     if plan.plot:
         document["plots"] = [str(path) for path in charts.of_table(rows, recipe.model.output_path, asked)]
     return document

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from executor.capacity.answer import Answer
 from executor.capacity.calibrate import Calibration
-from executor.capacity.installation import Installation
+from executor.capacity.installation import Installation, assumed, measured
 from executor.capacity.predict import Prediction
 from executor.capacity.search import COST_ORDER, Search, Verdict
 from executor.capacity.table import TableRow
@@ -157,29 +157,57 @@ def installation(one_door: Installation, doors: Installation, each: Workload) ->
             f"each job: {asked(each)}",
             f"output tokens a second on paper, {NOT_MEASURED}; nothing was tried on many nodes",
             columns(("limit", "one front door", "one on each node"), rows),
+            f"  {_assumptions(one_door)}",
+            f"  {_measurements()}",
         ]
     )
 
 
-def calibration(fitted: Calibration) -> str:
-    """The published points, those that constants were fitted to and those held out, each with its error."""
+def _assumptions(found: Installation) -> str:
+    told = assumed(found.node)
+    return (
+        f"assumptions: {told['node_cores']} cores and {told['node_network_bytes_per_s'] * 8 / 1e9:g} Gbit/s a node, "
+        f"{told['cores_beside_each_die']} core beside each die; {told['jpeg_bytes_per_pixel']:g} bytes a JPEG's pixel, "
+        f"{told['text_token_bytes']:g} a token of text, {told['streamed_token_bytes']:g} a streamed token"
+    )
+
+
+def _measurements() -> str:
+    told = measured()
+    return (
+        f"measured on two x86 cores, not on a chip's host ({told['source']}): a core takes "
+        f"{1e3 * told['http_token_s']:g} ms for a streamed token, {1e3 * told['picture_1080p_s']:g} ms for a 1080p JPEG"
+    )
+
+
+def calibration(fitted: Calibration, strict: Calibration) -> str:
+    """The published points, those that constants were fitted to and those held out, each with its error.
+
+    strict: of two fitted points; its errors are told beside them.
+    """
     rows = [
         (
             checked.point.name,
             f"{checked.point.value:g} {UNITS[checked.point.metric]}",
             f"{checked.predicted:.4g}",
-            f"{100 * checked.error:+.1f} %",
+            f"{round(100 * checked.error, 1) + 0.0:+.1f} %",
             f"fitted: {checked.point.fits}" if checked.is_fitted else "held out",
         )
         for checked in fitted.points
     ]
-    worst = ", ".join(f"{kind} {100 * error:.0f} %" for kind, error in fitted.error.items() if error is not None)
+    two = "; ".join(checked.point.name for checked in strict.points if checked.is_fitted)
     return "\n".join(
         [
-            f"how good predictions are: published speeds of other programs; largest error on those held out: {worst}",
+            f"how good predictions are: published speeds of other programs; largest error on those held out: "
+            f"{_errors(fitted)}",
             columns(("point", "published", "predicted", "error of time", ""), rows),
+            f"  with two fitted points only ({two}), no constant of its own for the 300I DUO: {_errors(strict)}",
         ]
     )
+
+
+def _errors(found: Calibration) -> str:
+    return ", ".join(f"{kind} {100 * error:.0f} %" for kind, error in found.error.items() if error is not None)
 
 
 def table(rows: Sequence[tuple[TableRow, Prediction | None]], workload: str) -> str:
