@@ -105,9 +105,12 @@ class Client:
             status = await self._exchange(head, b"", lambda status, data, now_s: content.extend(data))
         return status, bytes(content)
 
-    async def chat(self, body: bytes) -> Reply:
-        """One streamed chat completion; `body` is its JSON. What goes wrong is told in `error`."""
-        stream, refusal = ChatStream(), bytearray()
+    async def chat(self, body: bytes, into: ChatStream | None = None) -> Reply:
+        """One streamed chat completion; `body` is its JSON. What goes wrong is told in `error`.
+
+        `into`: where the stream goes as it comes, for who looks on meanwhile.
+        """
+        stream, refusal = into or ChatStream(), bytearray()
 
         def read(status: int, data: bytes, now_s: float) -> None:
             if status == 200:

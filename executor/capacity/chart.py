@@ -44,8 +44,8 @@ def memory_chart(path: Path, title: str, parts: Mapping[str, int], allowed_bytes
     axes.bar_label(bars, [f"{value:.2f}" for value in values[::-1]], padding=4)
     axes.axvline(allowed_bytes / GIB, color="black", linestyle="--", linewidth=1.2)
     axes.annotate(
-        f"allowed: {allowed_bytes / GIB:.1f} GiB", (allowed_bytes / GIB, 0.02), xycoords=("data", "axes fraction"),
-        xytext=(-4, 0), textcoords="offset points", ha="right", va="bottom",
+        f"allowed: {allowed_bytes / GIB:.1f} GiB", (allowed_bytes / GIB, 1.0), xycoords=("data", "axes fraction"),
+        xytext=(0, 3), textcoords="offset points", ha="center", va="bottom",
     )  # fmt: skip
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color="#dddddd", linewidth=0.8)
@@ -84,7 +84,8 @@ def speed_chart(path: Path, title: str, points: Sequence[Mapping[str, float]], h
                 f"memory holds {held_users}", (held_users, 0.03), xycoords=("data", "axes fraction"),
                 xytext=(-4, 0), textcoords="offset points", rotation=90, ha="right", va="bottom", fontsize=8,
             )  # fmt: skip
-    figure.suptitle(f"{title}\npredicted, not measured; {wanted}")
+    held = "" if held_users else "; the memory holds none of these requests"
+    figure.suptitle(f"{title}\npredicted, not measured; {wanted}{held}")
     return _save(figure, path)
 
 

@@ -9,7 +9,7 @@ TPOT is a user's: with the host and the prefills of others; TTFT that of a reque
 import json
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from executor.capacity.answer import Answer, answer
@@ -157,8 +157,7 @@ def _judge(candidate: Candidate, paper: OnPaper, workload: Workload, demand: Dem
     recipe = sized(paper.recipe, candidate, workload, paper.shapes.max_position_embeddings)
     if degree_findings(recipe, paper.shapes):
         return None
-    spread = OnPaper(recipe, paper.shapes, paper.config, paper.pixels, paper.stored)
-    deployment = deployment_on(spread, candidate.chip.usable_bytes)
+    deployment = deployment_on(replace(paper, recipe=recipe), candidate.chip.usable_bytes)
     held = fit(deployment, workload)
     if not held.fits:  # how fast it would be is not asked then
         return Verdict(candidate, Answer(candidate.chip, held, None), tuple(_memory_faults(held)))

@@ -2,7 +2,7 @@
 
 Job: copy the slices a model asks for into place (`load_weights`), and prove that nothing of the model was left out
 (`check_complete`; `poison` and `unwritten` for tests).
-Invariants: every pull is checked before the first is copied; a slice is copied once, out of the mapped file into its
+Invariants: every pull is checked before the first is copied; a slice is copied once, out of the file into its
 place. Does not know models, ranks, devices or quantization: a `Pull` says where a slice goes, nothing else.
 """
 
@@ -15,15 +15,17 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
 from executor.checkpoint.headers import SAFETENSORS_DTYPES, Checkpoint, TensorInfo
 from executor.checkpoint.pull import Pull, swap_last_two
+from executor.checkpoint.reading import SliceReader, takes_bytes
 from executor.checkpoint.strangers import QUANTIZED_TYPES, no_scheme, refuse_unmerged, unread_names
 from executor.errors import UserError
 
@@ -122,14 +124,11 @@ def _read(file: Path, wishes: list[tuple[Pull, TensorInfo]]) -> Iterator[tuple[P
     if not wishes:
         return
     try:
-        with safe_open(file, framework="pt") as mapped:
+        with SliceReader(file) as reader:
             for pull, info in wishes:
-                # A scalar has nothing to slice.
-                if info.shape:
-                    part = mapped.get_slice(info.original_name)[pull.file_index]
-                else:
-                    part = mapped.get_tensor(info.original_name)
-                _copy(part, pull, info)
+                reader.read(pull, info, partial(_copy, pull=pull, info=info))
+                if takes_bytes(pull, info):
+                    converted(pull.into, pull, info)
                 yield pull, info
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read as safetensors ({error}); download it again") from error

@@ -1,8 +1,11 @@
 """The fit on published points: few constants, met where they are fitted, and their true errors everywhere else."""
 
+import re
+
 import pytest
 
 from executor.capacity.calibrate import FITTED, Calibration, calibrated, fit, read_points
+from tests.reference import REPO
 
 MOST_DECODE, MOST_TTFT = 0.10, 0.20
 
@@ -66,3 +69,19 @@ def test_every_point_says_where_it_is_from_and_what_it_assumes():
     for point in read_points():
         assert point.source and point.assumed
         assert (point.context_tokens is None) == (point.metric == "ttft_ms") == bool(point.pictures)
+
+
+def test_the_page_has_the_errors_of_this_fit():
+    """docs/plan.md: every point, and the errors in its text."""
+    page = (REPO / "docs" / "plan.md").read_text()
+    rows = re.findall(r"^\| ((?:A2|A3|300I DUO), .*?) \| ([\d.]+) .*? \| ([\d.]+) .*? \| (.*?) \|$", page, re.MULTILINE)
+    found = calibrated()
+    assert [row[0] for row in rows] == [each.point.name for each in found.points]
+    for (_, published, predicted, error), each in zip(rows, found.points, strict=True):
+        assert float(published) == each.point.value
+        assert float(predicted) == pytest.approx(each.predicted, rel=1e-3)
+        assert error == ("fitted" if each.is_fitted else f"{100 * each.error:+.1f} %")
+    two = fit(read_points(), ("node_s", "efficiency"))
+    for errors in (found.error, two.error):
+        for error in errors.values():
+            assert f"{100 * error:.1f} %" in page

@@ -37,6 +37,8 @@ def test_speed(tmp_path, monkeypatch):
     chart.speed_chart(tmp_path / "a.png", "a model", points, 5, "each 10 tokens")
     assert "a model\npredicted, not measured; each 10 tokens" in texts
     assert texts.count("requests at once") == texts.count("memory holds 5") == 3
+    chart.speed_chart(tmp_path / "b.png", "a model", points, 0, "each 10 tokens")
+    assert any("the memory holds none" in text for text in texts) and texts.count("memory holds 5") == 3
     for unit in ("ms", " s", "tokens a second"):
         assert any(unit in text for text in texts)
 

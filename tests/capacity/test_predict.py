@@ -90,6 +90,18 @@ def test_tokens_a_second_are_those_of_the_steps():
     assert found.tpot_host_ms == pytest.approx(1e3 * seconds / 400)
 
 
+def test_a_converted_step_takes_the_place_of_the_counted_one():
+    recipe, workload, asked = on_a3(), Workload(), []
+
+    def step(batch: int, context: float) -> StepCost:
+        asked.append((batch, context))
+        return decode_cost(recipe, SHAPES, batch, context) + StepCost(kernels=1000)
+
+    found, counted = predict(recipe, SHAPES, A3, workload, decode_step=step), predicted(workload)
+    assert asked == [(8, 700)]
+    assert found.tpot_ms == pytest.approx(counted.tpot_ms + 1e6 * calibrated().constants.node_s)
+
+
 def test_the_calibrations_errors_come_with_every_prediction():
     assert predicted(Workload()).calibration_error == calibrated().error
 

@@ -7,6 +7,8 @@ import shlex
 import pytest
 from PIL import Image
 
+from executor.__main__ import main
+from executor.capacity.answer import settled
 from executor.capacity.chips import chip_names
 from executor.capacity.choices import published_models
 from executor.command_line import parse
@@ -14,6 +16,7 @@ from executor.commands.plan.run import run
 from executor.commands.plan.show import NOT_MEASURED, PARTS
 from executor.errors import UserError
 from executor.recipe.schema import load_recipe
+from executor.recipe.settle import prepare
 from tests.reference import REPO
 
 CONFIGS = sorted(path.name for path in (REPO / "config").glob("*.yaml"))
@@ -94,6 +97,8 @@ def test_what_does_not_fit_is_an_answer(capsys):
         ("qwen3_vl_8b.yaml", ["--for", "w8a8sc, A2"], ["no chip of", "takes w8a8sc weights"]),
         ("qwen3_vl_30b_a3b.yaml", ["--for", "w8a8sc"], ["takes w8a8sc weights"]),
         ("qwen3_vl_8b.yaml", ["--set", "plan_config.picture_size=[4000,10]"], ["one side is 400.0 times the other"]),
+        ("qwen3_vl_8b.yaml", ["--table", "--for", "8 users"], ["given beside demand", "leave out one"]),
+        ("qwen3_vl_8b.yaml", ["--table", "--set", "plan_config.dies=16"], ["given beside dies"]),
     ],
 )
 def test_what_contradicts_itself_is_refused(config, words, parts):
@@ -202,3 +207,29 @@ def test_an_installation_of_many_dies(capsys):
 def test_dies_that_hold_no_job_are_refused(config, dies, part):
     with pytest.raises(UserError, match=part):
         planned(config, "--set", f"plan_config.dies={dies}")
+
+
+def test_the_installation_of_a_demand_is_of_the_recipe_that_is_named():
+    document = planned("qwen3_vl_8b.yaml", "--for", "32 users, TPOT 20 ms", "--set", "plan_config.dies=64")
+    assert document["installation"]["jobs"] == 64 // document["dies"]
+
+
+@pytest.mark.parametrize("config", [name for name in CONFIGS if name.startswith("quickstart")])
+def test_plan_and_a_start_count_the_same_memory(config):
+    """Of what does not depend on the process that asks."""
+    started = prepare(load_recipe(REPO / "config" / config))
+    deployment, _ = settled(load_recipe(REPO / "config" / config))
+    found = deployment.account()
+    assert (found.weights_bytes, found.block_bytes) == (started.memory.weights_bytes, started.memory.block_bytes)
+    assert found.step == started.memory.step and found.num_blocks == started.memory.num_blocks
+    assert deployment.recipe.model_copy(update={"plan": started.recipe.plan}) == started.recipe
+
+
+def test_a_mistake_ends_with_status_2_and_its_line(capsys):
+    """What does not fit ends with 0, what contradicts itself with 2."""
+    config = str(REPO / "config" / "qwen3_vl_8b.yaml")
+    assert main([config, "plan", "--chip", "310p3"]) == 2
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["command"] == "plan" and "float16 only" in document["error"]
+    assert main([config, "plan", "--set", "plan_config.users=9999"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["fits"] is False

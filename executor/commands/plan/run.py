@@ -15,7 +15,7 @@ from executor.capacity.choices import published_models
 from executor.capacity.demand import parse_demand
 from executor.capacity.installation import Installation, install
 from executor.capacity.predict import Prediction
-from executor.capacity.search import COST_ORDER, asked_again, changes, overrides, search
+from executor.capacity.search import COST_ORDER, MOST_DIES, asked_again, changes, overrides, search
 from executor.capacity.table import TableRow, table_rows
 from executor.capacity.workload import Workload, asked_workload, picture_grid, replicas_of
 from executor.commands.plan import charts, show
@@ -30,6 +30,9 @@ Document = dict[str, Any]
 def run(recipe: Recipe) -> tuple[Document, int]:
     """Answer what plan_config asks; the JSON document and the exit status."""
     if recipe.plan.table:
+        for key in ("demand", "dies"):
+            if getattr(recipe.plan, key) is not None:
+                raise UserError(f"plan_config.table: it is given beside {key}; leave out one of them")
         return _table(recipe), 0
     if recipe.plan.demand is not None:
         return _demand(recipe, recipe.plan.demand), 0
@@ -131,9 +134,11 @@ def _demand(recipe: Recipe, text: str) -> Document:
     size = demand.picture_size or recipe.plan.picture_size
     changed = changes(recipe, asked_again(chosen, result.workload, size)) if result.chosen else {}
     changed.pop("plan_config.demand", None)
-    print(show.found_recipe(result, text, overrides(changed)))
-    print(f"\n{show.calibration(calibrated())}")
+    print(show.found_recipe(result, text, overrides(changed), demand.most_dies or MOST_DIES))
     document = _document(chosen.answer)
+    if recipe.plan.dies is not None and result.chosen is not None:
+        document["installation"] = _installation(chosen.answer, recipe.plan.dies)
+    print(f"\n{show.calibration(calibrated())}")
     if result.chosen is None:
         document |= {"fits": False, "faults": list(chosen.faults)}
     document |= {

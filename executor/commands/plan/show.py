@@ -192,13 +192,16 @@ def table(rows: Sequence[tuple[TableRow, Prediction | None]], workload: str) -> 
     )
 
 
-def found_recipe(result: Search, words: str, settings: str) -> str:
+def found_recipe(result: Search, words: str, settings: str, most_dies: int) -> str:
     """The answer to a demand: the cheapest recipe, how to write it, and what stops the next cheaper ones."""
     lines = [f"asked: {words}", f"  {asked(result.workload)}", f"cheapest: {COST_ORDER}", ""]
     if result.chosen is None:
-        lines.append("NO RECIPE of up to so many dies holds it; the largest that were tried:")
+        lines.append(f"NO RECIPE of up to {most_dies} dies holds it; the largest that were tried:")
     else:
-        lines += [f"{result.chosen.candidate} holds it", f"  {settings or 'the recipe as it is'}", ""]
+        lines += [f"{result.chosen.candidate} holds it", f"  {settings or 'the recipe as it is'}"]
+        if result.chosen.candidate.quantization not in ("none", "auto"):
+            lines.append("  its weights are made as docs/quantization.md says, unless you have them")
+        lines.append("")
         lines += [plan(result.chosen.answer), "", "what stops the next cheaper ones:"]
     lines += [f"  {verdict.candidate}: {'; '.join(verdict.faults)}" for verdict in result.next_cheaper]
     if not result.failed:

@@ -96,12 +96,11 @@ function drawn(tag, attributes, ...children) {
 }
 
 function marksOf({ size: [width, height] }, boxes) {
-  // Boxes are parts of the picture's width and height; each has a dark line under its own, to be seen on any ground.
-  return boxes.flatMap(({ of, box: [x1, y1, x2, y2] }) => {
-    const place = { x: Math.min(x1, x2) * width, y: Math.min(y1, y2) * height,
-      width: Math.abs(x2 - x1) * width, height: Math.abs(y2 - y1) * height };
-    return [drawn("rect", { ...place, class: "box ground" }), drawn("rect", { ...place, class: `box ${of}` })];
-  });
+  // Boxes are parts of the picture's width and height. White lines lie under all of them, to be seen on any ground.
+  const placed = boxes.map(({ of, box: [x1, y1, x2, y2] }) => [of, { x: Math.min(x1, x2) * width, y: Math.min(y1, y2) * height,
+    width: Math.abs(x2 - x1) * width, height: Math.abs(y2 - y1) * height }]);
+  return [...placed.map(([, place]) => drawn("rect", { ...place, class: "box ground" })),
+    ...placed.map(([of, place]) => drawn("rect", { ...place, class: `box ${of}` }))];
 }
 
 function viewOf(picture, boxes) {
