@@ -5,13 +5,11 @@ stand where the question or its options say <image 1>. Scores are broken down by
 `question_type`.
 """
 
-import ast
 import re
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from dataset.place import Place, Row, from_parquet, picture_part, place_of
+from dataset.place import Place, Row, from_parquet, literal_list, picture_part, place_of
 from dataset.sample import Dataset, Sample
 from executor.errors import UserError
 from executor.recipe.schema import DataSection
@@ -49,7 +47,7 @@ def load(data: DataSection) -> Dataset:
 def _sample(place: Place, row: Row) -> Sample:
     asked, choices = row.text("question"), ()
     if row.values["question_type"] == "multiple-choice":
-        choices = _list(row.values["options"], "options")
+        choices = literal_list(row.values["options"], "options")
         if not choices:
             raise UserError("a multiple-choice question has no options")
     name = row.text("id")
@@ -72,19 +70,7 @@ def _references(answer: Any, is_letter: bool) -> tuple[str, ...]:
     text = "" if answer is None else str(answer).strip()
     if text in ("", UNKNOWN):
         return ()
-    return _list(text, "answer") if not is_letter and text[0] == "[" and text[-1] == "]" else (text,)
-
-
-def _list(value: Any, name: str) -> tuple[str, ...]:
-    """The texts of a list, or of a list that is written as text, as in "['$6', '$7']"."""
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
-            raise UserError(f"{name} is no list: {value[:80]!r}") from error
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise UserError(f"{name} is no list: {str(value)[:80]!r}")
-    return tuple(str(item) for item in value)
+    return literal_list(text, "answer") if not is_letter and text[0] == "[" and text[-1] == "]" else (text,)
 
 
 def _interleaved(text: str, row: Row) -> list[dict[str, Any]]:

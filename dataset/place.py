@@ -3,6 +3,7 @@
 A loader asks its Place for files by the names they are published under, and builds samples of Rows. Knows no data set.
 """
 
+import ast
 import json
 import logging
 import re
@@ -15,6 +16,7 @@ from typing import Any
 from dataset.parquet import ParquetRows
 from dataset.published import PUBLISHED, VALIDATION, Published
 from dataset.sample import Dataset, Sample
+from dataset.tsv import TsvRows
 from executor.errors import ODD_DATA_ERRORS, UserError, printable
 from executor.host.env import REPO_ROOT, find_path
 from executor.recipe.schema import DataSection
@@ -22,6 +24,7 @@ from executor.recipe.schema import DataSection
 logger = logging.getLogger(__name__)
 
 NAMES_SHOWN = 8
+NAME_COLUMNS = ("question_id", "questionId", "id", "index")  # what sets call a question
 _NUMBERED = re.compile(r"(?P<head>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
 
@@ -139,6 +142,41 @@ def from_parquet(
     return _dataset(place, samples, files)
 
 
+def from_tsv(
+    place: Place, path: Path, build: Callable[[Row], Sample], *, needed: Sequence[str] = ("question", "answer")
+) -> Dataset:
+    """Samples of the rows of VLMEvalKit's table, each built when it is asked for and not kept."""
+    rows = TsvRows(path, tuple(needed))
+    samples = [
+        partial(built, build, Row(rows.where(number), _with_list(values), partial(_picture_of, rows, number)))
+        for number, values in enumerate(rows.values)
+    ]
+    return _dataset(place, samples, (path,))
+
+
+def _picture_of(rows: TsvRows, number: int, column: str) -> bytes:
+    return rows.picture(number)
+
+
+def _with_list(values: Mapping[str, str]) -> Mapping[str, Any]:
+    """A row whose accepted answers are a list: the tables write several as the text of one."""
+    answer = values.get("answer", "").strip()
+    answers = literal_list(answer, "answer") if answer[:1] == "[" and answer[-1:] == "]" else (answer,)
+    return {**values, "answer": list(answers), "answers": list(answers)}
+
+
+def literal_list(value: Any, name: str) -> tuple[str, ...]:
+    """The texts of a list, or of a list that is written as text, as in "['$6', '$7']". UserError for anything else."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise UserError(f"{name} is no list: {value[:80]!r}") from error
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise UserError(f"{name} is no list: {str(value)[:80]!r}")
+    return tuple(str(item) for item in value)
+
+
 def from_rows(place: Place, rows: Iterable[Row], build: Callable[[Row], Sample], files: Sequence[Path]) -> Dataset:
     """Samples of rows whose media are files: all are built at once."""
     return _dataset(place, [built(build, row) for row in rows], files)
@@ -219,7 +257,7 @@ def read_json_lines(path: Path) -> list[Mapping[str, Any]]:
 
 def question(row: Row, text: str, media: Sequence[Mapping[str, Any]], **fields: Any) -> Sample:
     """A sample of one user message: media, then text."""
-    name = next((row.values[key] for key in ("question_id", "questionId", "id") if row.values.get(key)), None)
+    name = next((row.values[key] for key in NAME_COLUMNS if row.values.get(key)), None)
     content = [*media, {"type": "text", "text": text}]
     where = row.where if name is None else f"{row.where} ({printable(str(name))[:80]})"
     return Sample(where, ({"role": "user", "content": content},), **fields)

@@ -1,7 +1,8 @@
 """`dataset: textvqa`: questions about text in photographs, with ten people's answers each (Singh et al. 2019).
 
 Read are lmms-lab/textvqa's Parquet files; TextVQA_0.5.1_val.json of textvqa.org with train_images/ (test_images/ for
-the part test); and textvqa_val.jsonl with textvqa_val_annotations.json, as Qwen-VL's eval_mm and AISBench have them.
+the part test); textvqa_val.jsonl with textvqa_val_annotations.json, as Qwen-VL's eval_mm and AISBench have them; and
+VLMEvalKit's TextVQA_VAL.tsv.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from dataset.place import (
     Row,
     from_parquet,
     from_rows,
+    from_tsv,
     picture_part,
     place_of,
     question,
@@ -23,6 +25,7 @@ from dataset.sample import Dataset, Sample
 from executor.errors import UserError
 from executor.recipe.schema import DataSection
 
+TABLE = "TextVQA_VAL.tsv"  # of VLMEvalKit
 SHORT_SPLITS = {"validation": "val"}
 PICTURE_FOLDERS = ("train_images", "test_images", "train_val_images/train_images")
 
@@ -33,6 +36,8 @@ def load(data: DataSection) -> Dataset:
     build = partial(_sample, place)
     if files := place.parquet():
         return from_parquet(place, files, build, needed=("question",), optional=("question_id", "answers"))
+    if place.split == "validation" and (path := place.find(TABLE)):
+        return from_tsv(place, path, build)
     short = SHORT_SPLITS.get(place.split, place.split)
     official, lines = f"TextVQA_0.5.1_{short}.json", f"textvqa_{short}.jsonl"
     if path := place.find(official):
@@ -46,6 +51,7 @@ def load(data: DataSection) -> Dataset:
         f"{place.split}-*.parquet",
         f"{official} with train_images/",
         f"{lines} with textvqa_{short}_annotations.json and train_images/",
+        TABLE,
     )
 
 

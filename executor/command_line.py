@@ -140,6 +140,18 @@ FOREIGN = {  # flags of vLLM, MindIE, PaddleMIX and others -> what stands for th
     "stop": "--set generation_config.stop=[TEXT]",
     "trust-remote-code": "nothing: no code of a checkpoint is ever run",
     "benchmark": "the command bench",
+    "request-rate": "--set bench_config.request_rates=X (or a list: each is measured)",
+    "max-concurrency": "--set bench_config.concurrencies=N (or a list: each is measured)",
+    "parallel": "--set bench_config.concurrencies=N (or a list: each is measured)",
+    "num-warmups": "--set bench_config.warmups=N",
+    "burstiness": "--set bench_config.burstiness=X",
+    "dataset-name": "--set data_config.dataset=random (or jsonl, ...)",
+    "random-input-len": "--set data_config.random_tokens=N (the chat template counts)",
+    "random-output-len": "--max-new-tokens N",
+    "random-prefix-len": "--set data_config.random_prefix_tokens=N",
+    "random-mm-base-items-per-request": "--set data_config.random_pictures=N",
+    "result-filename": "--set bench_config.results_path=FILE",
+    "save-result": "nothing: results are always saved (bench_config.results_path)",
 }
 
 EXAMPLES = """without a recipe (each has --help):

@@ -47,7 +47,7 @@ RANKS = {
     "executor.__main__": 12,
 }
 SOURCES = ("executor", "models", "dataset", "emulator")
-SCRIPTS = ("executor/scripts", "models/tiny")  # run by themselves; no module of the product imports them
+SCRIPTS = ("executor/scripts", "models/tiny")  # run by themselves; of the product dataset/tiny_world.py takes the world
 ENVIRONMENT = ("executor/host/env.py", "executor/__main__.py")
 OBJECT_COLLECTIVES = [
     *(f"{verb}_object" for verb in ("all_gather", "gather")),

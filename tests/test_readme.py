@@ -43,6 +43,16 @@ def test_commands_run_as_written(command, tmp_path):
     if document["command"] == "check":
         assert document["ok"] is True
         return
+    if document["command"] == "plan":
+        assert document["fits"] is True and document["predicted"]["tpot_ms"] > 0
+        return
+    if document["command"] == "bench":
+        assert document["failed"] == 0 and len(document["points"]) == 2
+        assert list(tmp_path.rglob("*.png"))
+        return
+    if document["command"] == "eval":
+        assert document["samples"] > 0 and document["failed"] == 0
+        return
     assert document["outputs"] and all(row["error"] is None and row["text"] for row in document["outputs"])
 
 

@@ -5,6 +5,7 @@ Knows addresses, keys, connections and time limits. What an answer holds is read
 
 import asyncio
 import json
+import os
 import ssl
 import time
 from collections.abc import Callable, Mapping
@@ -104,9 +105,12 @@ class Client:
             status = await self._exchange(head, b"", lambda status, data, now_s: content.extend(data))
         return status, bytes(content)
 
-    async def chat(self, body: bytes) -> Reply:
-        """One streamed chat completion; `body` is its JSON. What goes wrong is told in `error`."""
-        stream, refusal = ChatStream(), bytearray()
+    async def chat(self, body: bytes, into: ChatStream | None = None) -> Reply:
+        """One streamed chat completion; `body` is its JSON. What goes wrong is told in `error`.
+
+        `into`: where the stream goes as it comes, for who looks on meanwhile.
+        """
+        stream, refusal = into or ChatStream(), bytearray()
 
         def read(status: int, data: bytes, now_s: float) -> None:
             if status == 200:
@@ -269,4 +273,6 @@ def reason_of(error: OSError) -> str:
     """Why no connection could be had, in one line that is the same for equal reasons."""
     if isinstance(error, ssl.SSLError):
         return f"TLS: {getattr(error, 'verify_message', '') or error.reason or error}"
+    if (error.errno or 0) > 0:  # asyncio's own text names address and port, another one for each try
+        return os.strerror(error.errno)
     return error.strerror or str(error) or type(error).__name__

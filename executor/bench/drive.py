@@ -4,6 +4,7 @@ A request is sent when it is handed in; reading its media and making its prompt 
 a user. Times are taken where a token's text is there. Knows no files, no recipe, and nothing of what is repeated.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from executor.engine.outputs import Output
 from executor.engine.prepare import Lane
 from executor.errors import UserError
 from executor.schedule.request import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 WAIT_S = 0.05  # for a prompt to be prepared
 
@@ -42,6 +45,13 @@ class _Answer:
             self.ended_s = now_s
         elif event.token_ids:
             self.token_times_s.append(now_s)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it ended before the tokens that were asked for, though no end token ends it."""
+        params, completion = self.handle.params, self.handle.completion
+        whole = completion is None or completion.error is not None
+        return not whole and params.ignore_eos and completion.completion_tokens < params.max_new_tokens
 
     def result(self) -> RequestResult:
         """Raises what is no fault of the request: a defect of ours."""
@@ -74,4 +84,10 @@ def drive(loop: EngineLoop, questions: Sequence[Question], params: SamplingParam
         answers.append(answer)
     while loop.num_unfinished:
         loop.turn(WAIT_S)
+    num_cut = sum(answer.is_cut for answer in answers)
+    if num_cut:
+        logger.warning(
+            "%d of %d answers ended before max_new_tokens: at max_model_len (scheduler_config), at the last block of "
+            "the KV cache, or at a stop text", num_cut, len(answers),
+        )  # fmt: skip
     return [answer.result() for answer in answers]

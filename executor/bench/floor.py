@@ -20,6 +20,8 @@ from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
 from executor.schedule.plan import Plan
 
+MOST_LOOKS = 4
+
 
 @dataclass(frozen=True)
 class Speeds:
@@ -30,21 +32,41 @@ class Speeds:
     flops_per_s: float
     int8_flops_per_s: float
 
+    def best(self, other: "Speeds") -> "Speeds":
+        """Each speed of the two that is higher."""
+        return Speeds(
+            self.origin,
+            max(self.bytes_per_s, other.bytes_per_s),
+            max(self.flops_per_s, other.flops_per_s),
+            max(self.int8_flops_per_s, other.int8_flops_per_s),
+        )
+
     def floor_s(self, cost: StepCost) -> float:
         return cost.floor_s(self.bytes_per_s, self.flops_per_s, self.int8_flops_per_s)
 
 
-def speeds_of(recipe: Recipe, dtype: torch.dtype) -> Speeds | None:
-    """Of the chip that a settled recipe computes on, in `dtype`: published ones of an NPU, measured ones of this CPU;
-    None of an emulated chip, whose times say nothing."""
-    model = recipe.model
-    if BACKENDS[model.device].is_emulated:
-        return None
-    if model.device == "cpu":
-        rates = probe.measure(dtype)
-        return Speeds("measured", rates.bytes_per_s, rates.flops_per_s, rates.int8_flops_per_s)
-    chip = chip_of_soc(model.soc)
-    return Speeds("published", chip.bandwidth_bytes_per_s, chip.rate(model.dtype), chip.rate("int8"))
+class Gauge:
+    """The speeds of the chip that a settled recipe computes on, in `dtype`: published ones of an NPU, measured ones of
+    this CPU; None of an emulated chip, whose times say nothing."""
+
+    def __init__(self, recipe: Recipe, dtype: torch.dtype) -> None:
+        model = recipe.model
+        self.speeds: Speeds | None = None
+        self._dtype = dtype
+        self._num_looks = MOST_LOOKS if model.device == "cpu" else 0
+        if model.device == "cpu" or BACKENDS[model.device].is_emulated:
+            return
+        chip = chip_of_soc(model.soc)
+        self.speeds = Speeds("published", chip.bandwidth_bytes_per_s, chip.rate(model.dtype), chip.rate("int8"))
+
+    def look(self) -> None:
+        """Between two runs: measure a CPU, a few times in all. Whatever else runs on it slows single looks down."""
+        if not self._num_looks:
+            return
+        self._num_looks -= 1
+        rates = probe.measure(self._dtype)
+        found = Speeds("measured", rates.bytes_per_s, rates.flops_per_s, rates.int8_flops_per_s)
+        self.speeds = found if self.speeds is None else self.speeds.best(found)
 
 
 class StepLog:

@@ -6,7 +6,6 @@ It gets the recipe as it is, but a free port. The kernel ends it when this proce
 
 import asyncio
 import json
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from executor.bench.client import HEALTH, Client, Endpoint
 from executor.cluster.process import JobProcess
 from executor.errors import UserError
 from executor.recipe.schema import Recipe
+from executor.serve.listener import listen
 from executor.serve.settings import url_of
 
 POLL_S = 0.05
@@ -27,12 +27,11 @@ DRAIN_S = 2.0
 
 
 class OwnServer:
-    """A server that has been started; `ready` must be awaited before it is asked."""
+    """A server that has been started; `ready` must be awaited before it is asked. UserError for an address that cannot
+    be listened on."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
-        host = recipe.server.host
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
-            free.bind((host, 0))
+        with listen(recipe.replace(server={"port": 0}).server) as free:
             port = free.getsockname()[1]
         recipe = recipe.replace(server={"port": port, "drain_timeout_s": DRAIN_S})
         self.url = url_of(recipe.server, port)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from executor.capacity.chips import Chip, chip_names, chip_of_soc, read_chip
 from executor.capacity.fits import Deployment, Fit, deployment_on, fit
 from executor.capacity.predict import Prediction, predict
+from executor.capacity.products import TypeOf
 from executor.capacity.workload import Workload
+from executor.checkpoint.description import Description
 from executor.device.table import named
 from executor.errors import UserError
 from executor.recipe.on_paper import settle_on_paper
@@ -73,4 +75,17 @@ def answer(deployment: Deployment, chip: Chip | None, workload: Workload) -> Ans
     found = fit(deployment, workload)
     if chip is None:
         return Answer(chip, found, None)
-    return Answer(chip, found, predict(deployment.recipe, deployment.paper.shapes, chip, workload))
+    types = described_types(deployment.paper.description)
+    return Answer(chip, found, predict(deployment.recipe, deployment.paper.shapes, chip, workload, types=types))
+
+
+def described_types(description: Description | None) -> TypeOf | None:
+    """The types that a quantized folder gives its linears; None for float weights and for folders that are not here."""
+    if description is None:
+        return None
+
+    def type_of(name: str) -> str:
+        names = (f"{name}.weight", f"{name}.gate_up_proj", f"{name}.0.gate_proj.weight")  # the last two: of experts
+        return description.type_of(next((each for each in names if each in description.types), names[0]))
+
+    return type_of

@@ -9,16 +9,15 @@ from typing import Any
 
 GIB = 2**30
 SIZE_INCHES, DPI = (9.6, 5.4), 150
-COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee")
+COLORS = ("#1f5f99", "#c4552d", "#3b7f4f", "#7a4f9a", "#8a6d1f")  # those of executor/bench/plot.py
+FITS, OVER = "#3b7f4f", "#b3261e"
 
 
 def _figure(num_axes: int) -> tuple[Any, Any]:
-    """A figure that draws into files only, whatever the machine has."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """A figure of so many axes side by side; it needs no screen."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, num_axes, squeeze=False)[0]
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
@@ -33,22 +32,20 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def memory_chart(
-    path: Path, title: str, parts: Mapping[str, int], allowed_bytes: int, capacity_bytes: int | None = None
-) -> Path:
+def memory_chart(path: Path, title: str, parts: Mapping[str, int], allowed_bytes: int) -> Path:
     """Bars of what each part takes of one rank, with their sum beside what is allowed, in GiB."""
     figure, (axes,) = _figure(1)
     shown = {name: count / GIB for name, count in parts.items() if count}
     names = [*shown, "all"]
     values = [*shown.values(), sum(shown.values())]
     over = values[-1] > allowed_bytes / GIB
-    colors = ["#4477aa"] * len(shown) + ["#cc3311" if over else "#228833"]
+    colors = [COLORS[0]] * len(shown) + [OVER if over else FITS]
     bars = axes.barh(names[::-1], values[::-1], color=colors[::-1])
     axes.bar_label(bars, [f"{value:.2f}" for value in values[::-1]], padding=4)
     axes.axvline(allowed_bytes / GIB, color="black", linestyle="--", linewidth=1.2)
     axes.annotate(
-        f"allowed: {allowed_bytes / GIB:.1f} GiB", (allowed_bytes / GIB, 0.02), xycoords=("data", "axes fraction"),
-        xytext=(-4, 0), textcoords="offset points", ha="right", va="bottom",
+        f"allowed: {allowed_bytes / GIB:.1f} GiB", (allowed_bytes / GIB, 1.0), xycoords=("data", "axes fraction"),
+        xytext=(0, 3), textcoords="offset points", ha="center", va="bottom",
     )  # fmt: skip
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color="#dddddd", linewidth=0.8)
@@ -75,7 +72,7 @@ def speed_chart(path: Path, title: str, points: Sequence[Mapping[str, float]], h
         ),
         strict=True,
     ):
-        each.plot(users, [point[key] * scale for point in points], marker="o", markersize=4, color="#4477aa")
+        each.plot(users, [point[key] * scale for point in points], marker="o", markersize=4, color=COLORS[0])
         each.set_ylim(bottom=0)
         each.set_xscale("log", base=2)
         each.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -87,7 +84,8 @@ def speed_chart(path: Path, title: str, points: Sequence[Mapping[str, float]], h
                 f"memory holds {held_users}", (held_users, 0.03), xycoords=("data", "axes fraction"),
                 xytext=(-4, 0), textcoords="offset points", rotation=90, ha="right", va="bottom", fontsize=8,
             )  # fmt: skip
-    figure.suptitle(f"{title}\npredicted, not measured; {wanted}")
+    held = "" if held_users else "; the memory holds none of these requests"
+    figure.suptitle(f"{title}\npredicted, not measured; {wanted}{held}")
     return _save(figure, path)
 
 

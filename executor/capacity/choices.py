@@ -2,7 +2,7 @@
 
 from executor.capacity.chips import Chip
 from executor.checkpoint.folder import local_checkpoint
-from executor.recipe.schema import Recipe
+from executor.recipe.schema import ModelSection, Recipe
 from models.published import published_name, published_shapes
 
 DUO = "atlas_300i_duo"
@@ -40,12 +40,20 @@ def precisions(chip: Chip, model_path: str, hub: str = "huggingface") -> tuple[s
     return (*found, *(("w8a8sc",) if chip.soc == DUO and not has_experts else ()))
 
 
-def weights_path(model_path: str, quantization: str) -> str:
-    """Where a model's weights of a scheme lie, as the recipes of config/ have it; a folder that is here stays."""
-    name = published_name(model_path)
+def weights_path(model: ModelSection, quantization: str, ranks: int = 1) -> str:
+    """Where the weights of a scheme lie: at the recipe's own place if they are its own, else as config/ has it.
+
+    Compressed weights are made for a number of `ranks`.
+    """
+    path, name = model.model_path, published_name(model.model_path)
     if quantization == "auto" or name is None:
-        return model_path
-    return f"Qwen/{name}" if quantization == "none" else f"weights/{name}-{quantization}"
+        return path
+    if quantization == "none":
+        return path if path.rstrip("/").endswith(name) else f"Qwen/{name}"
+    if quantization == "w8a8sc":
+        ending = f"-tp{ranks}"
+        return path if path.endswith(ending) else f"weights/{name}-{quantization}{ending}"
+    return path if model.quantization == quantization else f"weights/{name}-{quantization}"
 
 
 def recipe_on(base: Recipe, chip: Chip, quantization: str, **scheduler: int | None) -> Recipe:
@@ -54,7 +62,7 @@ def recipe_on(base: Recipe, chip: Chip, quantization: str, **scheduler: int | No
     `scheduler`: sizes in place of those of `base`. The model of `base` stays, its other keys as well.
     """
     model = {
-        "model_path": weights_path(base.model.model_path, quantization),
+        "model_path": weights_path(base.model, quantization),
         "device": "npu",
         "soc": chip.soc,
         "dtype": "auto",

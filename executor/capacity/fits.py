@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from executor.capacity.products import held_bytes
 from executor.capacity.workload import Workload, replicas_of
 from executor.device.table import CHIP_BYTES
 from executor.host.limits import host_memory_bytes, process_memory_bytes
@@ -34,6 +35,13 @@ class Deployment:
     def recipe(self) -> Recipe:
         return self.paper.recipe
 
+    @cached_property
+    def assumed_bytes(self) -> int | None:
+        """Of a rank's weights by the vendor's choice of types, for quantized folders that are not here; else None."""
+        if self.recipe.model.quantization == "none" or self.paper.stored is not None:
+            return None
+        return round(sum(held_bytes(self.recipe, self.paper.shapes).values()))
+
     def account(self, num_blocks: int | None = None, **scheduler: int) -> MemoryEstimate:
         """Of a KV cache of `num_blocks` (None: what the recipe gets), with other sizes of `scheduler_config`."""
         recipe = self.recipe
@@ -49,6 +57,7 @@ class Deployment:
             process_bytes=self.process_bytes,
             stored=self.paper.stored,
             num_blocks=num_blocks,
+            held_bytes=self.assumed_bytes,
         )
 
     def blocks(self, tokens: int) -> int:

@@ -5,7 +5,7 @@ others have published. Requests are equal and follow each other: a replica alway
 each answer of `output_tokens` it prefills one prompt.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -14,6 +14,7 @@ from executor.capacity.calibrate import Calibration, calibrated
 from executor.capacity.chips import Chip
 from executor.capacity.products import TypeOf
 from executor.capacity.times import StepTime, Times
+from executor.capacity.work import StepCost
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
 
@@ -71,9 +72,12 @@ def predict(
     workload: Asked,
     calibration: Calibration | None = None,
     types: TypeOf | None = None,
+    decode_step: Callable[[int, float], StepCost] | None = None,
 ) -> Prediction:
     """The speed of a settled recipe (no auto, no null) on `chip`. `types`: see Times.
 
+    decode_step: the cost of a decode step of so many rows of so many tokens, where a graph was converted
+    (executor/capacity/converted.py); None: by arithmetic and the count table.
     A replica with more users than max_num_seqs answers so many at a time.
     """
     calibration = calibration or calibrated()
@@ -85,7 +89,11 @@ def predict(
     visual = workload.pictures * workload.grid[0] * workload.grid[1]
     text = workload.prompt_tokens - visual
     context = workload.prompt_tokens + workload.output_tokens / 2
-    decode, prefill = times.decode(batch, context), times.prompts(1, text, grids)
+    if decode_step is None:
+        decode = times.decode(batch, context)
+    else:
+        decode = times.of(decode_step(batch, context), recipe.model.exe_mode)
+    prefill = times.prompts(1, text, grids)
     host_s = batch * HOST_ROW_S
     # While a request is answered each of the others of its replica is prefilled once, too.
     step_s = decode.total_s + host_s

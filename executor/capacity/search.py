@@ -9,14 +9,14 @@ TPOT is a user's: with the host and the prefills of others; TTFT that of a reque
 import json
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from executor.capacity.answer import Answer, answer
 from executor.capacity.chips import Chip, chip_names, read_chip
-from executor.capacity.choices import PRECISIONS, precision_word, precisions, recipe_on
+from executor.capacity.choices import PRECISIONS, precision_word, precisions, recipe_on, weights_path
 from executor.capacity.demand import Demand
-from executor.capacity.fits import deployment_on
+from executor.capacity.fits import Fit, deployment_on, fit
 from executor.capacity.workload import MARKS, Workload, picture_grid
 from executor.errors import UserError
 from executor.recipe.memory import GIB
@@ -96,7 +96,7 @@ def search(base: Recipe, demand: Demand) -> Search:
         )
     workload = demanded_workload(next(iter(papers.values())), demand)
     failed = []
-    for candidate in _candidates(papers, chips, demand):
+    for candidate in _candidates(papers, chips, demand, workload.users):
         verdict = _judge(candidate, papers[candidate.chip_name, candidate.quantization], workload, demand)
         if verdict is None:
             continue
@@ -137,15 +137,17 @@ def _quantizations(base: Recipe, chip: Chip, demand: Demand) -> list[str]:
     return [word for word in found if demand.quantization in (None, word)]
 
 
-def _candidates(papers: dict[tuple[str, str], OnPaper], chips: dict[str, Chip], demand: Demand) -> Iterator[Candidate]:
-    """Cheapest first: every number of dies of one node, whole nodes' parts of eight above."""
+def _candidates(
+    papers: dict[tuple[str, str], OnPaper], chips: dict[str, Chip], demand: Demand, users: int
+) -> Iterator[Candidate]:
+    """Cheapest first: every number of dies up to 16, above that multiples of eight; no replica is without users."""
     most = demand.most_dies or MOST_DIES
     for dies in [count for count in range(1, most + 1) if count <= 16 or count % 8 == 0]:
         some = [
             Candidate(name, chips[name], quantization, ranks, dies)
             for name, quantization in papers
             for ranks in REPLICA_RANKS
-            if dies % ranks == 0 and ranks <= chips[name].dies_per_node
+            if dies % ranks == 0 and ranks <= chips[name].dies_per_node and dies // ranks <= users
         ]
         yield from sorted(some, key=lambda candidate: candidate.cost)
 
@@ -155,9 +157,12 @@ def _judge(candidate: Candidate, paper: OnPaper, workload: Workload, demand: Dem
     recipe = sized(paper.recipe, candidate, workload, paper.shapes.max_position_embeddings)
     if degree_findings(recipe, paper.shapes):
         return None
-    spread = OnPaper(recipe, paper.shapes, paper.config, paper.pixels, paper.stored)
-    found = answer(deployment_on(spread, candidate.chip.usable_bytes), candidate.chip, workload)
-    return Verdict(candidate, found, (*_memory_faults(found), *_time_faults(found, demand)))
+    deployment = deployment_on(replace(paper, recipe=recipe), candidate.chip.usable_bytes)
+    held = fit(deployment, workload)
+    if not held.fits:  # how fast it would be is not asked then
+        return Verdict(candidate, Answer(candidate.chip, held, None), tuple(_memory_faults(held)))
+    found = answer(deployment, candidate.chip, workload)
+    return Verdict(candidate, found, tuple(_time_faults(found, demand)))
 
 
 def sized(recipe: Recipe, candidate: Candidate, workload: Workload, longest: int) -> Recipe:
@@ -167,15 +172,17 @@ def sized(recipe: Recipe, candidate: Candidate, workload: Workload, longest: int
     length = max(workload.request_tokens, min(-(-workload.request_tokens // block) * block, longest))
     sizes = {"max_num_seqs": users, "max_model_len": length}
     degrees = {"world_size": candidate.dies, "attn_tp_size": candidate.replica_ranks}
-    return recipe.replace(parallel=degrees, scheduler=sizes)
+    path = weights_path(recipe.model, candidate.quantization, candidate.replica_ranks)
+    return recipe.replace(model={"model_path": path}, parallel=degrees, scheduler=sizes)
 
 
-def _memory_faults(found: Answer) -> list[str]:
+def _memory_faults(held: Fit) -> list[str]:
     """In few words: the list of candidates is long."""
-    memory = found.fit.memory
-    if not memory.fits:
-        return [f"memory: {memory.total_bytes / GIB:.1f} GiB of {memory.budget_bytes / GIB:.1f} a rank"]
-    return list(found.fit.faults)
+    memory = held.memory
+    of_sizes = [fault for fault in held.faults if not fault.startswith("memory:")]
+    if of_sizes:
+        return of_sizes
+    return [f"memory: {memory.total_bytes / GIB:.1f} GiB of {memory.budget_bytes / GIB:.1f} a rank"]
 
 
 def _time_faults(found: Answer, demand: Demand) -> list[str]:

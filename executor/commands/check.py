@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,18 @@ def fake_ranks(recipe: Recipe) -> Iterator[Parallel]:
         yield groups(degrees.world_size, recipe.attn_tp_size, degrees.moe_ep_size, degrees.vision_parallel, rank=0)
 
 
-def _examined(recipe: Recipe, config: Mapping[str, Any], save: Path | None) -> dict[str, Any]:
-    """The report's part that comes out of conversion and tracing."""
-    from emulator import chips
+@dataclass(frozen=True)
+class OnMeta:
+    """Rank 0's model at its true size without memory, ready to be traced, and what it was before it was finalised."""
+
+    traces: Any
+    weights_bytes: int
+    schemes: dict[str, list[str]]
+
+
+@contextlib.contextmanager
+def on_meta(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[OnMeta]:
+    """The model of a settled recipe on its emulated chip, in an emulating process."""
     from emulator.traces import Traces
     from executor.device.npu.ops import NpuOps
     from executor.device.npu.soc import soc_of
@@ -117,11 +127,33 @@ def _examined(recipe: Recipe, config: Mapping[str, Any], save: Path | None) -> d
         size = local_bytes(model.pulls({}))
         schemes = schemes_of(model)
         finalize(model)
-        traces = Traces(model, device, dtype, batch, blocks, limits.block_size)
+        yield OnMeta(Traces(model, device, dtype, batch, blocks, limits.block_size), size, schemes)
+
+
+def decode_graph(recipe: Recipe, config: Mapping[str, Any]) -> Any:
+    """The decode step of a settled recipe for A2 or A3 as its GE graph, in this process, which emulates from then on.
+
+    RuntimeError where torch_npu cannot be had or torchair cannot convert the step.
+    """
+    from emulator.activate import activate
+
+    activate(recipe.model.soc, install=True)
+    with on_meta(recipe, config) as built:
+        _say(f"converting the decode step, {built.traces.num_layers} layers")
+        return built.traces.decode_graph()
+
+
+def _examined(recipe: Recipe, config: Mapping[str, Any], save: Path | None) -> dict[str, Any]:
+    """The report's part that comes out of conversion and tracing."""
+    from emulator import chips
+
+    limits = recipe.scheduler
+    with on_meta(recipe, config) as built:
+        traces, model = built.traces, built.traces.model
         in_graph = recipe.model.soc in GRAPH_CHIPS
         counts, failures = _graph_counts(traces, save) if in_graph else (_traced_counts(traces), [])
         patches = PICTURE[0] * PICTURE[1] * PICTURE[2]
-        _say(f"tracing a decode step of {batch} requests")
+        _say(f"tracing a decode step of {traces.batch} requests")
         traced = {"decode": traces.decode_calls(tensors=in_graph)}
         _say(f"tracing a prefill step of {limits.max_num_batched_tokens} tokens")
         traced["prefill"] = traces.prefill_calls(limits.max_num_batched_tokens, limits.max_model_len, patches // 4)
@@ -135,8 +167,8 @@ def _examined(recipe: Recipe, config: Mapping[str, Any], save: Path | None) -> d
     violations = [f"{step}: {text}" for step, recorded in traced.items() for text in recorded.violations]
     return {
         **counts,
-        "schemes": schemes,
-        "weights_bytes": size,
+        "schemes": built.schemes,
+        "weights_bytes": built.weights_bytes,
         "decode_from": "ge_graph" if in_graph else "traced step",
         "vision_nodes_per_block": sum(block.values()),
         "vision_ops_per_block": dict(block),
@@ -238,6 +270,7 @@ def _print(document: dict[str, Any], seconds: float) -> None:
     print(f"{document['soc']}: {'ok' if document['ok'] else 'NOT ok'} after {seconds:.1f} s ({NOTE})")
     for name, text in (*lines, *_problems("unsupported", document), *_problems("undocumented", document)):
         print(f"  {name:<13}{text}")
+    print("  memory and predicted speed: the command plan, with the same options")
 
 
 def _problems(kind: str, document: dict[str, Any]) -> Iterable[tuple[str, str]]:

@@ -52,6 +52,8 @@ def _run(argv: list[str] | None, machine: Machine) -> int:
     document = examine(machine, str(REPO_ROOT), wish)
     for line in findings.lines(findings.Finding(**row) for row in document["findings"]):
         print(line)
+    recipe = arguments.recipe or "CONFIG.yaml"
+    print(f"         memory and predicted speed on any chip:  bash infer.sh {recipe} plan")
     print_document(document)
     return 1 if wish and not document["ok"] else 0
 

@@ -232,11 +232,11 @@ class EngineLoop:
         finally:
             if not self._is_stopping and self.fault is None:
                 self.fault = RuntimeError("its thread has ended")
-            self.engine.runner.end_profile()
             self._end()
 
     def _end(self) -> None:
-        """Abort what is left, and let the preparing threads go."""
+        """Abort what is left, and let the preparing threads go. By the thread of the steps, or after it."""
+        self.engine.runner.end_profile()
         with self._lock:
             self._is_stopping = True
             left = list(self._unfinished)

@@ -41,7 +41,12 @@ class Profile:
             self.end()
         if self._profiler is not None or self.is_held or self._has_ended:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # no reason to answer nothing
+            logger.warning("no profile: %s cannot be made (%s)", self._folder, error.strerror)
+            self._has_ended = True
+            return
         self._profiler = self._device.profiler(self._folder, self._name)
         self._profiler.start()
         self._clock.span = record_function
@@ -67,7 +72,12 @@ class Profile:
         if not self._num_done:
             return
         file = self._folder / f"{self._name}.json"
-        if profiler.write(file):
+        try:
+            is_written = profiler.write(file)
+        except (OSError, RuntimeError) as error:  # torch raises the latter
+            logger.warning("the profile cannot be written to %s: %s", file, error)
+            return
+        if is_written:
             logger.info(
                 "the profile of %d steps is in %s; open it in https://ui.perfetto.dev or chrome://tracing "
                 "(docs/profiling.md)",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dataset.sample import Box
 from executor.errors import UserError, printable
 
 _TEXT, _TEXT_OR_NONE, _NUMBER = (str,), (str, type(None)), (int, float)
@@ -35,6 +36,8 @@ class ScoredRow:
     extracted: str | None  # what of it was scored
     score: float  # from 0 to 1
     error: str | None
+    boxes: tuple[Box, ...] = ()  # where the thing asked for is, as parts of the picture's width and height
+    said_boxes: tuple[Box, ...] = ()  # where the answer has it
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,17 @@ def _row(tree: Mapping[str, Any]) -> ScoredRow:
         extracted=tree["extracted"],
         score=float(tree["score"]),
         error=tree["error"],
+        boxes=_boxes(tree.get("boxes", ())),
+        said_boxes=_boxes(tree.get("said_boxes", ())),
     )
+
+
+def _boxes(value: Any) -> tuple[Box, ...]:
+    """Boxes of four numbers each; UserError for anything else."""
+    is_list = isinstance(value, list | tuple) and all(isinstance(box, list) and len(box) == 4 for box in value)
+    if not is_list or not all(type(number) in _NUMBER for box in value for number in box):
+        raise UserError("boxes and said_boxes of a row are lists of four numbers; give the rows of eval as they were")
+    return tuple(tuple(float(number) for number in box) for box in value)
 
 
 def _summary(path: Path) -> Mapping[str, Any]:

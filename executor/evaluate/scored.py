@@ -1,7 +1,8 @@
 """Answers into scored rows, and scored rows into a summary.
 
 A scored row is a row of `generate` (executor/commands/generate/rows.py) with dataset, metric, labels, references,
-sources, extracted and score. A sample that could not be answered scores 0: leaving it out would reward failing.
+sources, extracted and score; where a box is asked for, boxes and said_boxes, as parts of the picture. A sample that
+could not be answered scores 0: leaving it out would reward failing.
 Knows no engine and no file.
 """
 
@@ -13,6 +14,7 @@ from dataset.sample import Dataset, Sample, media_source
 from executor.errors import UserError, printable
 from executor.evaluate.interval import estimate_of
 from executor.evaluate.runs import by_label
+from executor.evaluate.scoring.boxes import boxes_in
 from executor.evaluate.scoring.score import BoxSpace, Metric
 
 Row = dict[str, Any]
@@ -59,10 +61,15 @@ def scored(row: Row, sample: Sample, metric: Metric, dataset: str) -> Row:
         "sources": [_place(media_source(part)) for part in sample.media_parts],
     }
     if sample.boxes:
-        row["boxes"] = [list(box) for box in sample.boxes]
+        row |= {"boxes": [list(box) for box in sample.boxes], "said_boxes": []}
     if row["error"] is not None:
         return row | {"extracted": None, "score": 0.0}
-    score = metric.score(row["text"], sample, _box_space(row, sample))
+    space = _box_space(row, sample)
+    if sample.boxes:
+        units = (space.width, space.height, space.width, space.height)
+        said = boxes_in(row["text"])[:1]  # the one that is scored
+        row["said_boxes"] = [[value / unit for value, unit in zip(box, units, strict=True)] for box in said]
+    score = metric.score(row["text"], sample, space)
     details = {"details": dict(score.details)} if score.details else {}
     return row | {"extracted": score.extracted, "score": score.value} | details
 
@@ -101,6 +108,7 @@ def summary_of(rows: Sequence[Row]) -> dict[str, Any]:
         **_figures(rows),
         "failed": len(failed),
         "failed_samples": failed,
+        "unparsed": sum(row["extracted"] == "" for row in rows),  # answers in which nothing could be scored
         "details": means,  # of all samples; a failed one has 0
         "breakdown": breakdown,
     }

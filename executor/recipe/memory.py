@@ -165,11 +165,16 @@ def account(
     process_bytes: int = 0,
     stored: StoredSizes | None = None,
     num_blocks: int | None = None,
+    held_bytes: int | None = None,
 ) -> MemoryEstimate:
-    """What `estimate` counts, whether it fits or not. `num_blocks`: of a cache that is asked about; None: its own."""
+    """What `estimate` counts, whether it fits or not. `num_blocks`: of a cache that is asked about; None: its own.
+
+    `held_bytes`: of a rank's weights where these are known better than by the recipe's word; None: weights_bytes.
+    """
     scheduler = recipe.scheduler
     budget = int(free_bytes * scheduler.memory_fraction) + process_bytes
-    weights, block = weights_bytes(recipe, shapes, stored), kv_block_bytes(recipe, shapes, compute_bytes)
+    weights = weights_bytes(recipe, shapes, stored) if held_bytes is None else held_bytes
+    block = kv_block_bytes(recipe, shapes, compute_bytes)
     step = peak_of(recipe, shapes, picture_tokens, compute_bytes)
     peak = step.total_bytes
     process = max(process_bytes, TORCH_BYTES) + LIBRARY_BYTES if process_bytes else 0

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from executor.checkpoint.description import read_description
+from executor.checkpoint.description import Description, read_description
 from executor.checkpoint.folder import local_checkpoint
 from executor.checkpoint.settings import read_max_pixels, read_min_pixels
 from executor.checkpoint.stored import StoredSizes, read_sizes
@@ -37,6 +37,7 @@ class OnPaper:
     config: Mapping[str, Any] = field(repr=False)
     pixels: tuple[int, int]
     stored: StoredSizes | None = field(default=None, repr=False)  # of quantized weights that are here
+    description: Description | None = field(default=None, repr=False)  # theirs
 
     @property
     def largest_picture_tokens(self) -> int:
@@ -65,7 +66,7 @@ def settle_on_paper(recipe: Recipe, command: str) -> OnPaper:
         least, most = read_min_pixels(folder) or least, read_max_pixels(folder) or most
     pixels = recipe.data.min_pixels or least, recipe.data.max_pixels or most
     stored = read_sizes(folder, shapes.tied_embeddings) if description else None
-    return OnPaper(recipe, shapes, config, pixels, stored)
+    return OnPaper(recipe, shapes, config, pixels, stored, description)
 
 
 def find_config(recipe: Recipe, command: str) -> tuple[Mapping[str, Any], str, ModelShapes]:

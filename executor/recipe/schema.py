@@ -117,8 +117,8 @@ class ParallelSection(Section):
     hang_timeout_s: Positive = 300
     """Seconds a rank may give no sign of life before it is reported and the job is ended."""
     ray_jobs: Positive = 1
-    """Jobs of the whole recipe on a Ray cluster, each of world_size ranks on one node, that share what is served or
-    generated. 1: no Ray."""
+    """Jobs of the whole recipe on a Ray cluster, each of world_size ranks on one node, that share what is served,
+    generated or evaluated. 1: no Ray."""
     ray_address: str | None = None
     """The Ray cluster, as HOST:PORT of its head. null: RAY_ADDRESS, else one on this machine for the time of the
     command."""
@@ -328,9 +328,9 @@ class BenchSection(Section):
     repetitions: Positive = 3
     """Runs that count; results are their medians, with their spread."""
     plot: bool = False
-    """Draw latency and throughput into PNG files under output_path."""
+    """Draw latency and throughput into a PNG file beside that of the results."""
     results_path: str | None = None
-    """JSON file of the results. null: a new one under output_path."""
+    """JSON file of the results. null: a new one under output_path, named by mode and time."""
 
 
 class EvalSection(Section):
@@ -340,10 +340,9 @@ class EvalSection(Section):
     """null: the data set's own."""
     dump_layers: Literal["transformers", "cpu", "npu_emulated"] | None = None
     """Instead of scores: the hidden states of the first requests (data_config.limit, else 2) beside those of this,
-    stage by stage. docs/evaluate.md has what is compared."""
+    stage by stage. docs/dump_layers.md has what is compared."""
     reference_model: str | None = None
-    """Checkpoint of the other side of dump_layers: the float weights of a quantized model_path, say. null: model_path.
-    """
+    """Checkpoint of the other side of dump_layers: the float weights of a quantized model, say. null: model_path."""
     report_path: str | None = None
     """HTML file of eval compare. null: one under output_path."""
 

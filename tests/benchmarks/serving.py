@@ -1,8 +1,8 @@
 """For benchmarks of the server: `serve` as a process of its own, and a client that costs next to nothing."""
 
-import asyncio
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,8 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from executor.bench.client import Client, Endpoint
+from executor.bench.stream import ChatStream
+
 REPO = Path(__file__).resolve().parents[2]
 START_S = 120
+STREAM_S = 900.0
 
 
 @dataclass(frozen=True)
@@ -62,21 +66,21 @@ def served(*settings: str, folder: Path = REPO) -> Iterator[Served]:
 
 
 async def stream(port: int, body: dict, stamps: list[float]) -> int:
-    """One streamed chat; `stamps` gets the time of each event as it comes. Returns the HTTP status."""
+    """One streamed chat on a connection of its own; `stamps` gets the time of each piece as it comes. Returns the HTTP
+    status. RuntimeError for an answer that is not whole."""
     content = json.dumps({"stream": True, "temperature": 0, "ignore_eos": True, **body}).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+    client, coming = Client(Endpoint.at(f"http://127.0.0.1:{port}"), STREAM_S), ChatStream()
+    coming.piece_times_s = stamps
     try:
-        head = (
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
-        )
-        writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-        status = int((await reader.readline()).split()[1])
-        while data := await reader.read(1 << 16):
-            now = time.perf_counter()
-            stamps.extend([now] * data.count(b"data: {"))
+        reply = await client.chat(content, coming)
     finally:
-        writer.close()
-    return status
+        client.close()
+    if reply.error is None:
+        return 200
+    refusal = re.match(r"HTTP (\d+): ", reply.error)
+    if refusal is None:
+        raise RuntimeError(reply.error)
+    return int(refusal[1])
 
 
 def text(words: str, num_tokens: int) -> dict:

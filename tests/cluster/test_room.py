@@ -55,6 +55,7 @@ def test_without_ray_the_line_that_installs_it_is_told(monkeypatch: pytest.Monke
         ("serve", {"server_config": {"replicas": 2}}, 2),
         ("generate", {"server_config": {"replicas": 2}}, 1),
         ("generate", {"parallel_config": {"ray_jobs": 3}}, 3),
+        ("eval", {"parallel_config": {"ray_jobs": 3}}, 3),
         ("serve", {"parallel_config": {"ray_jobs": 3}}, 3),
         ("serve", {"parallel_config": {"ray_jobs": 3}, "server_config": {"replicas": 1}}, 1),
         ("plan", {"parallel_config": {"ray_jobs": 3}}, 1),

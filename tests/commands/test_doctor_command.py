@@ -135,3 +135,10 @@ def test_a_reader_that_has_gone_is_no_error():
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(60) == 141
+
+
+def test_the_report_points_to_plan():
+    machine = fake.laptop()
+    machine.files["/home/user/r.yaml"] = f"model_config:\n  model_path: {fake.FOLDER}\n  device: cpu\n"
+    assert "bash infer.sh CONFIG.yaml plan" in run(machine, [])[1][-1]
+    assert "bash infer.sh r.yaml plan" in run(machine, ["r.yaml"])[1][-1]

@@ -1,5 +1,7 @@
 """Small folders in the forms that data sets are published in, with pictures of our own."""
 
+import base64
+import csv
 import io
 import json
 from collections.abc import Sequence
@@ -56,6 +58,21 @@ def json_file(path: Path, content: Any) -> Path:
     lines = path.suffix == ".jsonl"
     path.write_text("".join(json.dumps(item) + "\n" for item in content) if lines else json.dumps(content))
     return path
+
+
+def table(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """A tab-separated table, as VLMEvalKit's are written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def base64_of(content: bytes) -> str:
+    """A picture as text."""
+    return base64.b64encode(content).decode()
 
 
 def load(name: str, path: Path, **fields: Any) -> list[Sample]:

@@ -13,8 +13,22 @@ from executor.media.container import ContainerFrames
 from executor.media.media import MediaLimits
 from executor.recipe.schema import DataSection
 from models.tiny.training import world
-from tests.dataset.forms import CLIP, TEN, content_of, embedded, json_file, load, parquet, picture_file, picture_of, png
+from tests.dataset.forms import (
+    CLIP,
+    TEN,
+    base64_of,
+    content_of,
+    embedded,
+    json_file,
+    load,
+    parquet,
+    picture_file,
+    picture_of,
+    png,
+    table,
+)
 
+FORMULAS = "Handwritten Mathematical Expression Recognition"
 SHORT = "Answer the question using a single word or phrase."
 
 
@@ -49,7 +63,15 @@ def textvqa_lines(folder: Path) -> None:
     json_file(folder / "textvqa_val_annotations.json", {"annotations": answers})
 
 
-@pytest.mark.parametrize("form", [textvqa_parquet, textvqa_official, textvqa_lines])
+def textvqa_table(folder: Path) -> None:
+    rows = [
+        {"index": 34602, "question": "what is the brand?", "answer": str(TEN), "image": base64_of(png(1))},
+        {"index": 34603, "question": "who is IBM?", "answer": str(TEN), "image": base64_of(png(2))},
+    ]
+    table(folder / "TextVQA_VAL.tsv", rows)
+
+
+@pytest.mark.parametrize("form", [textvqa_parquet, textvqa_official, textvqa_lines, textvqa_table])
 def test_textvqa(tmp_path, form):
     form(tmp_path)
     first, second = load("textvqa", tmp_path)
@@ -86,7 +108,12 @@ def docvqa_of_rrc(folder: Path) -> None:
     json_file(path, {"data": [entry | {"answers": ["1/8/93", "1-8-93"], "question_types": ["handwritten"]}]})
 
 
-@pytest.mark.parametrize("form", [docvqa_parquet, docvqa_official, docvqa_of_rrc])
+def docvqa_table(folder: Path) -> None:
+    row = {"index": 337, "image": base64_of(png(1)), "question": "what is the date?", "answer": "['1/8/93', '1-8-93']"}
+    table(folder / "DocVQA_VAL.tsv", [row])
+
+
+@pytest.mark.parametrize("form", [docvqa_parquet, docvqa_official, docvqa_of_rrc, docvqa_table])
 def test_docvqa(tmp_path, form):
     form(tmp_path)
     (sample,) = load("docvqa", tmp_path)
@@ -118,7 +145,21 @@ def chartqa_official(folder: Path) -> None:
     json_file(test / "test_augmented.json", [{"imgname": "two.png", "query": "Which year?", "label": "2018"}])
 
 
-@pytest.mark.parametrize("form", [chartqa_parquet, chartqa_of_m4, chartqa_official])
+def chartqa_table(folder: Path) -> None:
+    rows = [
+        {"index": 0, "question": "How many?", "answer": "14", "split": "test_human", "image": base64_of(png(1))},
+        {
+            "index": 1,
+            "question": "Which year?",
+            "answer": "2018",
+            "split": "test_augmented",
+            "image": base64_of(png(2)),
+        },
+    ]
+    table(folder / "ChartQA_TEST.tsv", rows)
+
+
+@pytest.mark.parametrize("form", [chartqa_parquet, chartqa_of_m4, chartqa_official, chartqa_table])
 def test_chartqa(tmp_path, form):
     form(tmp_path)
     human, augmented = load("chartqa", tmp_path)
@@ -185,24 +226,29 @@ def test_mmmu(tmp_path, form):
 
 
 def ocrbench_parquet(folder: Path) -> None:
-    row = {"dataset": "HME100k", "question": " Write the formula. ", "question_type": "Formulas", "answer": ["x ^ 2"]}
+    row = {"dataset": "HME100k", "question": " Write the formula. ", "question_type": FORMULAS, "answer": ["x ^ 2"]}
     parquet(folder / "data" / "test-00000-of-00001.parquet", [row | {"image": embedded(png(1))}])
 
 
 def ocrbench_official(folder: Path) -> None:
     picture_file(folder / "OCRBench_Images" / "HME100k" / "one.jpg", 1)
-    entry = {"dataset_name": "HME100k", "type": "Formulas", "question": " Write the formula. ", "id": 0}
+    entry = {"dataset_name": "HME100k", "type": FORMULAS, "question": " Write the formula. ", "id": 0}
     entry |= {"image_path": "HME100k/one.jpg", "answers": ["x ^ 2"]}
     json_file(folder / "OCRBench" / "OCRBench.json", [entry])
 
 
-@pytest.mark.parametrize("form", [ocrbench_parquet, ocrbench_official])
+def ocrbench_table(folder: Path) -> None:
+    row = {"index": 1, "question": " Write the formula. ", "answer": "['x ^ 2']", "category": FORMULAS}
+    table(folder / "OCRBench.tsv", [row | {"image": base64_of(png(1))}])
+
+
+@pytest.mark.parametrize("form", [ocrbench_parquet, ocrbench_official, ocrbench_table])
 def test_ocrbench(tmp_path, form):
     form(tmp_path)
     (sample,) = load("ocrbench", tmp_path)
     assert sample.question == "Write the formula." and picture_of(sample) == png(1)
     assert sample.references == ("x ^ 2",)
-    assert sample.labels == {"question_type": "Formulas", "dataset": "HME100k"}
+    assert sample.labels == {"question_type": FORMULAS, "dataset": "HME100k"}
 
 
 def refcoco_parquet(folder: Path) -> None:

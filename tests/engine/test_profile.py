@@ -82,3 +82,22 @@ def test_without_the_key_there_is_no_profile(tmp_path):
     with profiled(tmp_path, profile=False) as engine:
         engine.generate([question("objects.png")], ANSWER)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_to_keeps_nobody_from_answering(tmp_path, caplog):
+    (tmp_path / "profile").write_text("a file where the folder should be")
+    with profiled(tmp_path) as engine:
+        (answer,) = engine.generate([question("objects.png")], ANSWER)
+    assert answer.error is None and len(answer.token_ids[0]) == ANSWER.max_new_tokens
+    assert f"no profile: {tmp_path / 'profile'} cannot be made (File exists)" in caplog.text
+
+
+def test_an_interrupted_loop_writes_what_there_is(tmp_path):
+    engine = profiled(tmp_path)
+    with pytest.raises(KeyboardInterrupt), EngineLoop(engine) as loop:
+        loop.submit(lambda: engine.processor.build(question("objects.png")), ANSWER)
+        while not engine.runner.clock.num_prefill_steps:
+            loop.turn(0.05)
+        raise KeyboardInterrupt
+    (file,) = (tmp_path / "profile").iterdir()
+    assert {span.name for span in read_spans(file, set(STAGES))} >= {"prefill", "sampling"}

@@ -42,7 +42,8 @@ def test_a_failed_row_scores_0():
 def test_boxes_are_read_in_the_models_units(units, said):
     row = answer(f'[{{"bbox_2d": {list(said)}, "label": "x"}}]', media_sizes=[{"box_units": units}])
     found = scored(row, sample(1, boxes=((0.25, 0.5, 0.5, 1.0),)), BOXES, "refcoco")
-    assert (found["score"], found["details"], found["boxes"]) == (1.0, {"iou": 1.0}, [[0.25, 0.5, 0.5, 1.0]])
+    assert (found["score"], found["details"]) == (1.0, {"iou": 1.0})
+    assert found["boxes"] == found["said_boxes"] == [[0.25, 0.5, 0.5, 1.0]]
 
 
 def test_a_row_of_another_release_does_not_know_its_units():
@@ -89,13 +90,15 @@ def test_a_summary_counts_failures_and_breaks_down():
             "error": None,
             "labels": {"kind": "ab"[index % 2]},
             "details": {"iou": score},
+            "extracted": "" if index == 1 else "x",
         }
         for index, score in enumerate(scores)
     ]
-    rows.append({"id": "4", "score": 0.0, "error": "no such file", "labels": {}})
+    rows.append({"id": "4", "score": 0.0, "error": "no such file", "labels": {}, "extracted": None})
     found = summary_of(rows)
     estimate = estimate_of([*scores, 0.0])
     assert (found["score"], found["samples"]) == (0.5, 5)
     assert found["ci95"] == [round(estimate.low, 5), round(estimate.high, 5)]
+    assert found["unparsed"] == 1
     assert (found["failed"], found["failed_samples"], found["details"]) == (1, ["4"], {"iou": 0.5})
     assert {value: each["score"] for value, each in found["breakdown"]["kind"].items()} == {"a": 1.0, "b": 0.25}

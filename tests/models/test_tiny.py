@@ -8,10 +8,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from executor.evaluate.scoring.boxes import boxes_in, iou
 from executor.schedule.request import SamplingParams
 from models.tiny.training import world as shapes
 from models.tiny.training.configs import store_experts_as_published
-from models.tiny.training.evaluate import said_box
 from tests.engines import engine_over
 from tests.reference import FAMILIES, REPO, greedy
 
@@ -48,8 +48,8 @@ def test_held_out_samples(engine, tmp_path):
     for sample, answer in zip(samples, answers, strict=True):
         right[sample.question.kind].append(sample.question.is_right(answer.text, convention))
         if sample.question.kind == "box":
-            said, true = said_box(answer.text), said_box(sample.question.answer_for(convention))
-            boxes.append(said is not None and shapes.iou(said, true) >= 0.5)
+            said, (true,) = boxes_in(answer.text), boxes_in(sample.question.answer_for(convention))
+            boxes.append(bool(said) and iou(said[0], true) >= 0.5)
     scores = {kind: sum(marks) / len(marks) for kind, marks in right.items()}
     assert set(scores) == set(shapes.KINDS)
     assert sum(map(sum, right.values())) >= 0.95 * NUM_SAMPLES, scores

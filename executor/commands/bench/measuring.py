@@ -8,7 +8,7 @@ from typing import Any
 
 from dataset.sample import Dataset, Sample
 from executor.bench.drive import Question, drive
-from executor.bench.floor import Speeds, StepLog
+from executor.bench.floor import Gauge, StepLog
 from executor.bench.replicas import Replicas
 from executor.bench.results import Load, Point, Run, Startup
 from executor.bench.workload import PlannedRun, planned_runs
@@ -33,6 +33,7 @@ class Measuring:
         self.recipe, self.params, self.loop, self.replicas = recipe, params, loop, replicas
         self.engine = loop.engine
         self.dataset = dataset
+        self.gauge = Gauge(recipe, self.engine.runner.dtype)
         self.runs: dict[Load, list[Run]] = {}
         self.steps: dict[Load, list[StepLog]] = {}  # of the same runs
         self.weights_s, self.first_token_s = process_age_s(), None
@@ -58,10 +59,12 @@ class Measuring:
             if not run.is_warmup:
                 self.runs.setdefault(run.load, []).append(made)
                 self.steps.setdefault(run.load, []).append(steps)
+                if self.replicas.is_first:
+                    self.gauge.look()
 
-    def points(self, shapes: ModelShapes, speeds: Speeds | None) -> tuple[Point, ...]:
+    def points(self, shapes: ModelShapes) -> tuple[Point, ...]:
         """What was measured, beside its floors where the chip's speeds are known."""
-        points = []
+        points, speeds = [], self.gauge.speeds
         for load, runs in self.runs.items():
             floor = None
             if speeds is not None:
@@ -83,6 +86,7 @@ class Measuring:
         self.engine.watch = None
         own_s = time.perf_counter() - started_s
         times = self.engine.runner.clock.times().since(before)
+        self._judge(run, len(questions), steps)
         peak = self.engine.runner.device.peak_bytes() or peak_memory_bytes()
         results = self.replicas.gather(results)
         if self.first_token_s is None and age_s is not None:
@@ -95,6 +99,15 @@ class Measuring:
             model_tpot_s=model_tpot_s(times),
             peak_memory_bytes=peak or None,
         )
+
+    def _judge(self, run: PlannedRun, num_asked: int, steps: StepLog) -> None:
+        """Say it where a batch has not been one."""
+        if run.load.batch_size is not None and steps.most_rows < num_asked:
+            logger.warning(
+                "%s: at most %d of its %d requests were computed in one step: the KV cache has no room for more, or "
+                "some had ended before others began (longer answers, or a larger max_num_batched_tokens)",
+                run.load.words, steps.most_rows, num_asked,
+            )  # fmt: skip
 
     def _question(self, place: int) -> Question:
         sample = self._samples.get(place)

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, TextIO
 
 from dataset.load import load_dataset
-from executor.bench.floor import speeds_of
 from executor.bench.machine import machine, versions
 from executor.bench.publish import now, publish, results_place
 from executor.bench.replicas import Replicas
@@ -60,7 +59,6 @@ def measure(recipe: Recipe, out: TextIO) -> tuple[dict[str, Any], int]:
         return {"command": "bench"}, 0
     if not measuring.runs:
         raise KeyboardInterrupt("before anything was measured")
-    speeds = speeds_of(recipe, engine.runner.dtype) if is_whole else None
     report = Report(
         mode=recipe.bench.mode,
         dataset=recipe.data.dataset,
@@ -69,7 +67,7 @@ def measure(recipe: Recipe, out: TextIO) -> tuple[dict[str, Any], int]:
         workload=workload(recipe, dataset),
         machine=machine(recipe),
         versions=versions(),
-        points=measuring.points(prepared.shapes, speeds),
+        points=measuring.points(prepared.shapes),
         startup=measuring.startup,
     )
     document, status = publish(recipe, report, path, out)

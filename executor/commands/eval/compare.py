@@ -34,7 +34,8 @@ def run(recipe: Recipe, compared: tuple[Path, Path], out: TextIO | None = None) 
     for warning in comparison.warnings:
         logger.warning("%s", warning)
     path = report_path(recipe, comparison)
-    write_report(path, comparison, sample_finder(comparison.first))
+    with_summary = comparison.first if comparison.first.summary else comparison.second
+    write_report(path, comparison, sample_finder(with_summary))
     print(in_words(comparison), f"  report  {path}", sep="\n", file=out, flush=True)
     document = {
         "command": "eval",

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,6 +23,7 @@ from executor.commands.generate.ask import row_prompt
 from executor.errors import UserError
 from executor.host.env import REPO_ROOT, environment, find_path
 from executor.recipe.schema import Recipe
+from executor.recipe.settle import prepare, resolve_device
 from executor.schedule.request import Prompt
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ Other = Callable[[int, Sample, Prompt], dict[str, Any]]
 def run_layers(recipe: Recipe, out: TextIO | None = None) -> tuple[dict[str, Any], int]:
     """Prints the table; returns the JSON document and the exit status. UserError for what cannot be compared."""
     out = out or sys.stdout
+    recipe = resolve_device(recipe)
     check(recipe)
     recipe = plain(recipe)
     with tempfile.TemporaryDirectory(prefix="layers_") as folder:
@@ -81,12 +84,12 @@ def plain(recipe: Recipe) -> Recipe:
 def other_recipe(recipe: Recipe) -> Recipe:
     """The same on the device, and of the checkpoint, that it is compared with."""
     model: dict[str, Any] = {"device": recipe.eval.dump_layers}
-    if recipe.eval.dump_layers == "cpu":
-        model |= {"soc": None}
-    else:
+    if recipe.eval.dump_layers == "npu_emulated":
         model |= {"soc": recipe.model.soc or EMULATED_SOC}
         if recipe.model.dtype == "float32":  # which no chip computes in
             model |= {"dtype": "auto"}
+    elif recipe.model.device != "cpu":
+        model |= {"soc": None, "dtype": "float32"}  # as a reference should
     if recipe.eval.reference_model is not None:
         model |= {"model_path": recipe.eval.reference_model, "quantization": "auto", "kv_cache_dtype": "auto"}
     return recipe.replace(model=model)
@@ -106,7 +109,7 @@ def run_other_side(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if done.returncode:
         kind = UserError if done.returncode == 2 else RuntimeError
         raise kind(f"the other side of the comparison ({recipe.model.device}): {said['error']}")
-    return said
+    return {name: value for name, value in said.items() if name != "command"}
 
 
 def prompts(recipe: Recipe, processor: Any) -> Iterator[tuple[int, Sample, Prompt]]:
@@ -117,24 +120,34 @@ def prompts(recipe: Recipe, processor: Any) -> Iterator[tuple[int, Sample, Promp
         yield number, sample, row_prompt(processor, recipe, sample)
 
 
-def state_of(engine: Any) -> dict[str, Any]:
-    """What a side computes in, for the other."""
+@contextmanager
+def opened(recipe: Recipe) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """An engine, and what its side computes in: the type of its weights, of its activations, and their schemes."""
+    from executor.commands.build import engine_of, open_rank
     from executor.quant.choose import schemes_of
 
-    schemes = sorted(schemes_of(engine.runner.model))
-    return {"dtype": str(engine.runner.dtype).removeprefix("torch."), "schemes": schemes}
+    prepared = prepare(recipe)
+    with engine_of(prepared, *open_rank(prepared)) as engine:
+        yield (
+            engine,
+            {
+                "device": prepared.recipe.model.device,
+                "dtype": prepared.recipe.model.dtype,
+                "computes_in": str(engine.runner.dtype).removeprefix("torch."),
+                "schemes": sorted(schemes_of(engine.runner.model)),
+            },
+        )
 
 
 def _compared(recipe: Recipe, aside: dict[str, Any] | None, folder: Path, out: TextIO) -> tuple[dict[str, Any], int]:
-    from executor.commands.build import build_engine
     from executor.evaluate.capture import capture
     from executor.evaluate.layers import ROUNDING, Differences, first_above, largest_jump, table
 
-    with build_engine(recipe) as engine:
-        own = state_of(engine)
+    with opened(recipe) as (engine, own):
         other = _transformers(recipe, engine.processor) if aside is None else _saved(folder)
-        aside = aside or {"dtype": "float32", "schemes": ["none"]}
-        dtype = max(own["dtype"], aside["dtype"], key=ROUNDING.__getitem__)
+        aside = aside or {"device": "cpu", "dtype": "float32", "computes_in": "float32", "schemes": ["none"]}
+        types = (side[name] for side in (own, aside) for name in ("dtype", "computes_in"))
+        dtype = max(types, key=ROUNDING.__getitem__)
         is_float = own["schemes"] == aside["schemes"] == ["none"]
         found = Differences(dtype, is_quantized=not is_float)
         for number, sample, prompt in prompts(recipe, engine.processor):
@@ -150,7 +163,7 @@ def _compared(recipe: Recipe, aside: dict[str, Any] | None, folder: Path, out: T
         "dump_layers": recipe.eval.dump_layers,
         "dataset": recipe.data.dataset,
         "samples": found.num_prompts,
-        "model": {"model_path": model_path, "device": recipe.model.device, **own},
+        "model": {"model_path": model_path, **own},
         "reference": {"model_path": recipe.eval.reference_model or model_path, **aside},
         "lost_at": first.stage if first else None,
         "largest_jump": jump.stage if jump else None,

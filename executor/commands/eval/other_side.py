@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from executor.commands.eval.layers import prompts, state_of
+from executor.commands.eval.layers import opened, prompts
 from executor.commands.tool import run_tool
 from executor.host.env import calm_threads
 from executor.recipe.schema import build_recipe
@@ -21,14 +21,13 @@ def work(argv: Sequence[str]) -> dict[str, Any]:
     recipe = build_recipe(json.loads(file.read_text(encoding="utf-8")))
     from safetensors.torch import save_file
 
-    from executor.commands.build import build_engine
     from executor.evaluate.capture import capture
 
-    with build_engine(recipe) as engine:
+    with opened(recipe) as (engine, side):
         for number, _, prompt in prompts(recipe, engine.processor):
             stages = {name: x.contiguous() for name, x in capture(engine, prompt).items()}
             save_file(stages, folder / f"{number}.safetensors")
-        return state_of(engine) | {"device": recipe.model.device}
+        return side
 
 
 if __name__ == "__main__":

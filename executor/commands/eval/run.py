@@ -36,6 +36,10 @@ def run(recipe: Recipe, build: Callable[..., Any] | None = None, out: TextIO | N
 
     `build` makes the engine (executor.commands.build.engine_of). Raises UserError for what keeps all from starting.
     """
+    if recipe.eval.dump_layers is not None:
+        from executor.commands.eval.layers import run_layers
+
+        return run_layers(recipe, out)
     metric = metric_of(recipe)
     is_greedy_by_default = recipe.generation.temperature is None and not recipe.generation.do_sample
     if is_greedy_by_default:
@@ -151,6 +155,8 @@ def in_words(summary: Row) -> str:
         lines.append(f"  not answered, counts as 0: {name}")
     if summary["failed"] > SHOWN_FAILURES:
         lines.append(f"  and {summary['failed'] - SHOWN_FAILURES} more")
+    if summary["unparsed"]:
+        lines.append(f"  nothing that could be scored in {summary['unparsed']} answers")
     if summary["answered_before"]:
         lines.append(f"  {summary['answered_before']} answers are those of an earlier run; delete the rows to ask anew")
     if summary["greedy_by_default"]:

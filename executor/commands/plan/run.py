@@ -13,11 +13,13 @@ from executor.capacity.calibrate import calibrated
 from executor.capacity.chips import chip_names
 from executor.capacity.choices import published_models
 from executor.capacity.demand import parse_demand
+from executor.capacity.installation import Installation, install
 from executor.capacity.predict import Prediction
-from executor.capacity.search import COST_ORDER, asked_again, changes, overrides, search
+from executor.capacity.search import COST_ORDER, MOST_DIES, asked_again, changes, overrides, search
 from executor.capacity.table import TableRow, table_rows
 from executor.capacity.workload import Workload, asked_workload, picture_grid, replicas_of
 from executor.commands.plan import charts, show
+from executor.errors import UserError
 from executor.recipe.schema import Recipe
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,9 @@ Document = dict[str, Any]
 def run(recipe: Recipe) -> tuple[Document, int]:
     """Answer what plan_config asks; the JSON document and the exit status."""
     if recipe.plan.table:
+        for key in ("demand", "dies"):
+            if getattr(recipe.plan, key) is not None:
+                raise UserError(f"plan_config.table: it is given beside {key}; leave out one of them")
         return _table(recipe), 0
     if recipe.plan.demand is not None:
         return _demand(recipe, recipe.plan.demand), 0
@@ -35,6 +40,8 @@ def run(recipe: Recipe) -> tuple[Document, int]:
     found = answer(deployment, chip, asked_workload(deployment.paper))
     print(show.plan(found))
     document = _document(found)
+    if recipe.plan.dies is not None:
+        document["installation"] = _installation(found, recipe.plan.dies)
     if found.prediction is not None:
         print(f"\n{show.calibration(calibrated())}")
     if recipe.plan.plot:
@@ -91,6 +98,34 @@ def _predicted(predicted: Prediction) -> Document:
     }
 
 
+def _installation(found: Answer, dies: int) -> Document:
+    """What `dies` give as jobs of this recipe. UserError for a CPU, and for fewer dies than one job has."""
+    world = found.deployment.recipe.parallel.world_size
+    if found.chip is None or found.prediction is None:
+        raise UserError("plan_config.dies: a CPU has none; name a chip, as in  --chip 910b4")
+    if dies < world:
+        raise UserError(f"plan_config.dies: {dies} hold no job of this recipe, which takes {world} ranks")
+    side, workload = found.deployment.paper.token_side, found.fit.workload
+
+    def installed(front_doors: int) -> Installation:
+        return install(dies, world, found.chip, workload, found.prediction, side, front_doors=front_doors)
+
+    one_door = installed(1)
+    doors = installed(one_door.nodes)
+    print(f"\n{show.installation(one_door, doors, workload)}")
+    return {
+        "dies": dies,
+        "nodes": one_door.nodes,
+        "jobs": one_door.replicas,
+        "idle_dies": one_door.idle_dies,
+        "tokens_per_s": round(one_door.tokens_per_s, 1),
+        "bound_by": one_door.bound_by,
+        "limits": {name: round(limit, 1) for name, limit in one_door.limits.items()},
+        "tokens_per_s_with_a_front_door_on_each_node": round(doors.tokens_per_s, 1),
+        "bound_by_with_a_front_door_on_each_node": doors.bound_by,
+    }
+
+
 def _demand(recipe: Recipe, text: str) -> Document:
     """The cheapest recipe that holds a demand in words."""
     demand = parse_demand(text, published_models(), chip_names())
@@ -99,9 +134,11 @@ def _demand(recipe: Recipe, text: str) -> Document:
     size = demand.picture_size or recipe.plan.picture_size
     changed = changes(recipe, asked_again(chosen, result.workload, size)) if result.chosen else {}
     changed.pop("plan_config.demand", None)
-    print(show.found_recipe(result, text, overrides(changed)))
-    print(f"\n{show.calibration(calibrated())}")
+    print(show.found_recipe(result, text, overrides(changed), demand.most_dies or MOST_DIES))
     document = _document(chosen.answer)
+    if recipe.plan.dies is not None and result.chosen is not None:
+        document["installation"] = _installation(chosen.answer, recipe.plan.dies)
+    print(f"\n{show.calibration(calibrated())}")
     if result.chosen is None:
         document |= {"fits": False, "faults": list(chosen.faults)}
     document |= {

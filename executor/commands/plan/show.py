@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from executor.capacity.answer import Answer
 from executor.capacity.calibrate import Calibration
+from executor.capacity.installation import Installation
 from executor.capacity.predict import Prediction
 from executor.capacity.search import COST_ORDER, Search, Verdict
 from executor.capacity.table import TableRow
@@ -20,6 +21,12 @@ PARTS = {
     "graphs": "decode graphs",
     "communication": "communication buffers",
     "loading": "second layout while loading",
+}
+LIMITS = {
+    "chips": "chips",
+    "hosts": "hosts (HTTP, pictures)",
+    "network": "network",
+    "front_door": "front doors",
 }
 UNITS = {"tpot_ms": "ms TPOT", "ttft_ms": "ms TTFT", "tokens_per_s": "tokens/s"}
 NOT_MEASURED = "predicted, not measured"
@@ -123,6 +130,22 @@ def speed(found: Answer) -> list[str]:
     return [NOT_MEASURED, columns(("speed", "predicted"), rows)]
 
 
+def installation(one_door: Installation, doors: Installation, each: Workload) -> str:
+    """What many dies give together, with one front door and with one on each node."""
+    jobs = f"{one_door.replicas} jobs" if one_door.replicas != 1 else "1 job"
+    rows = [(LIMITS[name], f"{one_door.limits[name]:,.0f}", f"{doors.limits[name]:,.0f}") for name in one_door.limits]
+    rows.append(("all together", f"{one_door.tokens_per_s:,.0f}", f"{doors.tokens_per_s:,.0f}"))
+    rows.append(("bound by", LIMITS[one_door.bound_by], LIMITS[doors.bound_by]))
+    return "\n".join(
+        [
+            f"{one_door.dies} dies on {one_door.nodes} nodes: {jobs} of this recipe, {one_door.idle_dies} dies idle; "
+            f"each job: {asked(each)}",
+            f"output tokens a second on paper, {NOT_MEASURED}; nothing was tried on many nodes",
+            columns(("limit", "one front door", "one on each node"), rows),
+        ]
+    )
+
+
 def calibration(fitted: Calibration) -> str:
     """The published points, those that constants were fitted to and those held out, each with its error."""
     rows = [
@@ -169,13 +192,16 @@ def table(rows: Sequence[tuple[TableRow, Prediction | None]], workload: str) -> 
     )
 
 
-def found_recipe(result: Search, words: str, settings: str) -> str:
+def found_recipe(result: Search, words: str, settings: str, most_dies: int) -> str:
     """The answer to a demand: the cheapest recipe, how to write it, and what stops the next cheaper ones."""
     lines = [f"asked: {words}", f"  {asked(result.workload)}", f"cheapest: {COST_ORDER}", ""]
     if result.chosen is None:
-        lines.append("NO RECIPE of up to so many dies holds it; the largest that were tried:")
+        lines.append(f"NO RECIPE of up to {most_dies} dies holds it; the largest that were tried:")
     else:
-        lines += [f"{result.chosen.candidate} holds it", f"  {settings or 'the recipe as it is'}", ""]
+        lines += [f"{result.chosen.candidate} holds it", f"  {settings or 'the recipe as it is'}"]
+        if result.chosen.candidate.quantization not in ("none", "auto"):
+            lines.append("  its weights are made as docs/quantization.md says, unless you have them")
+        lines.append("")
         lines += [plan(result.chosen.answer), "", "what stops the next cheaper ones:"]
     lines += [f"  {verdict.candidate}: {'; '.join(verdict.faults)}" for verdict in result.next_cheaper]
     if not result.failed:

@@ -6,8 +6,11 @@ Beside the trace it leaves its own folder NAME_..._ascend_pt, which MindStudio I
 tables among it.
 """
 
+import contextlib
 import logging
 import shutil
+import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from torch_npu import profiler
@@ -23,17 +26,20 @@ class NpuProfiler:
         activity = profiler.ProfilerActivity
         self._folder, self._name = folder, name
         self._before = self._traces()
-        self._profile = profiler.profile(
-            activities=[activity.CPU, activity.NPU] if on_chip else [activity.CPU],
-            on_trace_ready=profiler.tensorboard_trace_handler(str(folder), worker_name=name),
-        )
+        with _off_stdout():
+            self._profile = profiler.profile(
+                activities=[activity.CPU, activity.NPU] if on_chip else [activity.CPU],
+                on_trace_ready=profiler.tensorboard_trace_handler(str(folder), worker_name=name),
+            )
 
     def start(self) -> None:
-        self._profile.start()
+        with _off_stdout():
+            self._profile.start()
 
     def stop(self) -> None:
         """Also reads what was recorded, which takes seconds."""
-        self._profile.stop()
+        with _off_stdout():
+            self._profile.stop()
 
     def write(self, file: Path) -> bool:
         """Whether there is a trace, which then stands in `file`."""
@@ -46,3 +52,8 @@ class NpuProfiler:
 
     def _traces(self) -> set[Path]:
         return set(self._folder.glob(f"{self._name}_*/{TRACE}"))
+
+
+def _off_stdout() -> AbstractContextManager:
+    """What it prints is no result: to stderr."""
+    return contextlib.redirect_stdout(sys.stderr)

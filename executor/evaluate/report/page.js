@@ -88,19 +88,45 @@ function found() {
     && (!text || holds(row)));
 }
 
-function pictureOf(picture) {
+function drawn(tag, attributes, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+
+function marksOf({ size: [width, height] }, boxes) {
+  // Boxes are parts of the picture's width and height. White lines lie under all of them, to be seen on any ground.
+  const placed = boxes.map(({ of, box: [x1, y1, x2, y2] }) => [of, { x: Math.min(x1, x2) * width, y: Math.min(y1, y2) * height,
+    width: Math.abs(x2 - x1) * width, height: Math.abs(y2 - y1) * height }]);
+  return [...placed.map(([, place]) => drawn("rect", { ...place, class: "box ground" })),
+    ...placed.map(([of, place]) => drawn("rect", { ...place, class: `box ${of}` }))];
+}
+
+function viewOf(picture, boxes) {
+  if (!boxes.length) return make("img", { src: pictures[picture.at], alt: picture.name, loading: "lazy" });
+  const [width, height] = picture.size;
+  const names = [...new Set(boxes.map(({ of }) => of))].join(", ");
+  return drawn("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${picture.name}, boxes: ${names}` },
+    drawn("image", { href: pictures[picture.at], width, height }), ...marksOf(picture, boxes));
+}
+
+function pictureOf(picture, boxes) {
   if (picture.at === null) {
     return make("div", { className: "absent" }, make("b", {}, picture.name), picture.reason || "no picture");
   }
-  const image = make("img", { src: pictures[picture.at], alt: picture.name, loading: "lazy" });
-  const button = make("button", { type: "button", className: "picture", title: "Enlarge" }, image);
+  const button = make("button", { type: "button", className: "picture", title: "Enlarge" }, viewOf(picture, boxes));
   button.addEventListener("click", () => {
-    const [large, name] = [one("#large img"), one("#large p")];
-    large.src = image.src;
-    large.alt = name.textContent = picture.name;
+    one("#large div").replaceChildren(viewOf(picture, boxes));
+    one("#large p").textContent = picture.name;
     one("#large").showModal();
   });
   return button;
+}
+
+function legendOf(boxes) {
+  const names = [...new Set(boxes.map(({ of }) => of))];
+  return make("p", { className: "legend" }, ...names.map((of) => make("span", { className: `key ${of}` }, of)));
 }
 
 function answerOf(answer, run) {
@@ -118,7 +144,8 @@ function answerOf(answer, run) {
 
 function sampleOf(row) {
   const labels = Object.entries(row.labels).map(([label, value]) => `${label}: ${value}`);
-  const shown = make("div", { className: "pictures" }, ...row.pictures.map(pictureOf));
+  const shown = make("div", { className: "pictures" }, ...row.pictures.map((picture) => pictureOf(picture, row.boxes)));
+  if (row.boxes.length) shown.append(legendOf(row.boxes));
   if (row.more_pictures > 0) shown.append(soft(`and ${row.more_pictures} more`));
   const told = make("div", {}, make("h3", {}, [row.id, ...labels].join(" \u00b7 ")),
     make("p", { className: "said question" }, row.question));

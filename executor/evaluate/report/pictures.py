@@ -7,6 +7,7 @@ report is made long after its run. Nothing is fetched over a network. Equal sour
 import base64
 import io
 import logging
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Thumbnail:
 
     name: str
     url: str = ""
+    size: tuple[int, int] = (0, 0)  # width and height in pixels
     reason: str = ""
 
 
@@ -52,14 +54,16 @@ def thumbnails(pairs: Sequence[Pair], find: FindSample) -> list[list[Thumbnail]]
         for key in some:
             sizes[key] = max(sizes.get(key, 0), wanted)
 
-    def made(key: tuple[Any, ...]) -> tuple[str, str]:
+    def made(key: tuple[Any, ...]) -> dict[str, Any]:
         return _made(key, sizes[key], find)
 
     with ThreadPoolExecutor(THREADS) as threads:
-        bar = tqdm(threads.map(made, sizes), total=len(sizes), unit="picture", delay=BAR_AFTER_S)
+        interval_s = 0.2 if sys.stderr.isatty() else 30.0  # a log file gets a line now and then
+        every = {"total": len(sizes), "unit": "picture", "delay": BAR_AFTER_S, "mininterval": interval_s}
+        bar = tqdm(threads.map(made, sizes), **every)
         done = dict(zip(sizes, bar, strict=True))
     return [
-        [Thumbnail(name, *done[key]) for name, key in zip(pair.first.media, some, strict=False)]
+        [Thumbnail(name, **done[key]) for name, key in zip(pair.first.media, some, strict=False)]
         for pair, some in zip(pairs, keys, strict=True)
     ]
 
@@ -71,8 +75,8 @@ def _keys(pair: Pair) -> list[tuple[Any, ...]]:
     return [(row.index, row.id, at) if place is None else (place,) for at, place in enumerate(places)]
 
 
-def _made(key: tuple[Any, ...], side_px: int, find: FindSample) -> tuple[str, str]:
-    """(URL, reason)."""
+def _made(key: tuple[Any, ...], side_px: int, find: FindSample) -> dict[str, Any]:
+    """The fields of a Thumbnail but its name."""
     try:
         if len(key) == 1:
             source = key[0]
@@ -80,18 +84,19 @@ def _made(key: tuple[Any, ...], side_px: int, find: FindSample) -> tuple[str, st
             index, name, at = key
             sample = find(index, name)
             if sample is None:
-                return "", "the picture lies in the data set, which is not at hand"
+                return {"reason": "the picture lies in the data set, which is not at hand"}
             source = media_source(sample.media_parts[at])
-        return _url(source, side_px), ""
+        picture = _shrunk(source, side_px)
+        return {"url": _url(picture), "size": picture.size}
     except UserError as error:
-        return "", printable(str(error))
+        return {"reason": printable(str(error))}
     except ODD_DATA_ERRORS as error:
         logger.debug("%s", key, exc_info=True)
         place = key[0] if len(key) == 1 else key[1]
-        return "", printable(f"{place}: the picture cannot be read ({type(error).__name__}: {error})")
+        return {"reason": printable(f"{place}: the picture cannot be read ({type(error).__name__}: {error})")}
 
 
-def _url(source: Any, side_px: int) -> str:
+def _shrunk(source: Any, side_px: int) -> Image.Image:
     if isinstance(source, list | tuple):  # frames of a video
         source = source[0]
     if is_web_address(source):
@@ -99,6 +104,10 @@ def _url(source: Any, side_px: int) -> str:
     media = load_media(source)
     picture = _first_frame(media) if media.kind == "video" else _picture(media, side_px)
     picture.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
+    return picture
+
+
+def _url(picture: Image.Image) -> str:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -113,11 +113,21 @@ def _row(pair: Pair, shown: Sequence[Thumbnail], pictures: dict[str, int]) -> di
             {
                 "name": each.name,
                 "at": pictures.setdefault(each.url, len(pictures)) if each.url else None,
+                "size": each.size,
                 "reason": each.reason,
             }
             for each in shown
         ],
         "more_pictures": len(pair.first.media) - len(shown),
+        "boxes": [
+            {"of": name, "box": box}
+            for name, some in (
+                ("wanted", pair.first.boxes),
+                ("A", pair.first.said_boxes),
+                ("B", pair.second.said_boxes),
+            )
+            for box in some
+        ],
         "answers": [
             {"text": row.text, "extracted": row.extracted, "score": row.score, "error": row.error} for row in both
         ],

@@ -1,8 +1,7 @@
 """A forward pass for training over the modules of transformers' own classes: same weights, fewer Python steps.
 
 All pictures are 8x8 patches, so vision attention is one call over [N, heads, 64, dim] (or [4N, heads, 16, dim] in
-Qwen2.5's windows) where transformers loops over the pictures. `python -m models.tiny.training.evaluate --check`
-compares them.
+Qwen2.5's windows) where transformers loops over the pictures. `python -m models.tiny.training.evaluate` compares them.
 N temporal patches, T tokens, B sequences, H width.
 """
 

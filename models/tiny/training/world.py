@@ -105,15 +105,6 @@ def box_json(box_px, label, family):
     return json.dumps([{"bbox_2d": [round(v * scale) for v in box_px], "label": label}])
 
 
-def iou(a, b):
-    """Intersection over union of two (x1, y1, x2, y2) boxes in the same unit."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    both = max(width, 0) * max(height, 0)
-    area = sum((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
-    return both / (area - both) if area > both else 0.0
-
-
 @dataclass(frozen=True)
 class Question:
     """`answer` is the text for every kind but "box", whose text depends on the family (answer_for)."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,19 @@ def test_latency_measures_each_batch_size(recipe):
             assert 0 < measured_run.model_tpot_s < measured_run.duration_s
             steps_s = sum(seconds for name, seconds in measured_run.stages_s.items() if name != "media")
             assert 0 < steps_s <= measured_run.duration_s
-            assert measured_run.peak_memory_bytes > 2**20
+            assert measured_run.peak_memory_bytes > 2**20 and measured_run.floor_s > 0
+        assert point.floor.origin == "measured" and point.floor.tpot_s > 0 and point.floor.ttft_s > 0
     assert 0 < report.startup.weights_s <= report.startup.first_token_s
+
+
+def test_a_batch_that_is_none_and_answers_that_are_cut_are_told(recipe, caplog):
+    """Of three rows the pool has room for two; the context ends answers before their twelve tokens."""
+    scheduler = {"max_model_len": 32, "num_blocks": 4, "block_size": 16}
+    recipe = recipe.replace(scheduler=scheduler, generation={"max_new_tokens": 12}, bench={"mode": "latency"})
+    document, status, _ = measured(recipe.replace(bench={"batch_sizes": (3,), "warmups": 0, "repetitions": 1}))
+    assert status == 0 and document["output_tokens"] < 36
+    assert re.search("at most [12] of its 3 requests", caplog.text)
+    assert "answers ended before max_new_tokens" in caplog.text
 
 
 def test_throughput_asks_all_at_once_and_names_what_failed(recipe, tmp_path):

@@ -8,9 +8,11 @@ from safetensors.torch import load_file, save_file
 
 from emulator.activate import available
 from executor.commands.eval.layers import run_layers
+from executor.commands.eval.run import run
 from executor.errors import UserError
+from executor.evaluate.capture import PROCESSOR
 from executor.recipe.schema import Recipe, build_recipe
-from tests.reference import FAMILIES, REPO
+from tests.reference import FAMILIES, REPO, random_checkpoint
 
 TINY = REPO / "models" / "tiny"
 
@@ -94,6 +96,17 @@ def test_an_emulated_chip_agrees_with_the_cpu():
     assert {stage["stage"] for stage in document["stages"]} >= {"patches", "vision block 3", "layer 2", "logits"}
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_type_is_judged_by_the_coarser_of_weights_and_activations(dtype, tmp_path):
+    """On a CPU without products of that type the weights alone are rounded."""
+    folder = random_checkpoint(tmp_path / "random", "qwen3_vl")
+    document, _ = run_layers(recipe_of("transformers", model_path=str(folder), dtype=dtype), io.StringIO())
+    assert document["model"]["dtype"] == dtype and document["reference"]["dtype"] == "float32"
+    hidden = [stage for stage in document["stages"] if stage["stage"] not in PROCESSOR]
+    assert document["lost_at"] is None
+    assert all(stage["relative"] > 1e-5 for stage in hidden)  # which float32 would not come to
+
+
 def test_quantized_weights_beside_the_float_ones():
     recipe = recipe_of("transformers", "qwen3_vl_w8a8", reference=TINY / "qwen3_vl")
     document, _ = run_layers(recipe, io.StringIO())
@@ -113,6 +126,12 @@ def test_quantized_weights_beside_the_float_ones():
 def test_what_cannot_be_compared_is_refused(changes, words):
     with pytest.raises(UserError, match=words):
         run_layers(recipe_of(**changes))
+
+
+def test_the_command_eval_leads_here():
+    recipe = recipe_of("cpu")
+    with pytest.raises(UserError, match="cpu is the recipe's own device"):
+        run(recipe)
 
 
 def test_several_ranks_are_refused():

@@ -184,7 +184,13 @@ def lasting(row: dict) -> dict:
     return {key: value for key, value in row.items() if key not in OF_NOW}
 
 
-@pytest.mark.parametrize("degrees", [[], ["parallel_config.attn_tp_size=1"]], ids=["two halves", "two replicas"])
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        pytest.param(["parallel_config.attn_tp_size=1"], id="two replicas"),
+        pytest.param([], id="two halves", marks=pytest.mark.long),
+    ],
+)
 def test_two_ranks_give_what_one_gives(tmp_path, degrees):
     data = ["data_config.dataset=tiny_world", "data_config.limit=11", "scheduler_config.max_num_seqs=2"]
     job = Job(tmp_path)

@@ -10,7 +10,7 @@ from tests.engine.traces import outer_of, read_spans
 from tests.reference import REPO
 
 
-def test_a_trace_of_an_emulated_chip(tmp_path):
+def test_a_trace_of_an_emulated_chip(tmp_path, capsys):
     model = {
         **{"model_path": str(REPO / "models" / "tiny" / "qwen3_vl"), "device": "npu_emulated", "soc": "atlas_800i_a2"},
         **{"profile": True, "profile_steps": 3, "output_path": str(tmp_path)},
@@ -26,3 +26,5 @@ def test_a_trace_of_an_emulated_chip(tmp_path):
     assert {name for name, _ in pairs} == stages | names
     assert pairs["layer 0", "prefill"] == pairs["vision block 0", "vision"] == pairs["vision", "host"] == 1
     assert pairs["decode", "host"] == pairs["layer 0", "decode"] == 2
+    said = capsys.readouterr()
+    assert not said.out and "profiler.py" in said.err  # results alone go to stdout

@@ -113,6 +113,20 @@ def test_a_picture_is_enlarged_and_closed_by_the_keyboard(visit: Open) -> None:
     assert not page.locator("dialog").is_visible()
 
 
+def test_boxes_are_drawn_where_they_are_wanted_and_said(visit: Open) -> None:
+    boxes = {"sources": [PICTURE], "boxes": [[0.25, 0.5, 0.75, 1.0]]}
+    page = visit(
+        [row(0, **boxes, said_boxes=[[0.25, 0.5, 0.75, 1.0]])], [row(0, 0.0, **boxes, said_boxes=[[0, 0, 0.5, 0.5]])]
+    )
+    assert page.locator(".legend").inner_text().split() == ["wanted", "A", "B"]
+    side = 112  # of the picture in pixels
+    places = [
+        [float(box.get_attribute(name)) / side for name in ("x", "y", "width", "height")]
+        for box in (page.locator(f".sample rect.{of}") for of in ("wanted", "A", "B"))
+    ]
+    assert places == [[0.25, 0.5, 0.5, 0.5], [0.25, 0.5, 0.5, 0.5], [0, 0, 0.5, 0.5]]
+
+
 def test_thousands_of_samples_are_drawn_a_page_at_a_time(visit: Open) -> None:
     rows = [row(index, sources=[PICTURE]) for index in range(5000)]
     page = visit(rows, rows)

@@ -1,0 +1,136 @@
+"""The count table against the emulator: graphs converted and steps traced, of every family, scheme and parallelism.
+
+Models have their published widths and few layers: counts depend on neither, but for the rows of the 300I DUO's gate.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from emulator.activate import activate
+from emulator.graph import per_layer
+from emulator.traces import Traces
+from executor.capacity.converted import converted_cost
+from executor.capacity.costs import Row, decode_cost, prefill_cost, vision_cost
+from executor.capacity.kernels import (
+    block_kernels,
+    counts_eager,
+    counts_in_graph,
+    decode_rows,
+    prefill_kernels,
+    vision_kernels,
+)
+from executor.capacity.work import StepCost
+from executor.checkpoint.load import build_on_meta
+from executor.checkpoint.pull import finalize
+from executor.commands.check import decode_graph, fake_ranks
+from executor.device import ops
+from executor.device.npu.ops import NpuOps
+from executor.device.npu.soc import soc_of
+from executor.errors import UserError
+from executor.quant.choose import assume_schemes
+from executor.recipe.sizes import ModelShapes
+from models.registry import family_runner
+from tests.capacity.models import MOE, QWEN2_5, QWEN3, Degrees, published, recipe_of
+
+A2, A3, DUO = "atlas_800i_a2", "atlas_800i_a3", "atlas_300i_duo"
+LAYERS, GRID = 4, (1, 60, 34)  # taps stand before the last layer
+ONE, TWO = (1, 1, 1, "tp"), (2, 2, 1, "tp")
+OF_EXPERTS = (ONE, TWO, (2, 2, 2, "data"), (4, 2, 4, "tp"), (2, 1, 2, "tp"))
+QUANTIZATIONS = ("none", "w8a8", "w8a8_dynamic", "w8a16", "w8a8_mix", "w4a8_dynamic", "wint8", "w8a8sc")
+SOME = [
+    (A3, QWEN3, "w8a8", TWO), (A3, MOE, "none", (4, 2, 4, "tp")), (A2, QWEN2_5, "none", TWO),
+    (DUO, QWEN3, "w8a8sc", TWO),
+]  # fmt: skip
+ALL = [
+    form
+    for form in product((A2, A3, DUO), (QWEN2_5, QWEN3, MOE), QUANTIZATIONS, OF_EXPERTS)
+    if form[1] == MOE or form[3] in (ONE, TWO)
+]
+
+
+@contextmanager
+def traced(soc: str, name: str, quantization: str, degrees: Degrees) -> Iterator[tuple[Any, ModelShapes, Traces]]:
+    """Rank 0's model on meta tensors. UserError where the chip has not such weights."""
+    activate(soc)
+    config, shapes = published(name, LAYERS)
+    mode = "eager" if soc == DUO else "ge_graph"
+    recipe = recipe_of(name, quantization, degrees, soc=soc, exe_mode=mode)
+    dtype = getattr(torch, recipe.model.dtype)
+    device = NpuOps(soc_of(soc), torch.device("meta"), decode_rows=decode_rows(recipe), dtype=dtype)
+    ops.bind(device)
+
+    with fake_ranks(recipe) as parallel:
+
+        def build() -> Any:
+            model = family_runner(config).build_model(config, parallel)
+            assume_schemes(model, quantization)
+            return model
+
+        model = build_on_meta(build, dtype)
+        for _ in model.pulls({}):
+            pass  # layers are named, for messages
+        finalize(model)
+        yield recipe, shapes, Traces(model, device, dtype, batch=8, blocks=32, block_size=128)
+
+
+def compare(soc: str, name: str, quantization: str, degrees: Degrees) -> None:
+    with traced(soc, name, quantization, degrees) as (recipe, shapes, traces):
+        eager = [traces.decode_calls(layers, tensors=False) for layers in (1, 2)]
+        counts = counts_eager(recipe, shapes)
+        assert [counts.total(1), counts.total(2)] == [each.kernels.total() for each in eager]
+        cost = decode_cost(recipe, shapes, 8, 4096)
+        per, outside = eager[1].collectives.total() - eager[0].collectives.total(), 2 * eager[0].collectives.total()
+        assert cost.collectives == per * LAYERS + outside - eager[1].collectives.total()
+        if soc != DUO:
+            one, two, whole = (traces.decode_graph(layers) for layers in (1, 2, None))
+            counts = counts_in_graph(recipe, shapes)
+            assert counts.per_layer == per_layer(one, two).total()
+            assert cost.kernels == counts.total(LAYERS) == whole.kernels.total()
+            assert cost.collectives == whole.collectives.total()
+            converted = converted_cost(whole, recipe, shapes, 8, 4096)
+            assert replace(converted, parts={}) == replace(cost, parts={})
+            assert (converted.flops, converted.int8_flops) == (cost.flops, cost.int8_flops)
+            assert 0.99 * cost.weight_bytes < converted.weight_bytes <= cost.weight_bytes
+        for visual in (0, 510):
+            found = traces.prefill_calls(4096, 2048, visual)
+            wanted = prefill_cost(recipe, shapes, [Row(2048, visual=visual), Row(2048)])
+            assert prefill_kernels(recipe, shapes, 4096, visual > 0) == wanted.kernels == found.kernels.total()
+        traces.vision_calls(GRID)  # places and windows are made once and kept
+        found = traces.vision_calls(GRID)
+        encode = vision_cost(recipe, shapes, [GRID])
+        dealt = degrees[3] == "data" and degrees[1] > 1
+        assert vision_kernels(recipe, shapes) == found.kernels.total() == encode.kernels - dealt
+        assert found.kernels.total() > shapes.vision.depth * block_kernels(recipe, shapes)
+
+
+@pytest.mark.parametrize("soc, name, quantization, degrees", SOME)
+def test_the_table_is_what_the_emulator_counts(soc, name, quantization, degrees):
+    compare(soc, name, quantization, degrees)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("soc, name, quantization, degrees", ALL)
+def test_the_whole_table_is_what_the_emulator_counts(soc, name, quantization, degrees):
+    try:
+        compare(soc, name, quantization, degrees)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def test_a_recipe_is_converted_and_predicted_from_its_graph():
+    """As a plan does it: the settled recipe, its graph, its step, its prediction."""
+    config, shapes = published(QWEN3, 2)
+    recipe = recipe_of(QWEN3, soc=A3, exe_mode="ge_graph")
+    graph = decode_graph(recipe, config)
+
+    def step(batch: int, context: float) -> StepCost:
+        return converted_cost(graph, recipe, shapes, batch, context)
+
+    assert step(8, 100) == decode_cost(recipe, shapes, 8, 100)
+    assert step(2, 100).kernels == graph.kernels.total()

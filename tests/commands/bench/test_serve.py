@@ -1,0 +1,206 @@
+"""`bench serve` as it is typed: against a server that answers by a script, and against the real one."""
+
+import io
+import json
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from executor.bench.results import load
+from executor.bench.statistics import summarize
+from executor.commands.bench.run import run
+from executor.errors import UserError
+from executor.recipe.schema import Recipe, load_recipe
+from tests.bench.scripted import MODEL, Answer, Scripted, even
+from tests.engines import engine_over
+from tests.reference import REPO
+from tests.serve.conftest import TINY, Running, start
+
+QUICK = REPO / "config/quickstart.yaml"
+
+
+@pytest.fixture
+def recipe_of(tmp_path):
+    def of(url: str | None, *overrides: str) -> Recipe:
+        base = [] if url is None else [f"bench_config.base_url={url}"]
+        own = ["bench_config.mode=serve", "data_config.dataset=random", "data_config.random_tokens=60",
+               "data_config.limit=6", "bench_config.repetitions=2", f"model_config.output_path={tmp_path}"]  # fmt: skip
+        return load_recipe(QUICK, [*own, *base, *overrides])
+
+    return of
+
+
+def measured(recipe: Recipe) -> tuple[dict, int, str]:
+    out = io.StringIO()
+    document, status = run(recipe, out)
+    return document, status, out.getvalue()
+
+
+def test_the_figures_are_those_that_were_scripted(recipe_of):
+    """Ten requests one at a time, each with 0.1 s to the first token and 19 gaps of 10 ms."""
+    scripted = Scripted(lambda number, body: even(20, ttft_s=0.1, gap_s=0.01, prompt_tokens=50))
+    with scripted.in_thread() as server:
+        recipe = recipe_of(server.url, "bench_config.concurrencies=1", "data_config.limit=5")
+        document, status, table = measured(recipe)
+    assert (status, document["failed"], document["requests"]) == (0, 0, 5)
+    assert (document["input_tokens"], document["output_tokens"]) == (250, 100)
+    answers_s = [asked.sent_s for asked in server.asked]
+    assert len(answers_s) == 1 + 2 * 5  # a warm-up, and two repetitions
+    report = load(Path(document["results_path"]))
+    for number, repetition in enumerate(report.points[0].runs):
+        scripted_s = answers_s[1 + 5 * number : 6 + 5 * number]
+        summary = summarize(repetition)
+        # What the server sent, by its own clock: the figures cannot be better, and are hardly worse.
+        tpot_ms = 1000 * sum((sent[-1] - sent[0]) / 19 for sent in scripted_s) / 5
+        assert summary.tpot_ms.mean == pytest.approx(tpot_ms, rel=0.2)
+        assert summary.itl_ms.mean == pytest.approx(tpot_ms, rel=0.2)
+        assert 100 <= summary.ttft_ms.mean < 150
+        whole_s = sum(sent[-1] - sent[0] + 0.1 for sent in scripted_s)
+        assert whole_s <= summary.duration_s < 1.5 * whole_s
+        assert summary.output_tokens_per_s == pytest.approx(100 / summary.duration_s)
+    assert re.search(r"Successful requests: +5\n", table) and "Mean TTFT (ms)" in table
+
+
+def test_each_load_is_a_point_and_each_run_has_prompts_of_its_own(recipe_of):
+    with Scripted(lambda number, body: even(3, ttft_s=0.02)).in_thread() as server:
+        words = ("bench_config.request_rates=[50,100]", "bench_config.concurrencies=[1,3]", "bench_config.warmups=2")
+        document, status, table = measured(recipe_of(server.url, *words))
+    assert status == 0 and [(point["request_rate"], point["concurrency"]) for point in document["points"]] == [
+        (50.0, 1), (50.0, 3), (100.0, 1), (100.0, 3)
+    ]  # fmt: skip
+    texts = [json.dumps(asked.body["messages"]) for asked in server.asked]
+    assert len(set(texts)) == len(texts) == 4 * (2 + 2 * 6)
+    assert server.most_under_way <= 3
+    assert "50 requests/s, 3 at once" in table
+    assert {asked.body["model"] for asked in server.asked} == {MODEL}
+    assert all(asked.body["ignore_eos"] is True and asked.body["max_tokens"] == 128 for asked in server.asked)
+
+
+def test_rows_of_a_file_are_asked_in_every_run(recipe_of, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    picture = REPO / "dataset/media/objects.png"
+    rows.write_text(json.dumps({"question": "One?", "image": str(picture)}) + '\n{"question": "Two?"}\n{broken\n')
+    with Scripted(lambda number, body: even(2)).in_thread() as server:
+        words = ("data_config.dataset=jsonl", f"data_config.dataset_path={rows}", "generation_config.max_new_tokens=9")
+        document, status, _ = measured(recipe_of(server.url, *words, "data_config.limit=null"))
+    assert status == 2 and (document["requests"], document["failed"]) == (3, 1)
+    (reason,) = document["errors"]
+    assert "rows.jsonl:3: not valid JSON" in reason and document["errors"][reason] == 2
+    asked = [asked.body for asked in server.asked]
+    assert len(asked) == 1 + 2 * 2 and all(body["max_tokens"] == 9 for body in asked)
+    assert asked[0]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+def test_refusals_are_counted_with_their_words(recipe_of):
+    full = Answer(status=429, content=b'{"error": {"message": "the queue is full"}}')
+    with Scripted(lambda number, body: full if number % 3 == 2 else even(2)).in_thread() as server:
+        document, status, table = measured(recipe_of(server.url, "bench_config.concurrencies=1"))
+    assert status == 2 and document["failed"] == 2 and document["errors"] == {"HTTP 429: the queue is full": 4}
+    assert re.search(r"Failed requests: +2\n", table)
+    assert len(server.asked) == 1 + 2 * 6  # none is sent again
+
+
+def test_what_the_server_tells_stands_beside(recipe_of):
+    scripted = Scripted(lambda number, body: even(4, ttft_s=0.2, tokens=8))
+
+    def metrics() -> bytes:
+        number = len(scripted.asked) // 6
+        return (
+            f'vllm:prefix_cache_hits_total{{engine="0"}} {10 * number}.0\n'
+            f'vllm:prefix_cache_hits_total{{engine="1"}} {5 * number}.0\n'
+            f'vllm:kv_cache_usage_perc{{engine="0"}} {0.25 if scripted.under_way > 1 else 0.0}\n'
+            f'qwenvl:stage_seconds_total{{stage="decode",engine="0"}} {2.0 * number}\n'
+            f'qwenvl:stage_seconds_total{{stage="prefill",engine="0"}} {1.0 * number}\n'
+            f"qwenvl:decode_steps_total{{}} {100.0 * number}\n# HELP x y\n"
+        ).encode()
+
+    scripted.metrics = metrics
+    with scripted.in_thread() as server:
+        document, _, table = measured(recipe_of(server.url, "bench_config.repetitions=1", "bench_config.warmups=0"))
+    assert document["stages_s"] == {"decode": 2.0, "prefill": 1.0} and document["model_tpot_ms"] == 20.0
+    assert document["beside"]["prefix_cache_hit_tokens"] == 15.0
+    assert document["beside"]["most_kv_cache_usage"] == 0.25
+    assert document["beside"]["tokens_per_piece"] == 2.0 and 0 < document["beside"]["client_cpu"] < 2
+    assert re.search(r"Most of the KV cache in use \(%\): +25.0\n", table)
+
+
+def nowhere() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_nobody_is_there(recipe_of):
+    with pytest.raises(
+        UserError, match=r"cannot be reached \(Connection refused\); start the server, or leave base_url"
+    ):
+        run(recipe_of(nowhere()))
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"key": "secret"}, "refuses the key .HTTP 401: the API key is wrong.; set server_config.api_key"),
+        ({"models": ("a", "b")}, "has no model 'other'; a, b"),
+        ({"models": ()}, "does not say at /v1/models what it serves .HTTP 200.; set server_config.served_model_name"),
+    ],
+)
+def test_the_wrong_key_and_the_wrong_model(recipe_of, settings, words):
+    scripted = Scripted(lambda number, body: even(2), settings.get("key"))
+    scripted.models = settings.get("models", scripted.models)
+    named = ["server_config.served_model_name=other"] if settings.get("models") else []
+    with scripted.in_thread() as server, pytest.raises(UserError, match=words):
+        run(recipe_of(server.url, *named))
+
+
+def test_a_key_is_sent_and_not_kept(recipe_of):
+    with Scripted(lambda number, body: even(2), "secret").in_thread() as server:
+        document, status, _ = measured(recipe_of(server.url, "server_config.api_key=secret"))
+    assert status == 0 and "secret" not in Path(document["results_path"]).read_text()
+
+
+@pytest.mark.parametrize("status, kind", [(400, UserError), (500, RuntimeError)])
+def test_a_server_that_answers_none_of_the_warm_ups(recipe_of, status, kind):
+    refusal = Answer(status=status, content=b'{"error": {"message": "too long"}}')
+    words = f"answers none of these requests: HTTP {status}: too long"
+    with Scripted(lambda number, body: refusal).in_thread() as server, pytest.raises(kind, match=words):
+        run(recipe_of(server.url))
+    assert len(server.asked) == 1
+
+
+def test_a_server_that_counts_no_tokens(recipe_of, caplog):
+    with Scripted(lambda number, body: even(4, has_usage=False)).in_thread() as server:
+        document, status, _ = measured(recipe_of(server.url))
+    assert status == 0 and (document["input_tokens"], document["output_tokens"]) == (0, 24)
+    assert "does not count tokens" in caplog.text and "tokens_per_piece" not in document["beside"]
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[Running]:
+    yield from start(engine_over(TINY))
+
+
+def test_our_server_counts_what_was_asked_for(recipe_of, real):
+    """Random prompts with a picture: sent over HTTP they have exactly the tokens of the recipe; no cache helps."""
+    words = ("data_config.random_pictures=1", "data_config.random_picture_size=[96,64]", "bench_config.concurrencies=3")
+    document, status, table = measured(recipe_of(real.url, *words, "generation_config.max_new_tokens=12"))
+    assert (status, document["failed"]) == (0, 0)
+    assert (document["input_tokens"], document["output_tokens"]) == (6 * 60, 6 * 12)
+    report = load(Path(document["results_path"]))
+    requests = [request for each in report.points[0].runs for request in each.requests]
+    assert {(request.prompt_tokens, request.output_tokens) for request in requests} == {(60, 12)}
+    assert document["beside"]["encoder_cache_hits"] == 0
+    assert document["beside"]["prefix_cache_query_tokens"] == 6 * 60
+    assert document["stages_s"]["prefill"] > 0 and document["stages_s"]["vision"] > 0
+    assert document["model_tpot_ms"] > 0
+    assert document["peak_memory_bytes"] is None and report.machine["is_remote"] is True
+
+
+def test_the_default_questions_are_asked_too(recipe_of, real):
+    words = ("data_config.dataset=default", "data_config.limit=null", "generation_config.max_new_tokens=4")
+    document, status, _ = measured(recipe_of(real.url, *words))
+    assert (status, document["failed"]) == (0, 0) and document["output_tokens"] == 4 * document["requests"]
+    assert document["beside"]["encoder_cache_hits"] > 0  # asked again in each run
