@@ -131,6 +131,9 @@ def test_a_weight_in_two_layouts_counts_where_nothing_else_comes():
     assert found.loading_bytes == shapes.vocab_size * shapes.hidden_size * 2
     bare = replace(found, kv_bytes=0, peak_bytes=1)
     assert bare.total_bytes == found.weights_bytes + found.loading_bytes
+    moe, moe_shapes = resolved("Qwen3-VL-30B-A3B-Instruct")
+    experts = 128 * 3 * 2048 * 768  # gate, up and down of a layer, which are rearranged together
+    assert estimate(moe, moe_shapes, 128 << 30).loading_bytes == experts * 2
 
 
 def test_the_largest_picture_is_the_recipes_or_the_checkpoints(tmp_path):
