@@ -79,8 +79,14 @@ COMMAND_FORMS = {  # flag -> command -> key: short forms that only these command
     "chip": {"plan": "plan_config.chip"},
     "table": {"plan": "plan_config.table"},
     "for": {"plan": "plan_config.demand"},
+    "from-graph": {"plan": "plan_config.from_graph"},
 }
-ALONE = {"plot": "true", "table": "true", "dump-layers": "transformers"}  # what such a flag means without a value
+ALONE = {
+    "plot": "true",
+    "table": "true",
+    "from-graph": "true",
+    "dump-layers": "transformers",
+}  # what such a flag means without a value
 UNUSED_BY = {  # command -> keys that it does not use, so that a flag for one of them is a mistake, and what to do
     "serve": {
         **dict.fromkeys(

@@ -5,10 +5,11 @@ Joins the memory (executor/capacity/fits.py) and the prediction (executor/capaci
 
 import logging
 from dataclasses import dataclass
+from typing import Literal
 
 from executor.capacity.chips import Chip, chip_names, chip_of_soc, read_chip
 from executor.capacity.fits import Deployment, Fit, deployment_on, fit
-from executor.capacity.predict import Prediction, predict
+from executor.capacity.predict import DecodeStep, Prediction, predict
 from executor.capacity.products import TypeOf
 from executor.capacity.workload import Workload
 from executor.checkpoint.description import Description
@@ -23,15 +24,23 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Answer:
     """`chip`: what a rank computes on, None: this machine's CPU, of which no figures are known and nothing is
-    predicted."""
+    predicted. `decode_step`: where the recipe's own graph was converted, and says what a decode step costs."""
 
     chip: Chip | None
     fit: Fit
     prediction: Prediction | None
+    decode_step: DecodeStep | None = None
 
     @property
     def deployment(self) -> Deployment:
         return self.fit.deployment
+
+    @property
+    def counts_from(self) -> Literal["ge_graph", "table"] | None:
+        """What counted the decode step that is predicted."""
+        if self.prediction is None:
+            return None
+        return "ge_graph" if self.decode_step else "table"
 
 
 def settled(recipe: Recipe) -> tuple[Deployment, Chip | None]:
@@ -70,13 +79,17 @@ def _chip_of(recipe: Recipe) -> Chip | None:
     return None
 
 
-def answer(deployment: Deployment, chip: Chip | None, workload: Workload) -> Answer:
+def answer(
+    deployment: Deployment, chip: Chip | None, workload: Workload, decode_step: DecodeStep | None = None
+) -> Answer:
     """What the deployment says to the workload. It is predicted for what the memory holds at once."""
     found = fit(deployment, workload)
     if chip is None:
         return Answer(chip, found, None)
     types = described_types(deployment.paper.description)
-    return Answer(chip, found, predict(deployment.recipe, deployment.paper.shapes, chip, workload, types=types))
+    shapes = deployment.paper.shapes
+    predicted = predict(deployment.recipe, shapes, chip, workload, types=types, decode_step=decode_step)
+    return Answer(chip, found, predicted, decode_step)
 
 
 def described_types(description: Description | None) -> TypeOf | None:

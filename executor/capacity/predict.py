@@ -12,12 +12,15 @@ from typing import Protocol
 
 from executor.capacity.calibrate import Calibration, calibrated
 from executor.capacity.chips import Chip
+from executor.capacity.costs import decode_cost
 from executor.capacity.products import TypeOf
 from executor.capacity.times import StepTime, Times
 from executor.capacity.work import StepCost
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
 
+DecodeStep = Callable[[int, float], StepCost]
+"""The cost on one rank of a decode step of so many rows of one replica, each of so many tokens."""
 HOST_ROW_S = 0.72e-3 / 32
 """What a row of a decode step costs on the host while the step waits: docs/serving.md, Measured. There 32 rows took
 0.72 ms on two x86 cores with the tiny model; it is taken as growing with the rows. No host of a chip was asked."""
@@ -44,6 +47,7 @@ class Prediction:
     ttft_ms: of a request that comes while the others decode. ttft_all_ms: of the last of all users that come at once.
     tpot_ms: the model's decode step with all users; tpot_host_ms: with the host's work that a step waits for, and with
     the prefills of requests that follow each other. tokens_per_s: of answers, of all replicas, in that steady state.
+    step: what the decode step costs one rank, which `decode` are the times of.
     """
 
     ttft_ms: float
@@ -54,6 +58,7 @@ class Prediction:
     batch: int  # requests of the busiest replica
     replicas: int
     prompt_tokens: int
+    step: StepCost
     decode: StepTime
     prefill: StepTime
     calibration_error: Mapping[str, float | None]  # see Calibration.error
@@ -72,12 +77,11 @@ def predict(
     workload: Asked,
     calibration: Calibration | None = None,
     types: TypeOf | None = None,
-    decode_step: Callable[[int, float], StepCost] | None = None,
+    decode_step: DecodeStep | None = None,
 ) -> Prediction:
     """The speed of a settled recipe (no auto, no null) on `chip`. `types`: see Times.
 
-    decode_step: the cost of a decode step of so many rows of so many tokens, where a graph was converted
-    (executor/capacity/converted.py); None: by arithmetic and the count table.
+    decode_step: where a graph was converted (executor/capacity/converted.py); None: by arithmetic and the count table.
     A replica with more users than max_num_seqs answers so many at a time.
     """
     calibration = calibration or calibrated()
@@ -89,10 +93,8 @@ def predict(
     visual = workload.pictures * workload.grid[0] * workload.grid[1]
     text = workload.prompt_tokens - visual
     context = workload.prompt_tokens + workload.output_tokens / 2
-    if decode_step is None:
-        decode = times.decode(batch, context)
-    else:
-        decode = times.of(decode_step(batch, context), recipe.model.exe_mode)
+    step = decode_cost(recipe, shapes, batch, context, types) if decode_step is None else decode_step(batch, context)
+    decode = times.of(step, recipe.model.exe_mode)
     prefill = times.prompts(1, text, grids)
     host_s = batch * HOST_ROW_S
     # While a request is answered each of the others of its replica is prefilled once, too.
@@ -108,6 +110,7 @@ def predict(
         batch=batch,
         replicas=replicas,
         prompt_tokens=workload.prompt_tokens,
+        step=step,
         decode=decode,
         prefill=prefill,
         calibration_error=calibration.error,

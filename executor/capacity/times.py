@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from executor.capacity.chips import Chip
-from executor.capacity.costs import Grid, Row, decode_cost, prefill_cost, vision_cost
+from executor.capacity.costs import Grid, Row, prefill_cost, vision_cost
 from executor.capacity.kernels import GRAPH_MODES
 from executor.capacity.products import TypeOf
 from executor.capacity.work import StepCost
@@ -67,11 +67,6 @@ class Times:
     chip: Chip
     constants: Constants
     types: TypeOf | None = None
-
-    def decode(self, batch: int, context_tokens: float) -> StepTime:
-        """Of `batch` requests of one replica."""
-        cost = decode_cost(self.recipe, self.shapes, batch, context_tokens, self.types)
-        return self.of(cost, self.recipe.model.exe_mode)
 
     def prompts(self, count: int, text_tokens: int, grids: Sequence[Grid]) -> StepTime:
         """Of encoding and prefilling `count` equal prompts of one replica: see prompts_cost."""

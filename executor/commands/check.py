@@ -133,7 +133,7 @@ def on_meta(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[OnMeta]:
 def decode_graph(recipe: Recipe, config: Mapping[str, Any]) -> Any:
     """The decode step of a settled recipe for A2 or A3 as its GE graph, in this process, which emulates from then on.
 
-    RuntimeError where torch_npu cannot be had or torchair cannot convert the step.
+    UserError where torch_npu cannot be had, RuntimeError where torchair cannot convert the step.
     """
     from emulator.activate import activate
 

@@ -369,6 +369,9 @@ class PlanSection(Section):
     """Dies of the whole installation, for what replicas on many nodes give. null: those of the recipe."""
     table: bool = False
     """All models on all chips in all precisions."""
+    from_graph: bool = False
+    """Read kernels, messages, products and weights of the decode step off its graph, converted by emulation as check
+    does, rather than take them by arithmetic. Atlas A2 and A3, with a graph as exe_mode."""
     plot: bool = False
     """Draw the prediction into PNG files under output_path."""
 

@@ -13,7 +13,7 @@ from executor.capacity.chips import chip_names
 from executor.capacity.choices import published_models
 from executor.command_line import parse
 from executor.commands.plan.run import run
-from executor.commands.plan.show import NOT_MEASURED, PARTS
+from executor.commands.plan.show import COUNTS, NOT_MEASURED, PARTS
 from executor.errors import UserError
 from executor.recipe.schema import load_recipe
 from executor.recipe.settle import prepare
@@ -42,11 +42,14 @@ def test_every_recipe_is_planned(config, capsys):
     assert document["max_num_seqs"] >= 1 and document["max_users"] >= document["workload"]["users"]
     if config.startswith("quickstart"):
         assert document["device"] == "cpu" and document["predicted"] is document["calibration_error"] is None
+        assert document["counts_from"] is document["decode_step"] is None
         assert "no prediction" in shown and document["memory_bytes"]["process"] > 0
         return
     assert document["predicted"]["tpot_ms"] > 0 and document["predicted"]["ttft_ms"] > document["predicted"]["tpot_ms"]
     assert document["memory_bytes"]["process"] == 0
     assert NOT_MEASURED in shown and "held out" in shown and "fitted: node_s" in shown
+    assert document["counts_from"] == "table" and COUNTS["table"] in shown
+    assert document["decode_step"]["kernels"] > 0 and f"{document['decode_step']['kernels']} kernels" in shown
     for part, size in document["memory_bytes"].items():
         assert (PARTS[part] in shown) == bool(size)
 
@@ -99,6 +102,11 @@ def test_what_does_not_fit_is_an_answer(capsys):
         ("qwen3_vl_8b.yaml", ["--set", "plan_config.picture_size=[4000,10]"], ["one side is 400.0 times the other"]),
         ("qwen3_vl_8b.yaml", ["--table", "--for", "8 users"], ["given beside demand", "leave out one"]),
         ("qwen3_vl_8b.yaml", ["--table", "--set", "plan_config.dies=16"], ["given beside dies"]),
+        ("qwen3_vl_8b.yaml", ["--table", "--from-graph"], ["plan_config.table", "given beside from_graph"]),
+        ("qwen3_vl_8b.yaml", ["--for", "8 users", "--from-graph"], ["plan_config.demand", "given beside from_graph"]),
+        ("quickstart.yaml", ["--from-graph"], ["from_graph", "no graph to convert", "--chip 910b4"]),
+        ("qwen3_vl_8b_300i_duo.yaml", ["--from-graph"], ["310P3", "decodes eagerly and has no graph", "leave it out"]),
+        ("qwen3_vl_8b.yaml", ["--from-graph", "--set", "model_config.exe_mode=eager"], ["is eager", "set ge_graph"]),
     ],
 )
 def test_what_contradicts_itself_is_refused(config, words, parts):

@@ -35,7 +35,8 @@ def _by_users(found: Answer) -> list[dict[str, float]]:
     for users in (1 << power for power in range(most.bit_length())):
         recipe = found.deployment.recipe.replace(scheduler={"max_num_seqs": users})
         deployment = replace(found.deployment, paper=replace(found.deployment.paper, recipe=recipe))
-        predicted = answer(deployment, found.chip, replace(found.fit.workload, users=users)).prediction
+        workload = replace(found.fit.workload, users=users)
+        predicted = answer(deployment, found.chip, workload, found.decode_step).prediction
         points.append(
             {
                 "users": users,

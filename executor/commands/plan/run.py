@@ -19,6 +19,7 @@ from executor.capacity.search import COST_ORDER, MOST_DIES, asked_again, changes
 from executor.capacity.table import TableRow, table_rows
 from executor.capacity.workload import Workload, asked_workload, picture_grid, replicas_of
 from executor.commands.plan import charts, show
+from executor.commands.plan.graph import converted_step
 from executor.errors import UserError
 from executor.recipe.schema import Recipe
 
@@ -29,15 +30,18 @@ Document = dict[str, Any]
 
 def run(recipe: Recipe) -> tuple[Document, int]:
     """Answer what plan_config asks; the JSON document and the exit status."""
-    if recipe.plan.table:
-        for key in ("demand", "dies"):
-            if getattr(recipe.plan, key) is not None:
-                raise UserError(f"plan_config.table: it is given beside {key}; leave out one of them")
+    plan = recipe.plan
+    for key, others in {"table": ("demand", "dies", "from_graph"), "demand": ("from_graph",)}.items():
+        for other in others:
+            if getattr(plan, key) and getattr(plan, other):
+                raise UserError(f"plan_config.{key}: it is given beside {other}; leave out one of them")
+    if plan.table:
         return _table(recipe), 0
-    if recipe.plan.demand is not None:
-        return _demand(recipe, recipe.plan.demand), 0
+    if plan.demand is not None:
+        return _demand(recipe, plan.demand), 0
     deployment, chip = settled(recipe)
-    found = answer(deployment, chip, asked_workload(deployment.paper))
+    decode_step = converted_step(deployment, chip) if plan.from_graph else None
+    found = answer(deployment, chip, asked_workload(deployment.paper), decode_step)
     print(show.plan(found))
     document = _document(found)
     if recipe.plan.dies is not None:
@@ -72,6 +76,8 @@ def _document(found: Answer) -> Document:
         "max_model_len": fit.max_model_len,
         "max_users": fit.max_users,
         "predicted": _predicted(predicted) if predicted else None,
+        "counts_from": found.counts_from,
+        "decode_step": _step(predicted) if predicted else None,
         "calibration_error": dict(predicted.calibration_error) if predicted else None,
         "note": show.NOT_MEASURED,
     }
@@ -95,6 +101,18 @@ def _predicted(predicted: Prediction) -> Document:
         "tokens_per_s": round(predicted.tokens_per_s, 1),
         "ttft_all_ms": round(predicted.ttft_all_ms, 2),
         "tpot_host_ms": round(predicted.tpot_host_ms, 3),
+    }
+
+
+def _step(predicted: Prediction) -> Document:
+    """What the decode step costs one rank."""
+    step = predicted.step
+    names = ("collective_bytes", "flops", "int8_flops", "weight_bytes", "kv_bytes", "activation_bytes")
+    return {
+        "batch": predicted.batch,
+        "kernels": step.kernels,
+        "collectives": step.collectives,
+        **{name: round(getattr(step, name)) for name in names},
     }
 
 
@@ -167,7 +185,7 @@ def _table(recipe: Recipe) -> Document:
     print(show.table(rows, asked))
     print(f"\n{show.calibration(calibrated())}")
     document: Document = {"command": "plan", "table": [_row_document(row, found) for row, found in rows]}
-    document |= {"calibration_error": calibrated().error, "note": show.NOT_MEASURED}
+    document |= {"counts_from": "table", "calibration_error": calibrated().error, "note": show.NOT_MEASURED}
     if plan.plot:
         document["plots"] = [str(path) for path in charts.of_table(rows, recipe.model.output_path, asked)]
     return document

@@ -29,6 +29,11 @@ LIMITS = {
     "front_door": "front doors",
 }
 UNITS = {"tpot_ms": "ms TPOT", "ttft_ms": "ms TTFT", "tokens_per_s": "tokens/s"}
+COUNTS = {
+    "table": "counted by arithmetic and a table of kernels, which equals converted graphs and traced steps in tests",
+    "ge_graph": "kernels, messages, products and weights of the decode step are those of its converted GE graph; "
+    "prefill is eager and has none",
+}
 NOT_MEASURED = "predicted, not measured"
 
 
@@ -127,7 +132,17 @@ def speed(found: Answer) -> list[str]:
         ("TPOT, with the host and the prefills of others", milliseconds(predicted.tpot_host_ms)),
         ("output tokens a second, all requests", f"{predicted.tokens_per_s:.0f}"),
     ]
-    return [NOT_MEASURED, columns(("speed", "predicted"), rows)]
+    return [NOT_MEASURED, columns(("speed", "predicted"), rows), _step(predicted), f"  {COUNTS[found.counts_from]}"]
+
+
+def _step(predicted: Prediction) -> str:
+    """What a decode step costs one rank."""
+    step, rows = predicted.step, f"{predicted.batch} rows" if predicted.batch > 1 else "1 row"
+    messages = f", {step.collectives} messages" if step.collectives else ""
+    integers = f" and {step.int8_flops / 1e9:.1f} of integers" if step.int8_flops else ""
+    moved = f"{amount(step.weight_bytes)} of weights and {amount(step.kv_bytes)} of cache"
+    done = f"{step.flops / 1e9:.1f} GFLOP{integers}"
+    return f"  a decode step of {rows} on one rank: {step.kernels} kernels{messages}, {moved}, {done}"
 
 
 def installation(one_door: Installation, doors: Installation, each: Workload) -> str:

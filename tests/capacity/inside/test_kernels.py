@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from emulator.activate import activate
-from emulator.graph import per_layer
 from emulator.traces import Traces
 from executor.capacity.converted import converted_cost
 from executor.capacity.costs import Row, decode_cost, prefill_cost, vision_cost
@@ -25,18 +25,22 @@ from executor.capacity.kernels import (
     prefill_kernels,
     vision_kernels,
 )
-from executor.capacity.work import StepCost
 from executor.checkpoint.load import build_on_meta
 from executor.checkpoint.pull import finalize
-from executor.commands.check import decode_graph, fake_ranks
+from executor.command_line import parse
+from executor.commands.check import fake_ranks
+from executor.commands.plan.run import run
+from executor.commands.plan.show import COUNTS
 from executor.device import ops
 from executor.device.npu.ops import NpuOps
 from executor.device.npu.soc import soc_of
 from executor.errors import UserError
 from executor.quant.choose import assume_schemes
+from executor.recipe.schema import load_recipe
 from executor.recipe.sizes import ModelShapes
 from models.registry import family_runner
 from tests.capacity.models import MOE, QWEN2_5, QWEN3, Degrees, published, recipe_of
+from tests.reference import REPO
 
 A2, A3, DUO = "atlas_800i_a2", "atlas_800i_a3", "atlas_300i_duo"
 LAYERS, GRID = 4, (1, 60, 34)  # taps stand before the last layer
@@ -88,12 +92,12 @@ def compare(soc: str, name: str, quantization: str, degrees: Degrees) -> None:
         per, outside = eager[1].collectives.total() - eager[0].collectives.total(), 2 * eager[0].collectives.total()
         assert cost.collectives == per * LAYERS + outside - eager[1].collectives.total()
         if soc != DUO:
-            one, two, whole = (traces.decode_graph(layers) for layers in (1, 2, None))
-            counts = counts_in_graph(recipe, shapes)
-            assert counts.per_layer == per_layer(one, two).total()
-            assert cost.kernels == counts.total(LAYERS) == whole.kernels.total()
-            assert cost.collectives == whole.collectives.total()
-            converted = converted_cost(whole, recipe, shapes, 8, 4096)
+            one, two = (traces.decode_graph(layers) for layers in (1, 2))  # more are as many again: check holds that
+            counts, (_, few) = counts_in_graph(recipe, shapes), published(name, 2)
+            assert [counts.total(1), counts.total(2)] == [one.kernels.total(), two.kernels.total()]
+            cost = decode_cost(recipe, few, 8, 4096)
+            assert (cost.kernels, cost.collectives) == (two.kernels.total(), two.collectives.total())
+            converted = converted_cost(two, recipe, few, 8, 4096)
             assert replace(converted, parts={}) == replace(cost, parts={})
             assert (converted.flops, converted.int8_flops) == (cost.flops, cost.int8_flops)
             assert 0.99 * cost.weight_bytes < converted.weight_bytes <= cost.weight_bytes
@@ -123,14 +127,24 @@ def test_the_whole_table_is_what_the_emulator_counts(soc, name, quantization, de
         pytest.skip(str(error))
 
 
-def test_a_recipe_is_converted_and_predicted_from_its_graph():
-    """As a plan does it: the settled recipe, its graph, its step, its prediction."""
-    config, shapes = published(QWEN3, 2)
-    recipe = recipe_of(QWEN3, soc=A3, exe_mode="ge_graph")
-    graph = decode_graph(recipe, config)
-
-    def step(batch: int, context: float) -> StepCost:
-        return converted_cost(graph, recipe, shapes, batch, context)
-
-    assert step(8, 100) == decode_cost(recipe, shapes, 8, 100)
-    assert step(2, 100).kernels == graph.kernels.total()
+@pytest.mark.parametrize("config, quantization", [("quickstart", "none"), ("quickstart_w8a8", "w8a8")])
+def test_a_plan_from_the_converted_graph_is_the_plan_by_arithmetic(config, quantization, capsys, tmp_path):
+    """The command in both ways, on a float checkpoint and on one whose files say the types of its linears."""
+    settings = ["model_config.exe_mode=ge_graph", f"model_config.output_path={tmp_path}"]
+    words = ["--chip", "a3_die", "--dtype", "auto", "--set", *settings]
+    documents = {}
+    for way in ((), ("--from-graph", "--plot")):
+        arguments = parse([str(REPO / "config" / f"{config}.yaml"), "plan", *way, *words])
+        document, status = run(load_recipe(arguments.config, arguments.overrides))
+        assert status == 0 and document["quantization"] == quantization
+        assert COUNTS[document["counts_from"]] in capsys.readouterr().out
+        documents[document["counts_from"]] = document
+    table, graph = documents["table"], documents["ge_graph"]
+    exact = ("batch", "kernels", "collectives", "collective_bytes", "flops", "int8_flops", "kv_bytes")
+    assert [graph["decode_step"][key] for key in exact] == [table["decode_step"][key] for key in exact]
+    assert graph["decode_step"]["kernels"] > 0
+    for found, wanted in ((graph["decode_step"], table["decode_step"]), (graph["predicted"], table["predicted"])):
+        assert {key: pytest.approx(value, rel=0.01) for key, value in wanted.items()} == found
+    same = ("memory_bytes", "max_users", "workload", "calibration_error")
+    assert [graph[key] for key in same] == [table[key] for key in same]
+    assert graph["plots"] and all(Path(path).is_file() for path in graph["plots"])
