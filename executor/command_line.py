@@ -170,6 +170,7 @@ examples:
   bash infer.sh config/quickstart.yaml
   bash infer.sh config/quickstart.yaml --image a.png --question "What do you see?"
   bash infer.sh config/quickstart.yaml serve --port 8000
+  bash infer.sh config/quickstart.yaml bench latency --batch-sizes [1,4,16] --dataset random --plot
   bash infer.sh config/quickstart.yaml --set generation_config.temperature=0.7 data_config.media=[a.png,b.mp4]
 """
 ANSWERED, REFUSED = 64, 65

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from executor.bench import statistics
 from executor.bench.results import Load, Point, Report, RequestResult
@@ -95,6 +95,8 @@ def _curves(panels: np.ndarray, named: Sequence[tuple[str, Report]]) -> None:
             panel.set_xticks(sorted(set(values)))
             panel.get_xaxis().set_major_formatter(ScalarFormatter())
             panel.minorticks_off()
+        elif all(float(value).is_integer() for value in values):
+            panel.get_xaxis().set_major_locator(MaxNLocator(integer=True))
 
 
 def _varied(named: Sequence[tuple[str, Report]]) -> tuple[str, str]:
@@ -189,7 +191,8 @@ def _finish(panel: Axes, x: str, y: str, title: str) -> None:
     panel.set_xlabel(x)
     panel.set_ylabel(y)
     panel.set_title(title, fontsize=10)
-    panel.set_ylim(bottom=0)
+    # Room above the greatest value, counted from 0: a flat curve would else lie on the upper edge.
+    panel.set_ylim(0, 1.08 * panel.dataLim.y1 if panel.dataLim.y1 > 0 else None)
     panel.margins(x=0.08)
     panel.grid(alpha=0.3)
     labels = [label for label in panel.get_legend_handles_labels()[1] if label]

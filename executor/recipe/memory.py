@@ -115,10 +115,12 @@ def kv_block_bytes(recipe: Recipe, shapes: ModelShapes, compute_bytes: int | Non
 
 
 def loading_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
-    """The largest weight once more: it stands in both layouts for a moment."""
+    """The largest weight once more: it stands in both layouts for a moment, all experts of a layer together."""
     tp = recipe.attn_tp_size
     mlp = 2 * shapes.hidden_size * shapes.intermediate_size
-    return round(max(shapes.vocab_size * shapes.hidden_size, mlp) / tp * FLOAT_BYTES[recipe.model.dtype])
+    experts = shapes.expert_parameters / shapes.num_layers / recipe.parallel.world_size
+    largest = max(shapes.vocab_size * shapes.hidden_size / tp, mlp / tp, experts)
+    return round(largest * FLOAT_BYTES[recipe.model.dtype])
 
 
 def estimate(

@@ -225,17 +225,19 @@ find_python() {
         return 0
     fi
 
-    local venv="$root/.venv"
+    # Checkouts may share one by a link: they share its lock, too.
+    local venv
+    venv="$(readlink -f "$root/.venv")"
     if _is_ready "$venv" "${files[@]}"; then
         PYTHON_FOUND="$venv/bin/python"
         return 0
     fi
-    if ! { : >>"$root/.venv.lock"; } 2>/dev/null; then
+    if ! { : >>"$venv.lock"; } 2>/dev/null; then
         _fail "the set-up needs to write .venv into $root, and that cannot be written (read-only, or another user's). Make it writable for the first run, run a copy of it, or name an interpreter that has everything in ${files[*]}: PYTHON=/path/to/python" 1
     fi
     # Two set-ups at the same time would tear each other's .venv down.
     if command -v flock >/dev/null 2>&1; then
-        exec 9>"$root/.venv.lock"
+        exec 9>"$venv.lock"
         flock -n 9 || { _say "another set-up is running; waiting for it"; flock 9; }
     fi
     if ! _is_ready "$venv" "${files[@]}"; then

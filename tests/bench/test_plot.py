@@ -50,6 +50,17 @@ def test_every_other_load_has_a_curve_of_its_own():
     assert throughput.get_legend_handles_labels()[1] == ["2 at once", "4 at once"]
 
 
+def test_axes_have_room_above_a_flat_curve_and_marks_that_are_sizes_of_batches():
+    (throughput, _), (_, trade) = drawn([swept([Load(batch_size=size) for size in (1, 2)], scale=1.0)])
+    assert all(tick == int(tick) for tick in throughput.get_xticks())
+    for panel in (throughput, trade):
+        assert panel.get_ylim()[1] >= 1.05 * panel.dataLim.y1
+    flat = Figure().subplots()
+    flat.plot([1, 2], [54.1, 54.2])
+    plot._finish(flat, "x", "y", "flat")
+    assert flat.get_ylim() == (0, pytest.approx(1.08 * 54.2))
+
+
 @pytest.mark.parametrize("reports, names", [(["curves"], ()), (["lone"], ()), (["curves", "curves"], ("a", "b"))])
 def test_files_are_pictures(tmp_path, reports, names):
     made: dict[str, Report] = {"curves": swept(LOADS), "lone": swept([Load()])}

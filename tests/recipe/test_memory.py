@@ -16,7 +16,7 @@ from executor.device.cpu.ops import CpuOps
 from executor.parallel.groups import groups
 from executor.quant.choose import choose_schemes
 from executor.recipe.communicators import SUMS_MB, buffer_bytes
-from executor.recipe.memory import LIBRARY_BYTES, TORCH_BYTES, estimate, weights_bytes
+from executor.recipe.memory import GIB, LIBRARY_BYTES, TORCH_BYTES, estimate, weights_bytes
 from executor.recipe.peak import ENCODE_TOKENS, peak_bytes, pixel_bytes, vision_token_bytes
 from executor.recipe.schema import build_recipe
 from executor.recipe.settle import prepare, resolve
@@ -131,6 +131,9 @@ def test_a_weight_in_two_layouts_counts_where_nothing_else_comes():
     assert found.loading_bytes == shapes.vocab_size * shapes.hidden_size * 2
     bare = replace(found, kv_bytes=0, peak_bytes=1)
     assert bare.total_bytes == found.weights_bytes + found.loading_bytes
+    moe, moe_shapes = resolved("Qwen3-VL-30B-A3B-Instruct")
+    experts = 128 * 3 * 2048 * 768  # gate, up and down of a layer, which are rearranged together
+    assert estimate(moe, moe_shapes, 128 << 30).loading_bytes == experts * 2
 
 
 def test_the_largest_picture_is_the_recipes_or_the_checkpoints(tmp_path):
@@ -200,3 +203,16 @@ def test_a_rank_has_two_buffers_for_each_of_its_communicators(world, tp, joined_
     groups(world, tp, 1, "tp", rank=0, new_group=lambda ranks, buffer_mb: made.setdefault(tuple(ranks), buffer_mb))
     assert buffer_bytes(world, tp) == 2 * joined_mb << 20
     assert sum(buffer_mb for ranks, buffer_mb in made.items() if 0 in ranks) == joined_mb
+
+
+@pytest.mark.parametrize("free_gib", [14, 24, 40])
+@pytest.mark.parametrize("name", ["Qwen2.5-VL-3B-Instruct", "Qwen3-VL-4B-Instruct", "Qwen3-VL-2B-Instruct"])
+def test_the_cache_takes_what_the_plan_leaves_for_it(name, free_gib):
+    """Blocks and the pictures whose tokens they hold: at least 95 % of the memory left, never more than it."""
+    recipe, shapes = resolved(name, max_num_seqs=256, max_model_len=8192, max_num_batched_tokens=2048)
+    found = estimate(recipe, shapes, free_gib * GIB)
+    assert found.num_blocks < 256 * 8192 // recipe.scheduler.block_size, "memory decides, not the requests"
+    step = found.step.total_bytes
+    left = found.budget_bytes - found.process_bytes - found.weights_bytes - step
+    assert 0.95 * left <= found.kv_bytes + found.peak_bytes - step <= left
+    assert found.total_bytes <= found.budget_bytes

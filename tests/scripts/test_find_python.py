@@ -245,3 +245,10 @@ def test_a_log_that_cannot_be_written_lies_elsewhere(place, tmp_path):
     done = place.find()
     assert done.returncode == 0, done.stderr
     assert Path(re.search(r"log: (\S+)", done.stderr)[1]).is_file()
+
+
+def test_checkouts_that_share_an_environment_share_its_lock(place, tmp_path):
+    """Else one would tear down what the other is making."""
+    (place.root / ".venv").symlink_to(tmp_path / "shared")
+    (tmp_path / "shared.lock").mkdir()  # neither can be taken
+    assert "that cannot be written" in place.refused(1)
