@@ -77,7 +77,7 @@ class Place:
             for pattern in (f"{name}-*.parquet", f"{name}_*.parquet", f"{name}.parquet")
             for path in self.root.rglob(pattern)
         }
-        _refuse_gaps(found)
+        refuse_gaps(found)
         return sorted(found)
 
     def find(self, *names: str) -> Path | None:
@@ -194,7 +194,7 @@ def built(build: Callable[[Row], Sample], row: Row) -> Sample:
         return Sample(row.where, error=printable(f"{row.where}: the row cannot be read ({reason})"))
 
 
-def _refuse_gaps(paths: Iterable[Path]) -> None:
+def refuse_gaps(paths: Iterable[Path]) -> None:
     """UserError where a numbered file lacks one of those it belongs to: scores of a part of a part mislead."""
     there: dict[tuple[Path, str, int], set[int]] = {}
     for path in paths:

@@ -112,7 +112,7 @@ def test_arena_rows_in_every_form(folder, row, picture):
 
 
 def test_arena_folder_as_jsonl_and_as_json(folder):
-    with pytest.raises(UserError, match=r"needs .* with dataset.jsonl or dataset.json .* it has neither"):
+    with pytest.raises(UserError, match=r"needs .*parquet, or with dataset.jsonl or dataset.json .* it has neither"):
         samples_of("vision-arena-bench-v0.1", folder)
     with pytest.raises(UserError, match="there is no such folder"):
         samples_of("vision-arena-bench-v0.1", folder / "absent")

@@ -324,6 +324,32 @@ def test_mvbench(tmp_path):
     assert "answer must be one of the options or its letter, got 'c'" in odd.error
 
 
+def test_arena_as_published_is_read_row_by_row(tmp_path):
+    """Conversations of one first turn, pictures as a list inside the file."""
+    rows = [
+        {"question_id": "a", "turns": [[{"content": "What is it?", "role": "user"}]], "images": [embedded(png(1))]},
+        {
+            "question_id": "b",
+            "turns": [[{"content": "Alike?", "role": "user"}]],
+            "images": [embedded(png(seed)) for seed in (2, 3)],
+        },
+        {"question_id": "c", "turns": [], "images": [embedded(png(4))]},
+    ]
+    path = parquet(tmp_path / "data" / "train-00000-of-00001.parquet", rows)
+    for place in (tmp_path, path):
+        first, second, third = load("vision-arena-bench-v0.1", place)
+        assert (first.id, first.question, second.question) == (
+            "train-00000-of-00001.parquet row 1",
+            "What is it?",
+            "Alike?",
+        )
+        assert picture_of(first) == png(1) and [picture_of(second, index) for index in (0, 1)] == [png(2), png(3)]
+        assert third.error is not None and "row 3" in third.error
+    path.rename(path.with_name("train-00000-of-00002.parquet"))
+    with pytest.raises(UserError, match="number 1 is not there"):
+        load("vision-arena-bench-v0.1", tmp_path)
+
+
 def test_aisbench_rows_have_their_answer(tmp_path):
     picture_file(tmp_path / "a.png", 1)
     rows = [
