@@ -1,5 +1,7 @@
 """From a recipe's data_config to the requests it asks."""
 
+import logging
+
 from dataset import (
     chartqa,
     default_prompt,
@@ -18,6 +20,8 @@ from dataset.entries import ask
 from dataset.sample import Dataset
 from executor.host.env import REPO_ROOT
 from executor.recipe.schema import DataSection, Recipe
+
+logger = logging.getLogger(__name__)
 
 DATASETS = {
     "default": default_prompt.load,
@@ -44,5 +48,12 @@ def load_dataset(data: DataSection, recipe: Recipe | None = None) -> Dataset:
         if data.dataset == "random":
             assert recipe is not None, "tokens are counted by a checkpoint's tokenizer"
             return random.load(recipe)
-        return DATASETS[data.dataset](data).first(data.limit)
-    return Dataset(REPO_ROOT, ask(data.prompt, data.media)).first(data.limit)
+        return _limited(DATASETS[data.dataset](data), data)
+    return _limited(Dataset(REPO_ROOT, ask(data.prompt, data.media)), data)
+
+
+def _limited(dataset: Dataset, data: DataSection) -> Dataset:
+    """Its first `limit` samples, or all that there are, which is said."""
+    if data.limit is not None and data.limit > len(dataset):
+        logger.warning("data_config.limit is %d, but the data set has only %d", data.limit, len(dataset))
+    return dataset.first(data.limit)

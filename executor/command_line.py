@@ -130,7 +130,7 @@ FOREIGN = {  # flags of vLLM, MindIE, PaddleMIX and others -> what stands for th
     "reasoning-parser": "nothing: told from the checkpoint's chat template",
     "async-scheduling": "nothing",
     "model-name-or-path": "--model PATH",
-    "question-file": "--set data_config.dataset=jsonl data_config.dataset_path=FILE",
+    "question-file": "--dataset jsonl --dataset-path FILE",
     "image-file": "--image FILE",
     "image-path": "--image FILE (or a folder)",
     "video-file": "--video FILE",
@@ -146,12 +146,12 @@ FOREIGN = {  # flags of vLLM, MindIE, PaddleMIX and others -> what stands for th
     "stop": "--set generation_config.stop=[TEXT]",
     "trust-remote-code": "nothing: no code of a checkpoint is ever run",
     "benchmark": "the command bench",
-    "request-rate": "--set bench_config.request_rates=X (or a list: each is measured)",
-    "max-concurrency": "--set bench_config.concurrencies=N (or a list: each is measured)",
-    "parallel": "--set bench_config.concurrencies=N (or a list: each is measured)",
+    "request-rate": "--request-rates X (or a list, [1,2]: each is measured)",
+    "max-concurrency": "--concurrencies N (or a list, [4,8]: each is measured)",
+    "parallel": "--concurrencies N (or a list, [4,8]: each is measured)",
     "num-warmups": "--set bench_config.warmups=N",
     "burstiness": "--set bench_config.burstiness=X",
-    "dataset-name": "--set data_config.dataset=random (or jsonl, ...)",
+    "dataset-name": "--dataset random (or jsonl, ...)",
     "random-input-len": "--set data_config.random_tokens=N (the chat template counts)",
     "random-output-len": "--max-new-tokens N",
     "random-prefix-len": "--set data_config.random_prefix_tokens=N",
@@ -171,6 +171,8 @@ examples:
   bash infer.sh config/quickstart.yaml --image a.png --question "What do you see?"
   bash infer.sh config/quickstart.yaml serve --port 8000
   bash infer.sh config/quickstart.yaml bench latency --batch-sizes [1,4,16] --dataset random --plot
+  bash infer.sh config/quickstart.yaml eval --dataset tiny_world --num-prompts 50
+  bash infer.sh config/qwen3_vl_8b.yaml plan --for "32 users, 4 pictures of 1080p, TPOT 50 ms"
   bash infer.sh config/quickstart.yaml --set generation_config.temperature=0.7 data_config.media=[a.png,b.mp4]
 """
 ANSWERED, REFUSED = 64, 65
@@ -393,9 +395,8 @@ def _unknown(words: Sequence[str]) -> str:
         if name in FOREIGN:
             lines.append(f"{word} is no flag here; write {FOREIGN[name]}")
         else:
-            lines.append(
-                f"unrecognized arguments: {word}{nearest(f'--{name}', ['--set', *map('--{}'.format, SHORT_FORMS)])}"
-            )
+            known = ["--set", *map("--{}".format, (*SHORT_FORMS, *COMMAND_FORMS))]
+            lines.append(f"unrecognized arguments: {word}{nearest(f'--{name}', known)}")
     if not lines:
         lines.append(f"unrecognized arguments: {' '.join(words)}")
     return "\n".join(

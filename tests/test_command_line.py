@@ -135,7 +135,8 @@ def test_flags_of_other_tools_are_translated():
             line = line.replace("[TEXT]", "[end]")
             assert recipe_of(*line.split())
         elif line.startswith("--"):
-            assert recipe_of(*line.replace(" N", " 3").split())
+            command = ["bench", "serve"] if "--request-rates" in line or "--concurrencies" in line else []
+            assert recipe_of(*command, *line.replace(" N", " 3").replace(" X", " 3").split())
 
 
 def test_unknown_flags_name_the_nearest():
@@ -168,6 +169,8 @@ def test_a_rank_of_many_leaves_mistakes_to_the_job(monkeypatch, capsys):
             "data_config.results_path is not used by bench: .* bench_config.results_path",
         ),
         ((QUICK, "serve", "--prot", "1"), r"--prot \(did you mean '--port'\?\)"),
+        ((QUICK, "bench", "--batch-size", "1"), r"--batch-size \(did you mean '--batch-sizes'\?\)"),
+        ((QUICK, "bench", "--request-rate", "1"), r"--request-rate is no flag here; write --request-rates X"),
         ((QUICK, "--promt", "1"), r"--promt \(did you mean '--prompt'\?\)"),
     ],
 )

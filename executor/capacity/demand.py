@@ -23,7 +23,8 @@ QUANTIZATIONS = {
 UNDERSTOOD = (
     "32 users", "4 pictures of 1080p (480p, 720p, 1080p, 1440p, 4k, 1920x1080)", "8k context (text of a prompt)",
     "10k in all (prompt, pictures and answer)", "500 output tokens", "TPOT 50 ms", "TTFT 2 s", "1000 tokens/s",
-    "at most 16 dies", "bf16, w8a8, w8a8_dynamic or w8a8sc", "a model as Qwen3-VL-8B", "a chip as 910b4 or A2",
+    "at most 16 dies", "bf16, w8a8, w8a8_dynamic or w8a8sc", "a model as Qwen3-VL-8B",
+    "a chip as 910b4, A2 or 300I DUO",
 )  # fmt: skip
 SOCS = {
     "a2": "atlas_800i_a2", "800i a2": "atlas_800i_a2", "atlas 800i a2": "atlas_800i_a2",
@@ -129,18 +130,26 @@ def _pictures(count: str, size: str | None) -> dict[str, Any]:
     return {**said, "picture_size": tuple(_at_least_one(side, "pixels") for side in chosen)}
 
 
-_COUNTS = {"a": "1", "an": "1", "one": "1", "no": "0"}
+_COUNTS = {
+    "a": "1", "an": "1", "no": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6",
+    "seven": "7", "eight": "8",
+}  # fmt: skip
+_WORDS = "|".join(_COUNTS)
 _N, _X = (
     r"(\d{1,3}(?:[, ]\d{3})+|\d+(?:\.\d+)?k|\d+)",
     r"(?:<=?|≤|of|below|under|at most|within|=|:)? ?(\d+(?:\.\d+)?) ?(ms|s)",
 )
 _PHRASES: tuple[tuple[str, Callable[[re.Match[str]], Mapping[str, Any]]], ...] = (
     (
-        r"(\d[\d,]*) (?:concurrent |parallel )?(?:users?|requests?|clients?)(?: at once)?",
-        lambda found: {"users": _at_least_one(int(found[1].replace(",", "")), "users")},
+        rf"(\d[\d,]*|{_WORDS}) (?:concurrent |parallel )?(?:users?|requests?|clients?)(?: at once)?",
+        lambda found: {"users": _at_least_one(int(_COUNTS.get(found[1], found[1]).replace(",", "")), "users")},
     ),
     (
-        r"(?P<count>\d+|an?|one|no) ?(?:pictures?|images?)(?: (?:of|at|in) (?P<size>.+?))?(?: each)?",
+        rf"(?P<count>\d+|{_WORDS}) ?(?:pictures?|images?)(?: (?:of|at|in) (?P<size>.+?))?(?: each)?",
+        lambda found: _pictures(found["count"], found["size"]),
+    ),
+    (
+        rf"(?P<count>\d+|{_WORDS}) (?P<size>{'|'.join(PICTURE_SIZES)}|\d+ ?[x×] ?\d+) (?:pictures?|images?)(?: each)?",
         lambda found: _pictures(found["count"], found["size"]),
     ),
     (
@@ -155,6 +164,10 @@ _PHRASES: tuple[tuple[str, Callable[[re.Match[str]], Mapping[str, Any]]], ...] =
     ),
     (rf"(?:output|answers?)(?: of)? {_N}(?: tokens)?", lambda found: {"output_tokens": _tokens(found[1])}),
     (rf"tpot {_X}", lambda found: {"tpot_ms": _ms(found[1], found[2])}),
+    (
+        r"(\d+(?:\.\d+)?) ?(ms|s) (?:of )?(tpot|ttft)",
+        lambda found: {f"{found[3]}_ms": _ms(found[1], found[2])},
+    ),
     (rf"ttft {_X}", lambda found: {"ttft_ms": _ms(found[1], found[2])}),
     (
         r"(\d[\d,]*(?:\.\d+)?) ?(?:output )?(?:tokens?|tok) ?(?:/|per) ?(?:s|second)",

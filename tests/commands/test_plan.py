@@ -56,6 +56,20 @@ def test_every_recipe_is_planned(config, capsys):
         assert (PARTS[part] in shown) == bool(size)
 
 
+@pytest.mark.parametrize("words", [("--for", "one user, two 1080p pictures"), ("--table", "--chip", "910b4")])
+def test_what_is_tried_on_the_way_is_not_talked_about(words, caplog):
+    with caplog.at_level("INFO"):
+        planned("qwen3_vl_2b.yaml", *words)
+    talked = [record.getMessage() for record in caplog.records if record.name.startswith("executor.recipe")]
+    assert talked == [] and caplog.text.count("looking through") == 1
+
+
+@pytest.mark.parametrize("config, is_said", [("qwen3_vl_32b_300i_duo_w8a8.yaml", False), ("qwen3_vl_8b.yaml", True)])
+def test_weights_that_the_recipe_names_need_not_be_made(config, is_said, capsys):
+    planned(config, "--for", "one user, w8a8, 300I DUO")
+    assert ("its weights are made as" in capsys.readouterr().out) == is_said
+
+
 def test_the_recipes_of_config_hold_all_that_they_promise():
     """max_num_seqs requests of max_model_len, or at least one where the file says less of both."""
     held = {config: planned(config) for config in ("qwen3_vl_8b.yaml", "qwen2_5_vl_72b.yaml")}

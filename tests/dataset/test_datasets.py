@@ -223,6 +223,13 @@ def test_limit_and_length_agree(folder):
     assert [sample.question for sample in part] == ["0?", "1?"]  # it can be read again
 
 
+def test_fewer_requests_than_were_asked_for_are_told(folder, caplog):
+    path = rows_file(folder, [{"question": f"{index}?"} for index in range(5)])
+    for limit in (None, 5, 6):
+        assert len(samples_of("jsonl", path, limit=limit)) == min(limit or 5, 5)
+        assert ("data_config.limit is 6, but the data set has only 5" in caplog.text) == (limit == 6)
+
+
 def test_fingerprints_tell_questions_apart(folder):
     first, same, other, picture = (
         one(folder, row)

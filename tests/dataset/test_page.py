@@ -27,9 +27,10 @@ def test_harmless_keys_are_those_of_the_page():
 
 def test_the_example_is_read(tmp_path):
     (block,) = re.findall(r"```\n(\{.*?)```", PAGE, flags=re.DOTALL)
-    for name in ("cat.png", "walk.mp4"):
+    for name in ("cat.png", "cats.png", "walk.mp4"):
         (tmp_path / name).write_bytes(b"")
     rows = [json.loads(line) for line in block.splitlines()]
     samples = [sample for row in rows for sample in read_entry(row, "page", tmp_path)]
     assert [sample.error for sample in samples] == [None] * len(rows)
     assert samples[1].generation == {"max_new_tokens": 40} and samples[1].media_parts[0]["fps"] == 1
+    assert samples[2].references == ("3", "three") and len(samples[2].media_parts) == 2

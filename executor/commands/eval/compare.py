@@ -104,6 +104,8 @@ def in_words(comparison: Comparison) -> str:
     difference = comparison.whole.difference
     is_real = "is more than chance" if difference.is_real else "may be chance"
     lines += ["", f"  the difference {is_real} (sign test p = {difference.p_value:.3g})"]
+    if not difference.better + difference.worse:
+        lines[-1] = "  no sample scores differently in B"
     for verdict in ("worse", "better"):
         names = [pair.first.id for pair in comparison.of(verdict)]
         more = f" and {len(names) - SHOWN_FLIPS} more" if len(names) > SHOWN_FLIPS else ""

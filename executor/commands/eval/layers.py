@@ -192,8 +192,8 @@ def _verdict(first: Any, jump: Any, left_out: list[str]) -> str:
         lines.append("all stages agree within the tolerance of the type")
     else:
         lines.append(f"accuracy is lost at: {first.stage}")
-    if first is not None and jump is not None:
+    if jump is not None:
         lines.append(f"the error grows most at: {jump.stage}")
     if left_out:
-        lines.append(f"not compared for some prompt, because the other side has it not: {', '.join(left_out)}")
+        lines.append(f"not compared for every prompt, because the other side does not have it: {', '.join(left_out)}")
     return "\n".join(lines)

@@ -6,6 +6,8 @@ name. Nothing here is measured; every printed prediction says so. A plan that do
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from executor.capacity.answer import Answer, answer, settled
@@ -51,6 +53,23 @@ def run(recipe: Recipe) -> tuple[Document, int]:
     if recipe.plan.plot:
         document["plots"] = [str(path) for path in charts.of_plan(found)]
     return document, 0
+
+
+@contextmanager
+def _looking_through(what: str) -> Iterator[None]:
+    """While many are tried, what the settling of each has to say is said once."""
+    logger.info(
+        "looking through %s; sizes of what is not on this machine are those of the published model, and what is "
+        "quantized in it the vendor's choice",
+        what,
+    )
+    talker = logging.getLogger("executor.recipe")
+    level = talker.level
+    talker.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        talker.setLevel(level)
 
 
 def _document(found: Answer) -> Document:
@@ -150,7 +169,8 @@ def _installation(found: Answer, dies: int) -> Document:
 def _demand(recipe: Recipe, text: str) -> Document:
     """The cheapest recipe that holds a demand in words."""
     demand = parse_demand(text, published_models(), chip_names())
-    result = search(recipe, demand)
+    with _looking_through("recipes"):
+        result = search(recipe, demand)
     chosen = result.chosen or result.failed[-1]
     size = demand.picture_size or recipe.plan.picture_size
     changed = changes(recipe, asked_again(chosen, result.workload, size)) if result.chosen else {}
@@ -179,7 +199,8 @@ def _demand(recipe: Recipe, text: str) -> Document:
 def _table(recipe: Recipe) -> Document:
     """All models on all chips, or on the one of plan_config.chip, in all precisions."""
     names = None if recipe.plan.chip is None else (recipe.plan.chip,)
-    rows = [(row, _row_prediction(row, recipe)) for row in table_rows(names)]
+    with _looking_through("models"):
+        rows = [(row, _row_prediction(row, recipe)) for row in table_rows(names)]
     plan = recipe.plan
     pictures = f" and {plan.pictures} pictures of {'x'.join(map(str, plan.picture_size))}" if plan.pictures else ""
     asked = (

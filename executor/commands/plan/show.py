@@ -242,7 +242,7 @@ def found_recipe(result: Search, words: str, settings: str, most_dies: int) -> s
         lines.append(f"NO RECIPE of up to {most_dies} dies holds it; the largest that were tried:")
     else:
         lines += [f"{result.chosen.candidate} holds it", f"  {settings or 'the recipe as it is'}"]
-        if result.chosen.candidate.quantization not in ("none", "auto"):
+        if result.chosen.candidate.quantization not in ("none", "auto") and "model_config.model_path=" in settings:
             lines.append("  its weights are made as docs/quantization.md says, unless you have them")
         lines.append("")
         lines += [plan(result.chosen.answer), "", "what stops the next cheaper ones:"]

@@ -31,6 +31,7 @@ function verdict() {
   const scores = `A scores ${points(first.score)} %, B ${points(second.score)} %, over ${samples} samples. `;
   const changed = `Better in B: ${difference.better}, worse: ${difference.worse}`;
   const chance = `sign test p ${difference.p_value < 0.001 ? "< 0.001" : `= ${difference.p_value.toFixed(3)}`}`;
+  if (!difference.better && !difference.worse) return `${scores}No sample scores differently in B.`;
   const how = difference.mean < 0 ? "worse" : "better";
   const end = difference.is_real
     ? `B is ${points(Math.abs(difference.mean))} points ${how} (${range}).`

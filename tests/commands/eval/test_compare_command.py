@@ -29,6 +29,14 @@ def test_figures_flips_and_the_report(tmp_path):
         assert told in out.getvalue()
 
 
+def test_runs_without_a_difference_are_not_said_to_differ_by_chance(tmp_path):
+    first, second = (rows_file(tmp_path / f"{name}.jsonl", [row(0), row(1, 0.0)]) for name in "ab")
+    out = io.StringIO()
+    document, _ = command.run(recipe_of(tmp_path), (first, second), out=out)
+    assert "no sample scores differently in B" in out.getvalue() and "chance" not in out.getvalue()
+    assert document["difference"]["p_value"] == 1.0 and not document["difference"]["is_real"]
+
+
 @pytest.mark.parametrize("has_summary", [True, False])
 def test_pictures_of_the_little_world_are_drawn_again(tmp_path, has_summary, caplog):
     data = {"dataset": "tiny_world", "limit": 11, "results_path": str(tmp_path / "a.jsonl")}

@@ -50,6 +50,7 @@ def test_tiny_models_agree_with_transformers(family):
         stage["stage"] for stage in document["stages"]
     ]
     assert "all stages agree within the tolerance of the type" in lines
+    assert f"the error grows most at: {document['largest_jump']}" in lines
 
 
 @pytest.mark.parametrize(
