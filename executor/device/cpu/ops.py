@@ -43,6 +43,7 @@ class CpuOps(Ops):
 
     name = "cpu"
     device = torch.device("cpu")
+    prepares_in_any_order = True
 
     def __init__(self, found: Capability | None = None, decode_rows: int = 16) -> None:
         self.capability = found or capability()
