@@ -15,7 +15,7 @@ from executor.host.limits import host_memory_bytes, process_memory_bytes
 from executor.recipe.memory import GIB, MemoryEstimate, account, advice
 from executor.recipe.on_paper import OnPaper
 from executor.recipe.schema import Recipe
-from executor.recipe.settle import compute_bytes, degree_findings
+from executor.recipe.settle import compute_bytes, copies_head, degree_findings
 
 MOST_SEQUENCES = 4096
 WORLDS = (1, 2, 4, 8, 16, 32)
@@ -30,6 +30,7 @@ class Deployment:
     free_bytes: int
     compute_bytes: int | None = None
     process_bytes: int = 0
+    copies_head: bool = True
 
     @property
     def recipe(self) -> Recipe:
@@ -55,6 +56,7 @@ class Deployment:
             self.compute_bytes,
             picture_tokens=self.paper.largest_picture_tokens,
             process_bytes=self.process_bytes,
+            copies_head=self.copies_head,
             stored=self.paper.stored,
             num_blocks=num_blocks,
             held_bytes=self.assumed_bytes,
@@ -83,7 +85,7 @@ def deployment_on(paper: OnPaper, usable_bytes: int | None = None) -> Deployment
         return Deployment(paper, usable_bytes or CHIP_BYTES[recipe.model.soc])
     size = compute_bytes(recipe)
     free = usable_bytes or host_memory_bytes() // recipe.parallel.world_size
-    return Deployment(paper, free, size, process_memory_bytes())
+    return Deployment(paper, free, size, process_memory_bytes(), copies_head(recipe))
 
 
 @dataclass(frozen=True)

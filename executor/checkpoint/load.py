@@ -7,9 +7,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from executor.checkpoint.early import EarlyPreparation
 from executor.checkpoint.mapped import mapped_rows
 from executor.checkpoint.part_pulls import of_part
-from executor.checkpoint.pull import Pull, deferred, finalize, materialise
+from executor.checkpoint.pull import Pull, deferred, drained, finalize, materialise
 from executor.checkpoint.strangers import check_unread
 from executor.checkpoint.weights import Checkpoint, LoadReport, check_complete, load_weights
 from executor.device.ops import Ops
@@ -66,11 +67,13 @@ def load_model(
     check_complete(model, pulls)
     pulls = in_files(pulls, checkpoint)
     check_unread(pulls, checkpoint, ignore)
-    report = load_weights(pulls, checkpoint, ignore=ignore)
-    del pulls  # they hold the plain weights, which every layer is about to give up
+    early = EarlyPreparation(model, pulls if device.prepares_in_any_order else ())
+    with early:
+        # Drained: pulls hold the plain weights, which every layer gives up.
+        report = load_weights(drained(pulls), checkpoint, ignore=ignore, filled=early.filled)
     if model.lm_head.tied and device.copies_tied_head(dtype):
         _leave_in_file(model.language_model.embed_tokens, checkpoint)
-    finalize(model)
+    finalize(model, done=early.prepared)
     return model.eval(), report
 
 

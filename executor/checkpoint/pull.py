@@ -3,7 +3,7 @@
 Weights are pulled: a layer lists its tensors, the loader reads just those slices.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,11 +85,18 @@ def pull_all(module: nn.Module, catalog: Catalog, prefix: str) -> Iterator[Pull]
             yield from pull_all(child, catalog, path)
 
 
-def finalize(module: nn.Module) -> None:
-    """After loading: let every layer turn its weights into the device's form, one layer at a time."""
+def finalize(module: nn.Module, done: Container[nn.Module] = ()) -> None:
+    """After loading: let every layer turn its weights into the device's form, one layer at a time; `done` have it."""
     for child in module.modules():
-        if hasattr(child, "prepare"):
+        if hasattr(child, "prepare") and child not in done:
             child.prepare()
+
+
+def drained(pulls: list[Pull]) -> Iterator[Pull]:
+    """All of them, and the list is left empty: whoever takes them has the only hold of what they fill."""
+    pulls.reverse()
+    while pulls:
+        yield pulls.pop()
 
 
 def local_bytes(pulls: Iterable[Pull]) -> int:

@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from executor.checkpoint.headers import SAFETENSORS_DTYPES, Checkpoint, TensorInfo
-from executor.checkpoint.pull import Pull, swap_last_two
+from executor.checkpoint.pull import Pull, drained, swap_last_two
 from executor.checkpoint.reading import SliceReader, takes_bytes
 from executor.checkpoint.strangers import QUANTIZED_TYPES, no_scheme, refuse_unmerged, unread_names
 from executor.errors import UserError
@@ -57,21 +57,27 @@ class LoadReport:
 
 @torch.no_grad()
 def load_weights(
-    pulls: Iterable[Pull], checkpoint: Checkpoint, *, ignore: Iterable[str] = (), progress: bool | None = None
+    pulls: Iterable[Pull],
+    checkpoint: Checkpoint,
+    *,
+    ignore: Iterable[str] = (),
+    progress: bool | None = None,
+    filled: Callable[[Pull], None] | None = None,
 ) -> LoadReport:
     """Copies every pulled slice into its place, file by file in file order.
 
     ignore: shell patterns of canonical names that may stay unread without a warning.
     progress: None shows a bar for large loads on a terminal, and lines in the log elsewhere; False shows nothing.
+    filled: told of every pull once its slice is in place; nothing here holds on to it after that.
     Raises UserError for missing tensors, wrong shapes and types that cannot be loaded, before anything is copied.
     """
     pulls = list(pulls)
     refuse_unmerged(checkpoint)
+    unread = unread_names(pulls, checkpoint, ignore)
     start = time.perf_counter()
-    planned_bytes = fill(pulls, checkpoint, progress=progress)
+    planned_bytes = fill(drained(pulls), checkpoint, progress=progress, filled=filled)
     seconds = time.perf_counter() - start
 
-    unread = unread_names(pulls, checkpoint, ignore)
     report = LoadReport(planned_bytes, checkpoint.total_bytes, seconds, unread)
     logger.info(
         "weights: this rank's %.2f of %.2f GB (%.0f %%) in %.1f s, %.2f GB/s",
@@ -90,14 +96,36 @@ def check_pulls(pulls: Iterable[Pull], checkpoint: Checkpoint) -> None:
 
 
 @torch.no_grad()
-def fill(pulls: Iterable[Pull], checkpoint: Checkpoint, *, progress: bool | None = False) -> int:
+def fill(
+    pulls: Iterable[Pull],
+    checkpoint: Checkpoint,
+    *,
+    progress: bool | None = False,
+    filled: Callable[[Pull], None] | None = None,
+) -> int:
     """Copies the slices of some layers into place; their bytes, of one that is read twice once.
 
-    `load_weights` is for a whole model.
+    `load_weights` is for a whole model, and says what `filled` is.
 
     Raises UserError as it does.
     """
-    pulls = list(pulls)
+    by_file = _by_file(list(pulls), checkpoint)
+    planned_bytes = sum(_slice_bytes(*wish) for wishes in by_file.values() for wish in wishes)
+    once = {
+        (wish[0].name, *((part.start, part.stop) for part in wish[0].file_index)): _slice_bytes(*wish)
+        for wishes in by_file.values()
+        for wish in wishes
+    }
+    with _Progress(planned_bytes, progress) as bar:
+        for file in checkpoint.files:
+            for pull, info in _read(file, by_file.pop(file, [])):
+                bar.advance(_slice_bytes(pull, info))
+                if filled is not None:
+                    filled(pull)
+    return sum(once.values())
+
+
+def _by_file(pulls: list[Pull], checkpoint: Checkpoint) -> dict[Path, list[tuple[Pull, TensorInfo]]]:
     check_pulls(pulls, checkpoint)
     by_file: dict[Path, list[tuple[Pull, TensorInfo]]] = defaultdict(list)
     for pull in pulls:
@@ -105,27 +133,18 @@ def fill(pulls: Iterable[Pull], checkpoint: Checkpoint, *, progress: bool | None
         _check_slice(pull)
         if pull.into.numel():
             by_file[info.file].append((pull, info))
-    planned_bytes = sum(_slice_bytes(pull, info) for wishes in by_file.values() for pull, info in wishes)
-
-    with _Progress(planned_bytes, progress) as bar:
-        for file in checkpoint.files:
-            wishes = sorted(by_file[file], key=lambda wish: wish[1].offset)
-            for pull, info in _read(file, wishes):
-                bar.advance(_slice_bytes(pull, info))
-    once = {
-        (pull.name, *((part.start, part.stop) for part in pull.file_index)): _slice_bytes(pull, info)
-        for wishes in by_file.values()
-        for pull, info in wishes
-    }
-    return sum(once.values())
+    return by_file
 
 
 def _read(file: Path, wishes: list[tuple[Pull, TensorInfo]]) -> Iterator[tuple[Pull, TensorInfo]]:
+    """Each pull of a file once its slice is in place, in file order; `wishes` is empty in the end."""
     if not wishes:
         return
+    wishes.sort(key=lambda wish: wish[1].offset, reverse=True)
     try:
         with SliceReader(file) as reader:
-            for pull, info in wishes:
+            while wishes:
+                pull, info = wishes.pop()
                 reader.read(pull, info, partial(_copy, pull=pull, info=info))
                 if takes_bytes(pull, info):
                     converted(pull.into, pull, info)

@@ -66,6 +66,7 @@ class Ops(ABC):
     device: torch.device
     slot_dtype: torch.dtype = torch.int64  # of the slots that kv_write is given
     collectives: str = "gloo"  # torch.distributed's backend for tensors of this device
+    prepares_in_any_order: bool = False  # layers' weights, in a thread of its own while the rest is read
     computes_behind: bool = False  # behind the host's back: a call returns when its work is queued
     takes_cache_offsets: bool = True  # whether the scales of an int8 cache may have offsets other than zero
 

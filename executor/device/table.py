@@ -39,6 +39,7 @@ class Backend:
     quantization: tuple[str, ...]
     opener: str
     compute_dtype: str | None = None  # "module:function" of DeviceSettings, where it is not the weights' own type
+    copies_head: str | None = None  # the same, where a tied output head is not always a copy of the embedding
     package: str | None = None
     is_npu: bool = False
     is_emulated: bool = False
@@ -65,6 +66,10 @@ class Backend:
         """The type of activations and KV cache. Raises UserError where this machine has not what the settings force."""
         return _function(self.compute_dtype)(settings) if self.compute_dtype else settings.dtype
 
+    def copies_tied_head(self, settings: DeviceSettings) -> bool:
+        """Whether an output head that is the embedding is made a copy of it. Raises UserError as computes_in."""
+        return _function(self.copies_head)(settings) if self.copies_head else True
+
 
 def _function(place: str) -> Any:
     module, name = place.split(":")
@@ -88,6 +93,7 @@ BACKENDS: dict[str, Backend] = {
             quantization=("none", "w8a8", "w8a8s", "w8a8_dynamic", "w8a8_mix", "w8a16", "w4a8_dynamic", "wint8"),
             opener="executor.device.cpu.ops:open_cpu",
             compute_dtype="executor.device.cpu.ops:computes_in",
+            copies_head="executor.device.cpu.ops:copies_head",
         ),
         # Which of them a chip has stands in executor/device/npu/soc.py.
         Backend("npu", ("bfloat16", "float16"), **_NPU),

@@ -114,13 +114,16 @@ def kv_block_bytes(recipe: Recipe, shapes: ModelShapes, compute_bytes: int | Non
     return recipe.scheduler.block_size * 2 * shapes.num_layers * heads * shapes.head_dim * size
 
 
-def loading_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
-    """The largest weight once more: it stands in both layouts for a moment, all experts of a layer together."""
+def loading_bytes(recipe: Recipe, shapes: ModelShapes, copies_head: bool = True) -> int:
+    """The largest weight once more: it stands in both layouts for a moment, all experts of a layer together.
+
+    `copies_head`: see estimate.
+    """
     tp = recipe.attn_tp_size
     mlp = 2 * shapes.hidden_size * shapes.intermediate_size
     experts = shapes.expert_parameters / shapes.num_layers / recipe.parallel.world_size
-    largest = max(shapes.vocab_size * shapes.hidden_size / tp, mlp / tp, experts)
-    return round(largest * FLOAT_BYTES[recipe.model.dtype])
+    head = shapes.vocab_size * shapes.hidden_size if copies_head or not shapes.tied_embeddings else 0
+    return round(max(head / tp, mlp / tp, experts) * FLOAT_BYTES[recipe.model.dtype])
 
 
 def estimate(
@@ -131,6 +134,7 @@ def estimate(
     *,
     picture_tokens: int | None = None,
     process_bytes: int = 0,
+    copies_head: bool = True,
     stored: StoredSizes | None = None,
 ) -> MemoryEstimate:
     """The memory of one rank that may take `memory_fraction` of `free_bytes`. `recipe` is resolved: no auto, no null.
@@ -138,7 +142,8 @@ def estimate(
     `compute_bytes`: of a number of the activations and of the KV cache, where the device computes in another type than
     that of the weights. `picture_tokens`: of the largest picture; None: as large as a prompt can be.
     `process_bytes`: what the process has of this memory now, not part of `free_bytes`; 0 where its own memory is
-    another than the device's. `stored`: see weights_bytes.
+    another than the device's. `copies_head`: whether a tied output head is made a copy of the embedding.
+    `stored`: see weights_bytes.
     KV blocks: what the recipe names, else what max_num_seqs requests of max_model_len use, as far as the memory goes.
     Raises UserError when weights, peak and one request of full length do not fit.
     """
@@ -149,6 +154,7 @@ def estimate(
         compute_bytes,
         picture_tokens=picture_tokens,
         process_bytes=process_bytes,
+        copies_head=copies_head,
         stored=stored,
     )
     if not found.fits:
@@ -165,6 +171,7 @@ def account(
     *,
     picture_tokens: int | None = None,
     process_bytes: int = 0,
+    copies_head: bool = True,
     stored: StoredSizes | None = None,
     num_blocks: int | None = None,
     held_bytes: int | None = None,
@@ -190,7 +197,7 @@ def account(
         or min(scheduler.max_num_seqs * blocks_of_one, max(affordable, blocks_of_one))
     )
     peak += min(num_blocks, scheduler.max_num_seqs * blocks_of_one) * pixels
-    loading = loading_bytes(recipe, shapes)
+    loading = loading_bytes(recipe, shapes, copies_head)
     return MemoryEstimate(
         weights, num_blocks * block, peak, budget, num_blocks, block, process, loading, graphs, buffers, step
     )

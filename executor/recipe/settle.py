@@ -91,6 +91,7 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
         size,
         picture_tokens=picture_tokens,
         process_bytes=process_bytes,
+        copies_head=copies_head(recipe),
         stored=stored,
     )
     generation_config = read_generation_config(folder)
@@ -126,6 +127,11 @@ def device_settings(model: ModelSection, index: int = 0) -> DeviceSettings:
 def compute_bytes(recipe: Recipe) -> int:
     """Of a number of the activations and of the KV cache. Raises UserError for a CPU that the recipe forces in vain."""
     return FLOAT_BYTES[BACKENDS[recipe.model.device].computes_in(device_settings(recipe.model))]
+
+
+def copies_head(recipe: Recipe) -> bool:
+    """Whether a tied output head is made a copy of the embedding. Raises UserError as compute_bytes."""
+    return BACKENDS[recipe.model.device].copies_tied_head(device_settings(recipe.model))
 
 
 def refuse(findings: Sequence[str]) -> None:

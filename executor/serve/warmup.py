@@ -5,7 +5,6 @@ encoder, every kind of step, and the sampler.
 """
 
 import base64
-import gc
 import io
 import logging
 import time
@@ -42,13 +41,6 @@ async def warm_up(backend: Backend) -> None:
         if reason is not None:
             logger.warning("the first %s was not answered: %s", name, reason)
     logger.info("the first requests were answered in %.1f s", time.monotonic() - started)
-
-
-def settle_memory() -> None:
-    """What is there now stays: Python's collector looks only at what comes later. Of libraries' 300,000 objects a full
-    collection takes 0.2 s, in which no token is written."""
-    gc.collect()
-    gc.freeze()
 
 
 async def _ask(backend: Backend, ask: Ask) -> str | None:

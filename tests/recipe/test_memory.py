@@ -12,7 +12,10 @@ from executor.checkpoint.load import build_on_meta, default_dtype
 from executor.checkpoint.stored import read_sizes
 from executor.checkpoint.weights import Checkpoint
 from executor.device import ops
+from executor.device.cpu.capability import capability
+from executor.device.cpu.linear import Shared
 from executor.device.cpu.ops import CpuOps
+from executor.device.table import BACKENDS, DeviceSettings
 from executor.parallel.groups import groups
 from executor.quant.choose import choose_schemes
 from executor.recipe.communicators import SUMS_MB, buffer_bytes
@@ -129,11 +132,27 @@ def test_a_weight_in_two_layouts_counts_where_nothing_else_comes():
     recipe, shapes = resolved("Qwen2.5-VL-3B-Instruct")
     found = estimate(recipe, shapes, 64 << 30)
     assert found.loading_bytes == shapes.vocab_size * shapes.hidden_size * 2
+    shared = estimate(recipe, shapes, 64 << 30, copies_head=False)  # the head stays the embedding: an MLP is largest
+    assert shared.loading_bytes == 2 * shapes.hidden_size * shapes.intermediate_size * 2
+    untied = replace(shapes, tied_embeddings=False)
+    assert estimate(recipe, untied, 64 << 30, copies_head=False).loading_bytes == found.loading_bytes
     bare = replace(found, kv_bytes=0, peak_bytes=1)
     assert bare.total_bytes == found.weights_bytes + found.loading_bytes
     moe, moe_shapes = resolved("Qwen3-VL-30B-A3B-Instruct")
     experts = 128 * 3 * 2048 * 768  # gate, up and down of a layer, which are rearranged together
     assert estimate(moe, moe_shapes, 128 << 30).loading_bytes == experts * 2
+
+
+@pytest.mark.parametrize("isa, dtype", [("avx512", "bfloat16"), ("avx2", "bfloat16"), ("avx2", "float32")])
+def test_a_tied_head_counts_as_the_cpu_keeps_it(isa, dtype):
+    """The recipe's settings say what the opened CPU does."""
+    if capability().isa not in ("avx512", isa):
+        pytest.skip(f"this CPU has no {isa} path")
+    settings = DeviceSettings(dtype, cpu_isa=isa)
+    weight = torch.randn(48, 32, dtype=getattr(torch, dtype))
+    head = BACKENDS["cpu"].open(settings).prepare_tied_head(weight)
+    is_shared = isinstance(head, Shared) and head.weight.data_ptr() == weight.data_ptr()
+    assert BACKENDS["cpu"].copies_tied_head(settings) is not is_shared
 
 
 def test_the_largest_picture_is_the_recipes_or_the_checkpoints(tmp_path):

@@ -65,17 +65,18 @@ def run(recipe: Recipe) -> tuple[dict[str, Any], int]:
 
 async def _serve(recipe: Recipe, loop: Any, parallel: Any, listener: Any) -> dict[str, Any]:
     """Rank 0: HTTP over the replicas of this job. Returns the command's document."""
+    from executor.commands.build import settle_memory
     from executor.commands.serve.front import open_door, with_others
     from executor.serve.backends import EngineBackend
     from executor.serve.service import Service
-    from executor.serve.warmup import settle_memory, warm_up
+    from executor.serve.warmup import warm_up
 
     engine = loop.engine
     async with AsyncExitStack() as replicas:
         backend = EngineBackend(loop, asyncio.get_running_loop())
         await warm_up(backend)
         engine.runner.hold_profile(False)
-        settle_memory()
+        settle_memory()  # once more: of what the first requests have imported and made
         if parallel.replicas.size > 1:
             backend = await with_others(backend, recipe, parallel, replicas)
         signals = (signal.SIGUSR1,) if "RECIPE_LAUNCHER" in environment() else SIGNALS
@@ -85,11 +86,12 @@ async def _serve(recipe: Recipe, loop: Any, parallel: Any, listener: Any) -> dic
 
 async def _attend(prepared: Prepared, loop: Any, parallel: Any) -> None:
     """Any other leader: answer what the front door asks."""
+    from executor.commands.build import settle_memory
     from executor.commands.serve.front import find_front
     from executor.serve.backends import EngineBackend
     from executor.serve.gate import call
     from executor.serve.remote import attend
-    from executor.serve.warmup import settle_memory, warm_up
+    from executor.serve.warmup import warm_up
 
     backend = EngineBackend(loop, asyncio.get_running_loop())
     await warm_up(backend)

@@ -49,6 +49,10 @@ class Capability:
         """The type of activations and of the KV cache beside weights of `dtype`."""
         return torch.float32 if self.form(dtype) == PACKED_FP16 else dtype
 
+    def copies_tied_head(self, dtype: torch.dtype) -> bool:
+        """Whether an output head is worth a copy of the embedding in this form: plain panels are far slower."""
+        return self.form(dtype) == PACKED_FP16
+
     def describe(self, dtype: torch.dtype) -> str:
         """For the log: what is used, and what that means for `dtype`."""
         kept, computed = (str(x).removeprefix("torch.") for x in (dtype, self.compute_dtype(dtype)))

@@ -43,6 +43,7 @@ class CpuOps(Ops):
 
     name = "cpu"
     device = torch.device("cpu")
+    prepares_in_any_order = True
 
     def __init__(self, found: Capability | None = None, decode_rows: int = 16) -> None:
         self.capability = found or capability()
@@ -117,7 +118,7 @@ class CpuOps(Ops):
         return Shared(weight.detach())
 
     def copies_tied_head(self, dtype: torch.dtype) -> bool:
-        return self.capability.form(dtype) == PACKED_FP16
+        return self.capability.copies_tied_head(dtype)
 
     def prepare_experts(
         self, gate_up: Weight, down: Weight, first: int = 0, num_experts: int | None = None
@@ -253,6 +254,11 @@ def computes_in(settings: DeviceSettings) -> str:
     """The type of activations beside weights of `settings.dtype`. Raises UserError as open_cpu."""
     dtype = getattr(torch, settings.dtype)
     return str(capability(settings.cpu_isa).compute_dtype(dtype)).removeprefix("torch.")
+
+
+def copies_head(settings: DeviceSettings) -> bool:
+    """Whether a tied output head of `settings.dtype` is a copy. Raises UserError as open_cpu."""
+    return capability(settings.cpu_isa).copies_tied_head(getattr(torch, settings.dtype))
 
 
 def _rows_of(cache: Tensor, row: _Row) -> Tensor:
