@@ -45,7 +45,7 @@ def load(data: DataSection) -> Dataset:
 def _sample(place: Place, row: Row) -> Sample:
     text = place.published.ask(row.text("question", "query"))
     picture = picture_part(row.picture("image"))
-    references = row.texts("answer", "label")
+    references = row.answers("answer", "label")
     if not references:
         raise UserError("there is no answer or label")
     return question(row, text, [picture], references=references, labels=_labels(row))

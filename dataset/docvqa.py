@@ -36,7 +36,7 @@ def load(data: DataSection) -> Dataset:
 
 def _sample(place: Place, row: Row) -> Sample:
     text = place.published.ask(row.text("question"))
-    return question(row, text, [picture_part(row.picture("image"))], references=row.texts("answers"))
+    return question(row, text, [picture_part(row.picture("image"))], references=row.answers("answers"))
 
 
 def _picture(place: Place, name: str, column: str) -> str:

@@ -118,7 +118,7 @@ def _read(entry: Any, where: str, folder: Path, strict: bool, unused: Callable[[
         entry = {"text": entry}
     if not isinstance(entry, Mapping):
         raise UserError(f"an entry is a text or an object, got a {type(entry).__name__}")
-    _refuse_half_characters(entry)
+    refuse_half_characters(entry)
     if isinstance(entry.get("body"), Mapping) and "custom_id" in entry:  # a line of OpenAI's batch files
         entry = {"id": entry["custom_id"], **entry["body"]}
     if strict:
@@ -166,7 +166,7 @@ def ask(prompt: str | None, sources: Sequence[str], where: str = "data_config") 
     return samples
 
 
-def _refuse_half_characters(value: Any) -> None:
+def refuse_half_characters(value: Any) -> None:
     """JSON can hold one half of a character of two (\\ud83d): it is no text, and no tokenizer takes it."""
     pending = [value]
     while pending:
@@ -248,8 +248,8 @@ def _messages(entry: Mapping[str, Any], folder: Path) -> tuple[list[dict[str, An
 def _texts(reference: Any) -> tuple[str, ...]:
     """The accepted answers: one, or those of a list of plain values."""
     if isinstance(reference, list) and reference and not any(isinstance(item, list | Mapping) for item in reference):
-        return tuple(str(item) for item in reference if item is not None)
-    return () if reference is None else (str(reference),)
+        return tuple(str(item) for item in reference if item is not None and str(item).strip())
+    return () if reference is None or reference in ([], {}) or not str(reference).strip() else (str(reference),)
 
 
 def _is_message(item: Mapping[str, Any]) -> bool:

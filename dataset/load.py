@@ -18,6 +18,7 @@ from dataset import (
 )
 from dataset.entries import ask
 from dataset.sample import Dataset
+from executor.errors import UserError
 from executor.host.env import REPO_ROOT
 from executor.recipe.schema import DataSection, Recipe
 
@@ -46,7 +47,8 @@ def load_dataset(data: DataSection, recipe: Recipe | None = None) -> Dataset:
     """
     if data.prompt is None and not data.media:
         if data.dataset == "random":
-            assert recipe is not None, "tokens are counted by a checkpoint's tokenizer"
+            if recipe is None:
+                raise UserError("data_config.dataset: random is drawn for a recipe, whose tokenizer counts its tokens")
             return random.load(recipe)
         return _limited(DATASETS[data.dataset](data), data)
     return _limited(Dataset(REPO_ROOT, ask(data.prompt, data.media)), data)

@@ -59,18 +59,23 @@ def _sample(place: Place, row: Row) -> Sample:
     return Sample(
         f"{row.where} ({name})",
         ({"role": "user", "content": _interleaved(place.published.ask(asked, choices), row)},),
-        references=_references(row.values["answer"], bool(choices)),
+        references=_references(row.values["answer"], len(choices)),
         choices=choices,
         labels=labels,
     )
 
 
-def _references(answer: Any, is_letter: bool) -> tuple[str, ...]:
-    """A letter, or the accepted values: the Parquet files write several as the text of a list."""
+def _references(answer: Any, num_choices: int) -> tuple[str, ...]:
+    """The letter of a choice, or the accepted values: the Parquet files write several as the text of a list."""
     text = "" if answer is None else str(answer).strip()
     if text in ("", UNKNOWN):
         return ()
-    return literal_list(text, "answer") if not is_letter and text[0] == "[" and text[-1] == "]" else (text,)
+    if not num_choices:
+        accepted = literal_list(text, "answer") if text[0] == "[" and text[-1] == "]" else (text,)
+        return tuple(each for each in accepted if each.strip())
+    if text not in [chr(ord("A") + index) for index in range(num_choices)]:
+        raise UserError(f"the answer {text[:80]!r} is none of the letters of {num_choices} options")
+    return (text,)
 
 
 def _interleaved(text: str, row: Row) -> list[dict[str, Any]]:

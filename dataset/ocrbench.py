@@ -41,7 +41,7 @@ def load(data: DataSection) -> Dataset:
 
 def _sample(place: Place, row: Row) -> Sample:
     text = place.published.ask(row.text("question").strip())
-    references = row.texts("answer")
+    references = row.answers("answer")
     if not references:
         raise UserError("there is no answer")
     kind = row.text("question_type", "category")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from executor.errors import UserError
+from executor.errors import ODD_DATA_ERRORS, UserError
 
 ROWS_AT_ONCE = 4  # decoded together: what lies in memory of a column of pictures, twice
 BUFFER_BYTES = 2**20  # read of a file at a time
@@ -73,11 +73,11 @@ def _small_columns(
     path: Path, needed: Sequence[str], optional: Sequence[str], media: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """All rows without their media, and which media columns the file has."""
-    with open(path, "rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise UserError(f"{path} is a pointer of git-lfs, not the file itself: fetch it (git lfs pull)")
     parquet = pyarrow_parquet()
     try:
+        with open(path, "rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise UserError(f"{path} is a pointer of git-lfs, not the file itself: fetch it (git lfs pull)")
         with parquet.ParquetFile(path) as file:
             there = file.schema_arrow.names
             lacking = [name for name in needed if name not in there]
@@ -87,7 +87,7 @@ def _small_columns(
             rows = file.read(columns=[name for name in (*needed, *optional) if name in there]).to_pylist()
     except UserError:
         raise
-    except (OSError, ValueError, LookupError) as error:  # pyarrow's own errors are among these
+    except ODD_DATA_ERRORS as error:  # pyarrow's own errors are among these
         raise UserError(f"{path} is no readable Parquet file: {error}") from error
     return rows, [name for name in media if name in there]
 

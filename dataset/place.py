@@ -6,13 +6,15 @@ A loader asks its Place for files by the names they are published under, and bui
 import ast
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dataset.entries import refuse_half_characters
 from dataset.parquet import ParquetRows
 from dataset.published import PUBLISHED, VALIDATION, Published
 from dataset.sample import Dataset, Sample
@@ -37,20 +39,34 @@ class Row:
     picture: Callable[[str], str | bytes]
 
     def text(self, *names: str) -> str:
-        """The value of the first of these columns that is there, as text. UserError where it is empty."""
-        value = next((self.values[name] for name in names if self.values.get(name) is not None), None)
+        """The value of the first of these columns that is there, as text. UserError where it is empty, or no text."""
+        name = next((name for name in names if self.values.get(name) is not None), None)
+        value = self.values.get(name)
         if value is None or str(value).strip() == "":
             raise UserError(f"there is no {' or '.join(names)}; the row has {', '.join(map(str, self.values))}")
-        return str(value)
+        return _plain(name, value)
 
     def texts(self, *names: str) -> tuple[str, ...]:
-        """The values of the first of these columns that is there: of a list each, of one value that."""
-        value = next((self.values[name] for name in names if self.values.get(name) is not None), ())
-        return tuple(str(item) for item in value) if isinstance(value, list | tuple) else (str(value),)
+        """The values of the first of these columns that is there: of a list each, of one value that. UserError for what
+        is neither a text nor a number."""
+        name = next((name for name in names if self.values.get(name) is not None), None)
+        value = self.values.get(name, ())
+        items = value if isinstance(value, list | tuple) else (value,)
+        return tuple("" if item is None else _plain(name, item) for item in items)
+
+    def answers(self, *names: str) -> tuple[str, ...]:
+        """The same of accepted answers: one that is null or blank is none."""
+        return tuple(text for text in self.texts(*names) if text.strip())
 
     def labels(self, **names: str) -> dict[str, str]:
         """What scores are broken down by: {label: value of the column named}, of those that the row has."""
         return {label: str(self.values[name]) for label, name in names.items() if self.values.get(name) is not None}
+
+
+def _plain(name: str, value: Any) -> str:
+    if not isinstance(value, str | int | float):
+        raise UserError(f"{name} holds {str(value)[:80]!r}, which is neither a text nor a number")
+    return str(value)
 
 
 @dataclass(frozen=True)
@@ -88,9 +104,14 @@ class Place:
         return next((path for path in found if path.is_file()), None)
 
     def locate(self, name: str, *folders: str) -> str:
-        """The path of a picture or video that a row names. UserError where it is not in the folder or one of these."""
-        beside = [Path(folder) / part for folder in folders for part in (name, Path(name).name)]
-        tried = [self.root / part for part in (name, *beside)]
+        """The path of a picture that a row names. UserError where it is not in the folder or one of these.
+
+        A name that leads out of the folder (/etc/x, ../x) counts by its last part alone: a data set that a stranger
+        made has no say in which files of this machine are looked at. Links in the folder are the user's own.
+        """
+        parts = (name, Path(name).name) if is_within(name) else (Path(name).name,)
+        beside = [Path(folder) / part for folder in folders for part in parts]
+        tried = [self.root / part for part in (parts[0], *beside)]
         found = next((path for path in tried if path.is_file()), None)
         if found is None:
             where = ", ".join(str(path) for path in dict.fromkeys(path.parent for path in tried))
@@ -110,6 +131,11 @@ class Place:
             f"{self.published.title}, part {self.split}, needs one of: {'; '.join(expected)}. Got {got}. The set is "
             f"published as {self.published.published_as}. Name its folder: --set data_config.dataset_path=FOLDER"
         )
+
+
+def is_within(name: str) -> bool:
+    """Whether a relative name stays in the folder that it is looked for in, links aside."""
+    return not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != os.pardir
 
 
 def place_of(name: str, data: DataSection) -> Place:
@@ -148,10 +174,14 @@ def from_tsv(
     """Samples of the rows of VLMEvalKit's table, each built when it is asked for and not kept."""
     rows = TsvRows(path, tuple(needed))
     samples = [
-        partial(built, build, Row(rows.where(number), _with_list(values), partial(_picture_of, rows, number)))
+        partial(built, _of_table(build), Row(rows.where(number), values, partial(_picture_of, rows, number)))
         for number, values in enumerate(rows.values)
     ]
     return _dataset(place, samples, (path,))
+
+
+def _of_table(build: Callable[[Row], Sample]) -> Callable[[Row], Sample]:
+    return lambda row: build(replace(row, values=_with_list(row.values)))
 
 
 def _picture_of(rows: TsvRows, number: int, column: str) -> bytes:
@@ -170,11 +200,11 @@ def literal_list(value: Any, name: str) -> tuple[str, ...]:
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:  # the last two: thousands of brackets
             raise UserError(f"{name} is no list: {value[:80]!r}") from error
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise UserError(f"{name} is no list: {str(value)[:80]!r}")
-    return tuple(str(item) for item in value)
+    return tuple("" if item is None else str(item) for item in value)
 
 
 def from_rows(place: Place, rows: Iterable[Row], build: Callable[[Row], Sample], files: Sequence[Path]) -> Dataset:
@@ -185,7 +215,10 @@ def from_rows(place: Place, rows: Iterable[Row], build: Callable[[Row], Sample],
 def built(build: Callable[[Row], Sample], row: Row) -> Sample:
     """The sample of a row, or one with its error: a bad row stops no other."""
     try:
-        return build(row)
+        refuse_half_characters(row.values)
+        sample = build(row)
+        refuse_half_characters([*sample.references, *sample.choices])
+        return sample
     except UserError as error:
         return Sample(row.where, error=printable(f"{row.where}: {error}"))
     except ODD_DATA_ERRORS as error:
@@ -259,8 +292,13 @@ def question(row: Row, text: str, media: Sequence[Mapping[str, Any]], **fields: 
     """A sample of one user message: media, then text."""
     name = next((row.values[key] for key in NAME_COLUMNS if row.values.get(key)), None)
     content = [*media, {"type": "text", "text": text}]
-    where = row.where if name is None else f"{row.where} ({printable(str(name))[:80]})"
+    where = row.where if name is None else f"{row.where} ({_one_line(name)[:80]})"
     return Sample(where, ({"role": "user", "content": content},), **fields)
+
+
+def _one_line(name: Any) -> str:
+    """What a set calls a row, without what would break a line or steer a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in str(name))
 
 
 def picture_part(source: str | bytes) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from executor.errors import UserError, nearest
 
+MOST_CHOICES = 26  # A to Z
 VALIDATION = ("validation", "val")  # the same part, by two names
 
 
@@ -39,6 +40,8 @@ class Published:
 
     def ask(self, question: str, choices: Sequence[str] = ()) -> str:
         """The text of one question."""
+        if len(choices) > MOST_CHOICES:
+            raise UserError(f"there are {len(choices)} options, and {MOST_CHOICES} letters")
         if self.open_prompt and not choices:
             return self.open_prompt.format(question=question)
         options = "\n".join(f"{chr(ord('A') + index)}. {choice}" for index, choice in enumerate(choices))

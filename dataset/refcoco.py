@@ -7,6 +7,7 @@ runs what a stranger wrote.
 """
 
 import io
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -48,14 +49,18 @@ def load(data: DataSection) -> Dataset:
 def _phrases_of(values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """A row of the Parquet files names one place by several phrases."""
     phrases = values.get("answer")
-    for phrase in phrases if isinstance(phrases, list) else [phrases]:
-        yield {**values, "sent": phrase}
+    phrases = phrases if isinstance(phrases, list) else [phrases]
+    name = values.get("question_id")
+    for number, phrase in enumerate(phrases, start=1):
+        parts = [] if name is None else [str(name)]
+        parts += [f"phrase {number}"] if len(phrases) > 1 else []  # samples are paired by their names
+        yield {**values, "sent": phrase, "question_id": ", ".join(parts) or None}
 
 
 def _sample(place: Place, row: Row, *, corners: bool) -> Sample:
     picture = row.picture("image")
     size = (row.values.get("width"), row.values.get("height"))
-    width, height = size if all(size) else _size(picture)
+    width, height = size if all(is_number(each) and each > 0 for each in size) else _size(picture)
     box = _box(row.values.get("bbox"), width, height, corners)
     text = place.published.ask(row.text("sent").strip())
     return question(row, text, [picture_part(picture)], boxes=(box,))
@@ -63,7 +68,7 @@ def _sample(place: Place, row: Row, *, corners: bool) -> Sample:
 
 def _box(value: Any, width: float, height: float, corners: bool) -> Box:
     """A box in pixels, as parts of its picture."""
-    if not isinstance(value, list) or len(value) != 4 or not all(isinstance(number, int | float) for number in value):
+    if not isinstance(value, list) or len(value) != 4 or not all(map(is_number, value)):
         raise UserError(f"bbox must be four numbers, got {value!r}")
     x1, y1, x2, y2 = value
     if not corners:
@@ -71,6 +76,11 @@ def _box(value: Any, width: float, height: float, corners: bool) -> Box:
     if not (x1 < x2 and y1 < y2):
         raise UserError(f"bbox is empty: {value!r}")
     return (x1 / width, y1 / height, x2 / width, y2 / height)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _size(picture: str | bytes) -> tuple[int, int]:

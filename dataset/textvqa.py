@@ -58,7 +58,7 @@ def load(data: DataSection) -> Dataset:
 def _sample(place: Place, row: Row) -> Sample:
     asked = row.text("question").strip()
     text = place.published.ask(asked[:1].upper() + asked[1:])
-    return question(row, text, [picture_part(row.picture("image"))], references=row.texts("answers"))
+    return question(row, text, [picture_part(row.picture("image"))], references=row.answers("answers"))
 
 
 def _official_rows(place: Place, path: Path) -> Iterator[Row]:

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from dataset.place import Place, Row, from_parquet, from_rows, place_of, question, read_json, read_json_lines
+from dataset.place import Place, Row, from_parquet, from_rows, is_within, place_of, question, read_json, read_json_lines
 from dataset.sample import Dataset, Sample
 from executor.errors import UserError
 from executor.recipe.schema import DataSection
@@ -69,8 +69,10 @@ class Videos:
 
     def find(self, name: str) -> Path:
         """A video, or a folder of its frames. UserError where there is none, or there are several of that name."""
+        if not is_within(name):
+            raise UserError(f"the video {name} is outside of {self.root}; put it, or a link to it, in there")
         direct = self.root / name
-        if direct.is_file() or direct.is_dir() and name:
+        if direct.is_file() or direct.is_dir() and direct != self.root:
             return direct
         found = self._by_name.get(Path(name).name, [])
         found = [path for path in found if path.as_posix().endswith(f"/{name}")] or found
@@ -105,10 +107,14 @@ def _without_letter(option: str, index: int) -> str:
 def _letter(answer: Any, choices: tuple[str, ...]) -> str:
     """The letter of the right choice, from that letter or from the choice's text."""
     text = str(answer).strip()
+    letters = [chr(ord("A") + index) for index in range(len(choices))]
     if text in choices:
-        return chr(ord("A") + choices.index(text))
-    if len(text) == 1 and 0 <= ord(text.upper()) - ord("A") < len(choices):
+        return letters[choices.index(text)]
+    if text.upper() in letters:
         return text.upper()
+    spelled = _LETTERED.match(f"{text} ")  # "(B)", "B.", or with the option's text behind it
+    if spelled and spelled[1] in letters and spelled[2].strip() in ("", choices[letters.index(spelled[1])]):
+        return spelled[1]
     raise UserError(f"answer must be one of the options or its letter, got {answer!r}")
 
 

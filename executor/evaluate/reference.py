@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from executor.engine.encode import passes, patches_of
 from executor.engine.parts import MERGER, PATCH_EMBED, text_layer, vision_block, vision_tap
+from executor.errors import ODD_DATA_ERRORS, UserError
 from executor.evaluate.capture import (
     EMBEDDED,
     LOGITS,
@@ -49,7 +51,26 @@ class Reference:
 
         transformers_logging.disable_progress_bar()
         self._folder, self._processor = folder, processor
-        self._model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        try:
+            model, told = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True
+            )
+        except (
+            *ODD_DATA_ERRORS,
+            SafetensorError,
+        ) as error:  # a damaged folder, or an architecture that transformers has not
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"eval_config.dump_layers: transformers cannot load {folder}: {reason}; give a whole float checkpoint "
+                "by eval_config.reference_model"
+            ) from error
+        lacking = sorted([*told["missing_keys"], *told.get("mismatched_keys", ())], key=str)
+        if lacking:  # transformers draws these at random and goes on
+            raise UserError(
+                f"eval_config.dump_layers: {folder} lacks {len(lacking)} of the weights that transformers' model has, "
+                f"such as {lacking[0]}; give a whole float checkpoint by eval_config.reference_model"
+            )
+        self._model = model.eval()
         self._kept: dict[str, list[Tensor]] = {}
         self._hook()
 

@@ -5,6 +5,7 @@ Knows no metric: a score is a number from 0 to 1 that the run has written.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,8 +138,11 @@ def _row(tree: Mapping[str, Any]) -> ScoredRow:
 def _boxes(value: Any) -> tuple[Box, ...]:
     """Boxes of four numbers each; UserError for anything else."""
     is_list = isinstance(value, list | tuple) and all(isinstance(box, list) and len(box) == 4 for box in value)
-    if not is_list or not all(type(number) in _NUMBER for box in value for number in box):
-        raise UserError("boxes and said_boxes of a row are lists of four numbers; give the rows of eval as they were")
+    numbers = [number for box in value for number in box] if is_list else []
+    if not is_list or not all(type(number) in _NUMBER and math.isfinite(number) for number in numbers):
+        raise UserError(
+            "boxes and said_boxes of a row are lists of four numbers, all finite; give the rows of eval as they were"
+        )
     return tuple(tuple(float(number) for number in box) for box in value)
 
 
@@ -150,7 +154,10 @@ def _summary(path: Path) -> Mapping[str, Any]:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{printable(str(path))}: cannot be read ({error}); mend it or take it away") from error
-    return tree if isinstance(tree, dict) else {}
+    recipe = tree.get("recipe", {}) if isinstance(tree, dict) else None
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("model_config", {}), dict):
+        raise UserError(f"{printable(str(path))}: no summary as eval writes them; mend it or take it away")
+    return tree
 
 
 def by_label(rows: Iterable[Any], labels_of: Callable[[Any], Mapping[str, str]]) -> dict[str, dict[str, list[Any]]]:

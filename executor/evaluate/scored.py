@@ -51,7 +51,13 @@ def _lacks(sample: Sample, metric: Metric) -> bool:
 
 
 def scored(row: Row, sample: Sample, metric: Metric, dataset: str) -> Row:
-    """The row with its score. One that has a score already is scored anew, maybe by another metric."""
+    """The row with its score. One that has a score already is scored anew, maybe by another metric; UserError where the
+    sample cannot be scored by that."""
+    if row["error"] is None and sample.error is not None:
+        raise UserError(
+            f"an earlier run has answered {sample.id}, which cannot be scored now: {sample.error}. Take the metric, or "
+            "mend the data set, that it was answered with, or give another results_path"
+        )
     row = {key: value for key, value in row.items() if key not in ("reference", "details")}
     row |= {
         "dataset": dataset,

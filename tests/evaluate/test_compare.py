@@ -82,6 +82,7 @@ def test_runs_that_cannot_be_compared(runs, changed, says):
         (json.dumps(row(0, float("nan"))), "the score is nan"),
         (json.dumps(row(0, references=[3])), "media, references and sources hold texts"),
         (json.dumps(row(0, boxes=[[1, 2, 3]])), "boxes and said_boxes of a row are lists of four numbers"),
+        (json.dumps(row(0, said_boxes=[[1, 2, 3, float("inf")]])), "lists of four numbers, all finite"),
         (json.dumps(row(0, labels=None)), "labels is missing or of another kind"),
         ("\n".join([json.dumps(row(0)), json.dumps(row(0))]), "the sample sample 0 is in it twice"),
         ("\n".join([json.dumps(row(0)), json.dumps(row(1, metric="anls"))]), "rows of more than one metric"),

@@ -102,3 +102,10 @@ def test_a_summary_counts_failures_and_breaks_down():
     assert found["unparsed"] == 1
     assert (found["failed"], found["failed_samples"], found["details"]) == (1, ["4"], {"iou": 0.5})
     assert {value: each["score"] for value, each in found["breakdown"]["kind"].items()} == {"a": 1.0, "b": 0.25}
+
+
+def test_an_answer_that_its_sample_cannot_score_any_more():
+    lacking = Sample("rows.jsonl:1", error="rows.jsonl:1: it has no references to score an answer by")
+    with pytest.raises(UserError, match="which cannot be scored now: rows.jsonl:1: it has no references"):
+        scored(answer("red"), lacking, METRICS["vqa_accuracy"], "rows")
+    assert scored(answer(None, error="bad"), lacking, EXACT, "rows")["score"] == 0.0

@@ -9,14 +9,15 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, TextIO
 
 from dataset.load import load_dataset
 from dataset.sample import Dataset, Sample
-from executor.errors import ODD_DATA_ERRORS
+from executor.errors import ODD_DATA_ERRORS, UserError
 from executor.evaluate.compare import Comparison, Contrast, compare
 from executor.evaluate.report.write import breakdown_tree, contrast_tree, write_report
-from executor.evaluate.runs import Run, read_run
+from executor.evaluate.runs import Run, read_run, summary_path
 from executor.recipe.schema import DataSection, Recipe
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ def run(recipe: Recipe, compared: tuple[Path, Path], out: TextIO | None = None) 
     Raises UserError where they cannot be compared.
     """
     out = out or sys.stdout
+    if recipe.eval.report_path is not None:
+        check_report_path(Path(recipe.eval.report_path).expanduser(), compared)
     comparison = compare(*(read_run(path) for path in compared))
     for warning in comparison.warnings:
         logger.warning("%s", warning)
@@ -53,6 +56,18 @@ def run(recipe: Recipe, compared: tuple[Path, Path], out: TextIO | None = None) 
     return document, 0
 
 
+def check_report_path(path: Path, compared: tuple[Path, Path]) -> None:
+    """UserError where a report would take the place of one of the runs, or of something that is no file."""
+    kept = [file for rows in compared for file in (Path(rows).expanduser(), summary_path(rows))]
+    try:
+        if path.resolve() in [file.resolve() for file in kept]:
+            raise UserError(f"eval_config.report_path: {path} is one of the runs' own files; give another path")
+        if path.exists() and not path.is_file():
+            raise UserError(f"eval_config.report_path: {path} is there and no regular file; give the path of a file")
+    except (OSError, RuntimeError) as error:  # a name too long, links in a ring
+        raise UserError(f"eval_config.report_path: {path} cannot be written ({error}); give another path") from error
+
+
 def report_path(recipe: Recipe, comparison: Comparison) -> Path:
     """Where the report goes."""
     if recipe.eval.report_path is not None:
@@ -73,11 +88,15 @@ def sample_finder(run: Run) -> Callable[[int, str], Sample | None]:
                 "%s: no summary lies beside it, so that pictures inside the data set are not shown", run.path
             )
         except ODD_DATA_ERRORS as error:  # moved, or of another release: pictures are left out, and each says so
-            logger.warning("the data set of %s cannot be read, its pictures are not shown: %s", run.path, error)
+            reason = " ".join(str(error).split())
+            logger.warning("the data set of %s cannot be read, its pictures are not shown: %s", run.path, reason)
         return None
 
+    lock = Lock()
+
     def find(index: int, name: str) -> Sample | None:
-        samples = dataset()
+        with lock:  # asked for by several threads, read once
+            samples = dataset()
         if samples is None or index >= len(samples):
             return None
         sample = samples[index]

@@ -114,7 +114,7 @@ def run_other_side(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 def prompts(recipe: Recipe, processor: Any) -> Iterator[tuple[int, Sample, Prompt]]:
     """Number, sample and prompt. UserError for a row that cannot be asked."""
-    for number, sample in enumerate(load_dataset(recipe.data).first(recipe.data.limit)):
+    for number, sample in enumerate(load_dataset(recipe.data, recipe).first(recipe.data.limit)):
         if sample.error:
             raise UserError(sample.error)
         yield number, sample, row_prompt(processor, recipe, sample)

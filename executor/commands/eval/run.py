@@ -7,8 +7,10 @@ file whose name stands for all that answers depend on. Scores are made anew at e
 import hashlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -57,7 +59,7 @@ def metric_of(recipe: Recipe) -> Metric:
             "data_config.prompt and media: eval scores a data set, whose answers are known; name one by "
             "data_config.dataset, or write a file with question and answer (dataset: jsonl)"
         )
-    if name is None:
+    if name is None or recipe.data.dataset == "random":  # whose prompts nobody can answer right, by any metric
         raise UserError(
             f"data_config.dataset: {recipe.data.dataset} has no metric, since nobody has written down its right "
             "answers; name another data set (docs/datasets.md), or a metric if your rows hold answers: --metric"
@@ -103,7 +105,7 @@ class Scored:
         self._sum, self._num_rows = 0.0, 0
 
     def dataset(self, recipe: Recipe) -> Dataset:
-        return with_answers(load_dataset(recipe.data), self._metric)
+        return with_answers(load_dataset(recipe.data, recipe), self._metric)
 
     def finish(self, row: Row, dataset: Dataset) -> Row:
         row = scored(row, dataset[row["index"]], self._metric, self._name)
@@ -137,9 +139,24 @@ class Scored:
             by_alias=True, include={"model", "parallel", "scheduler", "generation", "data", "eval"}
         )
         text = json.dumps({**summary, "recipe": told}, ensure_ascii=False, indent=1, default=list)
-        summary_path(rows_path).write_text(text + "\n", encoding="utf-8")
+        _write(summary_path(rows_path), text + "\n")
         print(in_words(summary), file=out, flush=True)
         return summary
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all. UserError where it cannot be written."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: the summary cannot be written ({error.strerror}). All answers are saved in the rows beside it: "
+            "make room, or give another results_path, and the same command scores them at once"
+        ) from error
 
 
 def in_words(summary: Row) -> str:

@@ -14,6 +14,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,7 +53,7 @@ _LISTS_OF_TEXTS = ("media", "warnings", "texts")
 def settings_of(recipe: Recipe) -> str:
     """Digest of everything in a (settled) recipe that answers depend on."""
     settings = {
-        "model": recipe.model.model_dump(include={"model_path", "dtype", "quantization"}),
+        "model": recipe.model.model_dump(include={"model_path", "device", "dtype", "quantization", "kv_cache_dtype"}),
         "generation": recipe.generation.model_dump(exclude={"draw"}),
         "data": recipe.data.model_dump(exclude=_NOT_IN_ANSWERS),
         "max_model_len": recipe.scheduler.max_model_len,
@@ -103,8 +104,9 @@ class ResultsFile:
     def __enter__(self) -> "ResultsFile":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
+    def __exit__(self, kind: object, *exception: object) -> None:
+        with nullcontext() if kind is None else suppress(OSError):  # what a full disk has refused is refused once more
+            self._file.close()
 
     def _locked(self) -> IO[bytes]:
         """The file, open and locked. Raises OSError, or UserError while another run has it."""
@@ -177,8 +179,11 @@ class ResultsFile:
         """
         row = {**row, "fingerprint": fingerprint(asked, self.settings)}
         self._rows[row["index"]] = row
-        self._file.write(_line(row))
-        self._file.flush()
+        try:
+            self._file.write(_line(row))
+            self._file.flush()
+        except OSError as error:
+            raise self._unwritten(error) from error
 
     def sort(self, rows: Mapping[int, dict[str, Any]]) -> None:
         """Put the rows into the order of the requests, one for each, as they are in `rows` where it has them. All or
@@ -186,9 +191,20 @@ class ResultsFile:
         for index, row in rows.items():
             self._rows[index] = {**row, "fingerprint": self._rows[index]["fingerprint"]}
         partial = self.path.with_name(self.path.name + ".partial")
-        with open(partial, "wb") as file:
-            file.writelines(_line(self._rows[index]) for index in sorted(self._rows))
-        os.replace(partial, self.path)
+        try:
+            with open(partial, "wb") as file:
+                file.writelines(_line(self._rows[index]) for index in sorted(self._rows))
+            os.replace(partial, self.path)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: OSError) -> UserError:
+        return UserError(
+            f"data_config.results_path: {self.path} cannot be written any more ({error.strerror}). The answers before "
+            "are in it: make room, and the same command goes on from there"
+        )
 
 
 def _is_cut_row(line: bytes) -> bool:

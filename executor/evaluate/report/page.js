@@ -23,6 +23,7 @@ const signed = (share) => {
   const text = points(Math.abs(share));
   return text === "0.0" ? "0.0" : `${share < 0 ? "\u2212" : "+"}${text}`;
 };
+const aside = (text) => make("bdi", {}, text); // its direction of writing ends with it
 const soft = (text) => make("span", { className: "soft" }, text);
 
 function verdict() {
@@ -43,7 +44,7 @@ function scoreRow(name, contrast, kind) {
   const cell = ({ score, ci95 }) => make("td", {}, `${points(score)} `, soft(`[${points(ci95[0])}, ${points(ci95[1])}]`));
   const { difference } = contrast;
   const change = make("td", {}, `${signed(difference.mean)} `, soft(`[${signed(difference.ci95[0])}, ${signed(difference.ci95[1])}]`));
-  return make("tr", { className: kind }, make("th", { scope: "row" }, name), make("td", {}, String(contrast.samples)),
+  return make("tr", { className: kind }, make("th", { scope: "row" }, aside(name)), make("td", {}, String(contrast.samples)),
     cell(contrast.first), cell(contrast.second), change,
     make("td", {}, String(difference.better)), make("td", {}, String(difference.worse)));
 }
@@ -55,7 +56,7 @@ function drawHead() {
   one("#title").textContent = title;
   one("#verdict").textContent = verdict();
   one("#warnings").hidden = !report.warnings.length;
-  one("#warnings").append(...report.warnings.map((text) => make("li", {}, text)));
+  one("#warnings").append(...report.warnings.map((text) => make("li", {}, aside(text))));
   for (const [head, run] of [["#head-a", a], ["#head-b", b]]) {
     one(head).append(`${run.letter}, ${report.metric} %`, make("span", { className: "model" }, run.model || run.name));
   }
@@ -136,7 +137,7 @@ function answerOf(answer, run) {
   const mark = answer.error !== null ? "not answered" : (isRight ? "\u2713 right" : "\u2717 wrong") + score;
   const box = make("div", { className: `answer ${isRight ? "right" : "wrong"}` },
     make("h4", {}, make("span", {}, `${run.letter} ${run.name}`), make("span", { className: "mark" }, mark)),
-    make("p", { className: "said" }, answer.error !== null ? answer.error : answer.text));
+    make("p", { className: "said", dir: "auto" }, answer.error !== null ? answer.error : answer.text));
   if (answer.extracted !== null && answer.extracted !== answer.text) {
     box.append(make("p", { className: "soft" }, answer.extracted === "" ? "nothing in it could be scored" : `scored: ${answer.extracted}`));
   }
@@ -148,10 +149,10 @@ function sampleOf(row) {
   const shown = make("div", { className: "pictures" }, ...row.pictures.map((picture) => pictureOf(picture, row.boxes)));
   if (row.boxes.length) shown.append(legendOf(row.boxes));
   if (row.more_pictures > 0) shown.append(soft(`and ${row.more_pictures} more`));
-  const told = make("div", {}, make("h3", {}, [row.id, ...labels].join(" \u00b7 ")),
-    make("p", { className: "said question" }, row.question));
-  if (row.other_question !== null) told.append(make("p", { className: "said" }, soft("B was asked: "), row.other_question));
-  if (row.references.length) told.append(make("p", { className: "said" }, soft("Wanted: "), row.references.join(" | ")));
+  const told = make("div", {}, make("h3", {}, ...[row.id, ...labels].flatMap((text, at) => (at ? [" \u00b7 ", aside(text)] : [aside(text)]))),
+    make("p", { className: "said question", dir: "auto" }, row.question));
+  if (row.other_question !== null) told.append(make("p", { className: "said" }, soft("B was asked: "), aside(row.other_question)));
+  if (row.references.length) told.append(make("p", { className: "said" }, soft("Wanted: "), aside(row.references.join(" | "))));
   told.append(make("div", { className: "answers" }, ...row.answers.map((answer, at) => answerOf(answer, report.runs[at]))));
   return make("li", { className: "sample" }, shown, told);
 }
@@ -162,7 +163,7 @@ function drawSamples() {
   state.page = Math.min(state.page, pages - 1);
   const from = state.page * PAGE;
   one("#samples").replaceChildren(...rows.slice(from, from + PAGE).map(sampleOf));
-  for (const said of document.querySelectorAll(".answer .said")) {
+  for (const said of document.querySelectorAll(".said")) {
     if (said.scrollHeight > said.clientHeight) said.tabIndex = 0; // a keyboard can scroll it, too
   }
   one("#count").textContent = rows.length

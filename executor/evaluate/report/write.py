@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def write_report(path: Path, comparison: Comparison, find: FindSample) -> None:
         partial.write_text(page_of(comparison, shown), encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UserError(
             f"eval_config.report_path: {path} cannot be written ({error.strerror}); give another path"
         ) from error

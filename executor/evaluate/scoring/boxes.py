@@ -5,12 +5,14 @@ Qwen-VL's (x1,y1),(x2,y2). As in eval_mm/evaluate_grounding.py of QwenLM/Qwen-VL
 where its intersection over union with the true one is at least 0.5.
 """
 
+import math
 import re
 
 from dataset.sample import Box, Sample
 from executor.evaluate.scoring.score import BoxSpace, Score
 
 RIGHT_IOU = 0.5
+ROUNDING = 1e-9  # of shares of a picture's sides: half of a box is half of it in any units
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _LIST = re.compile(r"\[" + ",".join([_NUMBER] * 4) + r"\]")
 _NAMED = re.compile(r"""["']?(?:bbox_2d|bbox|box_2d|box)["']?\s*:\s*""" + _LIST.pattern)
@@ -26,13 +28,14 @@ def score(text: str, sample: Sample, space: BoxSpace | None = None) -> Score:
     x1, y1, x2, y2 = said[0]
     box = (x1 / space.width, y1 / space.height, x2 / space.width, y2 / space.height)
     overlap = max(iou(box, true) for true in sample.boxes)
-    return Score(float(overlap >= RIGHT_IOU), str([plain(value) for value in said[0]]), {"iou": overlap})
+    return Score(float(overlap >= RIGHT_IOU - ROUNDING), str([plain(value) for value in said[0]]), {"iou": overlap})
 
 
 def boxes_in(text: str) -> list[Box]:
     """Every box of an answer in its order, in the answer's own units. Named ones, where there are any, go alone."""
     for pattern in (_NAMED, _LIST, _CORNERS):
         found = [tuple(float(number) for number in match.groups()) for match in pattern.finditer(text)]
+        found = [box for box in found if all(map(math.isfinite, box))]  # hundreds of digits are no number
         if found:
             return found
     return []

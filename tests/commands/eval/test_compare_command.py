@@ -2,12 +2,14 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from executor.commands.eval import compare as command
 from executor.commands.eval import run as evaluation
+from executor.errors import UserError
 from tests.commands.eval.test_eval import recipe_of
 from tests.evaluate.report.test_write import data_of, shown
 from tests.evaluate.rows_files import row, rows_file
@@ -53,3 +55,36 @@ def test_pictures_of_the_little_world_are_drawn_again(tmp_path, has_summary, cap
     else:
         assert [reasons for _, reasons in found] == [["the picture lies in the data set, which is not at hand"]] * 11
         assert "no summary lies beside it" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["a.jsonl", "b.jsonl", "b.summary.json", "folder", "x" * 300, "pipe"])
+def test_a_report_takes_the_place_of_nothing_that_is_no_report(tmp_path, place):
+    runs = tuple(rows_file(tmp_path / name, [row(0), row(1)]) for name in ("a.jsonl", "b.jsonl"))
+    (tmp_path / "b.summary.json").write_text("{}")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted((path.name, path.stat().st_size) for path in tmp_path.iterdir())
+    with pytest.raises(UserError, match="eval_config.report_path"):
+        command.run(recipe_of(tmp_path, eval={"report_path": str(tmp_path / place)}), runs, out=io.StringIO())
+    assert sorted((path.name, path.stat().st_size) for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("told", ['{"recipe": []}', '{"recipe": {"model_config": 5}}', "[]", "5"])
+def test_a_summary_of_another_kind(tmp_path, told):
+    runs = tuple(rows_file(tmp_path / name, [row(0), row(1)]) for name in ("a.jsonl", "b.jsonl"))
+    (tmp_path / "b.summary.json").write_text(told)
+    with pytest.raises(UserError, match="b.summary.json: no summary as eval writes them"):
+        command.run(recipe_of(tmp_path), runs, out=io.StringIO())
+
+
+@pytest.mark.parametrize("data", [5, {"dataset": "random"}, {"dataset": "no such"}, {"dataset_path": "/nowhere"}])
+def test_a_data_set_that_is_gone_is_looked_for_once(tmp_path, data, caplog):
+    rows = [row(number, sources=[None]) for number in range(8)]
+    runs = tuple(rows_file(tmp_path / name, rows) for name in ("a.jsonl", "b.jsonl"))
+    (tmp_path / "a.summary.json").write_text(json.dumps({"recipe": {"data_config": data}}))
+    document, _ = command.run(recipe_of(tmp_path), runs, out=io.StringIO())
+    pictures = [
+        picture for each in data_of(Path(document["report"]).read_text())["rows"] for picture in each["pictures"]
+    ]
+    assert all("not at hand" in picture["reason"] for picture in pictures)
+    assert caplog.text.count("its pictures are not shown") <= 1

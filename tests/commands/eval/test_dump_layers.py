@@ -149,3 +149,32 @@ def test_a_reference_that_is_not_there_is_refused_at_once(tmp_path):
 def test_the_other_sides_mistake_is_said(tmp_path):
     with pytest.raises(UserError, match=r"the other side of the comparison \(cpu\): .*config.json"):
         run_layers(recipe_of("cpu", reference=tmp_path))
+
+
+def damaged(folder, kind: str):
+    """The tiny checkpoint, damaged as its other side may be."""
+    shutil.copytree(TINY / "qwen3_vl", folder)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "layers.1.mlp.down_proj" in name)
+    if kind == "lacks a weight":
+        del weights[name]
+    if kind == "another shape":
+        weights[name] = weights[name][:-1].contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
+    if kind == "cut":
+        file.write_bytes(file.read_bytes()[:100_000])
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["lacks a weight", "another shape", "cut"])
+def test_a_damaged_other_side_is_refused_and_never_drawn_at_random(tmp_path, kind):
+    folder = damaged(tmp_path / "other", kind)
+    with pytest.raises(UserError, match="whole float checkpoint"):
+        run_layers(recipe_of("transformers", reference=folder), io.StringIO())
+
+
+def test_random_prompts_are_compared_too():
+    recipe = recipe_of("transformers").replace(data={"dataset": "random", "random_tokens": 40})
+    document, _ = run_layers(recipe, io.StringIO())
+    assert (document["samples"], document["lost_at"]) == (1, None)

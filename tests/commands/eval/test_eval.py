@@ -206,3 +206,30 @@ def test_two_ranks_give_what_one_gives(tmp_path, degrees):
         for document in (several, alone)
     )
     assert found == wanted and several["score"] == alone["score"]
+
+
+@pytest.mark.parametrize("metric", ["vqa_accuracy", "anls", "box_iou"])
+def test_saved_answers_that_another_metric_cannot_score(tmp_path, metric):
+    data = {"dataset": "tiny_world", "limit": 11, "results_path": str(tmp_path / "a.jsonl")}
+    command.run(recipe_of(tmp_path, data=data), out=io.StringIO())
+    before = (tmp_path / "a.jsonl").read_bytes()
+    with pytest.raises(UserError, match="cannot be scored now|answers of another run"):
+        command.run(recipe_of(tmp_path, data=data, eval={"metric": metric}), build=no_engine, out=io.StringIO())
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
+def test_a_summary_that_cannot_be_written(tmp_path):
+    data = {"dataset": "tiny_world", "limit": 2, "results_path": str(tmp_path / "a.jsonl")}
+    (tmp_path / "a.summary.json").mkdir()
+    with pytest.raises(UserError, match="the summary cannot be written"):
+        command.run(recipe_of(tmp_path, data=data), out=io.StringIO())
+    (tmp_path / "a.summary.json").rmdir()
+    document, _ = command.run(recipe_of(tmp_path, data=data), build=no_engine, out=io.StringIO())
+    assert document["answered_before"] == 2
+    assert sorted(path.name for path in tmp_path.glob("a.*")) == ["a.jsonl", "a.summary.json"]
+
+
+def test_random_prompts_have_no_answers(tmp_path):
+    data = {"dataset": "random", "limit": 2}
+    with pytest.raises(UserError, match="random has no metric"):
+        command.run(recipe_of(tmp_path, data=data, eval={"metric": "anls"}), build=no_engine, out=io.StringIO())

@@ -144,6 +144,8 @@ def test_settings_count_what_answers_depend_on():
         assert same == plain
     for other in (
         digest(model={"model_path": "b"}),
+        digest(model={"device": "npu"}),
+        digest(model={"kv_cache_dtype": "int8"}),
         digest(generation={"seed": 1}),
         digest(data={"max_pixels": 100_000}),
         digest(data={"system_prompt": "Be brief."}),
@@ -198,3 +200,34 @@ def test_only_rows_that_are_answered_already_are_read(path):
         results.answered()
         results.append(*row(1))
     assert Counted.read == [2]
+
+
+def test_a_full_disk_is_said_and_what_is_saved_stays(path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with (
+        pytest.raises(UserError, match="cannot be written any more .No space left"),
+        ResultsFile(path, "s", SAMPLES) as results,
+        monkeypatch.context() as patch,
+    ):
+        results.append(*row(0))
+        patch.setattr(results, "_file", FullFile(results._file))
+        results.append(*row(1))
+    with ResultsFile(path, "s", SAMPLES) as results:
+        assert set(results.answered()) == {0}
+        with monkeypatch.context() as patch:
+            patch.setattr("executor.commands.generate.results.os.replace", full)
+            with pytest.raises(UserError, match="cannot be written any more"):
+                results.sort({})
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+class FullFile:
+    """A file on a full disk."""
+
+    def __init__(self, file) -> None:
+        self._file = file
+
+    def write(self, content: bytes) -> None:
+        raise OSError(28, "No space left on device")

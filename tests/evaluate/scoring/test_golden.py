@@ -175,3 +175,17 @@ def test_the_first_box_counts_and_half_is_enough():
 def test_exact_match_forgives_only_outer_space():
     assert value("exact_match", " top left\n", references=("left", "top left")) == 1
     assert value("exact_match", "Top left", references=("top left",)) == 0
+
+
+def test_half_of_a_box_is_half_of_it_in_any_units():
+    for space in (BoxSpace(1000, 1000), BoxSpace(1120, 560), BoxSpace(644, 476)):
+        true = (0.1, 0.1, 0.5, 0.5)
+        half = [0.1 * space.width, 0.1 * space.height, 0.5 * space.width, 0.3 * space.height]
+        assert value("box_iou", str(half), space, boxes=(true,)) == 1.0
+        less = [*half[:3], 0.299 * space.height]
+        assert value("box_iou", str(less), space, boxes=(true,)) == 0.0
+
+
+def test_hundreds_of_digits_are_no_box():
+    assert boxes_in(f"[{'9' * 400}, 1, 2, 3]") == []
+    assert boxes_in(f"[{'9' * 400}, 1, 2, 3] or [1, 2, 3, 4]") == [(1, 2, 3, 4)]
