@@ -94,6 +94,14 @@ UNUSED_BY = {  # command -> keys that it does not use, so that a flag for one of
             "its requests ask the questions; leave it out",
         )
     },
+    "plan": {
+        "data_config.prompt": "it answers no question; plan_config says what is asked",
+        "data_config.media": "it reads no picture; --set plan_config.pictures=N says how many",
+        "data_config.dataset": "it answers no question; plan_config says what is asked",
+        "data_config.dataset_path": "it answers no question; plan_config says what is asked",
+        "data_config.results_path": "it keeps no answers; leave it out",
+        "generation_config.max_new_tokens": "--set plan_config.output_tokens=N says how long an answer is",
+    },
     "bench": {"data_config.results_path": "it keeps no answers; its figures go to bench_config.results_path"},
 }
 LISTS = ("data_config.media",)  # repeated flags add up
@@ -388,6 +396,7 @@ def _parser() -> argparse.ArgumentParser:
 def _unknown(words: Sequence[str]) -> str:
     """What to say of words that are no flags here: what they are for users of other tools, or what is near."""
     lines = []
+    known = ["--set", *(f"--{flag}" for flag in (*SHORT_FORMS, *COMMAND_FORMS))]
     for word in words:
         name = word.partition("=")[0].lstrip("-").replace("_", "-")
         if not word.startswith("-"):
@@ -395,7 +404,6 @@ def _unknown(words: Sequence[str]) -> str:
         if name in FOREIGN:
             lines.append(f"{word} is no flag here; write {FOREIGN[name]}")
         else:
-            known = ["--set", *map("--{}".format, (*SHORT_FORMS, *COMMAND_FORMS))]
             lines.append(f"unrecognized arguments: {word}{nearest(f'--{name}', known)}")
     if not lines:
         lines.append(f"unrecognized arguments: {' '.join(words)}")

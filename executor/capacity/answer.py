@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Answer:
     """`chip`: what a rank computes on, None: this machine's CPU, of which no figures are known and nothing is
-    predicted. `decode_step`: where the recipe's own graph was converted, and says what a decode step costs."""
+    predicted. `prediction`: None there, and for requests longer than the model was made for. `decode_step`: where the
+    recipe's own graph was converted, and says what a decode step costs."""
 
     chip: Chip | None
     fit: Fit
@@ -60,6 +61,12 @@ def settled(recipe: Recipe) -> tuple[Deployment, Chip | None]:
 
 def _chip_of(recipe: Recipe) -> Chip | None:
     model = recipe.model
+    if model.device not in ("auto", "cpu", *named(npu=True)):
+        raise UserError(
+            f"model_config.device: plan knows no {model.device}; name a chip (--chip 910b4), or set device: cpu"
+        )
+    if model.device == "cpu" and recipe.plan.chip is None:
+        return None
     if recipe.plan.chip is not None:
         chip = read_chip(recipe.plan.chip)
         if chip.soc is None:
@@ -72,19 +79,15 @@ def _chip_of(recipe: Recipe) -> Chip | None:
             "model_config.soc: plan asks no driver which chip it is; name it by --chip: one of "
             f"{', '.join(chip_names())}"
         )
-    if model.device not in ("auto", "cpu"):
-        raise UserError(
-            f"model_config.device: plan knows no {model.device}; name a chip (--chip 910b4), or set device: cpu"
-        )
     return None
 
 
 def answer(
     deployment: Deployment, chip: Chip | None, workload: Workload, decode_step: DecodeStep | None = None
 ) -> Answer:
-    """What the deployment says to the workload. It is predicted for what the memory holds at once."""
+    """What the deployment says to the workload; no speed of requests that the model cannot take."""
     found = fit(deployment, workload)
-    if chip is None:
+    if chip is None or workload.request_tokens > deployment.paper.shapes.max_position_embeddings:
         return Answer(chip, found, None)
     types = described_types(deployment.paper.description)
     shapes = deployment.paper.shapes

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from executor.errors import UserError
+
 GIB = 2**30
 SIZE_INCHES, DPI = (9.6, 5.4), 150
 COLORS = ("#1f5f99", "#c4552d", "#3b7f4f", "#7a4f9a", "#8a6d1f")  # those of executor/bench/plot.py
@@ -27,8 +29,14 @@ def _figure(num_axes: int) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    """Raises UserError where the file cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise UserError(
+            f"model_config.output_path: {path} cannot be written ({error.strerror}); give a folder that can be"
+        ) from error
     return path
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from executor.errors import UserError, nearest
+from executor.errors import UserError, nearest, printable
 from executor.host.env import REPO_ROOT
 from executor.recipe.file import read_yaml
 from executor.recipe.schema import Soc
@@ -20,7 +20,8 @@ DEFAULT_CHIPS = {"atlas_800i_a2": "910b4", "atlas_800i_a3": "a3_die", "atlas_300
 """The chip that a soc stands for where a recipe names no other. Its usable memory is that of executor/device/table.py
 (CHIP_BYTES), which a test holds."""
 
-Positive = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(ge=1e6, le=1e21)]
+"""Bytes or operations a second: a million to far beyond any chip, so that times are finite numbers."""
 _FIGURES = (
     "memory_bytes", "usable_bytes", "bandwidth_bytes_per_s", "flops_per_s", "link_bytes_per_s", "link_latency_s",
     "dies_per_node",
@@ -41,11 +42,11 @@ class Chip(BaseModel):
     soc: Soc | None  # None: a CPU
     memory_bytes: Annotated[int, Field(gt=0)]
     usable_bytes: Annotated[int, Field(gt=0)]
-    bandwidth_bytes_per_s: Positive
-    flops_per_s: dict[Literal["float32", "bfloat16", "float16", "int8"], Positive]
+    bandwidth_bytes_per_s: Rate
+    flops_per_s: Annotated[dict[Literal["float32", "bfloat16", "float16", "int8"], Rate], Field(min_length=1)]
     link: Literal["hccs", "pcie", "memory"]
-    link_bytes_per_s: Positive
-    link_latency_s: Positive
+    link_bytes_per_s: Rate
+    link_latency_s: Annotated[float, Field(gt=0, le=1)]
     dies_per_node: Annotated[int, Field(ge=1)]
     sources: dict[str, str]
     disputed: tuple[str, ...] = ()
@@ -77,19 +78,26 @@ def chip_names() -> tuple[str, ...]:
 def read_chip(name: str) -> Chip:
     """The chip of that name in config/device/, or of that file. Raises UserError, with what there is."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name.lower()}.yaml"
-    if not path.is_file():
+    if not _is_file(path):
         raise UserError(
-            f"plan_config.chip: there is no chip {name}{nearest(name.lower(), chip_names())}; there are "
+            f"plan_config.chip: there is no chip {printable(name)}{nearest(name.lower(), chip_names())}; there are "
             f"{', '.join(chip_names())}, or name a YAML file of the same form"
         )
     try:
-        return Chip.model_validate(read_yaml(path))
+        return Chip.model_validate(read_yaml(path, "the chip", "config/device/910b4.yaml has the form"))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(
             f"{path}: {f'{key}: ' if key else ''}{first['msg']}; config/device/910b4.yaml has the form"
         ) from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def chip_of_soc(soc: str) -> Chip:

@@ -17,13 +17,13 @@ PICTURE_SIZES = {
     "1440p": (2560, 1440), "4k": (3840, 2160), "2160p": (3840, 2160),
 }  # fmt: skip
 QUANTIZATIONS = {
-    "bf16": "none", "bfloat16": "none", "fp16": "none", "float16": "none", "w8a8": "w8a8",
-    "w8a8_dynamic": "w8a8_dynamic", "w8a8sc": "w8a8sc",
+    "w8a8": "w8a8", "w8a8_dynamic": "w8a8_dynamic", "w8a8sc": "w8a8sc",
 }  # fmt: skip
+FLOATS = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16"}
 UNDERSTOOD = (
     "32 users", "4 pictures of 1080p (480p, 720p, 1080p, 1440p, 4k, 1920x1080)", "8k context (text of a prompt)",
     "10k in all (prompt, pictures and answer)", "500 output tokens", "TPOT 50 ms", "TTFT 2 s", "1000 tokens/s",
-    "at most 16 dies", "bf16, w8a8, w8a8_dynamic or w8a8sc", "a model as Qwen3-VL-8B",
+    "at most 16 dies", "bf16, fp16, w8a8, w8a8_dynamic or w8a8sc", "a model as Qwen3-VL-8B",
     "a chip as 910b4, A2 or 300I DUO",
 )  # fmt: skip
 SOCS = {
@@ -48,6 +48,7 @@ class Demand:
     tokens_per_s: float | None = None
     most_dies: int | None = None
     quantization: str | None = None
+    float_type: str | None = None  # of float weights
     model: str | None = None  # a published model
     chip: str | None = None  # a chip of config/device/
     soc: str | None = None  # all chips of this kind
@@ -59,13 +60,13 @@ def parse_demand(text: str, models: tuple[str, ...], chips: tuple[str, ...]) -> 
     Raises UserError for a phrase that is not understood, with those that are, and for one thing said in two ways.
     """
     said: dict[str, Any] = {}
-    phrases = [phrase.strip() for phrase in re.split(r"[;\n]|,(?!\d{3}(?:\D|$))|\band\b", text)]
+    phrases = [phrase.strip() for phrase in re.split(r"[;；，、。\n]|(?<!\d),|,(?!\d{3}(?:\D|$))|\band\b", text)]
     for phrase in filter(None, phrases):
         found = _understood(phrase, models, chips)
         if found is None:
             raise UserError(
-                f"plan_config.demand: '{printable(phrase)}' is not understood. Understood, between commas: "
-                f"{'; '.join(UNDERSTOOD)}"
+                f"plan_config.demand: '{printable(phrase)}' is not understood{_what_lacks(phrase)}. Understood, "
+                f"between commas: {'; '.join(UNDERSTOOD)}"
             )
         for name, value in found.items():
             if said.setdefault(name, value) != value:
@@ -77,6 +78,12 @@ def parse_demand(text: str, models: tuple[str, ...], chips: tuple[str, ...]) -> 
     return Demand(**said)
 
 
+def _what_lacks(phrase: str) -> str:
+    """A word on a time without its unit."""
+    found = re.fullmatch(r"(tpot|ttft)\D*([\d.]+)", phrase.lower())
+    return f": a time needs its unit, as in {found[1].upper()} {found[2]} ms" if found else ""
+
+
 def _understood(phrase: str, models: tuple[str, ...], chips: tuple[str, ...]) -> dict[str, Any] | None:
     """The fields that one phrase says; None for one that says none."""
     words = " ".join(phrase.lower().split())
@@ -86,6 +93,8 @@ def _understood(phrase: str, models: tuple[str, ...], chips: tuple[str, ...]) ->
             return meaning(found)
     if words in QUANTIZATIONS:
         return {"quantization": QUANTIZATIONS[words]}
+    if words in FLOATS:
+        return {"quantization": "none", "float_type": FLOATS[words]}
     place = words.removeprefix("on ")
     if place in chips:
         return {"chip": place}
@@ -109,11 +118,16 @@ def _at_least_one(count: int, what: str) -> int:
     return count
 
 
-def _ms(number: str, unit: str) -> float:
-    value = float(number) * (1000 if unit == "s" else 1)
+def _above_zero(value: float, what: str) -> float:
     if value <= 0:
-        raise UserError(f"plan_config.demand: a time of {number} {unit}, allowed above 0")
+        raise UserError(f"plan_config.demand: {value:g} {what}, allowed above 0")
     return value
+
+
+def _ms(number: str, unit: str) -> float:
+    is_micro = unit[0] in "uµμ" or unit.startswith("micro")
+    value = float(number) * (1000.0 if unit[0] == "s" else 1e-3 if is_micro else 1.0)
+    return _above_zero(value, "ms")
 
 
 def _pictures(count: str, size: str | None) -> dict[str, Any]:
@@ -135,9 +149,10 @@ _COUNTS = {
     "seven": "7", "eight": "8",
 }  # fmt: skip
 _WORDS = "|".join(_COUNTS)
+_UNITS = "ms|msec|milliseconds?|s|sec|seconds?|us|µs|μs|microseconds?"
 _N, _X = (
     r"(\d{1,3}(?:[, ]\d{3})+|\d+(?:\.\d+)?k|\d+)",
-    r"(?:<=?|≤|of|below|under|at most|within|=|:)? ?(\d+(?:\.\d+)?) ?(ms|s)",
+    r"(?:<=?|≤|of|below|under|at most|within|=|:)? ?(\d+(?:\.\d+)?) ?(" + _UNITS + r")",
 )
 _PHRASES: tuple[tuple[str, Callable[[re.Match[str]], Mapping[str, Any]]], ...] = (
     (
@@ -164,14 +179,11 @@ _PHRASES: tuple[tuple[str, Callable[[re.Match[str]], Mapping[str, Any]]], ...] =
     ),
     (rf"(?:output|answers?)(?: of)? {_N}(?: tokens)?", lambda found: {"output_tokens": _tokens(found[1])}),
     (rf"tpot {_X}", lambda found: {"tpot_ms": _ms(found[1], found[2])}),
-    (
-        r"(\d+(?:\.\d+)?) ?(ms|s) (?:of )?(tpot|ttft)",
-        lambda found: {f"{found[3]}_ms": _ms(found[1], found[2])},
-    ),
     (rf"ttft {_X}", lambda found: {"ttft_ms": _ms(found[1], found[2])}),
+    (rf"(\d+(?:\.\d+)?) ?({_UNITS}) (?:of )?(tpot|ttft)", lambda found: {f"{found[3]}_ms": _ms(found[1], found[2])}),
     (
         r"(\d[\d,]*(?:\.\d+)?) ?(?:output )?(?:tokens?|tok) ?(?:/|per) ?(?:s|second)",
-        lambda found: {"tokens_per_s": float(found[1].replace(",", ""))},
+        lambda found: {"tokens_per_s": _above_zero(float(found[1].replace(",", "")), "tokens/s")},
     ),
     (
         r"(?:at most|up to|max|<=?|≤) ?(\d+) (?:dies|die|chips|chip|ranks|npus)",

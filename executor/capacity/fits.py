@@ -12,7 +12,7 @@ from executor.capacity.products import held_bytes
 from executor.capacity.workload import Workload, replicas_of
 from executor.device.table import CHIP_BYTES
 from executor.host.limits import host_memory_bytes, process_memory_bytes
-from executor.recipe.memory import GIB, MemoryEstimate, account, advice
+from executor.recipe.memory import GIB, MemoryEstimate, account, advice, named_blocks
 from executor.recipe.on_paper import OnPaper
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import compute_bytes, copies_head, degree_findings
@@ -129,7 +129,8 @@ def fit(deployment: Deployment, workload: Workload) -> Fit:
     recipe = deployment.recipe
     users = workload.users_of_replica(replicas_of(deployment.paper))
     memory = deployment.account(users * deployment.blocks(workload.request_tokens))
-    faults = [*_size_faults(deployment, workload, users)]
+    named = named_blocks(recipe, memory.block_bytes, deployment.blocks(recipe.scheduler.max_model_len))
+    faults = [*_size_faults(deployment, workload, users, named)]
     if not memory.fits:
         weights_alone = memory.process_bytes + memory.weights_bytes > memory.budget_bytes
         over = (memory.total_bytes - memory.budget_bytes) / GIB
@@ -138,11 +139,23 @@ def fit(deployment: Deployment, workload: Workload) -> Fit:
             f"a rank, {over:.1f} GiB more than the {memory.budget_bytes / GIB:.1f} GiB that it may use. "
             f"{advice(recipe, weights_alone)}{_ranks_hint(deployment, workload)}"
         )
+    elif named is not None or memory.num_blocks < deployment.blocks(recipe.scheduler.max_model_len):
+        started = deployment.account()
+        if not started.fits:
+            faults.append(
+                f"start: the recipe is refused before it starts: {started}. "
+                f"{advice(recipe, weights_alone=False)}{_start_hint(named)}"
+            )
     return Fit(deployment, workload, memory, tuple(faults))
 
 
-def _size_faults(deployment: Deployment, workload: Workload, users: int) -> list[str]:
-    """Sizes of the recipe that the workload goes beyond, whatever the memory."""
+def _start_hint(named: int | None) -> str:
+    """Why a recipe takes more at its start than the requests that were asked about."""
+    return " It holds one request of max_model_len, whatever is asked." if named is None else ""
+
+
+def _size_faults(deployment: Deployment, workload: Workload, users: int, named: int | None) -> list[str]:
+    """Sizes of the recipe that the workload goes beyond, whatever the memory. `named`: blocks that the recipe sets."""
     limits, shapes, faults = deployment.recipe.scheduler, deployment.paper.shapes, []
     length = workload.request_tokens
     if length > shapes.max_position_embeddings:
@@ -160,10 +173,11 @@ def _size_faults(deployment: Deployment, workload: Workload, users: int) -> list
             f"scheduler_config.max_num_seqs: {users} requests at once in a replica, the recipe has "
             f"{limits.max_num_seqs}: --set scheduler_config.max_num_seqs={users}"
         )
-    wanted, named = users * deployment.blocks(length), limits.num_blocks
+    wanted = users * deployment.blocks(length)
     if named is not None and wanted > named:
+        key = "num_blocks" if limits.kv_cache_gb is None else "kv_cache_gb"
         faults.append(
-            f"scheduler_config.num_blocks: the requests take {wanted} blocks, the recipe has {named}: set it to null"
+            f"scheduler_config.{key}: the requests take {wanted} blocks, the recipe has {named}: set it to null"
         )
     return faults
 

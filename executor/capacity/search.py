@@ -14,7 +14,7 @@ from functools import cached_property
 
 from executor.capacity.answer import Answer, answer
 from executor.capacity.chips import Chip, chip_names, read_chip
-from executor.capacity.choices import PRECISIONS, precision_word, precisions, recipe_on, weights_path
+from executor.capacity.choices import PRECISIONS, float_type, precision_word, precisions, recipe_on, weights_path
 from executor.capacity.demand import Demand
 from executor.capacity.fits import Fit, deployment_on, fit
 from executor.capacity.workload import MARKS, Workload, picture_grid
@@ -81,18 +81,26 @@ class Search:
 
 
 def search(base: Recipe, demand: Demand) -> Search:
-    """Of the model of `base` (or the demand's), on all chips or the demand's. UserError for what contradicts itself."""
+    """Of the model of `base` (or the demand's), on all chips or the demand's or the recipe's plan_config.chip.
+
+    UserError for what contradicts itself. A chip that cannot take the recipe is left out where another can.
+    """
     if demand.model is not None:
         base = base.replace(model={"model_path": f"Qwen/{demand.model}"})
-    chips = _chips(demand)
-    papers = {}
+    chips = _chips(demand, base.plan.chip)
+    papers, refused = {}, []
     for name, chip in chips.items():
         for quantization in _quantizations(base, chip, demand):
-            papers[name, quantization] = settle_on_paper(recipe_on(base, chip, quantization), "plan")
+            try:
+                papers[name, quantization] = settle_on_paper(recipe_on(base, chip, quantization), "plan")
+            except UserError as error:
+                refused.append(error)
+    if refused and not papers:
+        raise refused[0]
     if not papers:
+        wanted = demand.float_type or demand.quantization
         raise UserError(
-            f"plan_config.demand: no chip of {', '.join(chips)} takes {demand.quantization} weights of "
-            f"{base.model.model_path}"
+            f"plan_config.demand: no chip of {', '.join(chips)} takes {wanted} weights of {base.model.model_path}"
         )
     workload = demanded_workload(next(iter(papers.values())), demand)
     failed = []
@@ -126,14 +134,24 @@ def demanded_workload(paper: OnPaper, demand: Demand) -> Workload:
     return Workload(users, text, pictures, grid, output)
 
 
-def _chips(demand: Demand) -> dict[str, Chip]:
-    names = chip_names() if demand.chip is None else (demand.chip,)
-    chips = {name: read_chip(name) for name in names}
-    return {name: chip for name, chip in chips.items() if chip.soc is not None and demand.soc in (None, chip.soc)}
+def _chips(demand: Demand, recipes: str | None) -> dict[str, Chip]:
+    """Those to look through; `recipes`: the chip of plan_config.chip. UserError where the two leave none."""
+    if demand.chip is not None and recipes is not None and read_chip(demand.chip) != read_chip(recipes):
+        raise UserError(
+            f"plan_config.demand: it names {demand.chip}, plan_config.chip {recipes}; leave out one of them"
+        )
+    named = demand.chip or recipes
+    chips = {name: read_chip(name) for name in (chip_names() if named is None else (named,))}
+    found = {name: chip for name, chip in chips.items() if chip.soc is not None and demand.soc in (None, chip.soc)}
+    if not found:
+        raise UserError(f"plan_config.demand: {named} is no chip of {demand.soc or 'an NPU'}; leave out one of them")
+    return found
 
 
 def _quantizations(base: Recipe, chip: Chip, demand: Demand) -> list[str]:
     found = precisions(chip, base.model.model_path, base.model.hub)
+    if demand.float_type not in (None, float_type(chip)):
+        return []
     return [word for word in found if demand.quantization in (None, word)]
 
 

@@ -76,6 +76,9 @@ class Times:
         return step_time(cost, self.chip, self.recipe.model.dtype, self.constants, self.constants.kernel_s(exe_mode))
 
 
+PROMPTS_COUNTED = 64
+
+
 def prompts_cost(
     recipe: Recipe,
     shapes: ModelShapes,
@@ -86,14 +89,30 @@ def prompts_cost(
 ) -> StepCost:
     """Encoding and prefilling `count` equal prompts of one replica, in as many steps as the scheduler makes of them.
 
-    grids: of one prompt's pictures, in patches.
+    grids: of one prompt's pictures, in patches. Of more than PROMPTS_COUNTED prompts, so many are gone through step by
+    step, and those after them cost as much again.
     """
+    many, rest = divmod(count, PROMPTS_COUNTED)
+    if many and count > PROMPTS_COUNTED:
+        whole = prompts_cost(recipe, shapes, PROMPTS_COUNTED, text_tokens, grids, types)
+        some = [prompts_cost(recipe, shapes, rest, text_tokens, grids, types)] if rest else []
+        return sum([_repeated(whole, many), *some], StepCost())
     merge = shapes.vision.merge_size**2
     visual = sum(t * h * w // merge for t, h, w in grids)
     cost = vision_cost(recipe, shapes, [grid for _ in range(count) for grid in grids], types)
     for rows in chunks(count, text_tokens + visual, visual, recipe.scheduler.max_num_batched_tokens):
         cost += prefill_cost(recipe, shapes, rows, types)
     return cost
+
+
+def _repeated(cost: StepCost, times: int) -> StepCost:
+    """The cost of doing something `times` times, of which there may be millions."""
+    total = StepCost()
+    while times:
+        if times % 2:
+            total += cost
+        cost, times = cost + cost, times // 2
+    return total
 
 
 def chunks(count: int, tokens: int, visual: int, step_tokens: int) -> list[list[Row]]:

@@ -6,7 +6,8 @@ A visual token is a square of merged patches; a picture takes the area that the 
 
 from dataclasses import dataclass
 
-from executor.media.image import smart_resize
+from executor.errors import UserError
+from executor.media.image import check_aspect_ratio, smart_resize
 from executor.recipe.on_paper import OnPaper
 
 MARKS = 2  # tokens before and behind a picture
@@ -45,6 +46,10 @@ class Workload:
 def picture_grid(paper: OnPaper, width: int, height: int) -> tuple[int, int]:
     """(rows, columns) of the visual tokens of a picture of so many pixels. UserError for one that is too narrow."""
     side = paper.token_side
+    try:
+        check_aspect_ratio(height, width)
+    except UserError as error:
+        raise UserError(f"plan_config.picture_size: {error}") from error
     rows, columns = smart_resize(height, width, side, *paper.pixels)
     return rows // side, columns // side
 

@@ -5,6 +5,7 @@ Knows numbers of ranks only; the groups themselves are made in executor/parallel
 """
 
 from collections import defaultdict
+from functools import cache
 
 SUMS_MB = 200  # what is sent by prefill: tokens of a step by hidden size
 ROWS_MB = 100  # gathered for experts: one replica's tokens
@@ -25,6 +26,7 @@ def communicators(world_size: int, attn_tp_size: int) -> dict[tuple[int, ...], i
     return dict(buffers_mb)
 
 
+@cache  # a planner asks for the same degrees thousands of times
 def buffer_bytes(world_size: int, attn_tp_size: int, own_mb: int | None = None) -> int:
     """Of one rank's communicators: each has one buffer for what is sent and one for what comes (CANN: HCCL_BUFFSIZE).
 

@@ -37,21 +37,24 @@ _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))([eE][
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The top-level mapping of a YAML file. UserError when it is missing, empty, not YAML or not a mapping."""
+def read_yaml(
+    path: str | Path, what: str = "the recipe", example: str = "config/quickstart.yaml is one to start from"
+) -> dict[str, Any]:
+    """The top-level mapping of a YAML file. UserError when it is missing, empty, not YAML or not a mapping; `what` it
+    is and an `example` are for messages."""
     found = find_recipe(path)
     try:
         text = found.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the recipe {path} cannot be read: {error}") from error
+        raise UserError(f"{what} {path} cannot be read: {error}") from error
     try:
         tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{path}{_place(error)}: not valid YAML: {_problem(error)}") from error
     if tree is None:
-        raise UserError(f"the recipe {path} is empty; config/quickstart.yaml is one to start from")
+        raise UserError(f"{what} {path} is empty; {example}")
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: a recipe is sections of `key: value`, got a {type(tree).__name__}")
+        raise UserError(f"{path}: {what} must be `key: value` lines, got a {type(tree).__name__}; {example}")
     return tree
 
 

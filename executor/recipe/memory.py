@@ -193,7 +193,7 @@ def account(
     affordable = (budget - process - weights - peak - graphs - buffers) // (block + pixels)
     num_blocks = (
         num_blocks
-        or _blocks_asked_for(recipe, block, blocks_of_one)
+        or named_blocks(recipe, block, blocks_of_one)
         or min(scheduler.max_num_seqs * blocks_of_one, max(affordable, blocks_of_one))
     )
     peak += min(num_blocks, scheduler.max_num_seqs * blocks_of_one) * pixels
@@ -214,8 +214,11 @@ def _graph_and_buffer_bytes(
     return graph_bytes(recipe, shapes, compute_bytes) + padding_blocks(recipe) * block_bytes, buffers
 
 
-def _blocks_asked_for(recipe: Recipe, block_bytes: int, blocks_of_one: int) -> int | None:
-    """What the recipe names, in blocks or in GB; None where it leaves it open."""
+def named_blocks(recipe: Recipe, block_bytes: int, blocks_of_one: int) -> int | None:
+    """What the recipe names, in blocks or in GB; None where it leaves it open.
+
+    UserError for a size in GB that holds no request of max_model_len.
+    """
     scheduler = recipe.scheduler
     if scheduler.kv_cache_gb is None:
         return scheduler.num_blocks

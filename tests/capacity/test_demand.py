@@ -42,7 +42,10 @@ def test_the_demand_of_the_documents():
         ("1,500 tokens/s", {"tokens_per_s": 1500.0}),
         ("at most 16 dies", {"most_dies": 16}),
         ("W8A8_dynamic", {"quantization": "w8a8_dynamic"}),
-        ("bf16", {"quantization": "none"}),
+        ("bf16", {"quantization": "none", "float_type": "bfloat16"}),
+        ("50 ms TPOT", {"tpot_ms": 50.0}),
+        ("TPOT 500 us", {"tpot_ms": 0.5}),
+        ("TTFT 2 seconds", {"ttft_ms": 2000.0}),
         ("Qwen/Qwen3-VL-8B-Instruct", {"model": "Qwen3-VL-8B-Instruct"}),
         ("qwen2.5-vl-7b", {"model": "Qwen2.5-VL-7B-Instruct"}),
         ("on 310P3", {"chip": "310p3"}),
@@ -82,3 +85,17 @@ def test_a_demand_that_contradicts_itself_is_refused(text, part):
 def test_the_examples_are_understood():
     for example in UNDERSTOOD[:9]:
         assert parsed(example.split(" (")[0]) != Demand()
+
+
+def test_phrases_stand_between_any_commas():
+    wanted = Demand(users=32, output_tokens=100, tpot_ms=50.0)
+    assert (
+        parsed("32 users,100 output tokens,TPOT 50 ms") == parsed("32 users，100 output tokens、TPOT 50 ms") == wanted
+    )
+
+
+def test_a_time_without_its_unit_and_no_throughput_are_refused():
+    with pytest.raises(UserError, match="as in TPOT 50 ms"):
+        parsed("TPOT 50")
+    with pytest.raises(UserError, match="0 tokens/s, allowed above 0"):
+        parsed("0 tokens/s")

@@ -142,3 +142,20 @@ def test_pictures_obey_the_recipes_bounds():
     assert rows * columns <= 100 and paper.largest_picture_tokens == 100
     with pytest.raises(UserError, match="one side is"):
         picture_grid(paper, 10_000, 10)
+
+
+@pytest.mark.parametrize(
+    "memory_gib, sizes",
+    [(32, {"max_model_len": 262144}), (64, {"num_blocks": 10**9}), (64, {"kv_cache_gb": 1e9})],
+)
+def test_what_the_start_refuses_does_not_fit(memory_gib, sizes):
+    deployment = deployed(memory_gib << 30, scheduler=sizes)
+    with pytest.raises(UserError, match="does not fit"):
+        estimate(deployment.recipe, deployment.paper.shapes, memory_gib << 30)
+    found = fit(deployment, Workload(1, 1000, 0, (1, 1), 1000))
+    assert not found.fits and found.faults[0].startswith("start:")
+
+
+def test_requests_beyond_the_named_cache_do_not_fit():
+    deployment = deployed(scheduler={"kv_cache_gb": 5})
+    assert "kv_cache_gb" in fit(deployment, Workload(16, 10000, 0, (1, 1), 1000)).faults[0]

@@ -8,6 +8,7 @@ from executor.capacity.chips import read_chip
 from executor.capacity.choices import precisions, recipe_on, weights_path
 from executor.capacity.demand import Demand
 from executor.capacity.search import Candidate, asked_again, changes, overrides, search
+from executor.errors import UserError
 from executor.recipe.schema import build_recipe, load_recipe
 from tests.reference import REPO
 
@@ -111,3 +112,11 @@ def test_the_named_recipe_asks_the_same_again():
     again = asked_again(result.chosen, result.workload, demand.picture_size)
     assert (again.plan.users, again.plan.pictures, again.plan.picture_size) == (24, 2, (1280, 720))
     assert again.plan.demand is None and again.plan.chip == result.chosen.candidate.chip_name
+
+
+def test_the_recipes_chip_and_the_named_type_bind_the_search():
+    assert search(recipe(plan={"chip": "910b4"}), Demand(users=1)).chosen.candidate.chip_name == "910b4"
+    with pytest.raises(UserError, match="leave out one of them"):
+        search(recipe(plan={"chip": "910b4"}), Demand(users=1, soc="atlas_800i_a3"))
+    with pytest.raises(UserError, match="takes bfloat16 weights"):
+        search(recipe(), Demand(users=1, quantization="none", float_type="bfloat16", chip="310p3"))

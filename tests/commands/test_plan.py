@@ -262,3 +262,25 @@ def test_a_mistake_ends_with_status_2_and_its_line(capsys):
     assert document["command"] == "plan" and "float16 only" in document["error"]
     assert main([config, "plan", "--set", "plan_config.users=9999"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["fits"] is False
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (("--chip", "x" * 300), "there is no chip"),
+        (("--device", "cpu"), "is an NPU, but device is cpu"),
+        (("--device", "cuda"), "plan knows no cuda"),
+        (("--plot", "--set", "model_config.output_path=/etc/passwd"), "model_config.output_path"),
+        (("--set", "plan_config.picture_size=[100000,1]"), "plan_config.picture_size"),
+    ],
+)
+def test_mistakes_are_refused_in_words(words, part):
+    with pytest.raises(UserError, match=re.escape(part)):
+        planned("qwen3_vl_8b.yaml", *words)
+
+
+def test_millions_of_requests_and_endless_ones_are_answered():
+    many = "scheduler_config.max_num_seqs=1000000000"
+    assert planned("qwen3_vl_8b.yaml", "--set", many, "plan_config.users=1000000000")["fits"] is False
+    endless = planned("qwen3_vl_8b.yaml", "--set", "plan_config.input_tokens=1000000000000")
+    assert endless["fits"] is False and endless["predicted"] is None

@@ -14,7 +14,7 @@ MOST_USERS = 1024
 
 
 def of_plan(found: Answer) -> list[Path]:
-    """The memory of a rank, and (on a chip) speed against requests at once; the files written."""
+    """The memory of a rank, and, where it is predicted, speed against requests at once; the files written."""
     recipe = found.deployment.recipe
     folder = Path(recipe.model.output_path)
     place = found.chip.name if found.chip else "CPU"
@@ -22,7 +22,7 @@ def of_plan(found: Answer) -> list[Path]:
     memory = found.fit.memory
     parts = {show.PARTS[name]: count for name, count in memory.by_part().items()}
     written = [memory_chart(folder / "plan_memory.png", title, parts, memory.budget_bytes)]
-    if found.chip is not None:
+    if found.prediction is not None:
         wanted = show.each_request(found.fit.workload)
         written.append(speed_chart(folder / "plan_speed.png", title, _by_users(found), found.fit.max_users, wanted))
     return written

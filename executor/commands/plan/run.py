@@ -137,10 +137,13 @@ def _step(predicted: Prediction) -> Document:
 
 
 def _installation(found: Answer, dies: int) -> Document:
-    """What `dies` give as jobs of this recipe. UserError for a CPU, and for fewer dies than one job has."""
+    """What `dies` give as jobs of this recipe. UserError for a CPU, for requests that the model does not take, and for
+    fewer dies than one job has."""
     world = found.deployment.recipe.parallel.world_size
-    if found.chip is None or found.prediction is None:
+    if found.chip is None:
         raise UserError("plan_config.dies: a CPU has none; name a chip, as in  --chip 910b4")
+    if found.prediction is None:
+        raise UserError(f"plan_config.dies: no speed is predicted, as {'; '.join(found.fit.faults)}")
     if dies < world:
         raise UserError(f"plan_config.dies: {dies} hold no job of this recipe, which takes {world} ranks")
     side, workload = found.deployment.paper.token_side, found.fit.workload

@@ -121,8 +121,10 @@ def _limits(found: Answer) -> list[str]:
 
 
 def speed(found: Answer) -> list[str]:
-    """What is predicted; on a CPU nothing is."""
+    """What is predicted; nothing on a CPU, and of requests that the model does not take."""
     predicted = found.prediction
+    if predicted is None and found.chip is not None:
+        return ["no prediction: the model takes no request of this length"]
     if predicted is None:
         return ["no prediction: no figures of this machine's CPU are known (bench measures it)"]
     rows = [
