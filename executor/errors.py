@@ -93,6 +93,17 @@ ODD_DATA_ERRORS = (
 )
 
 
+SHOWN_CHARACTERS = 400
+
+
+def shortened(text: str) -> str:
+    """One line of not too many characters, of what somebody else says: what a terminal would obey is written out."""
+    line = "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in " ".join(text.split())
+    )
+    return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]} ..."
+
+
 def printable(text: str) -> str:
     """`text` with halves of characters (lone surrogates: file names that are no UTF-8, cut JSON) written out."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -16,11 +16,12 @@ from urllib.parse import urlsplit
 import httptools
 
 from executor.bench.stream import ChatStream
-from executor.errors import UserError, printable
+from executor.errors import UserError, printable, shortened
 
+REDIRECTS = range(301, 309)
+BUSY = (408, 429)  # of the refusals, those that a server makes for itself
 CHAT, MODELS, METRICS, HEALTH = "/v1/chat/completions", "/v1/models", "/metrics", "/health"
 KEPT_BYTES = 1 << 16  # of an answer that tells a mistake
-SHOWN_CHARACTERS = 400
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,11 @@ class Endpoint:
         try:
             parts = urlsplit(base_url.strip())
             port = parts.port
+            (parts.hostname or "").encode("idna")
+            is_whole = _is_one_word(parts.path) and port != 0
         except ValueError:
-            parts, port = urlsplit(""), None
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
+            parts, port, is_whole = urlsplit(""), None, False
+        if parts.scheme not in ("http", "https") or not (parts.hostname and is_whole) or parts.query or parts.username:
             raise UserError(
                 f"bench_config.base_url: got {printable(base_url)!r}; write http://HOST:PORT or https://HOST:PORT"
             )
@@ -50,7 +53,7 @@ class Endpoint:
         if parts.scheme == "https":
             tls = ssl.create_default_context(cafile=certificate)
             tls.check_hostname = certificate is None
-        path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+        path = parts.path.rstrip("/").removesuffix(CHAT).removesuffix("/v1").rstrip("/")
         return cls(parts.hostname, port or (443 if tls else 80), path, api_key, tls)
 
     @property
@@ -87,6 +90,8 @@ class Reply:
     cached_tokens: int = 0
     has_usage: bool = False  # the server told the counts; else pieces are counted, and prompts not
     error: str | None = None
+    is_mistake: bool = False  # the request is at fault: it could not be made, or was refused for what it is
+    is_sent: bool = True
 
 
 class Client:
@@ -120,11 +125,12 @@ class Client:
 
         head = self._chat_head + f"Content-Length: {len(body)}\r\n\r\n".encode()
         sent_s = time.perf_counter()
-        error = None
+        error, is_mistake = None, False
         try:
             async with asyncio.timeout(self.timeout_s):
                 status = await self._exchange(head, body, read)
             error = stream.fault() if status == 200 else f"HTTP {status}: {words_of(bytes(refusal))}"
+            is_mistake = 300 <= status < 500 and status not in BUSY
         except TimeoutError:
             error = f"no whole answer within {self.timeout_s:g} s"
         except OSError as fault:
@@ -139,6 +145,7 @@ class Client:
             stream.cached_tokens,
             stream.has_usage,
             error,
+            is_mistake,
         )
 
     async def _exchange(self, head: bytes, body: bytes, on_body: Callable[[int, bytes, float], None]) -> int:
@@ -192,6 +199,7 @@ class _Connection(asyncio.Protocol):
         self._done: asyncio.Future[int] | None = None
         self._on_body: Callable[[int, bytes, float], None] | None = None
         self._status = 0
+        self._location = b""
         self._now_s = 0.0
         self._ends_with_connection = True
 
@@ -224,17 +232,25 @@ class _Connection(asyncio.Protocol):
             self._fail(ConnectionError("the connection was lost in the middle of the answer"))
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"location":
+            self._location = value
         if name.lower() in (b"content-length", b"transfer-encoding"):
             self._ends_with_connection = False
 
     def on_headers_complete(self) -> None:
-        self._status = self._parser.get_status_code()
+        status = self._parser.get_status_code()
+        if status >= 200:  # lesser ones come before the answer
+            self._status = status
+        if status in REDIRECTS and self._on_body is not None:
+            self._on_body(status, b"it lies at " + self._location + b" ", self._now_s)
 
     def on_body(self, data: bytes) -> None:
         if self._on_body is not None:
             self._on_body(self._status, data, self._now_s)
 
     def on_message_complete(self) -> None:
+        if not self._status:
+            return
         self.is_free = self._parser.should_keep_alive()
         self._finish()
 
@@ -249,11 +265,16 @@ class _Connection(asyncio.Protocol):
         self._on_body = None
 
 
+def _is_one_word(text: str) -> bool:
+    """Whether it can stand in the head of a request."""
+    return text.isascii() and text.isprintable() and " " not in text
+
+
 def words_of(content: bytes) -> str:
     """What a refusal says: the message of OpenAI's form of errors, else its text."""
     try:
         tree = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         tree = None
     if isinstance(tree, Mapping):
         told = tree.get("error", tree.get("detail", tree.get("message")))
@@ -261,12 +282,6 @@ def words_of(content: bytes) -> str:
         if isinstance(message, str):
             return shortened(message)
     return shortened(content.decode(errors="replace")) or "no words"
-
-
-def shortened(text: str) -> str:
-    """One printable line of not too many characters."""
-    line = printable(" ".join(text.split()))
-    return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]} ..."
 
 
 def reason_of(error: OSError) -> str:

@@ -45,6 +45,7 @@ def point_document(point: Point) -> dict[str, Any]:
     found = figures(point.runs)
     load = point.load
     whole = {name: int(_median(found, name)) for name in COUNTS}
+    whole["failed"] = int(found["failed"].most)  # a repetition without failures hides none of another
     latencies = {
         kind: {part: _median(found, f"{kind}.{part}") for part in ("mean", "median", "p99")} for kind in LATENCIES
     }

@@ -28,6 +28,8 @@ def arrival_times_s(num_requests: int, rate: float | None, burstiness: float, se
         return [0.0] * num_requests
     gaps_s = np.random.default_rng(seed).gamma(burstiness, 1 / (rate * burstiness), num_requests)
     times_s = np.cumsum(gaps_s)
+    if not times_s[-1]:  # a burstiness near 0: all of them are one burst
+        return [num_requests / rate] * num_requests
     return (times_s * (num_requests / rate / times_s[-1])).tolist()
 
 
@@ -54,7 +56,7 @@ async def send_all(
             try:
                 content = await asyncio.to_thread(body)
             except UserError as error:
-                return Reply(now_s := time.perf_counter(), now_s, error=str(error))
+                return Reply(now_s := time.perf_counter(), now_s, error=str(error), is_mistake=True, is_sent=False)
             return await client.chat(content)
 
     begun_s = time.perf_counter()

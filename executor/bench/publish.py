@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from executor.bench.document import document, errors_of
-from executor.bench.results import Report, save
+from executor.bench.results import Report, is_results_file, save
 from executor.bench.table import beside_table, load_table, overview_table, startup_table
 from executor.errors import UserError
 from executor.recipe.schema import Recipe
@@ -24,33 +24,34 @@ def results_place(recipe: Recipe, mode: str, created: str) -> Path:
 
     Raises UserError, before anything is measured, where no file can be there.
     """
-    if recipe.bench.results_path is not None:
-        path = Path(recipe.bench.results_path).expanduser()
-    else:
-        time = created[:19].replace("-", "").replace(":", "").replace("T", "_")
-        folder = Path(recipe.model.output_path).expanduser()
-        names = (f"bench_{mode}_{time}{more}.json" for more in ("", *(f"_{number}" for number in range(2, 1000))))
-        path = next(folder / name for name in names if not (folder / name).exists())
     key = "bench_config.results_path" if recipe.bench.results_path is not None else "model_config.output_path"
-    is_new = not path.exists()
+    path = Path(recipe.bench.results_path or recipe.model.output_path)
     try:
+        path = path.expanduser()
+        if recipe.bench.results_path is None:
+            time = created[:19].replace("-", "").replace(":", "").replace("T", "_")
+            names = (f"bench_{mode}_{time}{more}.json" for more in ("", *(f"_{number}" for number in range(2, 1000))))
+            path = next(path / name for name in names if not (path / name).exists())
+        is_new = not path.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8"):
             pass
         if is_new:
             path.unlink()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of nobody
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{key}: results go to {path}, which cannot be written ({reason}); give another place"
         ) from error
+    if not is_new and path.is_file() and not is_results_file(path):
+        raise UserError(f"{key}: {path} is there and holds no results of bench; give another file")
     return path
 
 
 def publish(recipe: Recipe, report: Report, path: Path, out: TextIO) -> tuple[dict[str, Any], int]:
     """Print, save and draw a report with at least one point; the document and the exit status.
 
-    Status 2 where any request failed: their times are in no figure.
+    A failed request is a result, told beside the figures, which are of the others. Status 2 only where all failed.
     """
     for point in report.points:
         if len(report.points) > 1:
@@ -74,4 +75,5 @@ def publish(recipe: Recipe, report: Report, path: Path, out: TextIO) -> tuple[di
     errors = errors_of(report)
     for reason, count in errors.items():
         logger.error("%d requests failed: %s", count, reason)
-    return told, 2 if errors else 0
+    answered = any(request.error is None for point in report.points for run in point.runs for request in run.requests)
+    return told, 0 if answered else 2

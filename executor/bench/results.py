@@ -9,13 +9,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from executor.errors import UserError
 
 SCHEMA_VERSION = 1
 FORM = "bench"
 TIME_DIGITS = 6  # of seconds in a file: microseconds
+AtLeast0 = Annotated[int, Field(ge=0)]
+_HEAD = f'{{"form": "{FORM}"'.encode()
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,10 @@ class RequestResult:
     sent_s: float
     ended_s: float
     token_times_s: tuple[float, ...] = ()
-    prompt_tokens: int = 0  # pictures among them
-    vision_tokens: int = 0
-    output_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    prompt_tokens: AtLeast0 = 0  # pictures among them
+    vision_tokens: AtLeast0 = 0
+    output_tokens: AtLeast0 = 0
+    cached_tokens: AtLeast0 = 0  # of the prompt, found in the prefix cache
     error: str | None = None
 
     @property
@@ -48,7 +52,7 @@ class RequestResult:
 class Run:
     """One repetition: all requests of one load, from the first one sent to the last one's end."""
 
-    duration_s: float
+    duration_s: Annotated[float, Field(gt=0)]
     requests: tuple[RequestResult, ...]
     stages_s: Mapping[str, float] = field(default_factory=dict)  # stage -> seconds; empty where it cannot be seen
     model_tpot_s: float | None = None  # of a decode step in the model alone, without the host's work around it
@@ -97,7 +101,7 @@ class Point:
     """One load and its repetitions; warm-ups are not among them."""
 
     load: Load
-    runs: tuple[Run, ...]
+    runs: Annotated[tuple[Run, ...], Field(min_length=1)]
     floor: Floor | None = None
 
 
@@ -116,12 +120,18 @@ class Report:
     mode: str  # latency, throughput or serve
     dataset: str
     created: str  # ISO 8601, UTC
-    recipe: Mapping[str, Any]
+    recipe: Mapping[str, Mapping[str, Any]]
     workload: Mapping[str, Any]
     machine: Mapping[str, Any]
     versions: Mapping[str, str]
-    points: tuple[Point, ...]
+    points: Annotated[tuple[Point, ...], Field(min_length=1)]
     startup: Startup = Startup()
+
+
+for _kind in (RequestResult, Run, Floor, Load, Point, Startup, Report):
+    _kind.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_FORM = TypeAdapter(Report)
+"""What a file must hold. Objects that are made here are not looked at."""
 
 
 def recipe_tree(recipe: Any) -> dict[str, Any]:
@@ -146,7 +156,7 @@ def save(report: Report, path: Path) -> None:
 def load(path: Path) -> Report:
     """Read a report. Raises UserError for a file that is none, or of another version."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give a file that bench has written") from error
     except (ValueError, RecursionError) as error:
@@ -159,28 +169,25 @@ def load(path: Path) -> Report:
     if version != SCHEMA_VERSION:
         raise UserError(f"{path} has schema_version {version!r}, this release reads {SCHEMA_VERSION}; measure again")
     try:
-        return _report(tree)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} is no whole results file of bench ({error}); measure again") from error
+        report = _FORM.validate_json(json.dumps(tree))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is no whole results file of bench ({where}: {first['msg']}); measure again") from error
+    if not isinstance(report.recipe.get("model_config", {}).get("model_path"), str):
+        raise UserError(f"{path} is no whole results file of bench (recipe.model_config.model_path); measure again")
+    return report
 
 
-def _report(tree: dict[str, Any]) -> Report:
-    points = []
-    for point in tree.pop("points"):
-        runs = []
-        for run in point.pop("runs"):
-            requests = tuple(
-                RequestResult(**{**each, "token_times_s": tuple(each["token_times_s"])}) for each in run.pop("requests")
-            )
-            runs.append(Run(requests=requests, **run))
-        floor = point.pop("floor")
-        points.append(
-            Point(load=Load(**point.pop("load")), runs=tuple(runs), floor=None if floor is None else Floor(**floor))
-        )
-        if point:
-            raise KeyError(f"unknown key {next(iter(point))}")
-    startup = Startup(**tree.pop("startup"))
-    return Report(points=tuple(points), startup=startup, **tree)
+def is_results_file(path: Path) -> bool:
+    """Whether a file may be overwritten with results: it has some, or nothing."""
+    with open(path, "rb") as file:
+        head = file.read(len(_HEAD))
+    return head in (b"", _HEAD)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _rounded(value: Any) -> Any:

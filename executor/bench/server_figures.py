@@ -5,6 +5,7 @@ such figures, and nothing is made of that.
 """
 
 import asyncio
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 
 from executor.bench.client import METRICS, Client
 
+LOOK_S = 5.0
+"""In which /metrics must answer: a run does not wait for a server that never does."""
 FIRST_SAMPLE_S, SAMPLE_S = 0.1, 1.0
 """When gauges are looked at during a run, and how often then: a look costs the server about a millisecond."""
 STAGE_SECONDS = "qwenvl:stage_seconds_total"
@@ -47,7 +50,7 @@ def parse(text: str) -> dict[str, float]:
         stage = _STAGE.search(labels) if name == STAGE_SECONDS else None
         key = f"{name}/{stage[1]}" if stage else name
         values[key] = values.get(key, 0.0) + float(value)
-    return values
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 @asynccontextmanager
@@ -71,6 +74,7 @@ def _fill(
     found: ServerFigures, before: Mapping[str, float], after: Mapping[str, float], most: dict[str, float]
 ) -> None:
     grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    grown = {name: value for name, value in grown.items() if value >= 0}  # a server that was started again counts anew
     prefix = f"{STAGE_SECONDS}/"
     found.stages_s = {name.removeprefix(prefix): value for name, value in grown.items() if name.startswith(prefix)}
     if "decode" in found.stages_s and grown.get(DECODE_STEPS):
@@ -90,7 +94,8 @@ async def _look(client: Client, most: dict[str, float]) -> None:
 async def _read(client: Client) -> dict[str, float]:
     """{} where nothing can be read."""
     try:
-        status, content = await client.get(METRICS)
+        async with asyncio.timeout(LOOK_S):
+            status, content = await client.get(METRICS)
         return parse(content.decode()) if status == 200 else {}
     except (OSError, TimeoutError, ValueError):
         return {}

@@ -9,6 +9,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from executor.errors import shortened
+
+KEPT_BYTES = 80  # of what is no stream of chunks, for people
 PIECES = ("content", "reasoning_content", "reasoning", "tool_calls")
 
 
@@ -19,12 +22,13 @@ class ChatStream:
         self.piece_times_s: list[float] = []
         self.ended_s = 0.0  # when the last chunk of the answer came
         self.prompt_tokens = self.output_tokens = self.cached_tokens = 0
-        self.has_usage = self.is_finished = False
+        self.has_usage = self.is_finished = self.has_events = False
         self.error: str | None = None
-        self._rest = b""
+        self._rest = self._begin = b""
 
     def feed(self, data: bytes, now_s: float) -> None:
         """What came at `now_s`."""
+        self._begin = self._begin or data[:KEPT_BYTES]
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
@@ -32,8 +36,12 @@ class ChatStream:
 
     def fault(self) -> str | None:
         """Why this is no whole answer, once nothing more comes; None for one that is."""
+        if self._rest.startswith(b"data:"):  # a last line without its end
+            self.feed(b"\n", self.ended_s)
         if self.error is not None:
             return self.error
+        if not self.has_events and self._begin:
+            return f"the answer is no stream of events: {shortened(self._begin.decode(errors='replace'))}"
         if not self.is_finished:
             return "the stream ended before the answer did"
         if not self.piece_times_s:
@@ -41,29 +49,30 @@ class ChatStream:
         return None
 
     def _event(self, content: bytes, now_s: float) -> None:
+        self.has_events = True
         if content == b"[DONE]":
             self.is_finished = True
             return
         try:
             self._chunk(json.loads(content), now_s)
-        except (ValueError, TypeError, AttributeError):
-            self.error = (
-                f"the stream holds an event that is no chunk of a chat: {content[:80].decode(errors='replace')}"
-            )
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            words = shortened(content[:KEPT_BYTES].decode(errors="replace"))
+            self.error = f"the stream holds an event that is no chunk of a chat: {words}"
 
     def _chunk(self, chunk: Mapping[str, Any], now_s: float) -> None:
         """Raises TypeError or AttributeError for something of another form."""
         told = chunk.get("error")
         if told:
-            self.error = f"in the stream: {told.get('message', told) if isinstance(told, dict) else told}"
+            words = (told.get("message") or told) if isinstance(told, dict) else told
+            self.error = f"in the stream: {shortened(str(words))}"
         for choice in chunk.get("choices") or ():
             self._choice(choice, now_s)
         usage = chunk.get("usage")
         if usage:
+            details = usage.get("prompt_tokens_details") or {}
+            counts = usage.get("prompt_tokens"), usage.get("completion_tokens"), details.get("cached_tokens")
+            self.prompt_tokens, self.output_tokens, self.cached_tokens = map(_count, counts)
             self.has_usage = True
-            self.prompt_tokens = usage.get("prompt_tokens") or 0
-            self.output_tokens = usage.get("completion_tokens") or 0
-            self.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
 
     def _choice(self, choice: Mapping[str, Any], now_s: float) -> None:
         delta = choice.get("delta") or {}
@@ -74,3 +83,12 @@ class ChatStream:
             self.piece_times_s.append(now_s)
         self.is_finished = self.is_finished or ends
         self.ended_s = now_s
+
+
+def _count(value: Any) -> int:
+    """A number of tokens; 0 where none is told. TypeError for what is none."""
+    if value is None:
+        return 0
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise TypeError(f"{value!r} is no number of tokens")
+    return value

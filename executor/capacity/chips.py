@@ -1,7 +1,7 @@
 """Chips as the planner knows them: a file of config/device/ each, with a source for every figure.
 
 A chip is what one rank computes on: a die of Atlas 800I A2 or A3, one of the two chips of an Atlas 300I DUO, or a CPU
-(executor/capacity/host_chip.py measures that one). Figures are those printed for the hardware, not reached by any
+(executor/bench/probe.py measures that one). Figures are those printed for the hardware, not reached by any
 program. Knows no model and no recipe.
 """
 

@@ -21,7 +21,10 @@ def find_path(path: str | Path) -> Path:
 
     A path found in neither comes back as it was given, so that the caller's error shows what the user wrote.
     """
-    given = Path(path).expanduser()
+    try:
+        given = Path(path).expanduser()
+    except RuntimeError:  # ~ of nobody is a name like any other
+        given = Path(path)
     if given.is_absolute() or given.exists():
         return given
     in_repository = REPO_ROOT / given

@@ -56,6 +56,33 @@ def test_other_files_are_refused(tmp_path, change, words):
         load(path)
 
 
+@pytest.mark.parametrize(
+    "place, value",
+    [
+        *((("points", 0, "runs", 0, "duration_s"), value) for value in (0, -1, None, "1", float("nan"))),
+        *((("points", 0, "runs", 0, "requests", 0, "token_times_s"), value) for value in ([None], ["a"], {})),
+        (("points", 0, "runs", 0, "requests", 0, "output_tokens"), "x"),
+        (("points", 0, "runs", 0, "stages_s"), None),
+        (("points", 0, "runs"), []),
+        (("points",), []),
+        (("recipe",), {}),
+        (("machine",), None),
+        (("versions",), []),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, place, value):
+    """Each of these was a traceback of `bench compare`, or NaN in its JSON."""
+    path = tmp_path / "a.json"
+    save(report(), path)
+    tree = part = json.loads(path.read_text())
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="no whole results file|holds no JSON"):
+        load(path)
+
+
 def test_what_is_no_file_and_what_is_no_json(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         load(tmp_path / "none.json")

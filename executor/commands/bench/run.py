@@ -1,10 +1,13 @@
 """The `bench` command: which mode measures, and what can be refused before anything is loaded."""
 
+import logging
 import sys
 from typing import Any, TextIO
 
 from executor.errors import UserError
 from executor.recipe.schema import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe, out: TextIO | None = None) -> tuple[dict[str, Any], int]:
@@ -22,6 +25,10 @@ def run(recipe: Recipe, out: TextIO | None = None) -> tuple[dict[str, Any], int]
 def check(recipe: Recipe) -> None:
     """UserError for settings that say nothing, or cannot be."""
     bench, generation = recipe.bench, recipe.generation
+    if recipe.model.profile:
+        is_elsewhere = bench.mode == "serve" and bench.base_url is not None
+        words = "does nothing to a server elsewhere" if is_elsewhere else "costs time: these figures are no speeds"
+        logger.warning("model_config.profile: recording %s", words)
     if (generation.n or 1) > 1:
         raise UserError(f"generation_config.n is {generation.n}: bench measures one answer of a request; set it to 1")
     if bench.mode == "latency":

@@ -39,7 +39,8 @@ def measure(recipe: Recipe, out: TextIO) -> tuple[dict[str, Any], int]:
     """Everything that the recipe asks for, printed and saved; the JSON document and the exit status.
 
     Raises UserError for a server that is not there, refuses the key or has not the model, and RuntimeError where the
-    recipe's own ends.
+    recipe's own ends. After an interruption the runs that were whole are printed and saved, and KeyboardInterrupt says
+    so.
     """
     import uvloop
 
@@ -52,7 +53,13 @@ def measure(recipe: Recipe, out: TextIO) -> tuple[dict[str, Any], int]:
     dataset, num_requests = _requests(recipe, len(loads))
     with own_server(recipe) if endpoint is None else nullcontext() as server:
         serving = Serving(recipe, dataset, num_requests, endpoint or server.endpoint, server)
-        points = uvloop.run(serving.all_points(loads))
+        is_whole = True
+        try:
+            uvloop.run(serving.all_runs(loads))
+        except KeyboardInterrupt:
+            is_whole = False
+    if not serving.runs:
+        raise KeyboardInterrupt("before anything was measured")
     report = Report(
         mode="serve",
         dataset=recipe.data.dataset,
@@ -61,10 +68,13 @@ def measure(recipe: Recipe, out: TextIO) -> tuple[dict[str, Any], int]:
         workload=workload(recipe, dataset.first(num_requests)),
         machine=machine(recipe, is_remote=server is None),
         versions=versions(),
-        points=points,
+        points=tuple(Point(load, tuple(runs)) for load, runs in serving.runs.items()),
         startup=serving.startup,
     )
-    return publish(recipe, report, path, out)
+    document, status = publish(recipe, report, path, out)
+    if not is_whole:
+        raise KeyboardInterrupt(f"what was measured until then is in {path}")
+    return document, status if serving.saw_mistake else min(status, 1)
 
 
 def _requests(recipe: Recipe, num_loads: int) -> tuple[Dataset, int]:
@@ -78,7 +88,7 @@ def _requests(recipe: Recipe, num_loads: int) -> tuple[Dataset, int]:
 
 
 class Serving:
-    """The runs on one server."""
+    """The runs on one server; `runs` has those that were whole, by load, also after an interruption."""
 
     def __init__(
         self, recipe: Recipe, dataset: Dataset, num_requests: int, endpoint: Endpoint, server: OwnServer | None
@@ -86,10 +96,13 @@ class Serving:
         self.recipe, self.dataset, self.num_requests = recipe, dataset, num_requests
         self.endpoint, self.server = endpoint, server
         self.startup = Startup()
+        self.runs: dict[Load, list[Run]] = {}
+        self.saw_mistake = False  # some request was refused for what it is
         self._model_name = ""
         self._num_drawn = 0  # samples that have been sent; the next ones come after them
 
-    async def all_points(self, loads: list[Load]) -> tuple[Point, ...]:
+    async def all_runs(self, loads: list[Load]) -> None:
+        """Every load once, with its warm-ups before, then every load again: see executor.bench.workload."""
         if self.server is not None:
             logger.info("starting the recipe's server at %s", self.endpoint.url)
             await self.server.ready()
@@ -98,21 +111,21 @@ class Serving:
         self._model_name = await model_name(self.endpoint, self.recipe.server.served_model_name)
         client = Client(self.endpoint, self.recipe.bench.timeout_s)
         try:
-            return tuple([Point(load, await self._runs(client, load)) for load in loads])
+            for number in range(self.recipe.bench.repetitions):
+                for load in loads:
+                    if number == 0:
+                        await self._warm_up(client, load)
+                    run = await self._run(client, load, number)
+                    if self.server is not None:
+                        self.server.check()
+                    self.runs.setdefault(load, []).append(run)
         finally:
             client.close()
 
-    async def _runs(self, client: Client, load: Load) -> tuple[Run, ...]:
-        bench = self.recipe.bench
-        bodies = self._bodies(bench.warmups)
+    async def _warm_up(self, client: Client, load: Load) -> None:
+        bodies = self._bodies(self.recipe.bench.warmups)
         replies, *_ = await send_all(client, bodies, [0.0] * len(bodies), load.concurrency)
-        self._judge_warmups(replies)
-        runs = []
-        for number in range(bench.repetitions):
-            runs.append(await self._run(client, load, number))
-            if self.server is not None:
-                self.server.check()
-        return tuple(runs)
+        self._judge_warmups([reply for reply in replies if reply.is_sent])
 
     async def _run(self, client: Client, load: Load, number: int) -> Run:
         bodies = self._bodies(self.num_requests)
@@ -122,6 +135,7 @@ class Serving:
             replies, begun_s, duration_s = await send_all(client, bodies, arrivals_s, load.concurrency)
             cpu_s = time.process_time() - cpu_s
         num_failed = sum(reply.error is not None for reply in replies)
+        self.saw_mistake = self.saw_mistake or any(reply.is_mistake for reply in replies)
         logger.info(
             "%s, run %d of %d: %d requests in %.1f s%s",
             load.words, number + 1, self.recipe.bench.repetitions, len(replies), duration_s,
@@ -166,10 +180,10 @@ class Serving:
                     self.endpoint.url,
                 )
             return
-        words = f"{self.endpoint.url} answers none of these requests: {replies[0].error}"
+        words = f"{self.endpoint.url} answers none of the warm-ups: {replies[0].error}"
         if self.server is not None:
             self.server.check()
-        if replies[0].error.startswith("HTTP 4"):
+        if replies[0].is_mistake:
             raise UserError(words)
         raise RuntimeError(words)
 
@@ -218,7 +232,7 @@ async def model_name(endpoint: Endpoint, wanted: str | None) -> str:
         raise UserError(f"server_config.served_model_name: {endpoint.url} has no model {wanted!r}; {', '.join(names)}")
     if not names:
         raise UserError(
-            f"{endpoint.url} does not say at {MODELS} what it serves (HTTP {status}); set "
+            f"{endpoint.url} does not say at {MODELS} what it serves (HTTP {status}: {words_of(content)}); set "
             f"server_config.served_model_name, if it has {CHAT} at all"
         )
     return names[0]
@@ -226,6 +240,7 @@ async def model_name(endpoint: Endpoint, wanted: str | None) -> str:
 
 def _names(content: bytes) -> list[str]:
     try:
-        return [str(model["id"]) for model in json.loads(content)["data"]]
-    except (ValueError, TypeError, KeyError):
+        names = [model["id"] for model in json.loads(content)["data"]]
+        return [name for name in names if isinstance(name, str) and name]
+    except (ValueError, TypeError, KeyError, RecursionError):
         return []

@@ -84,7 +84,7 @@ def test_throughput_asks_all_at_once_and_names_what_failed(recipe, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(rows.read_text() + json.dumps({"question": "What?", "image": "none.png"}) + "\n")
     document, status, printed = measured(recipe.replace(bench={"warmups": 0, "repetitions": 1}))
-    assert status == 2
+    assert status == 0  # a failed request is a result
     assert (document["mode"], document["requests"], document["failed"]) == ("throughput", 4, 1)
     assert document["output_tokens"] == 15
     assert "none.png" in next(iter(document["errors"])) and list(document["errors"].values()) == [1]
@@ -113,6 +113,14 @@ def test_results_go_where_the_recipe_says(recipe, tmp_path):
     document, _, printed = measured(recipe)
     assert document["results_path"] == str(place) and f"results: {place}" in printed
     assert load(place).workload["max_new_tokens"] == 5
+
+
+def test_files_of_other_kinds_are_not_overwritten(recipe, tmp_path):
+    place = tmp_path / "mine.txt"
+    place.write_text("dear")
+    with pytest.raises(UserError, match="holds no results of bench"):
+        measured(recipe.replace(bench={"results_path": str(place)}))
+    assert place.read_text() == "dear"
 
 
 def test_an_interruption_leaves_what_was_measured(recipe, tmp_path, monkeypatch):

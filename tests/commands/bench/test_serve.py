@@ -86,7 +86,7 @@ def test_rows_of_a_file_are_asked_in_every_run(recipe_of, tmp_path):
     with Scripted(lambda number, body: even(2)).in_thread() as server:
         words = ("data_config.dataset=jsonl", f"data_config.dataset_path={rows}", "generation_config.max_new_tokens=9")
         document, status, _ = measured(recipe_of(server.url, *words, "data_config.limit=null"))
-    assert status == 2 and (document["requests"], document["failed"]) == (3, 1)
+    assert status == 0 and (document["requests"], document["failed"]) == (3, 1)
     (reason,) = document["errors"]
     assert "rows.jsonl:3: not valid JSON" in reason and document["errors"][reason] == 2
     asked = [asked.body for asked in server.asked]
@@ -98,7 +98,7 @@ def test_refusals_are_counted_with_their_words(recipe_of):
     full = Answer(status=429, content=b'{"error": {"message": "the queue is full"}}')
     with Scripted(lambda number, body: full if number % 3 == 2 else even(2)).in_thread() as server:
         document, status, table = measured(recipe_of(server.url, "bench_config.concurrencies=1"))
-    assert status == 2 and document["failed"] == 2 and document["errors"] == {"HTTP 429: the queue is full": 4}
+    assert status == 0 and document["failed"] == 2 and document["errors"] == {"HTTP 429: the queue is full": 4}
     assert re.search(r"Failed requests: +2\n", table)
     assert len(server.asked) == 1 + 2 * 6  # none is sent again
 
@@ -145,7 +145,10 @@ def test_nobody_is_there(recipe_of):
     [
         ({"key": "secret"}, "refuses the key .HTTP 401: the API key is wrong.; set server_config.api_key"),
         ({"models": ("a", "b")}, "has no model 'other'; a, b"),
-        ({"models": ()}, "does not say at /v1/models what it serves .HTTP 200.; set server_config.served_model_name"),
+        (
+            {"models": ()},
+            "does not say at /v1/models what it serves .HTTP 200: .*; set server_config.served_model_name",
+        ),
     ],
 )
 def test_the_wrong_key_and_the_wrong_model(recipe_of, settings, words):
@@ -162,10 +165,10 @@ def test_a_key_is_sent_and_not_kept(recipe_of):
     assert status == 0 and "secret" not in Path(document["results_path"]).read_text()
 
 
-@pytest.mark.parametrize("status, kind", [(400, UserError), (500, RuntimeError)])
+@pytest.mark.parametrize("status, kind", [(400, UserError), (429, RuntimeError), (500, RuntimeError)])
 def test_a_server_that_answers_none_of_the_warm_ups(recipe_of, status, kind):
     refusal = Answer(status=status, content=b'{"error": {"message": "too long"}}')
-    words = f"answers none of these requests: HTTP {status}: too long"
+    words = f"answers none of the warm-ups: HTTP {status}: too long"
     with Scripted(lambda number, body: refusal).in_thread() as server, pytest.raises(kind, match=words):
         run(recipe_of(server.url))
     assert len(server.asked) == 1
@@ -176,6 +179,95 @@ def test_a_server_that_counts_no_tokens(recipe_of, caplog):
         document, status, _ = measured(recipe_of(server.url))
     assert status == 0 and (document["input_tokens"], document["output_tokens"]) == (0, 24)
     assert "does not count tokens" in caplog.text and "tokens_per_piece" not in document["beside"]
+
+
+@pytest.mark.parametrize("status, exit_status", [(404, 2), (429, 1), (500, 1)])
+def test_where_all_failed_the_exit_status_says_whose_fault_it_is(recipe_of, status, exit_status):
+    refusal = Answer(status=status, content=b"no")
+    with Scripted(lambda number, body: refusal).in_thread() as server:
+        document, found, _ = measured(recipe_of(server.url, "bench_config.warmups=0"))
+    assert found == exit_status and document["failed"] == document["requests"] == 6
+
+
+def test_a_row_that_cannot_be_sent_is_no_warm_up(recipe_of, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{broken\n{"question": "Two?"}\n')
+    with Scripted(lambda number, body: even(2)).in_thread() as server:
+        words = ("data_config.dataset=jsonl", f"data_config.dataset_path={rows}")
+        document, status, _ = measured(recipe_of(server.url, *words))
+    assert status == 0 and (document["requests"], document["failed"]) == (2, 1)
+
+
+def test_failures_of_one_repetition_are_told(recipe_of):
+    """Of three repetitions one has a failure: their median is 0."""
+    broken = Answer(status=500, content=b"no")
+    with Scripted(lambda number, body: broken if number == 3 else even(2)).in_thread() as server:
+        words = ("bench_config.repetitions=3", "data_config.limit=2", "bench_config.warmups=0")
+        document, status, table = measured(recipe_of(server.url, *words))
+    assert status == 0 and document["failed"] == 1 and re.search(r"Failed requests: +1\n", table)
+
+
+def test_an_interruption_leaves_what_was_measured(recipe_of, tmp_path, monkeypatch):
+    """Every load once before any is measured again; the run that is interrupted is not counted."""
+    from executor.commands.bench import serve
+
+    whole, calls = serve.Serving._run, []
+
+    async def interrupted(self, client, load, number):
+        calls.append(load)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return await whole(self, client, load, number)
+
+    monkeypatch.setattr(serve.Serving, "_run", interrupted)
+    place = tmp_path / "mine.json"
+    words = ("bench_config.concurrencies=[1,2]", f"bench_config.results_path={place}")
+    scripted = Scripted(lambda number, body: even(2))
+    with scripted.in_thread() as server, pytest.raises(KeyboardInterrupt, match="mine.json"):
+        measured(recipe_of(server.url, *words))
+    assert [(point.load.concurrency, len(point.runs)) for point in load(place).points] == [(1, 2), (2, 1)]
+
+
+def test_every_figure_is_that_of_the_rows(recipe_of):
+    """The table and the JSON line, computed again by hand from the file's requests."""
+    script = lambda number, body: even(2 + number % 5, ttft_s=0.01, gap_s=0.002, prompt_tokens=10 + number)  # noqa: E731
+    with Scripted(script).in_thread() as server:
+        document, _, table = measured(recipe_of(server.url, "bench_config.repetitions=1", "bench_config.warmups=2"))
+    (run_,) = json.loads(Path(document["results_path"]).read_text())["points"][0]["runs"]
+    rows, duration_s = run_["requests"], run_["duration_s"]
+    assert len(rows) == 6 and len(server.asked) == 2 + 6
+    tokens, prompts = sum(row["output_tokens"] for row in rows), sum(row["prompt_tokens"] for row in rows)
+    assert (tokens, prompts) == (sum(2 + n % 5 for n in range(2, 8)), sum(10 + n for n in range(2, 8)))  # no warm-ups
+    ttft = [row["token_times_s"][0] - row["sent_s"] for row in rows]
+    times = [row["token_times_s"] for row in rows]
+    gaps = [after - before for each in times for before, after in zip(each, each[1:], strict=False)]
+    e2e = [row["ended_s"] - row["sent_s"] for row in rows]
+    tpot = [(e - t) / (row["output_tokens"] - 1) for e, t, row in zip(e2e, ttft, rows, strict=True)]
+    expected = {
+        "duration_s": duration_s,
+        "request_per_s": 6 / duration_s,
+        "output_tokens_per_s": tokens / duration_s,
+        "total_tokens_per_s": (tokens + prompts) / duration_s,
+    }
+    for name, value in expected.items():
+        assert document[name] == pytest.approx(value, rel=1e-4)
+    lines = dict(re.findall(r"^(.*?): +([\d.]+)$", table, re.MULTILINE))
+    assert float(lines["Total input tokens"]) == prompts and float(lines["Total generated tokens"]) == tokens
+    assert float(lines["Output token throughput (tok/s)"]) == pytest.approx(tokens / duration_s, abs=0.02)
+    for kind, word, values in (("ttft_ms", "TTFT", ttft), ("tpot_ms", "TPOT", tpot), ("itl_ms", "ITL", gaps),
+                               ("e2e_ms", "E2EL", e2e)):  # fmt: skip
+        ordered = sorted(values)
+        place = 0.99 * (len(ordered) - 1)
+        below = int(place)
+        above = ordered[min(below + 1, len(ordered) - 1)]
+        half = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+        for part, label, value in (
+            ("mean", "Mean", sum(values) / len(values)),
+            ("median", "Median", half),
+            ("p99", "P99", ordered[below] + (place - below) * (above - ordered[below])),
+        ):
+            assert document[kind][part] == pytest.approx(1000 * value, abs=0.003)
+            assert float(lines[f"{label} {word} (ms)"]) == pytest.approx(1000 * value, abs=0.01)
 
 
 @pytest.fixture(scope="module")
