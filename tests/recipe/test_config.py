@@ -66,7 +66,7 @@ def test_a_replacement_is_checked(write):
     ("text", "parts"),
     [
         ("", ["is empty", "quickstart.yaml"]),
-        ("- a\n", ["sections", "list"]),
+        ("- a\n", ["`key: value` lines", "list"]),
         ("model_config: [", ["line 1", "not valid YAML"]),
         ("model_config:\n\tmodel_path: x", ["line 2", "not valid YAML"]),
         ("model_config:\n  model_path: a\n  model_path: b\n", ["line 3", "'model_path' is there twice"]),

@@ -40,8 +40,8 @@ def measured(recipe: Recipe) -> tuple[dict, int, str]:
 
 
 def test_the_figures_are_those_that_were_scripted(recipe_of):
-    """Ten requests one at a time, each with 0.1 s to the first token and 19 gaps of 10 ms."""
-    scripted = Scripted(lambda number, body: even(20, ttft_s=0.1, gap_s=0.01, prompt_tokens=50))
+    """Ten requests one at a time, each with 0.1 s to the first token and 19 gaps of 20 ms."""
+    scripted = Scripted(lambda number, body: even(20, ttft_s=0.1, gap_s=0.02, prompt_tokens=50))
     with scripted.in_thread() as server:
         recipe = recipe_of(server.url, "bench_config.concurrencies=1", "data_config.limit=5")
         document, status, table = measured(recipe)
@@ -53,13 +53,13 @@ def test_the_figures_are_those_that_were_scripted(recipe_of):
     for number, repetition in enumerate(report.points[0].runs):
         scripted_s = answers_s[1 + 5 * number : 6 + 5 * number]
         summary = summarize(repetition)
-        # What the server sent, by its own clock: the figures cannot be better, and are hardly worse.
+        # What the server sent, by its own clock. Wide bounds: the machine may be busy with something else.
         tpot_ms = 1000 * sum((sent[-1] - sent[0]) / 19 for sent in scripted_s) / 5
-        assert summary.tpot_ms.mean == pytest.approx(tpot_ms, rel=0.2)
-        assert summary.itl_ms.mean == pytest.approx(tpot_ms, rel=0.2)
-        assert 100 <= summary.ttft_ms.mean < 150
+        assert summary.tpot_ms.mean == pytest.approx(tpot_ms, rel=0.5)
+        assert summary.itl_ms.mean == pytest.approx(tpot_ms, rel=0.5)
+        assert 100 <= summary.ttft_ms.mean < 400
         whole_s = sum(sent[-1] - sent[0] + 0.1 for sent in scripted_s)
-        assert whole_s <= summary.duration_s < 1.5 * whole_s
+        assert whole_s <= summary.duration_s < 3 * whole_s
         assert summary.output_tokens_per_s == pytest.approx(100 / summary.duration_s)
     assert re.search(r"Successful requests: +5\n", table) and "Mean TTFT (ms)" in table
 
