@@ -81,7 +81,10 @@ def test_it_ends_with_bench(tmp_path, number, status):
     wait_for(lambda: not is_there(server))
     assert bench.returncode == status, stderr[-3000:]
     if number == signal.SIGINT:
-        assert json.loads(stdout.strip().splitlines()[-1]) == {"command": "bench", "error": "interrupted"}
+        assert json.loads(stdout.strip().splitlines()[-1]) == {
+            "command": "bench",
+            "error": "interrupted: before anything was measured",
+        }
 
 
 def test_a_mistake_in_the_recipe_is_told_as_serve_tells_it():
