@@ -172,7 +172,8 @@ def join(
         text.num_layers, num_blocks + spare, limits.block_size, attention.num_kv_heads, text.head_dim, dtype,
         normed=attention.q_norm is not None, scales=cache_scales(model),
     )  # fmt: skip
-    sampler = Sampler(text.vocab_size, device.device, eos_token_ids=processor.eos_token_ids, dtype=dtype)
+    eos_token_ids, on_host = processor.eos_token_ids, device.name == "cpu"
+    sampler = Sampler(text.vocab_size, device.device, eos_token_ids, dtype, reads_freely=on_host)
     runner = Runner(model, device, kv, limits.block_size, sampler, processor.picture, dtype, replica)
     processor.around_media = partial(runner.clock.beside, "media")
     if sizes:

@@ -74,7 +74,8 @@ class _Rows:
 class Sampler:
     """Samples rows; keeps the token counts of requests with penalties until `forget`.
 
-    `dtype`: what the model computes in, from which logits that are not finite are explained.
+    `dtype`: what the model computes in, from which logits that are not finite are explained. `reads_freely`: logits lie
+    in host memory, and not only because a chip is emulated there, whose logits must stay on it; None: by `device`.
     """
 
     def __init__(
@@ -83,10 +84,12 @@ class Sampler:
         device: torch.device | str,
         eos_token_ids: Sequence[int] = (),
         dtype: torch.dtype = torch.float32,
+        reads_freely: bool | None = None,
     ) -> None:
         self.vocab_size = vocab_size
         self.dtype = dtype
         self.device = torch.device(device)
+        self.reads_freely = self.device.type == "cpu" if reads_freely is None else reads_freely
         self.penalties = Penalties(vocab_size, self.device)
         self.rules = TokenRules(vocab_size, self.device, eos_token_ids)
         self._batch: _Batch | None = None
@@ -166,7 +169,7 @@ class Sampler:
         """Each row's token id, or _FAILED."""
         maxima, params, ways = chunk_maxima(scores), batch.params, batch.ways
         if batch.is_greedy:
-            if self.device.type == "cpu":
+            if self.reads_freely:
                 return _best_on_host(scores, maxima)
             return _best_of_all(scores, maxima, batch.index).tolist()
 
