@@ -98,7 +98,7 @@ def rope_index(family, batch):
 
 
 def patches(processor, item):
-    from executor.media.image import normalize_patchify
+    from executor.media.patches import normalize_patchify
 
     settings = processor.video if item.kind == "video" else processor.picture
     return normalize_patchify(
