@@ -42,7 +42,6 @@ WORDS = {  # command -> what may stand behind it, with how many files; a mode se
     "bench": {"latency": 0, "throughput": 0, "serve": 0, "compare": 2},
     "eval": {"compare": 2},
 }
-MODES = tuple(word for word, files in WORDS["bench"].items() if not files)
 
 SHORT_FORMS = {  # flag -> key; the flag may be written with - or _
     "question": "data_config.prompt",
