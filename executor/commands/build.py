@@ -26,6 +26,8 @@ from executor.engine.profile import Profile
 from executor.engine.replica import Replica
 from executor.engine.runner import Runner
 from executor.engine.sampler import Sampler
+from executor.engine.speculation.ngram import NgramProposer
+from executor.engine.speculation.speculator import Speculator
 from executor.engine.step import ModelStep, cache_scales
 from executor.host.env import code_digest, rank_place
 from executor.media.fetch import Fetcher
@@ -37,7 +39,7 @@ from executor.prompt.options import media_options
 from executor.quant.choose import MADE, choose_cache, choose_schemes, make_schemes
 from executor.recipe.graph_sizes import graph_sizes, spare_blocks
 from executor.recipe.memory import estimate
-from executor.recipe.schema import Recipe
+from executor.recipe.schema import Recipe, SpeculativeSection
 from executor.recipe.settle import Prepared, compute_bytes, device_settings, prepare
 from executor.schedule.scheduler import Scheduler
 from models.registry import family_runner
@@ -167,6 +169,7 @@ def join(
         enable_prefix_caching=limits.enable_prefix_caching,
         encoder_cache_tokens=limits.encoder_cache_tokens,
         eos_token_ids=processor.eos_token_ids,
+        max_yield=1 + (recipe.speculative.num_speculative_tokens if recipe.speculative.method else 0),
     )
     kv = device.kv_cache(
         text.num_layers, num_blocks + spare, limits.block_size, attention.num_kv_heads, text.head_dim, dtype,
@@ -178,6 +181,8 @@ def join(
     processor.around_media = partial(runner.clock.beside, "media")
     if sizes:
         runner.graphs = _captured(recipe, runner.step, device, sizes, num_blocks, replica.parallel, decode_graphs)
+    if recipe.speculative.method and replica.leads:
+        runner.speculator = _speculator(recipe.speculative)
     if recipe.model.profile:
         runner.profile = Profile(
             device, model, runner.clock,
@@ -185,6 +190,10 @@ def join(
             num_steps=recipe.model.profile_steps,
         )  # fmt: skip
     return Engine(processor, scheduler, runner, text.vocab_size)
+
+
+def _speculator(settings: SpeculativeSection) -> Speculator:
+    return Speculator(NgramProposer(settings.ngram_min, settings.ngram_max), settings.num_speculative_tokens)
 
 
 def _profile_name(recipe: Recipe, rank: int) -> str:

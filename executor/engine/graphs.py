@@ -75,7 +75,7 @@ class DecodeGraphs:
     def takes(self, rows: Sequence[Row]) -> bool:
         """Whether these rows are a decode step that was captured: one generated token each, every one sampled from."""
         return len(rows) <= self.sizes[-1] and all(
-            row.num_tokens == row.max_yield == 1 and row.start >= len(row.request.prompt.token_ids) for row in rows
+            row.num_inputs == 1 and row.max_yield and row.start >= len(row.request.prompt.token_ids) for row in rows
         )
 
     def __call__(self, rows: Sequence[Row], padded_tokens: int | None = None) -> Tensor:

@@ -26,6 +26,7 @@ class RowMessage:
     num_tokens: int
     max_yield: int
     scored: range
+    draft_ids: tuple[int, ...]
     token_ids: list[int]  # of the answer
     num_kept: int
     block_ids: list[int]
@@ -56,7 +57,7 @@ def to_bytes(message: StepMessage | None) -> bytes:
             arrays += [np.asarray(row.prompt.token_ids, dtype=np.int64), row.prompt.positions.astype(np.int64).ravel()]
             prompt = _described(row.prompt)
         scored = [row.scored.start, row.scored.stop]
-        numbers = (row.number, row.start, row.num_tokens, row.max_yield, scored, row.num_kept)
+        numbers = (row.number, row.start, row.num_tokens, row.max_yield, scored, row.draft_ids, row.num_kept)
         rows.append([*numbers, row.token_ids, row.block_ids, prompt])
     tree = {
         "rows": rows,
@@ -76,13 +77,24 @@ def from_bytes(content: bytes) -> StepMessage | None:
         return None
     numbers = np.frombuffer(content, dtype="<i8", offset=_LENGTH_BYTES + length + -length % 8)
     rows, at = [], 0
-    for number, start, num_tokens, max_yield, scored, num_kept, token_ids, block_ids, described in tree["rows"]:
+    for number, start, num_tokens, max_yield, scored, drafts, num_kept, token_ids, block_ids, described in tree["rows"]:
         prompt = None
         if described is not None:
             end = at + 4 * described["num_tokens"]
             prompt, at = _prompt(described, numbers[at:end]), end
         rows.append(
-            RowMessage(number, start, num_tokens, max_yield, range(*scored), token_ids, num_kept, block_ids, prompt)
+            RowMessage(
+                number,
+                start,
+                num_tokens,
+                max_yield,
+                range(*scored),
+                tuple(drafts),
+                token_ids,
+                num_kept,
+                block_ids,
+                prompt,
+            )  # fmt: skip
         )
     encode = [(_media_from_json(item), tuple(shape), owner) for item, shape, owner in tree["encode"]]
     release = tuple(bytes.fromhex(digest) for digest in tree["release"])

@@ -76,7 +76,7 @@ class Replica:
         plan without rows means that no other replica has any; after `more=False`, that all have ended.
         """
         if self.in_step:
-            num_tokens = sum(row.num_tokens for row in plan.rows)
+            num_tokens = sum(row.num_inputs for row in plan.rows)
             peers = self.parallel.peers
             while True:
                 tokens, eager, going = peers.max(num_tokens, not in_graph, more)
@@ -138,7 +138,7 @@ class Replica:
             num_kept = 0
         known.block_ids = block_ids
         return RowMessage(
-            known.number, row.start, row.num_tokens, row.max_yield, row.scored, token_ids, num_kept,
+            known.number, row.start, row.num_tokens, row.max_yield, row.scored, row.draft_ids, token_ids, num_kept,
             list(block_ids[num_kept:]), prompt,
         )  # fmt: skip
 
@@ -184,4 +184,4 @@ def _updated_row(requests: dict[int, Request], message: RowMessage) -> Row:
     request = requests[message.number]
     request.output_token_ids += message.token_ids
     request.block_ids[message.num_kept :] = message.block_ids
-    return Row(request, message.start, message.num_tokens, message.max_yield, message.scored)
+    return Row(request, message.start, message.num_tokens, message.max_yield, message.scored, message.draft_ids)

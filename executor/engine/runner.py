@@ -25,6 +25,7 @@ from executor.engine.logprobs import PromptScores, TokenLogprobs
 from executor.engine.profile import Profile
 from executor.engine.replica import Replica
 from executor.engine.sampler import Sampled, Sampler
+from executor.engine.speculation.speculator import Speculator, num_right
 from executor.engine.stages import Stage, StageClock
 from executor.engine.step import ModelStep, Visual
 from executor.recipe.peak import ENCODE_TOKENS, SCORED_ROWS
@@ -99,6 +100,7 @@ class Runner:
         self.meanwhile: Callable[[], None] | None = None  # called when the model is to compute, maybe more than once
         self.clock = StageClock()
         self.profile: Profile | None = None  # set by whoever wants one
+        self.speculator: Speculator | None = None  # of a leader, set by whoever wants drafts
         self.decode_inputs = DecodeInputs(device, block_size)
         self._has_assisted = self._has_dismissed = False
 
@@ -108,6 +110,8 @@ class Runner:
 
         Raises what a step of several ranks raises, and defects of ours: nothing is known then of what was done.
         """
+        if self.speculator is not None:
+            plan = self.speculator.extended(plan)
         plan = self.replica.lead(plan, self._is_captured(plan))
         if plan is None:
             return StepResult([])
@@ -131,11 +135,18 @@ class Runner:
         if self.profile is not None:
             self.profile.after_step()
 
-    def _sample(self, plan: Plan, logits: Tensor, requests: Sequence[Request]) -> Sampled:
+    def _sample(
+        self,
+        plan: Plan,
+        logits: Tensor,
+        requests: Sequence[Request],
+        num_tokens: Sequence[int] | None = None,
+        ahead: Sequence[tuple[int, ...]] | None = None,
+    ) -> Sampled:
         # Of a device that computes behind the host's back, the step's tokens are waited for in here.
         booked = _stage_of(plan) if self.device.computes_behind else None
         with self.clock.stage("sampling", booked):
-            return self.sampler.sample(logits, requests)
+            return self.sampler.sample(logits, requests, num_tokens, ahead)
 
     def _computed(self, plan: Plan) -> StepResult:
         if plan.is_decode:
@@ -145,9 +156,12 @@ class Runner:
             return self._result(plan, list(range(len(plan.rows))), sampled, {})
         scores = PromptScores(plan.rows) if any(row.scored for row in plan.rows) else None
         logits = self.forward(plan) if scores is None else self.forward(plan, scores)
+        prompt_logprobs = {} if scores is None else scores.by_row()
+        if any(row.draft_ids for row in plan.rows):
+            return self._verified(plan, logits, prompt_logprobs)
         yielding = [number for number, row in enumerate(plan.rows) if row.max_yield]
         sampled = self._sample(plan, logits, [plan.rows[number].request for number in yielding])
-        return self._result(plan, yielding, sampled, {} if scores is None else scores.by_row())
+        return self._result(plan, yielding, sampled, prompt_logprobs)
 
     def _result(
         self, plan: Plan, yielding: list[int], sampled: Sampled, prompt_logprobs: dict[int, list[TokenLogprobs]]
@@ -163,6 +177,41 @@ class Runner:
             pairs = zip(yielding, sampled.logprobs, strict=True)
             logprobs = {number: [each] for number, each in pairs if each is not None and number not in failures}
         return StepResult(token_ids, logprobs, failures, prompt_logprobs=prompt_logprobs)
+
+    def _verified(self, plan: Plan, logits: Tensor, prompt_logprobs: dict[int, list[TokenLogprobs]]) -> StepResult:
+        """Of rows with drafts: the model's choice at every place, kept up to the first that the draft did not foresee.
+
+        The noise of a place is its own, so what is chosen there is what would have been without drafts.
+        """
+        requests, num_before, ahead = [], [], []
+        for row in plan.rows:
+            if row.max_yield:
+                for count in range(len(row.draft_ids) + 1):
+                    requests.append(row.request)
+                    num_before.append(row.request.num_tokens + count)
+                    ahead.append(row.draft_ids[:count])
+        sampled = self._sample(plan, logits, requests, num_before, ahead)
+        token_ids: list[list[int]] = []
+        chosen: list[list[int]] = []
+        result, at = StepResult(token_ids, prompt_logprobs=prompt_logprobs), 0
+        for number, row in enumerate(plan.rows):
+            count = len(row.draft_ids) + 1 if row.max_yield else 0
+            found = sampled.token_ids[at : at + count]
+            chosen.append(found)
+            num_kept = num_right(row.draft_ids, found) + 1 if count else 0
+            failed = next((place for place in range(num_kept) if at + place in sampled.failures), None)
+            if failed == 0:
+                result.failures[number] = sampled.failures[at]
+            if failed is not None:  # behind a token that was found the next step meets the fault again
+                num_kept = failed
+            token_ids.append(found[:num_kept])
+            logprobs = [each for each in sampled.logprobs[at : at + num_kept] if each is not None]
+            if logprobs:
+                result.logprobs[number] = logprobs
+            at += count
+        if self.speculator is not None:
+            self.speculator.observe(plan, chosen, token_ids)
+        return result
 
     def _row_by_row(self, plan: Plan) -> StepResult:
         """The step again, each media item and each row by itself. Rows write to their own slots: it harms nobody."""
@@ -306,6 +355,8 @@ class Runner:
         self.sampler.forget(request.id)
         self.decode_inputs.forget()
         self.replica.forget(request)
+        if self.speculator is not None:
+            self.speculator.forget(request)
 
     def _inputs(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor, Any, Tensor, Visual | None]:
         """The arguments of ModelStep."""
@@ -317,8 +368,8 @@ class Runner:
             index = torch.from_numpy(np.concatenate(host.visual_places)).to(to)
             visual = Visual(index, torch.cat(host.visual_features))
         attention = self.device.prepare_attention(
-            [row.num_tokens for row in rows],
-            [row.start + row.num_tokens for row in rows],
+            [row.num_inputs for row in rows],
+            [row.start + row.num_inputs for row in rows],
             [row.request.block_ids for row in rows],
             self.block_size,
         )
@@ -328,20 +379,21 @@ class Runner:
         return token_ids, positions, slots, attention, select, visual
 
     def _gather(self, rows: Sequence[Row]) -> _HostInputs:
-        total = sum(row.num_tokens for row in rows)
+        total = sum(row.num_inputs for row in rows)
         host = _HostInputs(
             np.empty(total, dtype=np.int64), np.empty((3, total), dtype=np.int64), np.empty(total, dtype=np.int64)
         )
         at = self._gather_decode(host, rows)
         for row in rows[at:]:
-            end = at + row.num_tokens
-            host.token_ids[at:end] = row.request.token_ids(row.start, row.start + row.num_tokens)
+            end = at + row.num_inputs
+            host.token_ids[at : at + row.num_tokens] = row.request.token_ids(row.start, row.start + row.num_tokens)
+            host.token_ids[at + row.num_tokens : end] = row.draft_ids
             host.positions[:, at:end] = _positions(row)
             host.slots[at:end] = self._slots(row)
             if row.start < len(row.request.prompt.token_ids):
                 self._add_visual(host, row, at)
-            if row.max_yield:  # of several only the first is found: nothing guesses the others yet
-                host.select.append(end - 1)
+            if row.max_yield:
+                host.select += range(end - 1 - len(row.draft_ids), end)
             host.scored += [at + place - row.start for place in row.scored]
             at = end
         return host
@@ -350,9 +402,15 @@ class Runner:
         """The rows in front that have one token, which the answer ended with; how many these are."""
         size = self.block_size
         token_ids, positions, slots = [], [], []
-        for request, start, num_tokens, max_yield, _ in rows:
+        for request, start, num_tokens, max_yield, _, draft_ids in rows:
             prompt, output = request.prompt, request.output_token_ids
-            if num_tokens != 1 or not max_yield or start + 1 != len(prompt.token_ids) + len(output) or not output:
+            if (
+                num_tokens != 1
+                or draft_ids
+                or not max_yield
+                or start + 1 != len(prompt.token_ids) + len(output)
+                or not output
+            ):
                 break
             token_ids.append(output[-1])
             positions.append(start + prompt.position_delta)
@@ -363,9 +421,9 @@ class Runner:
         return count
 
     def _slots(self, row: Row) -> np.ndarray | int:
-        if row.num_tokens == 1:
+        if row.num_inputs == 1:
             return row.request.block_ids[row.start // self.block_size] * self.block_size + row.start % self.block_size
-        places = np.arange(row.start, row.start + row.num_tokens)
+        places = np.arange(row.start, row.start + row.num_inputs)
         first = row.start // self.block_size
         blocks = np.asarray(row.request.block_ids[first : places[-1] // self.block_size + 1], dtype=np.int64)
         return blocks[places // self.block_size - first] * self.block_size + places % self.block_size
@@ -412,9 +470,9 @@ def _positions(row: Row) -> np.ndarray | int:
     """M-RoPE positions [3, num_tokens] of the row, or one number where all three axes and tokens share it."""
     prompt = row.request.prompt
     num_prompt = len(prompt.token_ids)
-    stop = row.start + row.num_tokens
+    stop = row.start + row.num_inputs
     if row.start >= num_prompt:
-        if row.num_tokens == 1:
+        if row.num_inputs == 1:
             return row.start + prompt.position_delta
         return np.arange(row.start, stop) + prompt.position_delta
     known = prompt.positions[:, row.start : stop]

@@ -96,12 +96,17 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(
-        self, logits: torch.Tensor, requests: Sequence[Request], num_tokens: Sequence[int] | None = None
+        self,
+        logits: torch.Tensor,
+        requests: Sequence[Request],
+        num_tokens: Sequence[int] | None = None,
+        ahead: Sequence[tuple[int, ...]] | None = None,
     ) -> Sampled:
         """logits [R, V], row i of `requests[i]`; a request may have several rows.
 
         `num_tokens`: how many tokens, prompt included, come before the one that a row chooses: the position of its
-        noise. None: all that its request has. While penalties and masks apply, float32 `logits` are changed in place;
+        noise. None: all that its request has. `ahead`: the drafts that are taken to come before it, behind what its
+        request has; None: none. While penalties and masks apply, float32 `logits` are changed in place;
         afterwards they are as they were. A row fails whose best logit is not finite or that has a NaN or +inf
         anywhere; the others are sampled. Single logits of -inf are tokens that the model rules out.
         """

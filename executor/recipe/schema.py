@@ -119,6 +119,30 @@ class SchedulerSection(Section):
     """Batch sizes a decode graph is made for. null: powers of two up to max_num_seqs."""
 
 
+class SpeculativeSection(Section):
+    """Several tokens of an answer in one step: they are drafted, and verified together. Answers stay the same."""
+
+    method: Literal["ngram", "lookahead", "draft"] | None = None
+    """Where drafts come from. ngram: what followed the same tokens before, in prompt and answer. lookahead: that, and
+    tokens that the model itself expects further on. draft: a smaller model. null: none are made."""
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=15)] = 7
+    """Drafts of one request in one step at most: the chips verify 16 tokens of a request together."""
+    adaptive: bool = True
+    """Fewer drafts, or none, for a request whose drafts do not pay."""
+    ngram_min: Positive = 2
+    """Of ngram: tokens that must be the same, at least."""
+    ngram_max: Positive = 4
+    """Of ngram: tokens that must be the same, at most; the longest that are found decide."""
+    level: Annotated[int, Field(ge=2, le=16)] = 4
+    """Of lookahead: tokens of an n-gram, the first of which is looked for."""
+    window: Annotated[int, Field(ge=1, le=15)] = 5
+    """Of lookahead: tokens further on that every step expects anew."""
+    guess_set_size: Annotated[int, Field(ge=1, le=16)] = 5
+    """Of lookahead: n-grams kept of each first token."""
+    model_path: str | None = None
+    """Of draft: folder or hub id of the smaller model, of the same family and vocabulary."""
+
+
 class GenerationSection(Section):
     """How answers are chosen. null: the checkpoint's generation_config.json, then greedy."""
 
@@ -278,6 +302,7 @@ class Recipe(Section):
     model: Annotated[ModelSection, Field(alias="model_config")]
     parallel: Annotated[ParallelSection, Field(alias="parallel_config")] = ParallelSection()
     scheduler: Annotated[SchedulerSection, Field(alias="scheduler_config")] = SchedulerSection()
+    speculative: Annotated[SpeculativeSection, Field(alias="speculative_config")] = SpeculativeSection()
     generation: Annotated[GenerationSection, Field(alias="generation_config")] = GenerationSection()
     data: Annotated[DataSection, Field(alias="data_config")] = DataSection()
     server: Annotated[ServerSection, Field(alias="server_config")] = ServerSection()

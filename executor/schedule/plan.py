@@ -13,9 +13,11 @@ class Row(NamedTuple):
     """Compute tokens [start, start + num_tokens) of a request, and yield up to `max_yield` new ones behind them.
 
     0 where the request goes on behind the row; else at least one token is yielded, the one that the last token's logits
-    give. The others are guesses of the runner that it finds right in the same step: the request has slots for the
-    first `max_yield - 1` new tokens.
+    give. The others are drafts that the same step finds right: the request has slots for the first `max_yield - 1` new
+    tokens.
     `scored`: the tokens of the request, of this row, whose logits judge the prompt token behind each.
+    `draft_ids`: tokens that are proposed to come next, at most `max_yield - 1`; the runner fills them in, the step
+    computes them behind the others, and they are kept as far as the model chooses the same.
     """
 
     request: Request
@@ -23,6 +25,12 @@ class Row(NamedTuple):
     num_tokens: int
     max_yield: int
     scored: range = range(0)
+    draft_ids: tuple[int, ...] = ()
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens that the step computes of the row: the request's own and drafts."""
+        return self.num_tokens + len(self.draft_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ A step is rows of (request, start, number of tokens): decode rows first, then pr
 admitted requests in order of arrival, while the budgets of tokens, sequences, blocks and vision embeddings last. Short
 texts whose turn it is have a share of the step before long prompts that are under way go on. In the plan all rows of
 one token come before all longer ones. A row yields as many new tokens as it may and the runner finds; with `max_yield`
-above 1 a decode row has slots and budget for tokens that the runner guesses and verifies.
+above 1 a decode row has slots and budget for drafts that the runner verifies.
 A prompt gets all its blocks when it is admitted, an answer one block at a time; when none is left, the request that
 was admitted last gives its blocks back and is computed again later (preemption by recomputation).
 
@@ -189,7 +189,7 @@ class Scheduler:
         now_s = time.monotonic()
         self._encoder.settle(missing)
         updated = []
-        for (request, start, num_tokens, max_yield, _), new in zip(plan.rows, token_ids, strict=True):
+        for (request, start, num_tokens, max_yield, *_), new in zip(plan.rows, token_ids, strict=True):
             if request.status is Status.FINISHED:
                 continue
             assert (max_yield > 0) <= len(new) <= max_yield, (
@@ -287,7 +287,7 @@ class Scheduler:
                 candidates.append((request, start))
             else:
                 under_way.append(request)
-        block_size, guesses, rows = self.pool.block_size, self.max_yield > 1, open_plan.rows
+        block_size, has_drafts, rows = self.pool.block_size, self.max_yield > 1, open_plan.rows
         num_preemptions = self.num_preemptions
         for place, (request, start) in enumerate(candidates):
             if not open_plan.budget_tokens:
@@ -298,7 +298,7 @@ class Scheduler:
             num_more = 0
             if len(request.block_ids) * block_size <= start and not self._grow(request, open_plan):
                 continue
-            if guesses:  # each row has its token before any row has a second one
+            if has_drafts:  # each row has its token before any row has a second one
                 spare_tokens = max(0, open_plan.budget_tokens - (len(candidates) - place))
                 num_more = self._grow_more(request, min(self.max_yield - 1, spare_tokens))
             rows.append(Row(request, start, 1, 1 + num_more))
@@ -313,7 +313,7 @@ class Scheduler:
             return 0
         room_tokens = self._records[request.id].max_output_tokens - len(request.output_token_ids) - 1
         num_needed = self.pool.num_blocks_for(request.num_tokens + min(wanted, room_tokens)) - len(request.block_ids)
-        # What is free beyond a block for each running request: guesses preempt nobody.
+        # What is free beyond a block for each running request: drafts preempt nobody.
         num_free = self.pool.num_free - len(self._running)
         if 0 < num_needed <= num_free:
             request.block_ids += self.pool.allocate(num_needed, after=request.block_ids[-1])
