@@ -183,7 +183,7 @@ def join(
     if sizes:
         runner.graphs = _captured(recipe, runner.step, device, sizes, num_blocks, replica.parallel, decode_graphs)
     if recipe.speculative.method and replica.leads:
-        runner.speculator = _speculator(recipe.speculative)
+        runner.speculator = speculator_of(recipe.speculative)
     if recipe.model.profile:
         runner.profile = Profile(
             device, model, runner.clock,
@@ -193,7 +193,7 @@ def join(
     return Engine(processor, scheduler, runner, text.vocab_size)
 
 
-def _speculator(settings: SpeculativeSection) -> Speculator:
+def speculator_of(settings: SpeculativeSection) -> Speculator:
     if settings.method == "lookahead":
         proposer = LookaheadProposer(settings.level, settings.window, settings.guess_set_size)
     else:

@@ -4,8 +4,6 @@ import random
 
 import pytest
 
-from executor.engine.speculation.adaptive import Adaptive
-from executor.engine.speculation.costs import StepCosts
 from executor.engine.speculation.speculator import Speculator
 from executor.engine.speculation.verify import num_right
 from executor.schedule.plan import Plan, Row
