@@ -10,7 +10,7 @@ the model's own choice stays. So proposers, verification and adaptivity run as t
 is that of the text. Texts are cut into tokens as Qwen2's tokenizer cuts them before its merges (words, single digits,
 runs of punctuation), which are fewer and longer than real ones.
 
-copy    a table of 24 rows out of a picture's caption, word by word
+copy    a table of ten rows out of a picture's caption, word by word
 json    the same table as a list of JSON objects
 prose   a description of a picture: nothing is copied, phrases hardly repeat
 random  random tokens: nothing repeats at all
@@ -41,11 +41,9 @@ from executor.schedule.request import Prompt, SamplingParams
 from tests.benchmarks.against_transformers import canonical_tensors, our_engine, reference_model
 from tests.reference import tokenizer_of
 
-ROWS = 24
 NAMES = (
-    *("Anchor bolt", "Bearing", "Cable tie", "Dowel", "Elbow pipe", "Flange", "Gasket", "Hinge", "Insulator", "Joint"),
-    *("Keyring", "Lever", "Mounting plate", "Nozzle", "O-ring", "Pulley", "Quick coupling", "Rivet", "Spring", "Tee"),
-    *("Union nut", "Valve", "Washer", "Yoke"),
+    *("Anchor bolt", "Bearing", "Cable tie", "Dowel", "Elbow pipe", "Flange", "Gasket", "Hinge", "Insulator"),
+    "Mounting plate",
 )
 PROSE = """A narrow street climbs between whitewashed houses toward a small harbour chapel whose bell hangs silent in
 the noon heat. On the left, an elderly fisherman mends green nets beside three upturned boats; his dog sleeps under a
@@ -62,7 +60,7 @@ def table_rows() -> list[tuple[str, str, str, str]]:
     return [
         (name, f"{draw.randrange(10, 99)}-{draw.randrange(1000, 9999)}", str(draw.randrange(2, 400)),
          f"{draw.randrange(1, 90)}.{draw.randrange(10, 99)}")
-        for name in NAMES[:ROWS]
+        for name in NAMES
     ]  # fmt: skip
 
 
