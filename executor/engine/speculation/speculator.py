@@ -51,7 +51,8 @@ class Speculator:
     def extended(self, plan: Plan) -> Plan:
         """The plan with drafts for its decode rows."""
         wanted = [self._wanted(row) for row in plan.rows]
-        drafts = self.proposer.propose(plan, wanted)
+        proposed = self.proposer.propose(plan, wanted)
+        drafts = [_allowed(row.request, each) for row, each in zip(plan.rows, proposed, strict=True)]
         if not any(drafts):
             return plan
         rows = tuple(row._replace(draft_ids=each) if each else row for row, each in zip(plan.rows, drafts, strict=True))
@@ -70,6 +71,11 @@ class Speculator:
         self.proposer.forget(request)
 
     def _wanted(self, row: Row) -> int:
-        if row.max_yield < 2 or row.request.params.adjusts_scores:  # not yet: the sampler would have to know the drafts
-            return 0
-        return min(self.num_tokens, row.max_yield - 1)
+        return min(self.num_tokens, max(0, row.max_yield - 1))
+
+
+def _allowed(request: Request, draft_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Those that the request's grammar takes: the others would be computed for nothing."""
+    if not draft_ids or request.matcher is None:
+        return draft_ids
+    return draft_ids[: request.matcher.allowed(draft_ids)]
