@@ -37,10 +37,11 @@ from executor.media.media import MediaLimits
 from executor.parallel.groups import Parallel
 from executor.prompt.options import media_options
 from executor.quant.choose import MADE, choose_cache, choose_schemes, make_schemes
-from executor.recipe.graph_sizes import graph_sizes, spare_blocks
+from executor.recipe.graph_sizes import decode_tokens, graph_shapes, most_inputs, spare_blocks, verify_lengths
 from executor.recipe.memory import estimate
 from executor.recipe.schema import Recipe, SpeculativeSection
 from executor.recipe.settle import Prepared, compute_bytes, device_settings, prepare
+from executor.schedule.plan import GraphShape
 from executor.schedule.scheduler import Scheduler
 from models.registry import family_runner
 
@@ -137,7 +138,7 @@ def open_device(recipe: Recipe) -> ops.Ops:
 
         activate(model.soc)
     settings = device_settings(model, rank_place().local_rank)
-    return backend.open(replace(settings, decode_rows=decode_rows(recipe)))
+    return backend.open(replace(settings, decode_rows=decode_tokens(recipe)))
 
 
 def join(
@@ -153,8 +154,8 @@ def join(
     """The engine over a loaded model."""
     limits, text = recipe.scheduler, model.config.text
     attention = model.language_model.layers[0].self_attn
-    sizes = graph_sizes(recipe)
-    spare = spare_blocks(sizes, limits.block_size)
+    shapes = graph_shapes(recipe)
+    spare = spare_blocks(shapes, limits.block_size)
     most = device.most_blocks(limits.block_size, attention.num_kv_heads, text.head_dim)
     if most is not None and num_blocks > most - spare:
         logger.warning("KV cache: %d blocks instead of %d, the most that one cache may have", most - spare, num_blocks)
@@ -169,7 +170,7 @@ def join(
         enable_prefix_caching=limits.enable_prefix_caching,
         encoder_cache_tokens=limits.encoder_cache_tokens,
         eos_token_ids=processor.eos_token_ids,
-        max_yield=1 + (recipe.speculative.num_speculative_tokens if recipe.speculative.method else 0),
+        max_yield=most_inputs(recipe),
     )
     kv = device.kv_cache(
         text.num_layers, num_blocks + spare, limits.block_size, attention.num_kv_heads, text.head_dim, dtype,
@@ -179,8 +180,10 @@ def join(
     sampler = Sampler(text.vocab_size, device.device, eos_token_ids, dtype, reads_freely=on_host)
     runner = Runner(model, device, kv, limits.block_size, sampler, processor.picture, dtype, replica)
     processor.around_media = partial(runner.clock.beside, "media")
-    if sizes:
-        runner.graphs = _captured(recipe, runner.step, device, sizes, num_blocks, replica.parallel, decode_graphs)
+    if shapes:
+        runner.graphs = _captured(recipe, runner.step, device, shapes, num_blocks, replica.parallel, decode_graphs)
+        if runner.graphs is not None and most_inputs(recipe) > 1 and not verify_lengths(recipe):
+            logger.info("int8 KV cache: graphs take one token of a request, steps that verify drafts run eagerly")
     if recipe.speculative.method and replica.leads:
         runner.speculator = _speculator(recipe.speculative)
     if recipe.model.profile:
@@ -200,16 +203,11 @@ def _profile_name(recipe: Recipe, rank: int) -> str:
     return f"{Path(recipe.model.model_path).name}_{time.strftime('%Y%m%d_%H%M%S')}_rank_{rank:02d}"
 
 
-def decode_rows(recipe: Recipe) -> int:
-    """The most rows of a decode step of one replica, with those that a graph is padded by."""
-    return max((recipe.scheduler.max_num_seqs, *graph_sizes(recipe)))
-
-
 def _captured(
     recipe: Recipe,
     step: ModelStep,
     device: ops.Ops,
-    sizes: tuple[int, ...],
+    shapes: tuple[GraphShape, ...],
     num_blocks: int,
     parallel: Parallel,
     decode_graphs: Callable[..., DecodeGraphs],
@@ -221,7 +219,7 @@ def _captured(
     mode = recipe.model.exe_mode
     root = Path(recipe.model.output_path) / "graphs"
     folder = GraphFolder(root, graph_key(recipe, step, device), parallel.rank)
-    graphs = decode_graphs(step, device, mode, sizes, num_blocks, recipe.scheduler.max_model_len, folder)
+    graphs = decode_graphs(step, device, mode, shapes, num_blocks, recipe.scheduler.max_model_len, folder)
     fault: RuntimeError | None = None
     try:
         graphs.capture()

@@ -21,12 +21,11 @@ from executor.checkpoint.folder import local_checkpoint
 from executor.checkpoint.load import build_on_meta
 from executor.checkpoint.part_pulls import open_checkpoint
 from executor.checkpoint.pull import finalize, local_bytes
-from executor.commands.build import decode_rows
 from executor.device import ops
 from executor.errors import UserError
 from executor.parallel.groups import SINGLE, Parallel, groups
 from executor.quant.choose import MADE, assume_schemes, choose_cache, choose_schemes, schemes_of
-from executor.recipe.graph_sizes import batch_sizes, graph_sizes
+from executor.recipe.graph_sizes import batch_sizes, decode_tokens, graph_sizes
 from executor.recipe.on_paper import settle_on_paper
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
@@ -115,7 +114,7 @@ def on_meta(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[OnMeta]:
     limits, dtype = recipe.scheduler, getattr(torch, recipe.model.dtype)
     device = NpuOps(
         soc_of(recipe.model.soc), torch.device("meta"), weight_nz=recipe.model.enable_weight_nz,
-        decode_rows=decode_rows(recipe), dtype=dtype,
+        decode_rows=decode_tokens(recipe), dtype=dtype,
     )  # fmt: skip
     ops.bind(device)
     batch = max(graph_sizes(recipe) or batch_sizes(limits.max_num_seqs))

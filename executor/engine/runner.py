@@ -113,7 +113,7 @@ class Runner:
         """
         if self.speculator is not None:
             plan = self.speculator.extended(plan)
-        plan = self.replica.lead(plan, self._is_captured(plan))
+        plan = self.replica.lead(plan, self.graphs)
         if plan is None:
             return StepResult([])
         try:
@@ -241,7 +241,7 @@ class Runner:
         """After the last plan: help the other replicas until they have ended as well; yields between two steps."""
         nothing = Plan(())
         while not self._has_assisted:
-            plan = self.replica.lead(nothing, self._is_captured(nothing), more=False)
+            plan = self.replica.lead(nothing, self.graphs, more=False)
             if plan is None:
                 self._has_assisted = True
                 return
@@ -283,9 +283,6 @@ class Runner:
         if self.profile is not None:
             self.profile.end()
 
-    def _is_captured(self, plan: Plan) -> bool:
-        return self.graphs is not None and self.graphs.takes(plan.rows)
-
     @torch.inference_mode()
     def forward(self, plan: Plan, scores: PromptScores | None = None) -> Tensor:
         """Logits of the rows that yield a token, fp32 [R, V]. Those of the prompt tokens that a plan scores go to
@@ -296,8 +293,8 @@ class Runner:
             self._tell_meanwhile()
             with self.clock.stage("vision"):
                 self.encode(plan.encode)
-        if plan.in_graph:
-            computation = partial(self.graphs, plan.rows, plan.padded_tokens)
+        if plan.graph is not None:
+            computation = partial(self.graphs, plan.rows, plan.graph)
         elif not plan.rows:
             with self.clock.stage("decode"):
                 self.model.help(plan.padded_tokens)

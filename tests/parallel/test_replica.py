@@ -51,7 +51,7 @@ def test_followers_run_the_leaders_plans(pair, seed) -> None:
     alive, steps, preempted, num_scored = {}, 0, 0, 0
     while s.has_work:
         plan = s.schedule()
-        assert leader.lead(plan, in_graph=False) is plan
+        assert leader.lead(plan, graphs=None) is plan
         told = next(plans)
         steps += 1
         assert (told.release, [m.digest for m in told.encode]) == (plan.release, [m.digest for m in plan.encode])
@@ -90,7 +90,7 @@ def test_a_decode_step_is_one_small_message(pair) -> None:
     sizes = []
     while s.has_work:
         plan = s.schedule()
-        leader.lead(plan, in_graph=False)
+        leader.lead(plan, graphs=None)
         sizes.append([len(x) for x in leader.wire])
         assert next(plans).rows
         s.update(plan, runner.execute(plan))
@@ -102,7 +102,7 @@ def test_a_whole_prompt_longer_than_a_message_arrives(pair) -> None:
     leader, follower = pair
     s = scheduler(num_blocks=4096, max_num_batched_tokens=20000, max_model_len=20000)
     s.add(request("long", [*range(9000)], max_new_tokens=2))
-    leader.lead(s.schedule(), in_graph=False)
+    leader.lead(s.schedule(), graphs=None)
     assert next(follower.follow()).rows[0].request.prompt.token_ids == [*range(9000)]
 
 

@@ -65,13 +65,21 @@ def backend(soc: str, **options: Any) -> NpuOps:
 
 
 def engine_on(
-    device: Ops, folder: Path, dtype: torch.dtype, *, model: dict[str, Any] | None = None, **scheduler: Any
+    device: Ops,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    model: dict[str, Any] | None = None,
+    speculative: dict[str, Any] | None = None,
+    **scheduler: Any,
 ) -> Engine:
-    """An engine on any backend in any dtype: past the recipe's own checks of the two. `model`: keys of model_config."""
+    """An engine on any backend in any dtype: past the recipe's own checks of the two. `model`: keys of model_config,
+    `speculative` of speculative_config."""
     fast_products()
     settings = {"max_model_len": 2048, "block_size": 16, "max_num_seqs": 8, "num_blocks": 256} | scheduler
     start = {"model_path": str(folder), "device": "cpu", "dtype": "float32"}
-    prepared = prepare(build_recipe({"model_config": start, "scheduler_config": settings}))
+    sections = {"model_config": start, "scheduler_config": settings, "speculative_config": speculative or {}}
+    prepared = prepare(build_recipe(sections))
     recipe = prepared.recipe.replace(model=model or {})
     ops.bind(device)
     family = family_runner(prepared.config)
