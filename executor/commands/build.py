@@ -26,6 +26,7 @@ from executor.engine.profile import Profile
 from executor.engine.replica import Replica
 from executor.engine.runner import Runner
 from executor.engine.sampler import Sampler
+from executor.engine.speculation.lookahead import LookaheadProposer
 from executor.engine.speculation.ngram import NgramProposer
 from executor.engine.speculation.speculator import Speculator
 from executor.engine.step import ModelStep, cache_scales
@@ -196,7 +197,11 @@ def join(
 
 
 def _speculator(settings: SpeculativeSection) -> Speculator:
-    return Speculator(NgramProposer(settings.ngram_min, settings.ngram_max), settings.num_speculative_tokens)
+    if settings.method == "lookahead":
+        proposer = LookaheadProposer(settings.level, settings.window, settings.guess_set_size)
+    else:
+        proposer = NgramProposer(settings.ngram_min, settings.ngram_max)
+    return Speculator(proposer, settings.num_speculative_tokens, is_adaptive=settings.adaptive)
 
 
 def _profile_name(recipe: Recipe, rank: int) -> str:

@@ -7,6 +7,7 @@ Legend: T tokens of the step, M visual tokens of a media item, n hidden size.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,7 +27,8 @@ from executor.engine.places import Drafts
 from executor.engine.profile import Profile
 from executor.engine.replica import Replica
 from executor.engine.sampler import Sampled, Sampler
-from executor.engine.speculation.speculator import Speculator, num_right
+from executor.engine.speculation.speculator import Speculator
+from executor.engine.speculation.verify import num_right
 from executor.engine.stages import Stage, StageClock
 from executor.engine.step import ModelStep, Visual
 from executor.recipe.peak import ENCODE_TOKENS, SCORED_ROWS
@@ -111,6 +113,7 @@ class Runner:
 
         Raises what a step of several ranks raises, and defects of ours: nothing is known then of what was done.
         """
+        started_s = time.perf_counter()
         if self.speculator is not None:
             plan = self.speculator.extended(plan)
         plan = self.replica.lead(plan, self.graphs)
@@ -119,6 +122,8 @@ class Runner:
         try:
             result = self._computed(plan)
             self._count(plan)
+            if self.speculator is not None:
+                self.speculator.measured(plan, time.perf_counter() - started_s)
             return result
         except FAULTS as error:
             if not self.replica.is_alone:

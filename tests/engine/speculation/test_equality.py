@@ -17,6 +17,8 @@ NOISY = SamplingParams(max_new_tokens=40, temperature=1.5, seed=3)
 class Oracle:
     """Knows the answers, and is wrong at random places."""
 
+    is_free, num_trailing = True, 0
+
     def __init__(self, answers, share_right=0.7, seed=0):
         self.answers, self.share_right, self.random = answers, share_right, random.Random(seed)
         self.observed = []
@@ -61,7 +63,8 @@ def test_answers_are_the_same(engine, monkeypatch, params, share_right):
     speculator = with_drafts(engine, monkeypatch, Oracle(answers, share_right))
     found = engine.generate(prompts, params)
     assert [each.token_ids for each in found] == [each.token_ids for each in wanted]
-    assert speculator.num_drafts > 0
-    assert (speculator.num_accepted == speculator.num_drafts) == (share_right == 1.0)
+    counts = speculator.counts
+    assert counts.num_draft_tokens > 0
+    assert (counts.num_accepted_tokens == counts.num_draft_tokens) == (share_right == 1.0)
     if share_right == 0.0:
-        assert not speculator.num_accepted
+        assert not counts.num_accepted_tokens
