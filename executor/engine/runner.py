@@ -290,6 +290,11 @@ class Runner:
     def _is_captured(self, plan: Plan) -> bool:
         return self.graphs is not None and self.graphs.takes(plan.rows)
 
+    def compute(self, plan: Plan) -> Tensor:
+        """`forward`, of a runner that takes part in no other rank's steps: in a graph where there is one for it."""
+        assert self.replica.is_alone, "ranks in step agree first: execute"
+        return self.forward(self.replica.lead(plan, self._is_captured(plan)))
+
     @torch.inference_mode()
     def forward(self, plan: Plan, scores: PromptScores | None = None) -> Tensor:
         """Logits of the rows that yield a token, fp32 [R, V]. Those of the prompt tokens that a plan scores go to
