@@ -288,6 +288,11 @@ class Runner:
         if self.profile is not None:
             self.profile.end()
 
+    def compute(self, plan: Plan) -> Tensor:
+        """`forward`, of a runner that takes part in no other rank's steps: in a graph where there is one for it."""
+        assert self.replica.is_alone, "ranks in step agree first: execute"
+        return self.forward(self.replica.lead(plan, self.graphs))
+
     @torch.inference_mode()
     def forward(self, plan: Plan, scores: PromptScores | None = None) -> Tensor:
         """Logits of the rows that yield a token, fp32 [R, V]. Those of the prompt tokens that a plan scores go to
