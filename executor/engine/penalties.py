@@ -242,8 +242,7 @@ class _Batch:
     def _grow(self) -> None:
         room = self._size - len(self._index) + 64 * len(self._histories)
         self._index, self._repetition, self._offset, self._owner = (
-            torch.cat([old, old.new_zeros(room)])
-            for old in (self._index, self._repetition, self._offset, self._owner)
+            torch.cat([old, old.new_zeros(room)]) for old in (self._index, self._repetition, self._offset, self._owner)
         )
 
     def entries(self) -> _Entries:

@@ -112,9 +112,7 @@ class _Biases:
         self._rows: list[range] = []
         self._sent: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def of_rows(
-        self, rows: list[range], width: int, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_rows(self, rows: list[range], width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Of every biased token its place in the flat logits, int64 [M], and its bias, float32 [M].
 
         `rows`: those of each request. What was sent last is kept for a step of the same rows.
