@@ -169,8 +169,8 @@ class _Course:
 
 
 class Matcher:
-    """One answer's. The engine's thread calls `take` with what each step has chosen, `allowed` before a step that has drafts of
-    it, and the sampler `barred` for what the step chooses."""
+    """One answer's. The engine's thread calls `take` with what each step has chosen, and `allowed` before a step with
+    drafts of it; the sampler asks for what is `barred` in the step."""
 
     def __init__(self, matchers: Matchers, compiled: Compiled, params: SamplingParams) -> None:
         self._matchers = matchers
