@@ -41,7 +41,7 @@ from executor.parallel.groups import Group, Parallel
 from executor.prompt.options import media_options
 from executor.quant.choose import MADE, choose_cache, choose_schemes, make_schemes
 from executor.recipe.draft import Draft
-from executor.recipe.graph_sizes import decode_tokens, graph_shapes, most_inputs, spare_blocks, verify_lengths
+from executor.recipe.graph_sizes import decode_tokens, graph_shapes, most_inputs, spare_blocks
 from executor.recipe.memory import estimate
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import Prepared, compute_bytes, device_settings, prepare
@@ -258,7 +258,7 @@ def _runner(
     runner = Runner(model, device, kv, size, sampler, pixel_format or processor.picture, dtype, replica)
     if shapes:
         runner.graphs = _captured(recipe, runner.step, device, shapes, num_blocks, replica.parallel, decode_graphs)
-        if runner.graphs is not None and most_inputs(recipe) > 1 and not verify_lengths(recipe):
+        if runner.graphs is not None and most_inputs(recipe) > 1 and cache_scales(model):
             logger.info("int8 KV cache: graphs take one token of a request, steps that verify drafts run eagerly")
     return runner
 

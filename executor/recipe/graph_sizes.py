@@ -1,5 +1,9 @@
 """For how many rows of how many tokens a recipe has decode graphs. Knows the recipe only; graphs are made in
 executor/engine/graphs.py.
+
+A step of few tokens takes as long as reading the weights, however few they are; with more tokens its time grows with
+them. So of graphs that verify drafts small ones are made in one length only, and larger ones in shorter lengths too:
+there padding would cost. The bounds are where predictions of dense models on A2 and A3 bend (docs/speculative.md).
 """
 
 from collections.abc import Sequence
@@ -7,7 +11,9 @@ from collections.abc import Sequence
 from executor.recipe.schema import Recipe
 from executor.schedule.plan import GraphShape
 
-VERIFY_TOKENS = 512
+FREE_TOKENS = 32
+"""Up to so many tokens a step is taken to cost the same: no graph of fewer is made beside one of its rows."""
+VERIFY_TOKENS = 128
 """Tokens of the largest graph that verifies drafts. Beyond, products take longer than launching them one by one."""
 
 
@@ -28,20 +34,24 @@ def most_inputs(recipe: Recipe) -> int:
     return 1 + (recipe.speculative.num_speculative_tokens if recipe.speculative.method else 0)
 
 
-def verify_lengths(recipe: Recipe) -> tuple[int, ...]:
-    """Tokens of a row of the graphs that verify drafts, ascending; none where no drafts are made, or where steps with
-    drafts run eagerly: over an int8 cache, whose attention in graphs takes one token a row."""
+def verify_shapes(recipe: Recipe, sizes: Sequence[int]) -> tuple[GraphShape, ...]:
+    """Graphs that verify drafts, of these batch sizes. None where no drafts are made, and over an int8 cache, whose
+    attention in graphs takes one token a row: there steps with drafts run eagerly."""
     most = most_inputs(recipe)
-    if most == 1 or recipe.model.exe_mode == "eager" or recipe.model.kv_cache_dtype == "int8":
+    if most == 1 or recipe.model.kv_cache_dtype == "int8":
         return ()
-    return (most,)
+    shapes = (GraphShape(size, q_len) for size in sizes for q_len in batch_sizes(most)[1:])
+    return tuple(
+        shape
+        for shape in shapes
+        if shape.num_tokens <= VERIFY_TOKENS and (shape.q_len == most or shape.num_tokens >= FREE_TOKENS)
+    )
 
 
 def graph_shapes(recipe: Recipe) -> tuple[GraphShape, ...]:
-    """All decode graphs of a recipe: of one token a row, and of each length that drafts are verified in."""
+    """All decode graphs of a recipe: those of one token a row, and those that verify drafts."""
     sizes = graph_sizes(recipe)
-    shapes = [GraphShape(size, q_len) for q_len in (1, *verify_lengths(recipe)) for size in sizes]
-    return tuple(shape for shape in shapes if shape.q_len == 1 or shape.num_tokens <= VERIFY_TOKENS)
+    return (*(GraphShape(size, 1) for size in sizes), *verify_shapes(recipe, sizes))
 
 
 def decode_tokens(recipe: Recipe) -> int:
