@@ -325,12 +325,14 @@ class Engine:
             self._emit(self._answers[plan.rows[number].request.id], (), text="")
 
     def _follow_grammar(self, request: Request, token_ids: list[int]) -> None:
-        """The answer ends where its grammar must, and fails where that cannot be followed."""
+        """The answer ends where its grammar must, and fails where that cannot be followed.
+
+        Drafts do not go beyond that end, so all the tokens count.
+        """
         if request.finished:
             return
         try:
-            (token_id,) = token_ids  # guesses would have to be told the masks
-            if request.matcher.take(token_id):
+            if request.matcher.take(token_ids):
                 self.scheduler.finish(request, FinishReason.STOP)
         except GrammarFault as error:
             self.scheduler.fail(request, f"{GRAMMAR_ENDS}: {error}")
