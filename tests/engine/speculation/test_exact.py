@@ -324,11 +324,11 @@ def random_params(rng, *names) -> SamplingParams:
 
 @pytest.mark.parametrize("name", MATTERS)
 def test_answers_are_those_without_drafts(engine, monkeypatch, name):
-    """Eight requests at a time with one matter in common, and any others."""
+    """Six requests at a time with one matter in common, and any others."""
     rng = random.Random(name)
     reasons, num_accepted, num_wrong = set(), 0, 0
     for turn in range(2):
-        prompts = [engine.prompt(f"{question} {turn}.{number}") for number, question in enumerate(QUESTIONS * 2)]
+        prompts = [engine.prompt(f"{question} {turn}.{number}") for number, question in enumerate((QUESTIONS * 2)[:6])]
         asked = [random_params(rng, name) for _ in prompts]
         wanted = engine.generate(prompts, asked)
         with monkeypatch.context() as patch:
@@ -341,3 +341,103 @@ def test_answers_are_those_without_drafts(engine, monkeypatch, name):
         num_wrong += speculator.num_drafts - speculator.num_accepted
     assert num_accepted and num_wrong
     assert reasons & {FinishReason.STOP, FinishReason.LENGTH}
+
+
+def test_each_output_has_the_logprobs_and_text_of_its_tokens(engine, monkeypatch):
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True, logprobs=1, temperature=1.0, seed=4, stop="yellow7")
+    prompts = [engine.prompt(question) for question in QUESTIONS]
+    wanted = engine.generate(prompts, params)
+    with_drafts(engine, monkeypatch, wanted, prompts, 0.9)
+    for prompt, completion in zip(prompts, wanted, strict=True):
+        outputs = list(engine.stream(prompt, params))
+        assert max(len(output.token_ids) for output in outputs) > 2
+        for output in outputs:
+            assert [each.token_id for each in output.logprobs] == list(output.token_ids)
+        assert sum((output.token_ids for output in outputs), ()) == completion.token_ids[0]
+        assert "".join(output.text_delta for output in outputs) == completion.text
+        assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
+
+
+def test_an_abort_between_steps_with_drafts_leaves_nothing(engine, monkeypatch):
+    params = SamplingParams(max_new_tokens=60, ignore_eos=True, presence_penalty=1.0, grammar=GRAMMARS["regex"][0])
+    prompts = [engine.prompt(question) for question in QUESTIONS]
+    wanted = engine.generate(prompts, params)
+    with_drafts(engine, monkeypatch, wanted, prompts)
+    ids = [engine.add(prompt, params) for prompt in prompts]
+    for request_id in ids:
+        engine.step()
+        engine.step()
+        engine.abort(request_id)
+        engine.scheduler.check()
+
+
+# Faults
+
+
+FREE = SamplingParams(max_new_tokens=30, ignore_eos=True, temperature=1.0, seed=8, logprobs=0)
+
+
+@pytest.mark.parametrize("lasts", [False, True])
+def test_a_fault_behind_a_draft_comes_with_the_step_that_meets_it_first(engine, monkeypatch, lasts):
+    """What was found before it is kept; a fault that does not last is none."""
+    prompts = [engine.prompt(question) for question in QUESTIONS]
+    wanted = engine.generate(prompts, FREE)
+    forward, met = engine.runner.forward, []
+    broken = {prompt: len(prompt.token_ids) + 9 + number for number, prompt in enumerate(prompts[:3])}
+
+    def breaks(plan, *rest):
+        logits, at = forward(plan, *rest), 0
+        for row in plan.rows:
+            for place in range((len(row.draft_ids) + 1) if row.max_yield else 0):
+                is_there = row.request.num_tokens + place == broken.get(row.request.prompt)
+                if is_there and (lasts or (place and row.request not in met)):
+                    met.append(row.request)
+                    logits[at] = float("nan")
+                at += 1
+        return logits
+
+    monkeypatch.setattr(engine.runner, "forward", breaks)
+    if lasts:
+        wanted = engine.generate(prompts, FREE)
+        assert [bool(each.error) for each in wanted] == [True, True, True, False]
+        met.clear()
+    with_drafts(engine, monkeypatch, wanted if not lasts else engine_free(engine, forward, prompts), prompts, 0.95)
+    for found, expected in zip(engine.generate(prompts, FREE), wanted, strict=True):
+        assert_same(found, expected)
+    assert met
+
+
+def engine_free(engine, forward, prompts):
+    """The answers without faults."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.runner, "forward", forward)
+        return engine.generate(prompts, FREE)
+
+
+@pytest.mark.parametrize("fails", ["every second step", "every row with drafts"])
+def test_a_step_computed_again_has_no_drafts_and_is_not_observed(engine, monkeypatch, fails):
+    prompts = [engine.prompt(question) for question in QUESTIONS]
+    asked = [FREE, replace(FREE, grammar=GRAMMARS["regex"][0]), replace(FREE, repetition_penalty=1.2), FREE]
+    wanted = engine.generate(prompts, asked)
+    forward, steps, verified = engine.runner.forward, [], [0]
+
+    def breaks(plan, *rest):
+        steps.append(plan)
+        has_drafts = any(row.draft_ids for row in plan.rows)
+        if has_drafts if fails == "every row with drafts" else len(plan.rows) > 1 and len(steps) % 2:
+            raise RuntimeError("a kernel refuses")
+        verified[0] += sum(bool(row.draft_ids) for row in plan.rows)
+        return forward(plan, *rest)
+
+    monkeypatch.setattr(engine.runner, "forward", breaks)
+    speculator = with_drafts(engine, monkeypatch, wanted, prompts, 0.9)
+    clock = engine.runner.clock
+    counted = clock.num_decode_steps + clock.num_prefill_steps
+    for found, expected in zip(engine.generate(prompts, asked), wanted, strict=True):
+        assert_same(found, expected)
+    assert any(row.draft_ids for plan in steps for row in plan.rows)
+    assert bool(verified[0]) == (fails == "every second step")
+    assert (speculator.num_drafts > 0) == (verified[0] > 0)
+    rows_with_drafts = sum(bool(row.draft_ids) for plan in steps for row in plan.rows)
+    assert rows_with_drafts > verified[0]
+    assert clock.num_decode_steps + clock.num_prefill_steps - counted < len(steps)
