@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from executor.engine.speculation.speculator import Speculator
+from executor.engine.speculation.speculator import Proposer, Speculator
 from executor.schedule.request import SamplingParams
 from tests.engines import engine_over
 from tests.reference import REPO
@@ -14,10 +14,8 @@ GREEDY = SamplingParams(max_new_tokens=40)
 NOISY = SamplingParams(max_new_tokens=40, temperature=1.5, seed=3)
 
 
-class Oracle:
+class Oracle(Proposer):
     """Knows the answers, and is wrong at random places."""
-
-    is_free, num_trailing = True, 0
 
     def __init__(self, answers, share_right=0.7, seed=0):
         self.answers, self.share_right, self.random = answers, share_right, random.Random(seed)
@@ -35,9 +33,6 @@ class Oracle:
     def observe(self, row, chosen):
         assert len(chosen) == len(row.draft_ids) + 1
         self.observed.append(row)
-
-    def forget(self, request):
-        pass
 
 
 def with_drafts(engine, monkeypatch, proposer, num_tokens=7):
