@@ -7,6 +7,7 @@ Legend: T tokens of the step, M visual tokens of a media item, n hidden size.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,7 +27,8 @@ from executor.engine.places import Drafts
 from executor.engine.profile import Profile
 from executor.engine.replica import Replica
 from executor.engine.sampler import Sampled, Sampler
-from executor.engine.speculation.speculator import Speculator, num_right
+from executor.engine.speculation.speculator import Speculator
+from executor.engine.speculation.verify import num_right
 from executor.engine.stages import Stage, StageClock
 from executor.engine.step import ModelStep, Visual
 from executor.recipe.peak import ENCODE_TOKENS, SCORED_ROWS
@@ -111,14 +113,17 @@ class Runner:
 
         Raises what a step of several ranks raises, and defects of ours: nothing is known then of what was done.
         """
+        started_s = time.perf_counter()
         if self.speculator is not None:
             plan = self.speculator.extended(plan)
-        plan = self.replica.lead(plan, self._is_captured(plan))
+        plan = self.replica.lead(plan, self.graphs)
         if plan is None:
             return StepResult([])
         try:
             result = self._computed(plan)
             self._count(plan)
+            if self.speculator is not None:
+                self.speculator.measured(plan, time.perf_counter() - started_s)
             return result
         except FAULTS as error:
             if not self.replica.is_alone:
@@ -241,7 +246,7 @@ class Runner:
         """After the last plan: help the other replicas until they have ended as well; yields between two steps."""
         nothing = Plan(())
         while not self._has_assisted:
-            plan = self.replica.lead(nothing, self._is_captured(nothing), more=False)
+            plan = self.replica.lead(nothing, self.graphs, more=False)
             if plan is None:
                 self._has_assisted = True
                 return
@@ -283,8 +288,10 @@ class Runner:
         if self.profile is not None:
             self.profile.end()
 
-    def _is_captured(self, plan: Plan) -> bool:
-        return self.graphs is not None and self.graphs.takes(plan.rows)
+    def compute(self, plan: Plan) -> Tensor:
+        """`forward`, of a runner that takes part in no other rank's steps: in a graph where there is one for it."""
+        assert self.replica.is_alone, "ranks in step agree first: execute"
+        return self.forward(self.replica.lead(plan, self.graphs))
 
     @torch.inference_mode()
     def forward(self, plan: Plan, scores: PromptScores | None = None) -> Tensor:
@@ -296,8 +303,8 @@ class Runner:
             self._tell_meanwhile()
             with self.clock.stage("vision"):
                 self.encode(plan.encode)
-        if plan.in_graph:
-            computation = partial(self.graphs, plan.rows, plan.padded_tokens)
+        if plan.graph is not None:
+            computation = partial(self.graphs, plan.rows, plan.graph)
         elif not plan.rows:
             with self.clock.stage("decode"):
                 self.model.help(plan.padded_tokens)

@@ -38,7 +38,7 @@ from executor.engine.masks import masked
 from executor.engine.noise import as_int64, gumbel_noise, least_bits, may_reach, noise_key
 from executor.engine.penalties import Penalties
 from executor.engine.places import Drafts, Places
-from executor.engine.speculation.speculator import num_right
+from executor.engine.speculation.verify import num_right
 from executor.engine.token_rules import TokenRules
 from executor.schedule.request import NO_SCORE_LEFT, Request, SamplingParams
 

@@ -15,7 +15,7 @@ from executor.engine.matcher import Mask, Matcher
 from executor.engine.noise import child_seed
 from executor.engine.places import Places
 from executor.engine.sampler import Sampler
-from executor.engine.speculation.speculator import Speculator
+from executor.engine.speculation.speculator import Proposer, Speculator
 from executor.schedule.request import THINK_END, FinishReason, Grammar, Request, SamplingParams
 from tests.engine.test_grammar import THING, calls, schema
 from tests.engine.test_sampler import make_request, random_logits
@@ -26,7 +26,7 @@ TINY = REPO / "models" / "tiny" / "qwen3_vl"
 MOST = 7  # drafts of a row
 
 
-class Oracle:
+class Oracle(Proposer):
     """Knows the answers; right with some probability, else wrong in one of many ways, also beyond an answer's end."""
 
     def __init__(self, answers, share_right, seed, ends=()):
