@@ -43,7 +43,7 @@ from executor.quant.choose import MADE, choose_cache, choose_schemes, make_schem
 from executor.recipe.draft import Draft
 from executor.recipe.graph_sizes import decode_tokens, graph_shapes, most_inputs, spare_blocks
 from executor.recipe.memory import estimate
-from executor.recipe.schema import Recipe
+from executor.recipe.schema import Recipe, SpeculativeSection
 from executor.recipe.settle import Prepared, compute_bytes, device_settings, prepare
 from executor.schedule.plan import GraphShape
 from executor.schedule.scheduler import Scheduler
@@ -275,10 +275,8 @@ def _proposer(
 ) -> Proposer:
     """Where the drafts of a model with `vocab_size` tokens come from."""
     settings = recipe.speculative
-    if settings.method == "lookahead":
-        return LookaheadProposer(settings.level, settings.window, settings.guess_set_size)
-    if settings.method == "ngram":
-        return NgramProposer(settings.ngram_min, settings.ngram_max)
+    if settings.method != "draft":
+        return text_proposer(settings)
     assert drafting is not None, "a leader has loaded the draft model"
     draft, model = drafting.draft, drafting.model
     pixel_format = read_pixel_settings(draft.folder, processor.picture_defaults)
@@ -295,6 +293,13 @@ def _proposer(
         step_tokens=recipe.scheduler.max_num_batched_tokens,
         end_ids=processor.eos_token_ids,
     )
+
+
+def text_proposer(settings: SpeculativeSection) -> Proposer:
+    """Drafts of the request's own tokens."""
+    if settings.method == "lookahead":
+        return LookaheadProposer(settings.level, settings.window, settings.guess_set_size)
+    return NgramProposer(settings.ngram_min, settings.ngram_max)
 
 
 def _profile_name(recipe: Recipe, rank: int) -> str:

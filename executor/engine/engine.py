@@ -22,6 +22,7 @@ from executor.engine.outputs import Collector, Completion, Output
 from executor.engine.params import check_params, type_of, with_seed
 from executor.engine.replica import Replica
 from executor.engine.runner import FAULTS, Runner
+from executor.engine.speculation.counts import SpeculationCounts
 from executor.engine.writing import Answer, Piece, unreadable
 from executor.errors import UserError
 from executor.schedule.plan import Plan
@@ -60,6 +61,12 @@ class Engine:
     def has_work(self) -> bool:
         """Whether `step` has something to give."""
         return self.scheduler.has_work or bool(self._pieces)
+
+    @property
+    def speculation(self) -> SpeculationCounts:
+        """What became of drafts until now; all 0 where none are made."""
+        speculator = self.runner.speculator
+        return SpeculationCounts() if speculator is None else replace(speculator.counts)
 
     @property
     def replica(self) -> Replica:
