@@ -281,16 +281,16 @@ def _proposer(
     draft, model = drafting.draft, drafting.model
     pixel_format = read_pixel_settings(draft.folder, processor.picture_defaults)
     pixel_format.check_against(model.config.vision, draft.folder)
-    vocab_size = min(vocab_size, model.config.text.vocab_size)
     runner = _runner(
         draft.recipe, num_blocks, model, processor, device, dtype, drafting.replica, decode_graphs, pixel_format,
-        vocab_size,
+        min(vocab_size, model.config.text.vocab_size),
     )  # fmt: skip
     return DraftProposer(
         runner,
         num_blocks,
         vocab_size=vocab_size,
         step_tokens=recipe.scheduler.max_num_batched_tokens,
+        shares_blocks=recipe.scheduler.enable_prefix_caching,
         end_ids=processor.eos_token_ids,
     )
 

@@ -32,11 +32,11 @@ import torch
 from safetensors.torch import save_file
 
 from executor.commands.build import text_proposer
-from executor.engine.speculation.speculator import Speculator
 from executor.device import ops
 from executor.device.cpu.ops import open_cpu
 from executor.device.table import DeviceSettings
 from executor.engine.engine import Engine
+from executor.engine.speculation.speculator import Speculator
 from executor.recipe.schema import SpeculativeSection
 from executor.schedule.request import Prompt, SamplingParams
 from tests.benchmarks.against_transformers import canonical_tensors, our_engine, reference_model
