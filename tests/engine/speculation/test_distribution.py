@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from executor.engine import runner
-from executor.engine.speculation.speculator import Speculator, num_right
+from executor.engine.speculation.speculator import Speculator
+from executor.engine.speculation.verify import num_right
 from executor.schedule.request import SamplingParams
 from tests.engines import engine_over
 from tests.reference import REPO
