@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from executor.engine import runner
-from executor.engine.speculation.speculator import Speculator
+from executor.engine.speculation.speculator import Proposer, Speculator
 from executor.engine.speculation.verify import num_right
 from executor.schedule.request import SamplingParams
 from tests.engines import engine_over
@@ -63,7 +63,7 @@ def triples(model, prompt):
     return known
 
 
-class Guess:
+class Guess(Proposer):
     """Drafts what is likeliest: right as often as the model is sure."""
 
     def __init__(self, model, prompt):
