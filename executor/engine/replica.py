@@ -73,7 +73,7 @@ class Replica:
         """The leader's plan as every rank of the replica will run it, sent to them; None: nothing to run.
 
         `in_graph`: whether this replica could replay a graph for it. `more`: this replica has not ended. None for a
-        plan without rows means that no other replica has any; after `more=False`, that all have ended.
+        plan of nothing means that no other replica has any rows; after `more=False`, that all have ended.
         """
         if self.in_step:
             num_tokens = sum(row.num_inputs for row in plan.rows)
@@ -85,7 +85,7 @@ class Replica:
             plan = replace(plan, padded_tokens=tokens, in_graph=not eager)
         elif in_graph:
             plan = replace(plan, in_graph=True)
-        if not plan.rows and not plan.padded_tokens:
+        if not plan.rows and not plan.padded_tokens and not plan.keep:
             return None
         if self.parallel.control.size > 1:
             self._announce(plan)

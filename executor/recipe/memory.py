@@ -25,6 +25,12 @@ LIBRARY_BYTES = 40 << 20
 and code that runs the first time: measured with torch 2.13 for CPUs."""
 
 
+STAGED_BYTES = 512 << 20
+QUEUED_BYTES = 256 << 20
+"""Of a prefix cache on disk: what is read ahead of requests, in host memory, and what waits to be written, in the
+device's."""
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes of one rank, and the KV blocks they buy."""
@@ -39,11 +45,12 @@ class MemoryEstimate:
     loading_bytes: int = 0  # beside the weights while the last of them take the device's layout
     graph_bytes: int = 0  # decode graphs of an NPU, with the block that their padding rows write to
     communication_bytes: int = 0  # buffers of an NPU's communicators
+    disk_cache_bytes: int = 0  # on its way from and to a prefix cache on disk
     step: Peak | None = None  # what peak_bytes is made of, the pictures of running requests left out
 
     @property
     def total_bytes(self) -> int:
-        beside = self.process_bytes + self.graph_bytes + self.communication_bytes
+        beside = self.process_bytes + self.graph_bytes + self.communication_bytes + self.disk_cache_bytes
         return beside + self.weights_bytes + max(self.kv_bytes + self.peak_bytes, self.loading_bytes)
 
     @property
@@ -63,6 +70,7 @@ class MemoryEstimate:
             "pictures": self.peak_bytes - phase - cache,
             "graphs": self.graph_bytes,
             "communication": self.communication_bytes,
+            "disk_cache": self.disk_cache_bytes,
             "loading": max(0, self.loading_bytes - self.kv_bytes - self.peak_bytes),
         }
 
@@ -73,6 +81,7 @@ class MemoryEstimate:
         process = f"process {gib(self.process_bytes)} + " if self.process_bytes else ""
         graphs = f" + decode graphs {gib(self.graph_bytes)}" if self.graph_bytes else ""
         buffers = f" + communication {gib(self.communication_bytes)}" if self.communication_bytes else ""
+        buffers += f" + cache on disk {gib(self.disk_cache_bytes)}" if self.disk_cache_bytes else ""
         return (
             f"memory per rank, estimated: {process}weights {gib(self.weights_bytes)} + KV cache {gib(self.kv_bytes)} "
             f"({self.num_blocks} blocks) + peak of a step {gib(self.peak_bytes)}{graphs}{buffers} "
@@ -190,7 +199,8 @@ def account(
     blocks_of_one = -(-scheduler.max_model_len // scheduler.block_size)
     pixels = pixel_bytes(recipe, shapes, scheduler.block_size)  # of the pictures whose tokens a block holds
     graphs, buffers = _graph_and_buffer_bytes(recipe, shapes, block, compute_bytes)
-    affordable = (budget - process - weights - peak - graphs - buffers) // (block + pixels)
+    disk_cache = disk_cache_bytes(recipe)
+    affordable = (budget - process - weights - peak - graphs - buffers - disk_cache) // (block + pixels)
     num_blocks = (
         num_blocks
         or named_blocks(recipe, block, blocks_of_one)
@@ -199,8 +209,9 @@ def account(
     peak += min(num_blocks, scheduler.max_num_seqs * blocks_of_one) * pixels
     loading = loading_bytes(recipe, shapes, copies_head)
     return MemoryEstimate(
-        weights, num_blocks * block, peak, budget, num_blocks, block, process, loading, graphs, buffers, step
-    )
+        weights, num_blocks * block, peak, budget, num_blocks, block, process, loading, graphs, buffers, disk_cache,
+        step,
+    )  # fmt: skip
 
 
 def _graph_and_buffer_bytes(
@@ -212,6 +223,13 @@ def _graph_and_buffer_bytes(
     own_mb = environment().get("HCCL_BUFFSIZE", "")
     buffers = buffer_bytes(recipe.parallel.world_size, recipe.attn_tp_size, int(own_mb) if own_mb.isdigit() else None)
     return graph_bytes(recipe, shapes, compute_bytes) + padding_blocks(recipe) * block_bytes, buffers
+
+
+def disk_cache_bytes(recipe: Recipe) -> int:
+    """Of the device's memory what a prefix cache on disk takes for entries on their way."""
+    if recipe.scheduler.prefix_cache_path is None:
+        return 0
+    return QUEUED_BYTES if recipe.model.device == "npu" else QUEUED_BYTES + STAGED_BYTES
 
 
 def named_blocks(recipe: Recipe, block_bytes: int, blocks_of_one: int) -> int | None:
