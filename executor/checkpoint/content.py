@@ -5,14 +5,15 @@ remembered, for as long as the file system says that the file has not changed: d
 time of its last change (ctime) no program sets. A folder that is copied or mounted anew is read again.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -25,19 +26,34 @@ def content_digest(folder: Path, weights: Sequence[Path], memory: Path) -> str:
     """Hex digest of a checkpoint: its `weights` and the JSON files of `folder`. `memory`: JSON file of digests, made
     and kept up to date here. Raises OSError for a file that cannot be read."""
     files = sorted({*weights, *folder.glob("*.json")})
-    known = _remembered(memory)
     started = time.monotonic()
-    with ThreadPoolExecutor(MAX_THREADS) as threads:
+    with _alone(memory), ThreadPoolExecutor(MAX_THREADS) as threads:
+        known = _remembered(memory)
         found = list(threads.map(lambda file: _file_digest(file, known), files))
+        new = {str(file): entry for file, (_, _, entry) in zip(files, found, strict=True) if entry}
+        if new:
+            _remember(memory, known | new)
     num_bytes = sum(count for _, count, _ in found)
     if num_bytes:
         seconds = time.monotonic() - started
         logger.info("%s: read %.2f GB to know the checkpoint by, %.1f s", folder, num_bytes / 1e9, seconds)
-        _remember(memory, known | {str(file): entry for file, (_, _, entry) in zip(files, found, strict=True) if entry})
     whole = hashlib.sha256()
     for file, (digest, _, _) in zip(files, found, strict=True):
         whole.update(f"{file.name} {digest}\n".encode())
     return whole.hexdigest()
+
+
+@contextmanager
+def _alone(memory: Path) -> Iterator[None]:
+    """One process at a time: replicas that start together read a checkpoint once. Not where files have no locks."""
+    with open(memory.with_suffix(".lock"), "ab", opener=_private) as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _file_digest(file: Path, known: dict[str, list]) -> tuple[str, int, list | None]:
@@ -69,6 +85,6 @@ def _remembered(memory: Path) -> dict[str, list]:
 def _remember(memory: Path, entries: dict[str, list]) -> None:
     temporary = memory.with_name(f".tmp-{os.getpid()}-{memory.name}")
     with suppress(OSError):  # then it is read again next time
-        with open(temporary, "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+        with open(temporary, "w", encoding="utf-8", opener=_private) as file:
             json.dump(entries, file)
         os.replace(temporary, memory)

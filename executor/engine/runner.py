@@ -258,8 +258,10 @@ class Runner:
             yield
 
     def dismiss(self) -> None:
-        """After `assist`: let this replica's other ranks go."""
+        """After `assist`: let this replica's other ranks go, and have written what is to outlive the process."""
         self.end_profile()
+        if self.disk_cache is not None:
+            self.disk_cache.flush()
         if self.replica.leads and not self._has_dismissed:
             self._has_dismissed = True
             self.replica.dismiss()

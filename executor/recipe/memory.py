@@ -27,8 +27,8 @@ and code that runs the first time: measured with torch 2.13 for CPUs."""
 
 STAGED_BYTES = 512 << 20
 QUEUED_BYTES = 256 << 20
-"""Of a prefix cache on disk: what is read ahead of requests, in host memory, and what waits to be written, in the
-device's."""
+"""Of a prefix cache on disk at most: what is read ahead of requests, in host memory, and what waits to be written, in
+the device's; each no more than the KV cache."""
 
 
 @dataclass(frozen=True)
@@ -199,13 +199,10 @@ def account(
     blocks_of_one = -(-scheduler.max_model_len // scheduler.block_size)
     pixels = pixel_bytes(recipe, shapes, scheduler.block_size)  # of the pictures whose tokens a block holds
     graphs, buffers = _graph_and_buffer_bytes(recipe, shapes, block, compute_bytes)
-    disk_cache = disk_cache_bytes(recipe)
+    named = num_blocks or named_blocks(recipe, block, blocks_of_one)
+    disk_cache = disk_cache_bytes(recipe, (named or scheduler.max_num_seqs * blocks_of_one) * block)
     affordable = (budget - process - weights - peak - graphs - buffers - disk_cache) // (block + pixels)
-    num_blocks = (
-        num_blocks
-        or named_blocks(recipe, block, blocks_of_one)
-        or min(scheduler.max_num_seqs * blocks_of_one, max(affordable, blocks_of_one))
-    )
+    num_blocks = named or min(scheduler.max_num_seqs * blocks_of_one, max(affordable, blocks_of_one))
     peak += min(num_blocks, scheduler.max_num_seqs * blocks_of_one) * pixels
     loading = loading_bytes(recipe, shapes, copies_head)
     return MemoryEstimate(
@@ -225,11 +222,12 @@ def _graph_and_buffer_bytes(
     return graph_bytes(recipe, shapes, compute_bytes) + padding_blocks(recipe) * block_bytes, buffers
 
 
-def disk_cache_bytes(recipe: Recipe) -> int:
-    """Of the device's memory what a prefix cache on disk takes for entries on their way."""
+def disk_cache_bytes(recipe: Recipe, kv_bytes: int) -> int:
+    """Of the device's memory what a prefix cache on disk takes for entries on their way, beside so large a KV cache."""
     if recipe.scheduler.prefix_cache_path is None:
         return 0
-    return QUEUED_BYTES if recipe.model.device == "npu" else QUEUED_BYTES + STAGED_BYTES
+    queued, staged = min(QUEUED_BYTES, kv_bytes), min(STAGED_BYTES, kv_bytes)
+    return queued if recipe.model.device == "npu" else queued + staged
 
 
 def named_blocks(recipe: Recipe, block_bytes: int, blocks_of_one: int) -> int | None:

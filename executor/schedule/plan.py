@@ -54,8 +54,8 @@ class Plan:
     """One step. The runner hands `keep` to the store, takes `load` from it, drops the embeddings of `release`, encodes
     `encode`, and computes `rows`.
 
-    The replica's leader fills in `padded_tokens` and `in_graph`. Replicas that share experts agree on them: how many tokens each of them
-    brings, its own filled up, and whether they all replay a graph.
+    The replica's leader fills in `padded_tokens` and `in_graph`. Replicas that share experts agree on them: how many
+    tokens each of them brings, its own filled up, and whether they all replay a graph.
     """
 
     rows: tuple[Row, ...]

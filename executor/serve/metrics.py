@@ -154,8 +154,11 @@ class Metrics:
             ("qwenvl:disk_cache_read_bytes", "Read from disk and checked.", stats.disk_read_bytes),
             ("qwenvl:disk_cache_written_bytes", "Written to disk.", stats.disk_written_bytes),
             ("qwenvl:disk_cache_damaged", "Entries that were wrong, and dropped.", stats.num_disk_damaged),
-            ("qwenvl:disk_cache_dropped", "Entries that were not written, for lack of time or room.",
-             stats.num_disk_dropped),
+            (
+                "qwenvl:disk_cache_dropped",
+                "Entries that were not written, for lack of time or room.",
+                stats.num_disk_dropped,
+            ),
             ("vllm:spec_decode_num_draft_tokens", "Guessed tokens.", 0),
             ("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that were right.", 0),
             ("qwenvl:prefill_steps", "Steps with a prompt in them.", stats.num_prefill_steps),

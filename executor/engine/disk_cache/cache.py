@@ -6,7 +6,8 @@ What steps compute is copied beside the model and written by a thread of this mo
 are dropped. A block is written only behind the one before it: without that nobody would find it.
 
 Bytes come back as they were in the cache, so answers are those that blocks kept in memory give.
-Invariants: `load` never fails for what is `staged`; no step reads or writes a file. Knows nothing of requests' order, of queues or of models.
+Invariants: `load` never fails for what is `staged`; no step reads or writes a file.
+Knows nothing of the order of requests, nor of models.
 Legend: L layers, M visual tokens of a media item, n hidden size.
 """
 
@@ -36,7 +37,7 @@ PLACE_NS = 1_000_000
 """A block counts as used so much earlier than the one before it: of a prefix the end goes first."""
 FRESH_NS = 60 * 10**9  # what was used less long ago is not touched again
 RETRY_S = 60.0  # after a write that failed
-CLOSE_S = 30.0  # for writing what is queued at the end
+FLUSH_S = 30.0
 
 
 class Staged:
@@ -82,6 +83,8 @@ class DiskCache:
         self._device = device
         self._feature_shape, self._feature_dtype = feature_shape, feature_dtype
         self._block_bytes = len(self._tensors) * first[0].numel() * first.itemsize
+        cache_bytes = len(first) * self._block_bytes
+        self.most_staged_bytes, self.most_queued_bytes = min(STAGED_BYTES, cache_bytes), min(QUEUED_BYTES, cache_bytes)
         self._staged: weakref.WeakValueDictionary[str, Staged] = weakref.WeakValueDictionary()
         self._of_prompt: weakref.WeakKeyDictionary[Prompt, dict[bytes, Staged]] = weakref.WeakKeyDictionary()
         self._media_of_prompt: weakref.WeakKeyDictionary[Prompt, list[Staged]] = weakref.WeakKeyDictionary()
@@ -89,7 +92,7 @@ class DiskCache:
         self._touched_ns: dict[str, int] = {}
         self._media_queries = self._media_hits = self._read_bytes = 0
         # Names, bytes of each, stamps, and contents on the device, one in each row.
-        self._queue: SimpleQueue[tuple[list[str], int, list[int], Tensor] | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[list[str], int, list[int], Tensor] | threading.Event | None] = SimpleQueue()
         self._queued: set[str] = set()
         self._queued_bytes = 0
         self._accounts = threading.Lock()  # of the two above and those below
@@ -166,7 +169,7 @@ class DiskCache:
     def _read(self, name: str, num_bytes: int) -> Staged | None:
         """An entry in memory: one that another prompt has there, or from the disk; None where it is not to be had."""
         entry = self._staged.get(name)
-        if entry is None and self._staged_bytes() + num_bytes <= STAGED_BYTES:
+        if entry is None and self._staged_bytes() + num_bytes <= self.most_staged_bytes:
             content = torch.empty(num_bytes, dtype=torch.uint8)
             if self.folder.read(name, memoryview(content.numpy())):
                 self._read_bytes += num_bytes
@@ -209,7 +212,7 @@ class DiskCache:
                 before = block.parent and _block_name(block.parent)
                 if before and before not in self._queued and before not in self.folder.names:
                     continue
-                if self._queued_bytes + self._block_bytes > QUEUED_BYTES:
+                if self._queued_bytes + self._block_bytes > self.most_queued_bytes:
                     self._num_dropped += 1
                     continue
                 self._queued.add(name)
@@ -241,17 +244,25 @@ class DiskCache:
         with self._accounts:
             if name in self._queued or name in self.folder.names or time.monotonic() < self._resting_until_s:
                 return
-            if self._queued_bytes + num_bytes > QUEUED_BYTES:
+            if self._queued_bytes + num_bytes > self.most_queued_bytes:
                 self._num_dropped += 1
                 return
             self._queued.add(name)
             self._queued_bytes += num_bytes
         self._queue.put(([name], num_bytes, [time.time_ns()], features.unsqueeze(0)))
 
+    def flush(self) -> None:
+        """Wait until what is queued is written, FLUSH_S at most."""
+        done = threading.Event()
+        self._queue.put(done)
+        if self._writer.is_alive() and not done.wait(FLUSH_S):
+            logger.warning("%s: the disk is slow; the process ends before all is written", self.folder.path)
+
     def close(self) -> None:
-        """Write what is queued, and end the thread. Nothing can be kept after that."""
+        """`flush`, and end the thread. Nothing can be kept after that."""
+        self.flush()
         self._queue.put(None)
-        self._writer.join(CLOSE_S)
+        self._writer.join(FLUSH_S)
 
     def _feature_bytes(self, item: MediaItem) -> int:
         return item.num_tokens * self._feature_shape[0] * self._feature_shape[1] * self._feature_dtype.itemsize
@@ -260,6 +271,9 @@ class DiskCache:
         if sys.platform == "linux":  # where a thread has a priority of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         while (task := self._queue.get()) is not None:
+            if isinstance(task, threading.Event):
+                task.set()
+                continue
             names, num_bytes, stamps_ns, rows = task
             rows = rows.cpu()  # waits for a device that computes behind the host's back; no step does
             for name, stamp_ns, row in zip(names, stamps_ns, rows, strict=True):

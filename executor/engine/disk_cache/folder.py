@@ -1,9 +1,9 @@
 """A folder of entries that outlive the process: bytes by name, each whole and checked, or not there.
 
-`root/prefix-KEY/NAME`: KEY names all that the bytes depend on besides what NAME names. An entry is a header (magic, length,
-SHA-256 over key, name and bytes) and the bytes. It is written to a temporary file beside its place and renamed, so that
-a reader sees all of it or none, whoever else writes and removes; what a power cut or a bad disk leaves of it the digest
-finds, hence nothing is synced. The root has at most `capacity_bytes` of entries, over all keys: the least recently used
+`root/prefix-KEY/NAME`: KEY names all that the bytes depend on besides what NAME names. An entry is a header (magic,
+length, SHA-256 over key, name and bytes) and the bytes. It is written to a temporary file beside its place and renamed,
+so that a reader sees all of it or none, whoever else writes and removes; what a power cut or a bad disk leaves of it
+the digest finds, hence nothing is synced. The root has at most `capacity_bytes` of entries, over all keys: the least recently used
 go first, and each process looks again after writing a small share of that. Nothing else below the root is
 touched. Folders are 0700 and files 0600, since entries tell what was asked.
 

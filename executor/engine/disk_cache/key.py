@@ -1,4 +1,4 @@
-"""The name of all that stored bytes depend on besides tokens, positions and pixels: another of any is another folder."""
+"""The name of all that stored bytes depend on besides tokens, positions and pixels: another one, another folder."""
 
 import hashlib
 import json

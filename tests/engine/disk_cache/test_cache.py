@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from executor.engine.disk_cache import cache as module
 from executor.engine.disk_cache.folder import EntryFolder
 from executor.engine.loop import EngineLoop
 from executor.errors import UserError
-from executor.schedule.request import SamplingParams
+from executor.schedule.prefix_cache import BlockDigests
+from executor.schedule.request import Request, SamplingParams
 from tests.engines import engine_over
 from tests.reference import REPO, random_checkpoint
 
@@ -116,7 +116,8 @@ def test_other_families(tmp_path, family):
     with opened(tmp_path, folder) as engine:
         first, warm = answers(engine), answers(engine)
     with opened(tmp_path, folder) as engine:
-        assert same(answers(engine), warm) and same(first, first)
+        found = answers(engine)
+        assert same(found, warm) and [x.token_ids for x in found] == [x.token_ids for x in first]
         assert engine.scheduler.num_store_hits == sum(x.cached_tokens for x in warm) > 0
 
 
@@ -136,14 +137,16 @@ def test_damaged_entries_are_computed_again(path, wanted, caplog, damage):
     with opened(path) as engine:
         found = answers(engine)
         assert [x.token_ids for x in found] == [x.token_ids for x in wanted[0]]
-        assert 0 < engine.runner.disk_cache.stats().num_damaged
+        assert engine.runner.disk_cache.stats().num_damaged > 0
         assert "computed again" in caplog.text
-    with opened(path) as engine:
-        answers(engine)
-        third = engine.runner.disk_cache.stats()
+    for _ in entries(path):  # of a prompt the first damaged block is found, and what stands behind it is not read
+        with opened(path) as engine:
+            assert [x.token_ids for x in answers(engine)] == [x.token_ids for x in wanted[0]]
+            if not engine.runner.disk_cache.stats().num_damaged:
+                break
     with opened(path) as engine:
         assert same(answers(engine), wanted[1]), "all is whole again"
-        assert not engine.runner.disk_cache.stats().num_damaged and third.num_damaged <= len(entries(path))
+        assert not engine.runner.disk_cache.stats().num_damaged
 
 
 def test_another_checkpoint_of_the_same_shapes_shares_nothing(tmp_path):
@@ -191,7 +194,7 @@ def test_another_version_of_the_code_has_another_folder(path, monkeypatch):
     "sizes",
     [
         {"max_num_batched_tokens": 24},
-        {"num_blocks": 40, "max_model_len": 512},
+        {"num_blocks": 26, "max_model_len": 400},
         {"max_num_seqs": 1},
         {"encoder_cache_tokens": 64},
         {"enable_chunked_prefill": False, "max_num_batched_tokens": 2048},
@@ -199,18 +202,16 @@ def test_another_version_of_the_code_has_another_folder(path, monkeypatch):
     ids=["chunks", "preemptions", "one at a time", "a small encoder cache", "whole prompts"],
 )
 def test_sizes_of_steps_and_caches_change_no_answer(path, sizes, wanted):
-    params = replace(NOISY, max_new_tokens=40)
+    params = replace(NOISY, max_new_tokens=60 if "num_blocks" in sizes else 20)
     asked = [*questions(), message(LONG + "Now!"), message(LONG)]
     with opened(None, **sizes) as engine:
         plain = answers(engine, params, asked)
-    for _ in range(2):
-        with opened(path, **sizes) as engine:
-            found = answers(engine, params, asked)
-            assert [x.token_ids for x in found] == [x.token_ids for x in plain]
-            assert engine.scheduler.num_store_hits > 0
-            if "num_blocks" in sizes:
-                assert engine.scheduler.num_preemptions > 0
-            engine.scheduler.check()
+    with opened(path, **sizes) as engine:
+        found = answers(engine, params, asked)
+        assert [x.token_ids for x in found] == [x.token_ids for x in plain]
+        assert engine.scheduler.num_store_hits > 0
+        assert (engine.scheduler.num_preemptions > 0) == ("num_blocks" in sizes)
+        engine.scheduler.check()
 
 
 def test_several_answers_of_a_prompt_load_its_blocks_once(path):
@@ -298,26 +299,32 @@ def test_requests_that_leave_early_keep_nothing(path):
         engine.scheduler.check()
 
 
-def test_what_is_read_ahead_is_bounded(path, monkeypatch, wanted):
+def test_what_is_read_ahead_is_bounded(path, wanted):
     with opened(path) as engine:
         cache = engine.runner.disk_cache
-        monkeypatch.setattr(module, "STAGED_BYTES", 3 * cache._block_bytes)
+        cache.most_staged_bytes = 3 * cache._block_bytes
         found = answers(engine)
         assert [x.token_ids for x in found] == [x.token_ids for x in wanted[0]]
         assert 0 < engine.scheduler.num_store_hits <= 3 * 16
 
 
-def test_what_waits_to_be_written_is_bounded_and_leaves_no_gap(tmp_path, monkeypatch, wanted):
+def test_what_waits_to_be_written_is_bounded_and_leaves_no_gap(tmp_path, wanted):
     with opened(tmp_path) as engine:
         cache = engine.runner.disk_cache
-        monkeypatch.setattr(module, "QUEUED_BYTES", 4 * cache._block_bytes)
-        answers(engine)
-    stats = cache.stats()
-    assert stats.num_dropped > 0
+        cache.most_queued_bytes = 4 * cache._block_bytes
+        prompts = [engine.prompt(question) for question in questions()]
+        found = answers(engine, asked=prompts)
+    assert cache.stats().num_dropped > 0
+    there, num_there = {file.stem for file in entries(tmp_path, "kv")}, 0
+    for prompt, answer in zip(prompts, found, strict=True):
+        request = Request("", prompt, GREEDY, output_token_ids=list(answer.token_ids[0]))
+        names = [digest.hex() for digest in BlockDigests(request, 16).extend(request.num_tokens - 1)]
+        num_first = next((place for place, name in enumerate(names) if name not in there), len(names))
+        assert there.isdisjoint(names[num_first:]), "a block that nobody finds"
+        num_there += num_first
+    assert num_there == len(there) > 0
     with opened(tmp_path) as engine:
-        found = answers(engine)
-        assert [x.token_ids for x in found] == [x.token_ids for x in wanted[0]]
-        assert engine.runner.disk_cache.stats().read_bytes == stats.written_bytes, "each block written is of use"
+        assert [x.token_ids for x in answers(engine)] == [x.token_ids for x in wanted[0]]
 
 
 def test_a_full_disk_is_said_once(tmp_path, monkeypatch, caplog, wanted):
