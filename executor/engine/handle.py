@@ -88,7 +88,7 @@ class Handle:
         check: Callable[[SamplingParams], None],
         fetch: Callable[[Prompt, SamplingParams], None],
     ) -> None:
-        """Make its prompt, and fetch what was computed of it; in a preparing thread. What goes wrong is this request's."""
+        """Make its prompt, and fetch what is known of it; in a preparing thread. What goes wrong is the request's."""
         make = self._make
         if self.ended or make is None:  # given up before its turn
             return

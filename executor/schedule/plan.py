@@ -49,20 +49,32 @@ class BlockToKeep(NamedTuple):
     place: int
 
 
+class GraphShape(NamedTuple):
+    """What a decode graph computes: `rows` requests, of each its last `q_len` tokens: 1, or more where drafts among
+    them are verified."""
+
+    rows: int
+    q_len: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows * self.q_len
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One step. The runner hands `keep` to the store, takes `load` from it, drops the embeddings of `release`, encodes
     `encode`, and computes `rows`.
 
-    The replica's leader fills in `padded_tokens` and `in_graph`. Replicas that share experts agree on them: how many
-    tokens each of them brings, its own filled up, and whether they all replay a graph.
+    The replica's leader fills in `padded_tokens` and `graph`. Replicas that share experts agree on them: how many
+    tokens each of them brings, its own filled up, and which graph they all replay.
     """
 
     rows: tuple[Row, ...]
     encode: tuple[MediaItem, ...] = ()
     release: tuple[bytes, ...] = ()
     padded_tokens: int | None = None
-    in_graph: bool = False
+    graph: GraphShape | None = None
     is_decode: bool = False  # known to be of rows that have one token each, the last of an answer under way
     load: tuple[BlockToLoad, ...] = ()
     keep: tuple[BlockToKeep, ...] = ()

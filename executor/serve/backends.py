@@ -91,6 +91,7 @@ class EngineBackend:
             num_disk_damaged=disk.num_damaged,
             num_disk_dropped=disk.num_dropped,
             **asdict(clock.times()),
+            speculation=self.loop.engine.speculation,
         )
 
     def ask(self, ask: Ask) -> Feed:

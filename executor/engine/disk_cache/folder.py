@@ -3,8 +3,8 @@
 `root/prefix-KEY/NAME`: KEY names all that the bytes depend on besides what NAME names. An entry is a header (magic,
 length, SHA-256 over key, name and bytes) and the bytes. It is written to a temporary file beside its place and renamed,
 so that a reader sees all of it or none, whoever else writes and removes; what a power cut or a bad disk leaves of it
-the digest finds, hence nothing is synced. The root has at most `capacity_bytes` of entries, over all keys: the least recently used
-go first, and each process looks again after writing a small share of that. Nothing else below the root is
+the digest finds, hence nothing is synced. The root has at most `capacity_bytes` of entries, over all keys: the least
+recently used go first, and each process looks again after writing a small share of that. Nothing else below the root is
 touched. Folders are 0700 and files 0600, since entries tell what was asked.
 
 SHA-256, because CPUs have instructions for it: 1.4 GB/s a core where BLAKE2b has 0.5, and a tenth of what computing
