@@ -23,6 +23,7 @@ PARTS = {
     "pictures": "pictures in waiting",
     "graphs": "decode graphs",
     "communication": "communication buffers",
+    "disk_cache": "on its way to and from the disk",
     "loading": "second layout while loading",
 }
 LIMITS = {
