@@ -22,6 +22,7 @@ from executor.engine.outputs import Collector, Completion, Output
 from executor.engine.params import check_params, type_of, with_seed
 from executor.engine.replica import Replica
 from executor.engine.runner import FAULTS, Runner
+from executor.engine.speculation.counts import SpeculationCounts
 from executor.engine.writing import Answer, Piece, unreadable
 from executor.errors import UserError
 from executor.schedule.plan import Plan
@@ -60,6 +61,12 @@ class Engine:
     def has_work(self) -> bool:
         """Whether `step` has something to give."""
         return self.scheduler.has_work or bool(self._pieces)
+
+    @property
+    def speculation(self) -> SpeculationCounts:
+        """What became of drafts until now; all 0 where none are made."""
+        speculator = self.runner.speculator
+        return SpeculationCounts() if speculator is None else replace(speculator.counts)
 
     @property
     def replica(self) -> Replica:
@@ -318,12 +325,14 @@ class Engine:
             self._emit(self._answers[plan.rows[number].request.id], (), text="")
 
     def _follow_grammar(self, request: Request, token_ids: list[int]) -> None:
-        """The answer ends where its grammar must, and fails where that cannot be followed."""
+        """The answer ends where its grammar must, and fails where that cannot be followed.
+
+        Drafts do not go beyond that end, so all the tokens count.
+        """
         if request.finished:
             return
         try:
-            (token_id,) = token_ids  # guesses would have to be told the masks
-            if request.matcher.take(token_id):
+            if request.matcher.take(token_ids):
                 self.scheduler.finish(request, FinishReason.STOP)
         except GrammarFault as error:
             self.scheduler.fail(request, f"{GRAMMAR_ENDS}: {error}")

@@ -7,6 +7,7 @@ Legend: T tokens of the step, M visual tokens of a media item, n hidden size.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,10 +23,12 @@ from executor.engine.decode_inputs import DecodeInputs
 from executor.engine.encode import encode_items
 from executor.engine.graphs import DecodeGraphs
 from executor.engine.logprobs import PromptScores, TokenLogprobs
+from executor.engine.places import Drafts
 from executor.engine.profile import Profile
 from executor.engine.replica import Replica
 from executor.engine.sampler import Sampled, Sampler
-from executor.engine.speculation.speculator import Speculator, num_right
+from executor.engine.speculation.speculator import Speculator
+from executor.engine.speculation.verify import num_right
 from executor.engine.stages import Stage, StageClock
 from executor.engine.step import ModelStep, Visual
 from executor.recipe.peak import ENCODE_TOKENS, SCORED_ROWS
@@ -110,6 +113,7 @@ class Runner:
 
         Raises what a step of several ranks raises, and defects of ours: nothing is known then of what was done.
         """
+        started_s = time.perf_counter()
         if self.speculator is not None:
             plan = self.speculator.extended(plan)
         plan = self.replica.lead(plan, self.graphs)
@@ -118,6 +122,8 @@ class Runner:
         try:
             result = self._computed(plan)
             self._count(plan)
+            if self.speculator is not None:
+                self.speculator.measured(plan, time.perf_counter() - started_s)
             return result
         except FAULTS as error:
             if not self.replica.is_alone:
@@ -140,13 +146,12 @@ class Runner:
         plan: Plan,
         logits: Tensor,
         requests: Sequence[Request],
-        num_tokens: Sequence[int] | None = None,
-        ahead: Sequence[tuple[int, ...]] | None = None,
+        drafts: Drafts | None = None,
     ) -> Sampled:
         # Of a device that computes behind the host's back, the step's tokens are waited for in here.
         booked = _stage_of(plan) if self.device.computes_behind else None
         with self.clock.stage("sampling", booked):
-            return self.sampler.sample(logits, requests, num_tokens, ahead)
+            return self.sampler.sample(logits, requests, drafts=drafts)
 
     def _computed(self, plan: Plan) -> StepResult:
         if plan.is_decode:
@@ -183,14 +188,8 @@ class Runner:
 
         The noise of a place is its own, so what is chosen there is what would have been without drafts.
         """
-        requests, num_before, ahead = [], [], []
-        for row in plan.rows:
-            if row.max_yield:
-                for count in range(len(row.draft_ids) + 1):
-                    requests.append(row.request)
-                    num_before.append(row.request.num_tokens + count)
-                    ahead.append(row.draft_ids[:count])
-        sampled = self._sample(plan, logits, requests, num_before, ahead)
+        yielding = [row for row in plan.rows if row.max_yield]
+        sampled = self._sample(plan, logits, [row.request for row in yielding], [row.draft_ids for row in yielding])
         token_ids: list[list[int]] = []
         chosen: list[list[int]] = []
         result, at = StepResult(token_ids, prompt_logprobs=prompt_logprobs), 0
@@ -205,16 +204,18 @@ class Runner:
             if failed is not None:  # behind a token that was found the next step meets the fault again
                 num_kept = failed
             token_ids.append(found[:num_kept])
-            logprobs = [each for each in sampled.logprobs[at : at + num_kept] if each is not None]
-            if logprobs:
-                result.logprobs[number] = logprobs
+            if num_kept and sampled.logprobs[at] is not None:
+                result.logprobs[number] = sampled.logprobs[at : at + num_kept]
             at += count
         if self.speculator is not None:
             self.speculator.observe(plan, chosen, token_ids)
         return result
 
     def _row_by_row(self, plan: Plan) -> StepResult:
-        """The step again, each media item and each row by itself. Rows write to their own slots: it harms nobody."""
+        """The step again, each media item and each row by itself and without drafts.
+
+        Rows write to their own slots: it harms nobody.
+        """
         for digest in plan.release:
             self.features.pop(digest, None)
         unreadable: dict[bytes, str] = {}
@@ -228,7 +229,7 @@ class Runner:
             alone, reason = StepResult([[]]), _unreadable(row, unreadable)
             try:
                 if reason is None:
-                    alone = self._computed(replace(plan, rows=(row,), encode=(), release=()))
+                    alone = self._computed(replace(plan, rows=(row._replace(draft_ids=()),), encode=(), release=()))
                     reason = alone.failures.get(0)
             except FAULTS as error:
                 reason = f"its step failed: {describe(error)}"
@@ -286,6 +287,11 @@ class Runner:
         """Write what has been recorded; by the thread of the steps, when there will be no more."""
         if self.profile is not None:
             self.profile.end()
+
+    def compute(self, plan: Plan) -> Tensor:
+        """`forward`, of a runner that takes part in no other rank's steps: in a graph where there is one for it."""
+        assert self.replica.is_alone, "ranks in step agree first: execute"
+        return self.forward(self.replica.lead(plan, self.graphs))
 
     @torch.inference_mode()
     def forward(self, plan: Plan, scores: PromptScores | None = None) -> Tensor:

@@ -88,6 +88,26 @@ def peak_bytes(
     return peak_of(recipe, shapes, picture_tokens, compute_bytes).total_bytes
 
 
+def draft_step_bytes(
+    recipe: Recipe,
+    shapes: ModelShapes,
+    step: Peak,
+    picture_tokens: int | None = None,
+    compute_bytes: int | None = None,
+) -> int:
+    """Of a draft model, what its steps take beyond a phase of the model's own, `step`: they are phases like others.
+
+    `recipe`, `shapes`: the draft model's. Embeddings of its own encoder are there for a step's tokens, and for the
+    picture that the step's last tokens are a part of.
+    """
+    limits, size = recipe.scheduler, compute_bytes or FLOAT_BYTES[recipe.model.dtype]
+    own = peak_of(recipe, shapes, picture_tokens, compute_bytes)
+    item_tokens = min(picture_tokens or limits.max_model_len, limits.max_model_len)
+    step_tokens = min(limits.max_num_batched_tokens, limits.max_num_seqs * limits.max_model_len)
+    features = (step_tokens + item_tokens) * shapes.hidden_size * (1 + shapes.vision.num_taps) * size
+    return round(max(0.0, own.phase_bytes - step.phase_bytes) + features)
+
+
 def graph_bytes(recipe: Recipe, shapes: ModelShapes, compute_bytes: int | None = None) -> int:
     """Of the decode graphs, each with memory of its own for one layer's values and its logits, the attention's outputs
     that all of them share."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from executor.engine.speculation.counts import SpeculationCounts
 from executor.schedule.request import SamplingParams
 
 
@@ -132,6 +133,7 @@ class EngineStats:
     host_s: float = 0.0
     num_prefill_steps: int = 0
     num_decode_steps: int = 0
+    speculation: SpeculationCounts = field(default_factory=SpeculationCounts)
 
     def __add__(self, other: "EngineStats") -> "EngineStats":
         return EngineStats(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))

@@ -79,6 +79,7 @@ class EngineBackend:
             num_encoder_queries=queries,
             num_encoder_hits=hits,
             **asdict(clock.times()),
+            speculation=self.loop.engine.speculation,
         )
 
     def ask(self, ask: Ask) -> Feed:
