@@ -86,7 +86,7 @@ def predict(
     """The speed of a settled recipe (no auto, no null) on `chip`. `types`: see Times.
 
     decode_step: where a graph was converted (executor/capacity/converted.py); None: by arithmetic and the count table.
-    A replica with more users than max_num_seqs answers so many at a time. Of plan_config.acceptance_rate every step
+    A replica with more users than max_num_seqs answers so many at a time. Of plan_config.acceptance_probability every step
     verifies all drafts that speculative_config allows, of every request; a step yields the drafts before the first
     wrong one and a token more. Looking drafts up is taken to cost nothing.
     """
@@ -99,7 +99,7 @@ def predict(
     visual = workload.pictures * workload.grid[0] * workload.grid[1]
     text = workload.prompt_tokens - visual
     context = workload.prompt_tokens + workload.output_tokens / 2
-    rate = recipe.plan.acceptance_rate
+    rate = recipe.plan.acceptance_probability
     drafts = 0 if rate is None else most_inputs(recipe) - 1
     step_tokens = sum((rate or 0.0) ** count for count in range(drafts + 1))  # 0.0 ** 0 is 1
     if decode_step is None:

@@ -107,7 +107,7 @@ def test_tokens_a_second_are_those_of_the_steps():
 
 def drafting(rate: float | None, num_drafts: int = 7, workload=Workload(), **options) -> Prediction:
     speculative = {"method": "ngram", "num_speculative_tokens": num_drafts}
-    recipe = on_a3(**options).replace(speculative=speculative, plan={"acceptance_rate": rate})
+    recipe = on_a3(**options).replace(speculative=speculative, plan={"acceptance_probability": rate})
     return predict(recipe, SHAPES, A3, workload)
 
 
