@@ -63,13 +63,13 @@ def _check_drafts(recipe: Recipe) -> None:
         return
     if method is None:
         raise UserError(
-            "plan_config.acceptance_probability: this recipe makes no drafts; name one of speculative_config.method, or leave "
-            "it out"
+            "plan_config.acceptance_probability: this recipe makes no drafts; name one of speculative_config.method, "
+            "or leave it out"
         )
     if method == "draft":
         raise UserError(
-            "plan_config.acceptance_probability: what the steps of a draft model take is not predicted; leave it out, or ask "
-            "of ngram or lookahead"
+            "plan_config.acceptance_probability: what the steps of a draft model take is not predicted; leave it out, "
+            "or ask of ngram or lookahead"
         )
     for other in ("table", "from_graph"):
         if getattr(plan, other):
