@@ -203,7 +203,7 @@ class Matcher:
 
     def forced(self) -> tuple[int, ...]:
         """Drafts for nothing: what the grammar leaves no choice of, in the tokens that it is usually cut into."""
-        return self._course.forced()
+        return self._courses[0].forced()
 
     def allowed(self, draft_ids: Sequence[int]) -> int:
         """How many of these, from the first on, may come next and do not end the answer.
