@@ -73,8 +73,8 @@ class Replica:
     def lead(self, plan: Plan, graphs: DecodeGraphs | None, *, more: bool = True) -> Plan | None:
         """The leader's plan as every rank of the replica will run it, sent to them; None: nothing to run.
 
-        `graphs`: the same on all ranks, or None on all. `more`: this replica has not ended. None for a plan without
-        rows means that no other replica has any; after `more=False`, that all have ended.
+        `graphs`: the same on all ranks, or None on all. `more`: this replica has not ended. None for a plan of nothing
+        means that no other replica has any rows; after `more=False`, that all have ended.
         """
         needed = None if graphs is None else needed_shape(plan.rows)
         if self.in_step:
@@ -88,7 +88,7 @@ class Replica:
             plan = replace(plan, padded_tokens=tokens, graph=None if eager else graphs.fitting(GraphShape(*most)))
         elif needed is not None and (graph := graphs.fitting(needed)) is not None:
             plan = replace(plan, graph=graph)
-        if not plan.rows and not plan.padded_tokens:
+        if not plan.rows and not plan.padded_tokens and not plan.keep:
             return None
         if self.parallel.control.size > 1:
             self._announce(plan)

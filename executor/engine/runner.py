@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from executor.checkpoint.settings import PixelSettings
 from executor.device.ops import KVLayer, Ops
 from executor.engine.decode_inputs import DecodeInputs
+from executor.engine.disk_cache.cache import DiskCache
 from executor.engine.encode import encode_items
 from executor.engine.graphs import DecodeGraphs
 from executor.engine.logprobs import PromptScores, TokenLogprobs
@@ -104,12 +105,14 @@ class Runner:
         self.clock = StageClock()
         self.profile: Profile | None = None  # set by whoever wants one
         self.speculator: Speculator | None = None  # of a leader, set by whoever wants drafts
+        self.disk_cache: DiskCache | None = None  # set by whoever has one
         self.decode_inputs = DecodeInputs(device, block_size)
         self._has_assisted = self._has_dismissed = False
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> StepResult:
-        """One step. A plan without rows is a step of other replicas that share this one's experts, if they have one.
+        """One step. A plan without rows is a step of other replicas that share this one's experts, if they have one,
+        or hands blocks to the cache on disk.
 
         Raises what a step of several ranks raises, and defects of ours: nothing is known then of what was done.
         """
@@ -118,6 +121,9 @@ class Runner:
             plan = self.speculator.extended(plan)
         plan = self.replica.lead(plan, self.graphs)
         if plan is None:
+            return StepResult([])
+        if not plan.rows and not plan.padded_tokens:
+            self.disk_cache.keep(plan.keep)
             return StepResult([])
         try:
             result = self._computed(plan)
@@ -216,6 +222,8 @@ class Runner:
 
         Rows write to their own slots: it harms nobody.
         """
+        if plan.load:
+            self.disk_cache.load(plan.load)
         for digest in plan.release:
             self.features.pop(digest, None)
         unreadable: dict[bytes, str] = {}
@@ -229,7 +237,8 @@ class Runner:
             alone, reason = StepResult([[]]), _unreadable(row, unreadable)
             try:
                 if reason is None:
-                    alone = self._computed(replace(plan, rows=(row._replace(draft_ids=()),), encode=(), release=()))
+                    one = replace(plan, rows=(row._replace(draft_ids=()),), encode=(), release=(), load=(), keep=())
+                    alone = self._computed(one)
                     reason = alone.failures.get(0)
             except FAULTS as error:
                 reason = f"its step failed: {describe(error)}"
@@ -254,8 +263,10 @@ class Runner:
             yield
 
     def dismiss(self) -> None:
-        """After `assist`: let this replica's other ranks go."""
+        """After `assist`: let this replica's other ranks go, and have written what is to outlive the process."""
         self.end_profile()
+        if self.disk_cache is not None:
+            self.disk_cache.flush()
         if self.replica.leads and not self._has_dismissed:
             self._has_dismissed = True
             self.replica.dismiss()
@@ -264,6 +275,8 @@ class Runner:
         """`dismiss`, and drop all embeddings."""
         self.dismiss()
         self.features.clear()
+        if self.disk_cache is not None:
+            self.disk_cache.close()
 
     def follow(self) -> None:
         """Run the leader's plans until it ends."""
@@ -297,6 +310,10 @@ class Runner:
     def forward(self, plan: Plan, scores: PromptScores | None = None) -> Tensor:
         """Logits of the rows that yield a token, fp32 [R, V]. Those of the prompt tokens that a plan scores go to
         `scores`; every rank computes its part of them."""
+        if plan.keep:
+            self.disk_cache.keep(plan.keep)
+        if plan.load:
+            self.disk_cache.load(plan.load)
         for digest in plan.release:
             self.features.pop(digest, None)
         if plan.encode:
@@ -338,7 +355,11 @@ class Runner:
 
     @torch.inference_mode()
     def encode(self, media: Sequence[MediaItem]) -> None:
-        """Encode all items, those of this rank, and keep the embeddings of all, each item's in storage of its own."""
+        """Encode all items, those of this rank, and keep the embeddings of all, each item's in storage of its own.
+
+        Those that the cache on disk has at hand are taken from there.
+        """
+        media = [item for item in media if not self._recall(item)]
         group, owners = self.replica.parallel.pictures, self.replica.owners(media)
         local = [item for item, owner in zip(media, owners, strict=True) if owner == group.rank]
         encoded = iter(
@@ -352,6 +373,15 @@ class Runner:
                 shape = item.num_tokens, 1 + self.model.num_taps, width
                 features = torch.empty(shape, dtype=self.dtype, device=self.device.device)
             self.features[item.digest] = group.broadcast(features, owner)
+            if self.disk_cache is not None:
+                self.disk_cache.keep_features(item, self.features[item.digest])
+
+    def _recall(self, item: MediaItem) -> bool:
+        features = None if self.disk_cache is None else self.disk_cache.features(item)
+        if features is None:
+            return False
+        self.features[item.digest] = features
+        return True
 
     def forget(self, request: Request) -> None:
         """Drop what is kept for a request that has ended."""

@@ -32,14 +32,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from executor.commands.build import text_proposer
 from executor.device import ops
 from executor.device.cpu.ops import open_cpu
 from executor.device.table import DeviceSettings
 from executor.engine.engine import Engine
 from executor.engine.places import Places
-from executor.engine.speculation.lookahead import LookaheadProposer
-from executor.engine.speculation.ngram import NgramProposer
-from executor.engine.speculation.speculator import Proposer, Speculator
+from executor.engine.speculation.speculator import Speculator
 from executor.recipe.schema import SpeculativeSection
 from executor.schedule.request import Prompt, SamplingParams
 from tests.benchmarks.against_transformers import canonical_tensors, our_engine, reference_model
@@ -127,20 +126,14 @@ class Scripted:
         del self.sampler.sample
 
 
-def proposer_of(method: str) -> Proposer:
-    """With the recipe's defaults."""
-    settings = SpeculativeSection(method=method)
-    if method == "lookahead":
-        return LookaheadProposer(settings.level, settings.window, settings.guess_set_size)
-    return NgramProposer(settings.ngram_min, settings.ngram_max)
-
-
 def decode_s(engine: Engine, prompt: list[int], answer: list[int], method: str | None, args) -> tuple:
     """Seconds a token, and what became of the drafts. `method` None: without."""
     batch, is_adaptive = args.batch, not args.always
     engine.runner.speculator, engine.scheduler.max_yield = None, 1
     if method is not None:
-        engine.runner.speculator = Speculator(proposer_of(method), args.num_drafts, is_adaptive=is_adaptive)
+        engine.runner.speculator = Speculator(
+            text_proposer(SpeculativeSection(method=method)), args.num_drafts, is_adaptive=is_adaptive
+        )
         engine.scheduler.max_yield = 1 + args.num_drafts
     script = Scripted(engine, answer)
     positions = np.broadcast_to(np.arange(len(prompt)), (3, len(prompt))).copy()

@@ -18,7 +18,7 @@ def case(
 
     `num_drafts`: tokens that are looked up and verified in a step at most.
     """
-    drafts = {"method": "ngram", "num_speculative_tokens": num_drafts} if num_drafts else {}
+    drafts = {"method": "ngram", "num_speculative_tokens": num_drafts, "adaptive": False} if num_drafts else {}
     return {
         "speculative_config": drafts,
         "prompt_logprobs": prompt_logprobs,

@@ -215,8 +215,9 @@ def test_graphs_that_verify_drafts_count_with_what_their_padding_writes_to():
     verifying = recipe.replace(speculative={"method": "ngram", "num_speculative_tokens": 7})
     assert (padding_blocks(recipe), padding_blocks(verifying)) == (1, 8)
     plain, more = (estimate(each, shapes, 64 << 30) for each in (recipe, verifying))
-    tokens = [sum(shape.num_tokens for shape in graph_shapes(each)) for each in (recipe, verifying)]
-    assert more.graph_bytes > tokens[1] / tokens[0] * (plain.graph_bytes - plain.block_bytes)
+    all_tokens = [sum(shape.num_tokens for shape in graph_shapes(each)) for each in (recipe, verifying)]
+    grown = (more.graph_bytes - 8 * more.block_bytes) / (plain.graph_bytes - plain.block_bytes)
+    assert 128 / 16 < grown < all_tokens[1] / all_tokens[0], "shared by all by the largest, of each by its tokens"
     int8 = verifying.replace(model={"kv_cache_dtype": "int8"})
     assert graph_shapes(int8) == graph_shapes(recipe)
 

@@ -244,7 +244,7 @@ class NpuOps(Ops):
         return attention.static(q_len, kv_lens, block_table, block_size)
 
     def capture(self, decode: Callable[..., Tensor], mode: str, folder: Path) -> Callable[..., Tensor]:
-        return graph.ge_graph(decode, folder) if mode == "ge_graph" else graph.acl_graph(decode, folder.name)
+        return graph.ge_graph(decode, folder) if mode == "ge_graph" else graph.acl_graph(decode, folder)
 
     def paged_attention(self, q: Tensor, cache: KVLayer, prepared: attention.Step, scale: float) -> Tensor:
         return self.attention.paged(q, cache, prepared, scale)

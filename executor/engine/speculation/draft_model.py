@@ -15,11 +15,12 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
 from executor.engine.runner import FAULTS, Runner, describe
+from executor.engine.speculation.speculator import Proposer
 from executor.schedule.plan import Plan, Row
+from executor.schedule.prefix_cache import BlockDigests
 from executor.schedule.request import MediaItem, Request, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -29,30 +30,37 @@ CATCH_UP_SHARE = 64
 drafts come too late to pay: a prompt's token costs it some hundredths of what an answer's token costs the target."""
 
 
-class DraftProposer:
+class DraftProposer(Proposer):
     """What the draft model expects to come next.
 
     `runner`: of the draft model, over a cache of `num_blocks` blocks, alone (no ranks, no speculator of its own).
-    `vocab_size`: token ids that both models have. `step_tokens`: of a step of the draft model at most, as of the
-    target's. `end_ids`: tokens that end an answer.
+    `vocab_size`: of the target; ids that only one of the two models has pad its vocabulary. `step_tokens`: of a step of
+    the draft model at most, as of the target's. `shares_blocks`: whether requests may have blocks in common. `end_ids`:
+    tokens that end an answer.
     """
 
     is_free = False
-    num_trailing = 0
 
     def __init__(
-        self, runner: Runner, num_blocks: int, *, vocab_size: int, step_tokens: int, end_ids: Collection[int] = ()
+        self,
+        runner: Runner,
+        num_blocks: int,
+        *,
+        vocab_size: int,
+        step_tokens: int,
+        shares_blocks: bool,
+        end_ids: Collection[int] = (),
     ) -> None:
         assert runner.replica.is_alone and runner.speculator is None, "a draft model runs on one rank, without drafts"
         self.runner = runner
-        self.vocab_size = vocab_size
+        self.vocab_size = min(vocab_size, runner.model.config.text.vocab_size)  # what both models have
+        self.knows_all = self.vocab_size == vocab_size
         self.step_tokens = step_tokens
         self.end_ids = frozenset(end_ids)
-        self._filled = FilledBlocks(num_blocks, runner.block_size)
+        self._computed = ComputedBlocks(num_blocks, runner.block_size) if shares_blocks else None
         self._shadows: dict[str, _Shadow] = {}
 
     def propose(self, plan: Plan, wanted: Sequence[int]) -> list[tuple[int, ...]]:
-        self._filled.begin(plan.rows)
         shadows = [self._shadow_of(row) if count else None for row, count in zip(plan.rows, wanted, strict=True)]
         active = [shadow for shadow in shadows if shadow is not None and not shadow.is_barred]
         for shadow, count in zip(shadows, wanted, strict=True):
@@ -72,36 +80,33 @@ class DraftProposer:
                 shadow.bar()
         return [() if shadow is None else shadow.draft_ids for shadow in shadows]
 
-    def trailing(self, row: Row, draft_ids: tuple[int, ...], count: int) -> tuple[int, ...]:
-        """None."""
-        return ()
-
-    def observe(self, row: Row, chosen: Sequence[int]) -> None:
-        """What was chosen is read from the request."""
-
     def forget(self, request: Request) -> None:
         shadow = self._shadows.pop(request.id, None)
         if shadow is not None:
             self._settle(shadow, request)
             self.runner.forget(shadow.request)
+        if not self._shadows:
+            self.runner.features.clear()
 
     def _shadow_of(self, row: Row) -> "_Shadow":
         """The request as the draft model sees it, brought up to date."""
         request = row.request
         shadow = self._shadows.get(request.id)
         if shadow is None:
-            shadow = self._shadows[request.id] = _Shadow.of(request, self.end_ids)
+            shadow = self._shadows[request.id] = _Shadow.of(request, self.end_ids, self.runner.block_size)
             shadow.is_barred = not self._knows(request.prompt.token_ids)
         if not self._settle(shadow, request):
             shadow.request.block_ids = request.block_ids
-            shadow.num_computed = shadow.num_marked = self._filled.count(request.block_ids, row.start)
+            shadow.num_computed = 0
+            if self._computed is not None:
+                shadow.num_computed = self._computed.count(request.block_ids, shadow.digests, row.start)
+            shadow.num_told = shadow.num_computed
             self.runner.decode_inputs.forget()
         return shadow
 
     def _knows(self, token_ids: Sequence[int]) -> bool:
-        """Whether the draft model has all these tokens. Of a vocabulary that is padded further the target may choose,
-        or be asked with, others."""
-        return self.vocab_size == self.runner.model.config.text.vocab_size or max(token_ids) < self.vocab_size
+        """Whether the draft model has all these tokens. What pads a vocabulary is hardly ever chosen or asked with."""
+        return self.knows_all or max(token_ids) < self.vocab_size
 
     def _settle(self, shadow: "_Shadow", request: Request) -> bool:
         """Keep what the target has chosen of what was drafted; whether the request is still where it was."""
@@ -110,12 +115,14 @@ class DraftProposer:
             shadow.bar()
         if shadow.request.block_ids is not request.block_ids:  # a new request, or preempted since
             return False
-        self._mark(shadow)
+        self._tell(shadow)
         return True
 
-    def _mark(self, shadow: "_Shadow") -> None:
-        self._filled.mark(shadow.request.block_ids, shadow.num_marked, shadow.num_computed)
-        shadow.num_marked = shadow.num_computed
+    def _tell(self, shadow: "_Shadow") -> None:
+        """Whose beginning is the same may use what has been computed of the request."""
+        if self._computed is not None:
+            self._computed.fill(shadow.request.block_ids, shadow.digests, shadow.num_told, shadow.num_computed)
+            shadow.num_told = shadow.num_computed
 
     def _draft(self, shadows: Sequence["_Shadow"]) -> None:
         """Give each of these its drafts."""
@@ -123,10 +130,14 @@ class DraftProposer:
         if not rows:
             return
         active = [shadow for shadow, row in rows if row.max_yield]
-        logits = self._computed([row for _, row in rows])
+        if self._computed is not None:
+            for shadow, row in rows:
+                stop = row.start + row.num_tokens + shadow.num_wanted
+                self._computed.begin(shadow.request.block_ids, row.start, stop)
+        logits = self._caught_up([row for _, row in rows])
         for shadow, row in rows:
             shadow.num_computed = row.start + row.num_tokens
-            self._mark(shadow)
+            self._tell(shadow)
         # A step of one token for each row is a graph where there are graphs: then every draft is computed, also the
         # last one of a row, which the next step would have to make up for in a step that is none.
         computes_all = self.runner.graphs is not None
@@ -174,7 +185,7 @@ class DraftProposer:
             rows.append((shadow, Row(shadow.request, shadow.num_computed, num_tokens, int(num_tokens == lacking))))
         return rows
 
-    def _computed(self, rows: Sequence[Row]) -> Tensor:
+    def _caught_up(self, rows: Sequence[Row]) -> Tensor:
         """Logits of the rows that yield a draft [R, V]; media that the rows read are encoded before, and kept for as
         long as the next step reads on in them."""
         features = self.runner.features
@@ -188,37 +199,36 @@ class DraftProposer:
         return logits
 
 
-class FilledBlocks:
-    """Of each block, how many of its tokens the draft model has computed, from the first one on."""
+class ComputedBlocks:
+    """Of each block the digest of what the draft model's cache holds there, where it holds a block of it.
+
+    A request finds there what others with its prefix have left, whatever has become of a block meanwhile: it counts
+    where the digest is its own.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
-        self._counts = np.zeros(num_blocks, dtype=np.int32)
+        self._held: list[bytes | None] = [None] * num_blocks
 
-    def begin(self, rows: Sequence[Row]) -> None:
-        """The target is about to write these rows and drafts behind them: blocks that it begins hold something new."""
-        size = self.block_size
-        for request, start, num_tokens, max_yield, *_ in rows:
-            first, last = -(-start // size), -(-(start + num_tokens + max(0, max_yield - 1)) // size)
-            if first < last:
-                self._counts[request.block_ids[first:last]] = 0
+    def begin(self, block_ids: Sequence[int], start: int, stop: int) -> None:
+        """Tokens [start, stop) of a request are about to be computed."""
+        for block_id in block_ids[start // self.block_size : -(-stop // self.block_size)]:
+            self._held[block_id] = None
 
-    def mark(self, block_ids: Sequence[int], start: int, stop: int) -> None:
+    def fill(self, block_ids: Sequence[int], digests: BlockDigests, start: int, stop: int) -> None:
         """Tokens [start, stop) of a request have been computed, behind all before them."""
-        size, counts = self.block_size, self._counts
-        first, (full, rest) = start // size, divmod(stop, size)
-        if full > first:
-            counts[block_ids[first:full]] = size
-        if rest and stop > start:
-            counts[block_ids[full]] = max(rest, counts[block_ids[full]])
+        first, last = start // self.block_size, stop // self.block_size
+        if first < last:
+            names = digests.extend(stop)
+            for index in range(first, last):
+                self._held[block_ids[index]] = names[index]
 
-    def count(self, block_ids: Sequence[int], most: int) -> int:
-        """How many of a request's first `most` tokens have been computed without a gap."""
-        size, full = self.block_size, 0
-        while (full + 1) * size <= most and self._counts[block_ids[full]] == size:
+    def count(self, block_ids: Sequence[int], digests: BlockDigests, most: int) -> int:
+        """How many of a request's first `most` tokens have been computed: those of whole blocks without a gap."""
+        names, full = digests.extend(most), 0
+        while full < most // self.block_size and self._held[block_ids[full]] == names[full]:
             full += 1
-        rest = most - full * size
-        return full * size + (min(rest, int(self._counts[block_ids[full]])) if rest else 0)
+        return full * self.block_size
 
 
 @dataclass(eq=False)
@@ -229,22 +239,24 @@ class _Shadow:
     """
 
     request: Request
+    digests: BlockDigests
     num_new_tokens: int  # of the answer at most
     end_ids: frozenset[int]
     num_known: int = 0  # of its output tokens; behind them stand drafts
     num_computed: int = 0
-    num_marked: int = 0  # of these the ones that FilledBlocks has been told of
+    num_told: int = 0  # of these the ones that ComputedBlocks knows of
     num_wanted: int = 0
     is_barred: bool = False  # goes on without drafts
 
     @staticmethod
-    def of(request: Request, end_ids: frozenset[int]) -> "_Shadow":
+    def of(request: Request, end_ids: frozenset[int], block_size: int) -> "_Shadow":
         params = request.params
         drawn = SamplingParams(
             temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p, seed=params.seed
         )
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_ids)
-        return _Shadow(Request(request.id, request.prompt, drawn), params.max_new_tokens, ends)
+        shadow = Request(request.id, request.prompt, drawn)
+        return _Shadow(shadow, BlockDigests(shadow, block_size), params.max_new_tokens, ends)
 
     @property
     def draft_ids(self) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from executor.engine.speculation.ngram import PLACEHOLDER, copied, text_of
+from executor.engine.speculation.speculator import Proposer
 from executor.engine.speculation.verify import num_right
 from executor.schedule.plan import Plan, Row
 from executor.schedule.request import Request
@@ -31,9 +32,7 @@ from executor.schedule.request import Request
 SEED_STRIDE = 31  # of places in the text: tokens that the first window begins with
 
 
-class LookaheadProposer:
-    is_free = True
-
+class LookaheadProposer(Proposer):
     def __init__(self, level: int, window: int, guess_set_size: int) -> None:
         self.level, self.num_trailing, self.guess_set_size = level, window, guess_set_size
         self._pools: dict[str, _Pool] = {}

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from executor.schedule.plan import Plan, Row
+from executor.engine.speculation.speculator import Proposer
+from executor.schedule.plan import Plan
 from executor.schedule.request import Prompt, Request
 
 PLACEHOLDER = -1  # stands for a placeholder's token
@@ -19,11 +20,8 @@ FACTOR = 0x9E3779B97F4A7C15  # odd, of 64 bits: the golden ratio's, which spread
 WORD = 2**64 - 1
 
 
-class NgramProposer:
+class NgramProposer(Proposer):
     """The continuation of the latest earlier place where the last `most` to `least` tokens are the same."""
-
-    is_free = True
-    num_trailing = 0
 
     def __init__(self, least: int, most: int) -> None:
         self.least, self.most = least, most
@@ -31,12 +29,6 @@ class NgramProposer:
 
     def propose(self, plan: Plan, wanted: Sequence[int]) -> list[tuple[int, ...]]:
         return [self._draft(row.request, count) if count else () for row, count in zip(plan.rows, wanted, strict=True)]
-
-    def trailing(self, row: Row, draft_ids: tuple[int, ...], count: int) -> tuple[int, ...]:
-        return ()
-
-    def observe(self, row: Row, chosen: Sequence[int]) -> None:
-        """What was chosen is read from the request."""
 
     def forget(self, request: Request) -> None:
         self._indexes.pop(request.id, None)

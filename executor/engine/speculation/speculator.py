@@ -6,9 +6,9 @@ answer takes and nothing else.
 Knows no tensors. One of each per replica, on its leader.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from executor.engine.speculation.adaptive import Adaptive
 from executor.engine.speculation.costs import StepCosts
@@ -17,25 +17,27 @@ from executor.schedule.plan import Plan, Row
 from executor.schedule.request import Request
 
 
-class Proposer(Protocol):
+class Proposer(ABC):
     """Where drafts come from."""
 
-    is_free: bool
+    is_free = True
     """Whether drafts take nothing but a little of the host's time to make."""
-    num_trailing: int
+    num_trailing = 0
     """Tokens that `trailing` gives of a row at most."""
 
+    @abstractmethod
     def propose(self, plan: Plan, wanted: Sequence[int]) -> list[tuple[int, ...]]:
         """Of every row of `plan` at most `wanted` tokens that may come next. Called before every step, once."""
 
     def trailing(self, row: Row, draft_ids: tuple[int, ...], count: int) -> tuple[int, ...]:
         """Up to `count` tokens to compute behind a row's drafts: seldom right, but what is chosen there is learnt."""
+        return ()
 
-    def observe(self, row: Row, chosen: Sequence[int]) -> None:
+    def observe(self, row: Row, chosen: Sequence[int]) -> None:  # noqa: B027 - a request's tokens tell most of them
         """After the step, of a row that was verified: what the model chose behind its last token, and behind each of
         its drafts. -1: nothing could be chosen there."""
 
-    def forget(self, request: Request) -> None:
+    def forget(self, request: Request) -> None:  # noqa: B027 - where nothing is kept
         """It has ended."""
 
 

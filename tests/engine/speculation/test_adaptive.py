@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from executor.engine.speculation.speculator import Speculator
+from executor.engine.speculation.speculator import Proposer, Speculator
 from executor.engine.speculation.verify import num_right
 from executor.schedule.plan import Plan, Row
 from executor.schedule.request import Prompt, Request, SamplingParams
@@ -32,10 +32,8 @@ def dear(num_rows, num_drafts):
     return 0.1 * (num_rows + num_drafts)
 
 
-class Table:
+class Table(Proposer):
     """A proposer whose drafts are right with a chance that depends on the place of the answer."""
-
-    num_trailing = 0
 
     def __init__(self, chance, is_free=True, seed=0, propose_s=0.0):
         self.chance, self.is_free, self.random = chance, is_free, random.Random(seed)
@@ -49,12 +47,6 @@ class Table:
         at = len(request.output_token_ids)
         chances = [self.chance(request, at + each) for each in range(count)]
         return tuple(at + n if self.random.random() < chance else WRONG for n, chance in enumerate(chances))
-
-    def observe(self, row, chosen):
-        pass
-
-    def forget(self, request):
-        pass
 
 
 def run(proposer, cost, num_tokens, num_requests=1, answer_tokens=None, noise=0.0, num_drafts=7, is_adaptive=True):
