@@ -176,7 +176,10 @@ def join(
         normed=attention.q_norm is not None, scales=cache_scales(model),
     )  # fmt: skip
     eos_token_ids, on_host = processor.eos_token_ids, device.name == "cpu"
-    sampler = Sampler(text.vocab_size, device.device, eos_token_ids, dtype, reads_freely=on_host)
+    sampler = Sampler(
+        text.vocab_size, device.device, eos_token_ids, dtype,
+        reads_freely=on_host, send=device.send, read_back=device.read_back,
+    )  # fmt: skip
     runner = Runner(model, device, kv, limits.block_size, sampler, processor.picture, dtype, replica)
     processor.around_media = partial(runner.clock.beside, "media")
     if sizes:

@@ -78,24 +78,28 @@ class DecodeGraphs:
             row.num_inputs == 1 and row.max_yield and row.start >= len(row.request.prompt.token_ids) for row in rows
         )
 
-    def __call__(self, rows: Sequence[Row], padded_tokens: int | None = None) -> Tensor:
+    def __call__(
+        self, rows: Sequence[Row], padded_tokens: int | None = None, token_ids: Tensor | None = None
+    ) -> Tensor:
         """Logits of the rows, fp32 [len(rows), V]; they are the graph's own memory, valid until the next step.
 
         `padded_tokens`: the most rows that any replica has in this step, so that all replay a graph of one size.
+        `token_ids` int64 [len(rows)]: the rows' tokens, where these are on the device only.
         """
         count = max(len(rows), padded_tokens or 0)
         size = next(size for size in self.sizes if size >= count)
-        return self._run(rows, size)[: len(rows)]
+        return self._run(rows, size, token_ids)[: len(rows)]
 
-    def _run(self, rows: Sequence[Row], size: int) -> Tensor:
-        self._fill(rows, size)
+    def _run(self, rows: Sequence[Row], size: int, token_ids: Tensor | None = None) -> Tensor:
+        self._fill(rows, size, token_ids)
         return self._graphs[size](*self._inputs[size], self._host[_KV_LEN, :size].tolist())
 
-    def _fill(self, rows: Sequence[Row], size: int) -> None:
+    def _fill(self, rows: Sequence[Row], size: int, token_ids: Tensor | None) -> None:
         """The step's numbers into the device's buffers: one copy, and one more where a request got a block."""
         host, count = self._host, len(rows)
         starts = np.fromiter((row.start for row in rows), np.int64, count)
-        host[_TOKEN, :count] = [row.request.token_ids(row.start, row.start + 1)[0] for row in rows]
+        if token_ids is None:
+            host[_TOKEN, :count] = [row.request.token_ids(row.start, row.start + 1)[0] for row in rows]
         host[_POSITION, :count] = starts + np.fromiter(
             (row.request.prompt.position_delta for row in rows), np.int64, count
         )
@@ -106,7 +110,9 @@ class DecodeGraphs:
         host[_TOKEN : _POSITION + 1, count:size] = 0
         host[_KV_LEN, count:size] = 1
         host[_SLOT, count:size] = self._spare_slots[count:size]
-        self._values.copy_(torch.from_numpy(host), non_blocking=True)
+        self.device.send(host, self._values)
+        if token_ids is not None:
+            self._values[_TOKEN, :count].copy_(token_ids)
         changed = False
         for place, wanted in enumerate((*blocks, *self._spare_blocks[count:size])):
             if self._blocks[place] != wanted:
@@ -114,4 +120,4 @@ class DecodeGraphs:
                 self._table[place, : len(wanted)] = wanted
                 changed = True
         if changed:
-            self._block_table.copy_(torch.from_numpy(self._table), non_blocking=True)
+            self.device.send(self._table, self._block_table)

@@ -35,7 +35,10 @@ class RowMessage:
 
 @dataclass(frozen=True, slots=True)
 class StepMessage:
-    """A plan: its rows, the numbers of requests to forget, and media with the shape of their pixels and their owner."""
+    """A plan: its rows, the numbers of requests to forget, and media with the shape of their pixels and their owner.
+
+    `continues`: the rows' tokens come over the replica's device group.
+    """
 
     rows: list[RowMessage]
     ended: list[int]
@@ -43,6 +46,8 @@ class StepMessage:
     release: tuple[bytes, ...]
     padded_tokens: int | None
     in_graph: bool
+    is_decode: bool
+    continues: bool
 
 
 def to_bytes(message: StepMessage | None) -> bytes:
@@ -66,6 +71,8 @@ def to_bytes(message: StepMessage | None) -> bytes:
         "release": [digest.hex() for digest in message.release],
         "padded_tokens": message.padded_tokens,
         "in_graph": message.in_graph,
+        "is_decode": message.is_decode,
+        "continues": message.continues,
     }
     return _joined(tree, arrays)
 
@@ -98,7 +105,8 @@ def from_bytes(content: bytes) -> StepMessage | None:
         )
     encode = [(_media_from_json(item), tuple(shape), owner) for item, shape, owner in tree["encode"]]
     release = tuple(bytes.fromhex(digest) for digest in tree["release"])
-    return StepMessage(rows, tree["ended"], encode, release, tree["padded_tokens"], tree["in_graph"])
+    flags = (tree[name] for name in ("padded_tokens", "in_graph", "is_decode", "continues"))
+    return StepMessage(rows, tree["ended"], encode, release, *flags)
 
 
 def _joined(tree: Any, arrays: Sequence[np.ndarray]) -> bytes:

@@ -1,7 +1,8 @@
 """One replica's ranks in step: the first schedules and samples, the others follow its plans.
 
 Before a step the leader sends one message over the replica's CPU group: the rows, and what the others do not know yet
-of their requests (prompt, new tokens, changed blocks). Pixels follow as they are. Replicas that share experts agree
+of their requests (prompt, new tokens, changed blocks). Pixels follow as they are. The tokens of a plan that `continues`
+another are on the leader's device only, and come from there (executor.engine.runner). Replicas that share experts agree
 before each step how many tokens they bring, because the experts' collectives span them all.
 Invariants: every rank of a replica runs the same plans in the same order; a rank ends between two steps only.
 Knows no policy and no model. With one rank there is nothing to tell and nobody to agree with.
@@ -104,7 +105,10 @@ class Replica:
                 requests.pop(number, None)
             rows = tuple(_updated_row(requests, row) for row in message.rows)
             encode = tuple(replace(item, pixels=self._pixels(shape, owner)) for item, shape, owner in message.encode)
-            yield Plan(rows, encode, message.release, message.padded_tokens, message.in_graph)
+            continues = tuple(range(len(rows))) if message.continues else None
+            yield Plan(
+                rows, encode, message.release, message.padded_tokens, message.in_graph, message.is_decode, continues
+            )
 
     def forget(self, request: Request) -> None:
         """The request has ended: the followers hear of it with the next plan."""
@@ -116,7 +120,12 @@ class Replica:
         owners = self.owners(plan.encode)
         encode = [(item, tuple(item.pixels.shape), owner) for item, owner in zip(plan.encode, owners, strict=True)]
         rows = [self._row_message(row) for row in plan.rows]
-        self._send(StepMessage(rows, self._ended, encode, plan.release, plan.padded_tokens, plan.in_graph))
+        self._send(
+            StepMessage(
+                rows, self._ended, encode, plan.release, plan.padded_tokens, plan.in_graph, plan.is_decode,
+                plan.continues is not None,
+            )
+        )  # fmt: skip
         self._ended = []
         for item, owner in zip(plan.encode, owners, strict=True):
             if self.parallel.pictures.size == 1:

@@ -7,7 +7,8 @@ Invariant: a request's token depends on its own logits, parameters and seed only
 Therefore randomness is a hash of (seed, position, candidate), and sums over candidates are taken in integers, where no
 order of addition can matter.
 The vocabulary is read once, for the maxima of its chunks; after that only the chunks are read that can hold the token.
-The host reads once a step; again where filters leave more tokens than was guessed, or where a row draws without any.
+The tokens are chosen where the logits are: `draw` queues that, and what it gives is `read` once, later maybe, when the
+next step has been queued. The host looks again where filters leave more tokens than was guessed, or where a row failed.
 Does not know models or the scheduler; end-of-sequence tokens are told to the constructor.
 Legend: R rows, N rows chosen in one way, V vocabulary padded to whole chunks, C chunks, K candidates of a row.
 """
@@ -29,11 +30,10 @@ from executor.engine.filters import (
     likely_survivors,
     relative,
     survivors,
-    usable_temperature,
 )
-from executor.engine.logprobs import TokenLogprobs, token_logprobs
+from executor.engine.logprobs import ChosenLogprobs, TokenLogprobs, token_logprobs
 from executor.engine.masks import masked
-from executor.engine.noise import as_int64, gumbel_noise, least_bits, may_reach, noise_key
+from executor.engine.noise import gumbel_noise, least_bits, may_reach, mixed_seed, noise_keys
 from executor.engine.penalties import Penalties
 from executor.engine.token_rules import TokenRules
 from executor.schedule.request import NO_SCORE_LEFT, Request, SamplingParams
@@ -49,6 +49,7 @@ class Sampled:
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
     failures: dict[int, str] = field(default_factory=dict)  # row -> why it has no token, and what to check
+    void: frozenset[int] = frozenset()  # rows whose tokens are not known, since their logits are gone
 
     @property
     def has_logprobs(self) -> bool:
@@ -61,14 +62,57 @@ class _Rows:
 
     scores: torch.Tensor  # float32 [R, V], of all rows
     maxima: torch.Tensor  # [N, C], of these
-    numbers: list[int]  # which they are
-    index: torch.Tensor  # int64 [N], the same on the device
-    params: list[SamplingParams]
-    num_tokens: list[int]  # that come before the one to choose
+    index: torch.Tensor  # int64 [N]: which they are
+    filters: Filters
+    keys: torch.Tensor  # int64 [N], of the noise
 
-    @property
-    def keys(self) -> list[int]:
-        return [as_int64(noise_key(p.seed, n)) for p, n in zip(self.params, self.num_tokens, strict=True)]
+
+class Drawn:
+    """The tokens of a step's rows, chosen where the logits are, and on their way to the host."""
+
+    def __init__(
+        self,
+        sampler: "Sampler",
+        step: "_Step",
+        ids: torch.Tensor,
+        faults: dict[int, str],
+        judged: ChosenLogprobs | None,
+    ) -> None:
+        self.ids = ids
+        """int64 [R], on the device; below 0 where there is none."""
+        self._sampler, self._step, self._faults, self._judged = sampler, step, faults, judged
+        self._arrived = sampler.read_back(ids if judged is None else judged.packed)
+
+    @torch.inference_mode()
+    def read(self, *, in_place: bool = True) -> Sampled:
+        """Wait for them. `in_place`: the logits are still there; without, rows that must be looked at again are void.
+        Their requests are not drawn ahead any more."""
+        token_ids, logprobs = self._read()
+        if not self._faults and min(token_ids) >= 0:
+            return Sampled(token_ids, logprobs)
+        if in_place:
+            return self._sampler._looked_again(self._step, token_ids, logprobs, self._faults)
+        assert not self._faults, "rows with a grammar are not drawn ahead"
+        lacking = [row for row, token_id in enumerate(token_ids) if token_id < 0]
+        self._sampler.late_ids.update(self._step.requests[row].id for row in lacking)
+        return Sampled(token_ids, logprobs, void=frozenset(lacking))
+
+    def _read(self) -> tuple[list[int], list[TokenLogprobs | None]]:
+        host, judged = self._arrived(), self._judged
+        if judged is None:
+            token_ids = host.tolist()
+            return token_ids, [None] * len(token_ids)
+        return judged.read(host.numpy())
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one step's tokens are chosen from."""
+
+    logits: torch.Tensor
+    scores: torch.Tensor  # float32 [R, V], contiguous
+    requests: Sequence[Request]
+    num_tokens: Sequence[int]
 
 
 class Sampler:
@@ -76,6 +120,7 @@ class Sampler:
 
     `dtype`: what the model computes in, from which logits that are not finite are explained. `reads_freely`: logits lie
     in host memory, and not only because a chip is emulated there, whose logits must stay on it; None: by `device`.
+    `send`, `read_back`: the device's own (executor.device.ops).
     """
 
     def __init__(
@@ -85,16 +130,19 @@ class Sampler:
         eos_token_ids: Sequence[int] = (),
         dtype: torch.dtype = torch.float32,
         reads_freely: bool | None = None,
+        send: Callable[[np.ndarray], torch.Tensor] = torch.from_numpy,
+        read_back: Callable[[torch.Tensor], Callable[[], torch.Tensor]] = lambda x: lambda: x,
     ) -> None:
         self.vocab_size = vocab_size
         self.dtype = dtype
         self.device = torch.device(device)
         self.reads_freely = self.device.type == "cpu" if reads_freely is None else reads_freely
+        self.send, self.read_back = send, read_back
         self.penalties = Penalties(vocab_size, self.device)
         self.rules = TokenRules(vocab_size, self.device, eos_token_ids)
+        self.late_ids: set[str] = set()  # requests whose rows had to be looked at again when the logits were gone
         self._batch: _Batch | None = None
 
-    @torch.inference_mode()
     def sample(
         self,
         logits: torch.Tensor,
@@ -102,6 +150,24 @@ class Sampler:
         num_tokens: Sequence[int] | None = None,
         ahead: Sequence[tuple[int, ...]] | None = None,
     ) -> Sampled:
+        """`draw`, and wait for it."""
+        if not requests:
+            return Sampled([], [])
+        return self.draw(logits, requests, num_tokens, ahead).read()
+
+    def draws_ahead(self, requests: Sequence[Request]) -> bool:
+        """Whether the tokens of these requests can be chosen before the host has read those before them."""
+        batch = self._batch_of(requests)
+        return not batch.needs_tokens and self.late_ids.isdisjoint(request.id for request in requests)
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        logits: torch.Tensor,
+        requests: Sequence[Request],
+        num_tokens: Sequence[int] | None = None,
+        ahead: Sequence[tuple[int, ...]] | None = None,
+    ) -> Drawn:
         """logits [R, V], row i of `requests[i]`; a request may have several rows.
 
         `num_tokens`: how many tokens, prompt included, come before the one that a row chooses: the position of its
@@ -111,35 +177,45 @@ class Sampler:
         anywhere; the others are sampled. Single logits of -inf are tokens that the model rules out.
         """
         assert logits.shape == (len(requests), self.vocab_size), f"{tuple(logits.shape)}, {len(requests)} requests"
-        if not requests:
-            return Sampled([], [])
         batch = self._batch_of(requests)
-        if num_tokens is None and batch.needs_places:
-            num_tokens = [request.num_tokens for request in requests]
+        if num_tokens is None:
+            num_tokens = [request.num_tokens for request in requests] if batch.needs_places else ()
         scores = logits if logits.dtype == torch.float32 and logits.is_contiguous() else logits.float().contiguous()
         if self.vocab_size % CHUNK:
             scores = F.pad(scores, (0, -self.vocab_size % CHUNK), value=-math.inf)
+        step = _Step(logits, scores, requests, num_tokens)
         if batch.is_adjusted:
             with self.adjusted(scores, requests, num_tokens) as faults:
-                token_ids = self._choose(scores, batch, num_tokens)
+                ids = self._choose(step, batch)
         else:
-            token_ids, faults = self._choose(scores, batch, num_tokens), {}
-        failures = {}
-        if _FAILED in token_ids:
-            failed = [row for row, token_id in enumerate(token_ids) if token_id == _FAILED]
-            counts = num_tokens or [request.num_tokens for request in requests]
-            failures = {row: _reason(logits[row], counts[row], self.dtype) for row in failed}
+            ids, faults = self._choose(step, batch), {}
+        judged = None if batch.judged is None else ChosenLogprobs.of(logits, ids, *batch.judged)
+        return Drawn(self, step, ids, faults, judged)
+
+    def _looked_again(
+        self, step: _Step, token_ids: list[int], logprobs: list[TokenLogprobs | None], faults: dict[int, str]
+    ) -> Sampled:
+        """The tokens of rows that were left open, and why others have none."""
+        still_open = [row for row, token_id in enumerate(token_ids) if token_id == _OPEN]
+        if still_open:
+            with self.adjusted(step.scores, step.requests, step.num_tokens):
+                found = _draw_among_many(step, still_open, self.send).tolist()
+            for row, token_id in zip(still_open, found, strict=True):
+                token_ids[row] = token_id
+        counts = step.num_tokens or [request.num_tokens for request in step.requests]
+        failed = [row for row, token_id in enumerate(token_ids) if token_id == _FAILED]
+        failures = {row: _reason(step.logits[row], counts[row], self.dtype) for row in failed}
         for row in faults.keys() - failures.keys():
             token_ids[row], failures[row] = _FAILED, faults[row]
-        if not batch.has_logprobs:
-            return Sampled(token_ids, [None] * len(token_ids), failures)
-        return Sampled(token_ids, _logprobs(logits, token_ids, requests), failures)
+        if any(each is not None for each in logprobs):
+            logprobs = _logprobs(step.logits, token_ids, step.requests)
+        return Sampled(token_ids, logprobs, failures)
 
     def _batch_of(self, requests: Sequence[Request]) -> "_Batch":
         """What these requests ask for: found once, and again when others stand in the step."""
         key = tuple(requests)
         if self._batch is None or self._batch.requests != key:
-            self._batch = _Batch.of(key, self.device)
+            self._batch = _Batch.of(key, self.vocab_size + -self.vocab_size % CHUNK, self.send)
         return self._batch
 
     @contextmanager
@@ -162,6 +238,7 @@ class Sampler:
         """Frees what is kept for a request that is finished; nothing happens when nothing is kept."""
         self.penalties.forget(request_id)
         self.rules.forget(request_id)
+        self.late_ids.discard(request_id)
         self._batch = None
 
     def check(self, live_ids: Collection[str]) -> None:
@@ -169,47 +246,46 @@ class Sampler:
         self.penalties.check(live_ids)
         stale = sorted(self.rules.kept_ids() - set(live_ids))
         assert not stale, f"biases and allowed tokens of requests that are gone: {stale}"
+        assert self.late_ids <= set(live_ids), f"{self.late_ids - set(live_ids)} are remembered and gone"
 
-    def _choose(self, scores: torch.Tensor, batch: "_Batch", num_tokens: Sequence[int] | None) -> list[int]:
-        """Each row's token id, or _FAILED."""
-        maxima, params, ways = chunk_maxima(scores), batch.params, batch.ways
+    def _choose(self, step: _Step, batch: "_Batch") -> torch.Tensor:
+        """Each row's token id, int64 [R]; _FAILED, or _OPEN where more must be looked at."""
+        scores, maxima = step.scores, chunk_maxima(step.scores)
         if batch.is_greedy:
-            if self.reads_freely:
-                return _best_on_host(scores, maxima)
-            return _best_of_all(scores, maxima, batch.index).tolist()
+            return _best_on_host(scores, maxima) if self.reads_freely else _best_of_all(scores, maxima, batch.index)
+        keys = self.send(noise_keys(batch.seeds, np.asarray(step.num_tokens)[batch.order]))
+        chosen, first = [], 0
+        for way in batch.ways:
+            which = slice(first, first := first + len(way.index))
+            own = maxima if len(batch.ways) == 1 else maxima[way.index]
+            chosen.append(way.choose(_Rows(scores, own, way.index, way.filters, keys[which]), way.kind))
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen)[batch.places]
 
-        def part(numbers: list[int]) -> _Rows:
-            own, index = maxima, batch.index
-            if len(numbers) < len(params):
-                index = torch.tensor(numbers, device=self.device)
-                own = maxima[index]
-            chosen = [params[row] for row in numbers]
-            return _Rows(scores, own, numbers, index, chosen, [num_tokens[row] for row in numbers])
 
-        chosen = [choose(part(numbers), kind) for (choose, kind), numbers in ways.items()]
-        order = [row for numbers in ways.values() for row in numbers]
-        token_ids = [0] * len(params)
-        for row, token_id in zip(order, torch.cat(chosen).tolist(), strict=True):
-            token_ids[row] = token_id
-        still_open = [row for row, token_id in enumerate(token_ids) if token_id == _OPEN]
-        if still_open:
-            for row, token_id in zip(still_open, _draw_among_many(part(still_open)).tolist(), strict=True):
-                token_ids[row] = token_id
-        return token_ids
+@dataclass(frozen=True)
+class _Way:
+    """Rows of a batch that choose in one way."""
+
+    choose: "Callable[[_Rows, Kind | None], torch.Tensor]"
+    kind: Kind | None
+    index: torch.Tensor  # int64 [N]: which they are
+    filters: Filters
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """What the requests of a step's rows ask for, as long as they are the same."""
+    """What the requests of a step's rows ask for, as long as they are the same. Kept from step to step."""
 
     requests: tuple[Request, ...]
-    params: list[SamplingParams]
-    rows: list[int]
     index: torch.Tensor  # int64 [R]: 0, 1, ...
-    ways: dict[tuple[Callable, Kind | None], list[int]]
+    ways: list[_Way]
+    order: np.ndarray  # int64 [R]: the rows, one way's behind the other's
+    places: torch.Tensor  # int64 [R]: where each row stands there
+    seeds: np.ndarray  # uint64 [R], mixed, in that order
     is_greedy: bool
     is_adjusted: bool  # something is done to the scores of one
-    has_logprobs: bool
+    needs_tokens: bool  # and depends on which tokens came before
+    judged: tuple[torch.Tensor, list[int], list[int]] | None  # rows that want logprobs, and how many of the best
 
     @property
     def needs_places(self) -> bool:
@@ -217,21 +293,34 @@ class _Batch:
         return self.is_adjusted or not self.is_greedy
 
     @staticmethod
-    def of(requests: tuple[Request, ...], device: torch.device) -> "_Batch":
+    def of(requests: tuple[Request, ...], width: int, send: Callable[[np.ndarray], torch.Tensor]) -> "_Batch":
         params = [request.params for request in requests]
-        ways: dict[tuple[Callable, Kind | None], list[int]] = {}
+        rows_of: dict[tuple[Callable, Kind | None], list[int]] = {}
         for row, each in enumerate(params):
-            ways.setdefault(_way(each), []).append(row)
+            rows_of.setdefault(_way(each), []).append(row)
+        ways = [
+            _Way(*way, send(np.array(rows)), Filters.of([params[row] for row in rows], width, send))
+            for way, rows in rows_of.items()
+        ]
+        order = np.array([row for rows in rows_of.values() for row in rows])
+        wanted = [row for row, each in enumerate(params) if each.logprobs is not None]
+        judged = (send(np.array(wanted)), wanted, [params[row].logprobs for row in wanted]) if wanted else None
         return _Batch(
             requests,
-            params,
-            list(range(len(params))),
-            torch.arange(len(params), device=device),
+            send(np.arange(len(params))),
             ways,
-            is_greedy=all(choose is _best for choose, _ in ways),
+            order,
+            send(np.argsort(order)),
+            np.array([mixed_seed(params[row].seed) for row in order], dtype=np.uint64),
+            is_greedy=all(choose is _best for choose, _ in rows_of),
             is_adjusted=any(_is_adjusted(request) for request in requests),
-            has_logprobs=any(each.logprobs is not None for each in params),
+            needs_tokens=any(_needs_tokens(request) for request in requests),
+            judged=judged,
         )
+
+
+def _needs_tokens(request: Request) -> bool:
+    return request.params.needs_history or request.matcher is not None or request.bad_words is not None
 
 
 def _is_adjusted(request: Request) -> bool:
@@ -261,35 +350,35 @@ def _best_of_all(scores: torch.Tensor, maxima: torch.Tensor, index: torch.Tensor
     return inside.add_(chunks, alpha=CHUNK).masked_fill_((best.abs_() < math.inf).logical_not_(), _FAILED)
 
 
-def _best_on_host(scores: torch.Tensor, maxima: torch.Tensor) -> list[int]:
+def _best_on_host(scores: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
     """`_best_of_all` where a call of numpy costs a fraction of one of torch: it is most of a small step's sampling."""
     highest, rows = maxima.numpy(), np.arange(len(maxima))
     chunks = highest.argmax(axis=1)
     inside = scores.numpy().reshape(*highest.shape, CHUNK)[rows, chunks].argmax(axis=1)
     ids = chunks * CHUNK + inside
     ids[~np.isfinite(highest[rows, chunks])] = _FAILED
-    return ids.tolist()
+    return torch.from_numpy(ids)
 
 
 def _draw_among_few(rows: _Rows, kind: Kind) -> torch.Tensor:
     """Gumbel-max over what the filters leave; _OPEN where that is not all among the likeliest few."""
-    filters = Filters.of(rows.params, rows.keys, rows.scores.shape[-1], rows.scores.device)
-    ids, candidates, is_open = likely_survivors(rows.scores, rows.maxima, rows.numbers, filters, kind)
-    chosen = torch.where(is_open, _OPEN, _gumbel_max(ids, candidates, filters))
+    ids, candidates, is_open = likely_survivors(rows.scores, rows.maxima, rows.index, rows.filters, kind)
+    chosen = torch.where(is_open, _OPEN, _gumbel_max(ids, candidates, rows.filters, rows.keys))
     return torch.where(rows.maxima.amax(dim=-1).abs() < math.inf, chosen, _FAILED)
 
 
-def _draw_among_many(rows: _Rows) -> torch.Tensor:
+def _draw_among_many(step: _Step, rows: list[int], send: Callable[[np.ndarray], torch.Tensor]) -> torch.Tensor:
     """Gumbel-max over what the filters leave, however many these are."""
-    scores = rows.scores[torch.tensor(rows.numbers, device=rows.scores.device)]
-    filters = Filters.of(rows.params, rows.keys, scores.shape[-1], scores.device)
-    return _gumbel_max(*survivors(scores, filters), filters)
+    scores, params = step.scores[send(np.array(rows))], [step.requests[row].params for row in rows]
+    seeds = np.array([mixed_seed(each.seed) for each in params], dtype=np.uint64)
+    filters = Filters.of(params, scores.shape[-1], send)
+    return _gumbel_max(*survivors(scores, filters), filters, send(noise_keys(seeds, np.asarray(step.num_tokens)[rows])))
 
 
-def _gumbel_max(ids: torch.Tensor, candidates: torch.Tensor, filters: Filters) -> torch.Tensor:
+def _gumbel_max(ids: torch.Tensor, candidates: torch.Tensor, filters: Filters, keys: torch.Tensor) -> torch.Tensor:
     # The filters keep a row's best, and put it first.
     distances = relative(candidates, candidates[:, :1], filters.temperature[:, None])
-    winner = gumbel_noise(filters.keys, ids).add_(distances).argmax(dim=-1, keepdim=True)
+    winner = gumbel_noise(keys, ids).add_(distances).argmax(dim=-1, keepdim=True)
     return ids.gather(-1, winner).squeeze(-1)
 
 
@@ -299,9 +388,7 @@ def _draw_among_all(rows: _Rows, kind: None = None) -> torch.Tensor:
     The best token and its noise are a bound that the winner reaches. In each chunk a token below the chunk's maximum
     needs so much noise for it that few have it: their bits tell, and only theirs become numbers.
     """
-    scores, device = rows.scores, rows.scores.device
-    keys = torch.tensor(rows.keys, device=device)
-    temperature = torch.tensor([usable_temperature(p) for p in rows.params], dtype=torch.float64, device=device)
+    scores, keys, temperature = rows.scores, rows.keys, rows.filters.temperature
     best, highest = _best(rows), rows.maxima.amax(dim=-1)
     sure = gumbel_noise(keys, best[:, None]).squeeze(-1)
     least = least_bits(sure[:, None] - relative(rows.maxima, highest[:, None], temperature[:, None]))
@@ -312,7 +399,7 @@ def _draw_among_all(rows: _Rows, kind: None = None) -> torch.Tensor:
     ]
     pairs, places = torch.cat(reached).nonzero(as_tuple=True) if reached else (owners, chunks)
     owners, ids = owners[pairs], chunks[pairs] * CHUNK + places
-    numbers = torch.tensor(rows.numbers, device=device)[owners]
+    numbers = rows.index[owners]
     values = relative(scores[numbers, ids], highest[owners], temperature[owners])
     values += gumbel_noise(keys[owners], ids[:, None]).squeeze(-1)
     won = torch.full_like(sure, -math.inf).scatter_reduce_(0, owners, values, "amax")

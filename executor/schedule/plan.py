@@ -3,7 +3,8 @@
 Knows nothing of policy, tensors or text.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from executor.schedule.request import MediaItem, Request
@@ -37,8 +38,10 @@ class Row(NamedTuple):
 class Plan:
     """One step. The runner drops the embeddings of `release`, then encodes `encode`, then computes `rows`.
 
-    The replica's leader fills in the last two. Replicas that share experts agree on them: how many tokens each of them
-    brings, its own filled up, and whether they all replay a graph.
+    The replica's leader fills in `padded_tokens` and `in_graph`. Replicas that share experts agree on them: how many
+    tokens each of them brings, its own filled up, and whether they all replay a graph.
+    `continues`: the plan was made while the step before was under way. Each row has one token, which the row at this
+    place of the step before yields; the host does not know it yet.
     """
 
     rows: tuple[Row, ...]
@@ -47,3 +50,8 @@ class Plan:
     padded_tokens: int | None = None
     in_graph: bool = False
     is_decode: bool = False  # known to be of rows that have one token each, the last of an answer under way
+    continues: tuple[int, ...] | None = None
+
+    def without(self, numbers: Collection[int]) -> "Plan":
+        """The plan but for the rows of these numbers."""
+        return replace(self, rows=tuple(row for number, row in enumerate(self.rows) if number not in numbers))
