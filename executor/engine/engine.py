@@ -1,6 +1,6 @@
 """The engine: requests in, text out. The loop is `schedule, execute, update`; everything else is bookkeeping.
 
-A device that computes behind the host's back is given the next step before the tokens of the last are read (`overlaps`):
+A device that computes behind the host's back is given the next step before the last one's tokens are read (`overlaps`):
 `schedule, launch, schedule_ahead, launch, collect, update`. That step takes its tokens from the device, and what it has
 computed of requests that have ended meanwhile is dropped.
 

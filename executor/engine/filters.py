@@ -62,10 +62,12 @@ class Kind:
     min_p: bool
 
     @staticmethod
-    def of(params: SamplingParams) -> "Kind":
+    def of(params: SamplingParams, is_wide: bool = False) -> "Kind":
         # In steps of an eighth of a power of two: few kinds, and little more than is needed.
         step = max(8, 1 << max(0, params.top_k.bit_length() - 3))
         count = -(-params.top_k // step) * step if params.top_k else FIRST_GUESS
+        if is_wide:
+            count = max(count, SECOND_GUESS)
         return Kind(count, params.top_k > 0, params.top_p < 1, params.min_p > 0)
 
     @property

@@ -59,7 +59,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Launched:
-    """A step whose work is queued. `drawn` has its tokens; without, it has been waited for and its `result` is known."""
+    """A step whose work is queued. `drawn` has its tokens; without, it has been waited for: its `result` is known."""
 
     plan: Plan
     drawn: Drawn | None = None

@@ -85,17 +85,14 @@ class Drawn:
 
     @torch.inference_mode()
     def read(self, *, in_place: bool = True) -> Sampled:
-        """Wait for them. `in_place`: the logits are still there; without, rows that must be looked at again are void.
-        Their requests are not drawn ahead any more."""
+        """Wait for them. `in_place`: the logits are still there; without, rows that must be looked at again are void."""
         token_ids, logprobs = self._read()
         if not self._faults and min(token_ids) >= 0:
             return Sampled(token_ids, logprobs)
         if in_place:
             return self._sampler._looked_again(self._step, token_ids, logprobs, self._faults)
         assert not self._faults, "rows with a grammar are not drawn ahead"
-        lacking = [row for row, token_id in enumerate(token_ids) if token_id < 0]
-        self._sampler.late_ids.update(self._step.requests[row].id for row in lacking)
-        return Sampled(token_ids, logprobs, void=frozenset(lacking))
+        return Sampled(token_ids, logprobs, void=self._sampler._noted_void(self._step, token_ids))
 
     def _read(self) -> tuple[list[int], list[TokenLogprobs | None]]:
         host, judged = self._arrived(), self._judged
@@ -140,7 +137,9 @@ class Sampler:
         self.send, self.read_back = send, read_back
         self.penalties = Penalties(vocab_size, self.device)
         self.rules = TokenRules(vocab_size, self.device, eos_token_ids)
-        self.late_ids: set[str] = set()  # requests whose rows had to be looked at again when the logits were gone
+        # Requests that had void rows: from the first on more of their tokens are looked at, as long as that suffices.
+        self._wide_ids: set[str] = set()
+        self._late_ids: set[str] = set()  # and those for which it does not
         self._batch: _Batch | None = None
 
     def sample(
@@ -158,7 +157,7 @@ class Sampler:
     def draws_ahead(self, requests: Sequence[Request]) -> bool:
         """Whether the tokens of these requests can be chosen before the host has read those before them."""
         batch = self._batch_of(requests)
-        return not batch.needs_tokens and self.late_ids.isdisjoint(request.id for request in requests)
+        return not batch.needs_tokens and self._late_ids.isdisjoint(request.id for request in requests)
 
     @torch.inference_mode()
     def draw(
@@ -211,11 +210,21 @@ class Sampler:
             logprobs = _logprobs(step.logits, token_ids, step.requests)
         return Sampled(token_ids, logprobs, failures)
 
+    def _noted_void(self, step: _Step, token_ids: list[int]) -> frozenset[int]:
+        """The rows without a token, whose requests are drawn in another way from now on."""
+        rows = frozenset(row for row, token_id in enumerate(token_ids) if token_id < 0)
+        for row in rows:
+            request_id = step.requests[row].id
+            is_wide = request_id in self._wide_ids or token_ids[row] == _FAILED
+            (self._late_ids if is_wide else self._wide_ids).add(request_id)
+        self._batch = None
+        return rows
+
     def _batch_of(self, requests: Sequence[Request]) -> "_Batch":
         """What these requests ask for: found once, and again when others stand in the step."""
         key = tuple(requests)
         if self._batch is None or self._batch.requests != key:
-            self._batch = _Batch.of(key, self.vocab_size + -self.vocab_size % CHUNK, self.send)
+            self._batch = _Batch.of(key, self._wide_ids, self.vocab_size + -self.vocab_size % CHUNK, self.send)
         return self._batch
 
     @contextmanager
@@ -238,7 +247,8 @@ class Sampler:
         """Frees what is kept for a request that is finished; nothing happens when nothing is kept."""
         self.penalties.forget(request_id)
         self.rules.forget(request_id)
-        self.late_ids.discard(request_id)
+        self._wide_ids.discard(request_id)
+        self._late_ids.discard(request_id)
         self._batch = None
 
     def check(self, live_ids: Collection[str]) -> None:
@@ -246,7 +256,8 @@ class Sampler:
         self.penalties.check(live_ids)
         stale = sorted(self.rules.kept_ids() - set(live_ids))
         assert not stale, f"biases and allowed tokens of requests that are gone: {stale}"
-        assert self.late_ids <= set(live_ids), f"{self.late_ids - set(live_ids)} are remembered and gone"
+        noted = self._wide_ids | self._late_ids
+        assert noted <= set(live_ids), f"void rows of requests that are gone: {noted - set(live_ids)}"
 
     def _choose(self, step: _Step, batch: "_Batch") -> torch.Tensor:
         """Each row's token id, int64 [R]; _FAILED, or _OPEN where more must be looked at."""
@@ -293,11 +304,14 @@ class _Batch:
         return self.is_adjusted or not self.is_greedy
 
     @staticmethod
-    def of(requests: tuple[Request, ...], width: int, send: Callable[[np.ndarray], torch.Tensor]) -> "_Batch":
+    def of(
+        requests: tuple[Request, ...], wide_ids: Collection[str], width: int, send: Callable[[np.ndarray], torch.Tensor]
+    ) -> "_Batch":
+        """`wide_ids`: requests of which more tokens are looked at than is usual."""
         params = [request.params for request in requests]
         rows_of: dict[tuple[Callable, Kind | None], list[int]] = {}
-        for row, each in enumerate(params):
-            rows_of.setdefault(_way(each), []).append(row)
+        for row, request in enumerate(requests):
+            rows_of.setdefault(_way(request.params, request.id in wide_ids), []).append(row)
         ways = [
             _Way(*way, send(np.array(rows)), Filters.of([params[row] for row in rows], width, send))
             for way, rows in rows_of.items()
@@ -330,11 +344,11 @@ def _is_adjusted(request: Request) -> bool:
 # Ways to choose: each gives the token ids int64 [N] of some rows, _FAILED where the best score is not finite.
 
 
-def _way(params: SamplingParams) -> tuple[Callable[[_Rows, Kind | None], torch.Tensor], Kind | None]:
+def _way(params: SamplingParams, is_wide: bool) -> tuple[Callable[[_Rows, Kind | None], torch.Tensor], Kind | None]:
     if params.temperature == 0:
         return _best, None
     if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
-        return _draw_among_few, Kind.of(params)
+        return _draw_among_few, Kind.of(params, is_wide)
     return _draw_among_all, None
 
 

@@ -28,6 +28,16 @@ def engine(request):
         yield engine
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left(engine):
+    yield
+    left = list(engine._answers_of)
+    for request_id in left:
+        engine.abort(request_id)
+    engine.step()
+    assert not left, left
+
+
 class Launches:
     """How many steps were queued behind one that had not been read."""
 
@@ -53,7 +63,7 @@ class Launches:
 
 def random_params(rng: random.Random) -> SamplingParams:
     chosen = SamplingParams(
-        max_new_tokens=rng.choice((1, 2, 9, 17, 40)),
+        max_new_tokens=rng.choice((1, 2, 9, 17, 40, 40)),
         ignore_eos=rng.random() < 0.5,
         temperature=rng.choice((0.0, 0.0, 0.8, 1.5)),
         top_k=rng.choice((0, 5)),
@@ -63,7 +73,7 @@ def random_params(rng: random.Random) -> SamplingParams:
         stop=rng.choice(((), (), ("e",), ("an", "or"))),
         n=rng.choice((1, 1, 2)),
     )
-    extra = rng.choice(({}, {}, {}, {"repetition_penalty": 1.2}, {"bad_words": ("the",)}, {"min_new_tokens": 5}))
+    extra = rng.choice(({}, {}, {}, {"repetition_penalty": 1.2}, {"bad_words": ("the",)}, {"min_new_tokens": 1}))
     extra |= rng.choice(({}, {}, {"logit_bias": ((17, 3.0),)}, {"prompt_logprobs": 1}))
     return replace(chosen, **extra)
 
@@ -116,7 +126,7 @@ def test_random_requests_have_the_same_answers(engine, monkeypatch, seed, blocks
         assert ours[0] == tokens and ours[1] == text and ours[3] == ends, key
         for one, other in zip(ours[2], logprobs, strict=True):
             assert one.token_id == other.token_id and one.logprob == pytest.approx(other.logprob, abs=1e-4)
-    assert launches.num_ahead > 0.2 * launches.num_steps
+    assert launches.num_ahead > 0.1 * launches.num_steps
     reasons = Counter(end[0] for *_, ends in wanted.values() for end in ends)
     assert reasons[FinishReason.ABORT] and reasons[FinishReason.LENGTH] > 5 and reasons[FinishReason.STOP] > 5
     engine.runner.sampler.check(())
@@ -147,13 +157,18 @@ def test_rows_whose_filters_leave_more_than_was_guessed_are_computed_again(engin
 
     def doubting(scores, *rest):
         ids, candidates, is_open = likely(scores, *rest)
-        opened.append(torch.tensor([rng.random() < 0.1 for _ in is_open]))
-        return ids, candidates, is_open | opened[-1]
+        count = rest[-1].count
+        opened.append(count)
+        return (
+            ids,
+            candidates,
+            is_open | torch.tensor([rng.random() < (0.1 if count < 1024 else 0.01) for _ in is_open]),
+        )
 
     monkeypatch.setattr(sampling, "likely_survivors", doubting)
     assert ask(engine, params) == wanted
-    assert launches.num_void > 1 and launches.num_ahead > 3
-    assert not engine.runner.sampler.late_ids
+    assert launches.num_void and launches.num_ahead > 5 and 1024 in opened
+    engine.runner.sampler.check(())
 
 
 def spoil(engine, monkeypatch, is_bad) -> None:
@@ -290,7 +305,6 @@ def test_the_counts_and_the_watch_are_of_what_was_computed(engine, answers, monk
     ask(engine)
     engine.watch = None
     times = engine.runner.clock.times().since(before)
-    assert (
-        times.num_prefill_steps + times.num_decode_steps == len(watched) == PLAIN.max_new_tokens + (len(watched) - 40)
-    )
-    assert [row.start for plan in watched for row in plan.rows if row.max_yield] and len(watched) >= 40
+    assert times.num_prefill_steps + times.num_decode_steps == len(watched) >= PLAIN.max_new_tokens
+    computed = Counter((row.request.id, row.start) for plan in watched for row in plan.rows if row.max_yield)
+    assert set(computed.values()) == {1} and len(computed) == 3 * PLAIN.max_new_tokens
