@@ -43,11 +43,11 @@ class Filters:
     host_temperature: tuple[float, ...]
 
     @staticmethod
-    def of(params: Sequence[SamplingParams], vocab_size: int, send: Callable[[np.ndarray], torch.Tensor]) -> "Filters":
+    def of(params: Sequence[SamplingParams], send: Callable[[np.ndarray], torch.Tensor]) -> "Filters":
         """`send`: brings an array to the device."""
         table = np.empty((5, len(params)))
         table[:4] = np.array([(usable_temperature(p), _reach(p), p.top_p, p.min_p) for p in params]).T
-        table[4] = np.array([min(p.top_k, vocab_size) for p in params], dtype=np.int64).view(np.float64)
+        table[4] = np.array([p.top_k for p in params], dtype=np.int64).view(np.float64)
         sent = send(table)
         return Filters(sent[0], sent[1], sent[4].view(torch.int64), sent[2], sent[3], tuple(table[0].tolist()))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from executor.schedule.plan import GraphShape
 from executor.schedule.request import MediaItem, Prompt, Span
 
 _LENGTH_BYTES = 8  # of the JSON, in front of it
@@ -45,7 +46,7 @@ class StepMessage:
     encode: list[tuple[MediaItem, tuple[int, ...], int]]
     release: tuple[bytes, ...]
     padded_tokens: int | None
-    in_graph: bool
+    graph: GraphShape | None
     is_decode: bool
     continues: bool
 
@@ -70,7 +71,7 @@ def to_bytes(message: StepMessage | None) -> bytes:
         "encode": [[_media_to_json(item), shape, owner] for item, shape, owner in message.encode],
         "release": [digest.hex() for digest in message.release],
         "padded_tokens": message.padded_tokens,
-        "in_graph": message.in_graph,
+        "graph": message.graph,
         "is_decode": message.is_decode,
         "continues": message.continues,
     }
@@ -105,8 +106,9 @@ def from_bytes(content: bytes) -> StepMessage | None:
         )
     encode = [(_media_from_json(item), tuple(shape), owner) for item, shape, owner in tree["encode"]]
     release = tuple(bytes.fromhex(digest) for digest in tree["release"])
-    flags = (tree[name] for name in ("padded_tokens", "in_graph", "is_decode", "continues"))
-    return StepMessage(rows, tree["ended"], encode, release, *flags)
+    graph = GraphShape(*tree["graph"]) if tree["graph"] else None
+    flags = tree["is_decode"], tree["continues"]
+    return StepMessage(rows, tree["ended"], encode, release, tree["padded_tokens"], graph, *flags)
 
 
 def _joined(tree: Any, arrays: Sequence[np.ndarray]) -> bytes:

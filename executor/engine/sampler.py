@@ -10,6 +10,8 @@ The vocabulary is read once, for the maxima of its chunks; after that only the c
 The tokens are chosen where the logits are: `draw` queues that, and what it gives is `read` once, later maybe, when the
 next step has been queued. The host looks again where filters leave more tokens than was guessed, or where a row failed.
 Does not know models or the scheduler; end-of-sequence tokens are told to the constructor.
+A request has several rows where drafts of its next tokens are verified: each is sampled as if the drafts before it had
+been chosen, so that what is chosen behind right drafts is what would have been chosen without any.
 Legend: R rows, N rows chosen in one way, V vocabulary padded to whole chunks, C chunks, K candidates of a row.
 """
 
@@ -35,6 +37,8 @@ from executor.engine.logprobs import ChosenLogprobs, TokenLogprobs, token_logpro
 from executor.engine.masks import masked
 from executor.engine.noise import gumbel_noise, least_bits, may_reach, mixed_seed, noise_keys
 from executor.engine.penalties import Penalties
+from executor.engine.places import Drafts, Places
+from executor.engine.speculation.verify import num_right
 from executor.engine.token_rules import TokenRules
 from executor.schedule.request import NO_SCORE_LEFT, Request, SamplingParams
 
@@ -67,16 +71,20 @@ class _Rows:
     keys: torch.Tensor  # int64 [N], of the noise
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What the tokens of one step are chosen from."""
+
+    logits: torch.Tensor
+    scores: torch.Tensor  # float32 [R, V], contiguous
+    places: Places
+
+
 class Drawn:
     """The tokens of a step's rows, chosen where the logits are, and on their way to the host."""
 
     def __init__(
-        self,
-        sampler: "Sampler",
-        step: "_Step",
-        ids: torch.Tensor,
-        faults: dict[int, str],
-        judged: ChosenLogprobs | None,
+        self, sampler: "Sampler", step: _Step, ids: torch.Tensor, faults: dict[int, str], judged: ChosenLogprobs | None
     ) -> None:
         self.ids = ids
         """int64 [R], on the device; below 0 where there is none."""
@@ -85,31 +93,21 @@ class Drawn:
 
     @torch.inference_mode()
     def read(self, *, in_place: bool = True) -> Sampled:
-        """Wait for them. `in_place`: the logits are still there; without, rows that must be looked at again are void."""
-        token_ids, logprobs = self._read()
-        if not self._faults and min(token_ids) >= 0:
-            return Sampled(token_ids, logprobs)
-        if in_place:
-            return self._sampler._looked_again(self._step, token_ids, logprobs, self._faults)
-        assert not self._faults, "rows with a grammar are not drawn ahead"
-        return Sampled(token_ids, logprobs, void=self._sampler._noted_void(self._step, token_ids))
-
-    def _read(self) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """Wait for them. `in_place`: the logits are still there; else rows that must be looked at again are void."""
         host, judged = self._arrived(), self._judged
         if judged is None:
             token_ids = host.tolist()
-            return token_ids, [None] * len(token_ids)
-        return judged.read(host.numpy())
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What one step's tokens are chosen from."""
-
-    logits: torch.Tensor
-    scores: torch.Tensor  # float32 [R, V], contiguous
-    requests: Sequence[Request]
-    num_tokens: Sequence[int]
+            logprobs = [None] * len(token_ids)
+        else:
+            token_ids, logprobs = judged.read(host.numpy())
+        if self._faults or min(token_ids) < 0:
+            if not in_place:
+                assert not self._faults, "rows with a grammar are not drawn ahead"
+                return Sampled(token_ids, logprobs, void=self._sampler._noted_void(self._step, token_ids))
+            return self._sampler._looked_again(self._step, token_ids, logprobs, self._faults)
+        if judged is not None:
+            _drop_behind_wrong(self._step.places, token_ids, logprobs)
+        return Sampled(token_ids, logprobs)
 
 
 class Sampler:
@@ -141,18 +139,19 @@ class Sampler:
         self._wide_ids: set[str] = set()
         self._late_ids: set[str] = set()  # and those for which it does not
         self._batch: _Batch | None = None
+        self._numbers = torch.empty(0, dtype=torch.int64, device=self.device)
 
     def sample(
         self,
         logits: torch.Tensor,
         requests: Sequence[Request],
         num_tokens: Sequence[int] | None = None,
-        ahead: Sequence[tuple[int, ...]] | None = None,
+        drafts: Drafts | None = None,
     ) -> Sampled:
-        """`draw`, and wait for it."""
+        """`draw`, and wait for it. No requests have no tokens."""
         if not requests:
             return Sampled([], [])
-        return self.draw(logits, requests, num_tokens, ahead).read()
+        return self.draw(logits, requests, num_tokens, drafts).read()
 
     def draws_ahead(self, requests: Sequence[Request]) -> bool:
         """Whether the tokens of these requests can be chosen before the host has read those before them."""
@@ -165,58 +164,59 @@ class Sampler:
         logits: torch.Tensor,
         requests: Sequence[Request],
         num_tokens: Sequence[int] | None = None,
-        ahead: Sequence[tuple[int, ...]] | None = None,
+        drafts: Drafts | None = None,
     ) -> Drawn:
-        """logits [R, V], row i of `requests[i]`; a request may have several rows.
+        """logits [R, V]: of each request a row for what comes next and, with `drafts`, one behind each of its own.
 
-        `num_tokens`: how many tokens, prompt included, come before the one that a row chooses: the position of its
-        noise. None: all that its request has. `ahead`: the drafts that are taken to come before it, behind what its
-        request has; None: none. While penalties and masks apply, float32 `logits` are changed in place;
+        `num_tokens`: how many tokens, prompt included, come before what each request chooses first: the position of its
+        noise. None: all that it has. While penalties and masks apply, float32 `logits` are changed in place;
         afterwards they are as they were. A row fails whose best logit is not finite or that has a NaN or +inf
         anywhere; the others are sampled. Single logits of -inf are tokens that the model rules out.
+        Logprobs are found for the rows that count: those of a request behind its first wrong draft have none.
         """
-        assert logits.shape == (len(requests), self.vocab_size), f"{tuple(logits.shape)}, {len(requests)} requests"
-        batch = self._batch_of(requests)
-        if num_tokens is None:
-            num_tokens = [request.num_tokens for request in requests] if batch.needs_places else ()
+        batch, places = self._batch_of(requests), Places(requests, num_tokens, drafts)
+        assert logits.shape == (places.num_rows, self.vocab_size), f"{tuple(logits.shape)}, {places.num_rows} rows"
         scores = logits if logits.dtype == torch.float32 and logits.is_contiguous() else logits.float().contiguous()
         if self.vocab_size % CHUNK:
             scores = F.pad(scores, (0, -self.vocab_size % CHUNK), value=-math.inf)
-        step = _Step(logits, scores, requests, num_tokens)
+        step = _Step(logits, scores, places)
         if batch.is_adjusted:
-            with self.adjusted(scores, requests, num_tokens) as faults:
+            with self.adjusted(scores, places) as faults:
                 ids = self._choose(step, batch)
         else:
             ids, faults = self._choose(step, batch), {}
-        judged = None if batch.judged is None else ChosenLogprobs.of(logits, ids, *batch.judged)
+        judged = None
+        if batch.has_logprobs:
+            wanted = batch.judged if drafts is None else _Judged.of(places, self.send)
+            judged = ChosenLogprobs.of(logits, ids, wanted.index, wanted.rows, wanted.counts)
         return Drawn(self, step, ids, faults, judged)
 
     def _looked_again(
         self, step: _Step, token_ids: list[int], logprobs: list[TokenLogprobs | None], faults: dict[int, str]
     ) -> Sampled:
         """The tokens of rows that were left open, and why others have none."""
+        places = step.places
         still_open = [row for row, token_id in enumerate(token_ids) if token_id == _OPEN]
         if still_open:
-            with self.adjusted(step.scores, step.requests, step.num_tokens):
+            with self.adjusted(step.scores, places):
                 found = _draw_among_many(step, still_open, self.send).tolist()
             for row, token_id in zip(still_open, found, strict=True):
                 token_ids[row] = token_id
-        counts = step.num_tokens or [request.num_tokens for request in step.requests]
         failed = [row for row, token_id in enumerate(token_ids) if token_id == _FAILED]
-        failures = {row: _reason(step.logits[row], counts[row], self.dtype) for row in failed}
+        failures = {row: _reason(step.logits[row], places.num_before[row], self.dtype) for row in failed}
         for row in faults.keys() - failures.keys():
             token_ids[row], failures[row] = _FAILED, faults[row]
-        if any(each is not None for each in logprobs):
-            logprobs = _logprobs(step.logits, token_ids, step.requests)
+        if any(request.params.logprobs is not None for request in places.requests):
+            logprobs = _logprobs(step.logits, token_ids, places)
         return Sampled(token_ids, logprobs, failures)
 
     def _noted_void(self, step: _Step, token_ids: list[int]) -> frozenset[int]:
         """The rows without a token, whose requests are drawn in another way from now on."""
         rows = frozenset(row for row, token_id in enumerate(token_ids) if token_id < 0)
         for row in rows:
-            request_id = step.requests[row].id
-            is_wide = request_id in self._wide_ids or token_ids[row] == _FAILED
-            (self._late_ids if is_wide else self._wide_ids).add(request_id)
+            request_id = step.places.requests[row].id
+            is_late = request_id in self._wide_ids or token_ids[row] == _FAILED
+            (self._late_ids if is_late else self._wide_ids).add(request_id)
         self._batch = None
         return rows
 
@@ -224,22 +224,20 @@ class Sampler:
         """What these requests ask for: found once, and again when others stand in the step."""
         key = tuple(requests)
         if self._batch is None or self._batch.requests != key:
-            self._batch = _Batch.of(key, self._wide_ids, self.vocab_size + -self.vocab_size % CHUNK, self.send)
+            self._batch = _Batch.of(key, self._wide_ids, self.send)
         return self._batch
 
     @contextmanager
-    def adjusted(
-        self, scores: torch.Tensor, requests: Sequence[Request], num_tokens: Sequence[int]
-    ) -> Iterator[dict[int, str]]:
+    def adjusted(self, scores: torch.Tensor, places: Places) -> Iterator[dict[int, str]]:
         """`scores` float32 [R, V], contiguous, as tokens are chosen from them; inside the context only.
 
         Gives the rows whose grammar has failed, and why.
         """
         with (
-            self.rules.biased(scores, requests),
-            self.penalties.applied(scores, requests),
-            self.rules.barred(scores, requests, num_tokens),
-            masked(scores, requests) as faults,
+            self.rules.biased(scores, places),
+            self.penalties.applied(scores, places),
+            self.rules.barred(scores, places),
+            masked(scores, places) as faults,
         ):
             yield faults
 
@@ -261,21 +259,30 @@ class Sampler:
 
     def _choose(self, step: _Step, batch: "_Batch") -> torch.Tensor:
         """Each row's token id, int64 [R]; _FAILED, or _OPEN where more must be looked at."""
-        scores, maxima = step.scores, chunk_maxima(step.scores)
+        scores, places, maxima = step.scores, step.places, chunk_maxima(step.scores)
         if batch.is_greedy:
-            return _best_on_host(scores, maxima) if self.reads_freely else _best_of_all(scores, maxima, batch.index)
-        keys = self.send(noise_keys(batch.seeds, np.asarray(step.num_tokens)[batch.order]))
+            if self.reads_freely:
+                return _best_on_host(scores, maxima)
+            return _best_of_all(scores, maxima, self._first_numbers(len(scores)))
+        ways = batch.ways if places.drafts is None else _Ways.of(places, self._wide_ids, self.send)
+        keys = self.send(noise_keys(ways.seeds, np.asarray(places.num_before)[ways.order]))
         chosen, first = [], 0
-        for way in batch.ways:
-            which = slice(first, first := first + len(way.index))
-            own = maxima if len(batch.ways) == 1 else maxima[way.index]
-            chosen.append(way.choose(_Rows(scores, own, way.index, way.filters, keys[which]), way.kind))
-        return chosen[0] if len(chosen) == 1 else torch.cat(chosen)[batch.places]
+        for way in ways.parts:
+            own = maxima if len(ways.parts) == 1 else maxima[way.index]
+            part = slice(first, first := first + len(way.index))
+            chosen.append(way.choose(_Rows(scores, own, way.index, way.filters, keys[part]), way.kind))
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen)[ways.where]
+
+    def _first_numbers(self, count: int) -> torch.Tensor:
+        """0, 1, ... int64 [count] on the device."""
+        if len(self._numbers) < count:
+            self._numbers = torch.arange(2 * count, device=self.device)
+        return self._numbers[:count]
 
 
 @dataclass(frozen=True)
 class _Way:
-    """Rows of a batch that choose in one way."""
+    """Rows that choose in one way."""
 
     choose: "Callable[[_Rows, Kind | None], torch.Tensor]"
     kind: Kind | None
@@ -284,52 +291,73 @@ class _Way:
 
 
 @dataclass(frozen=True)
+class _Ways:
+    """How each row of a step chooses: those of one way together."""
+
+    parts: list[_Way]
+    order: np.ndarray  # int64 [R]: the rows, one way's behind the other's
+    where: torch.Tensor  # int64 [R]: where each row stands there
+    seeds: np.ndarray  # uint64 [R], mixed, in that order
+
+    @staticmethod
+    def of(places: Places, wide_ids: Collection[str], send: Callable[[np.ndarray], torch.Tensor]) -> "_Ways":
+        """`wide_ids`: requests of which more tokens are looked at than is usual."""
+        numbers_of: dict[tuple[Callable, Kind | None], list[int]] = {}
+        for number, request in enumerate(places.requests):
+            numbers_of.setdefault(_way(request.params, request.id in wide_ids), []).append(number)
+        parts, order = [], []
+        for way, numbers in numbers_of.items():
+            rows = places.rows_of_all(numbers)
+            params = [places.requests[places.owner[row]].params for row in rows]
+            parts.append(_Way(*way, send(np.array(rows)), Filters.of(params, send)))
+            order += rows
+        seeds = [mixed_seed(places.requests[places.owner[row]].params.seed) for row in order]
+        return _Ways(parts, np.array(order), send(np.argsort(order)), np.array(seeds, dtype=np.uint64))
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """The rows whose tokens' logprobs are wanted."""
+
+    index: torch.Tensor  # int64 [N]: which they are
+    rows: list[int]
+    counts: list[int]  # of the best of each
+
+    @staticmethod
+    def of(places: Places, send: Callable[[np.ndarray], torch.Tensor]) -> "_Judged":
+        counts = [places.requests[number].params.logprobs for number in places.owner]
+        rows = [row for row, count in enumerate(counts) if count is not None]
+        return _Judged(send(np.array(rows)), rows, [counts[row] for row in rows])
+
+
+@dataclass(frozen=True)
 class _Batch:
-    """What the requests of a step's rows ask for, as long as they are the same. Kept from step to step."""
+    """What the requests of a step ask for, as long as they are the same, however many rows each of them has; `ways` and
+    `judged` are of steps without drafts."""
 
     requests: tuple[Request, ...]
-    index: torch.Tensor  # int64 [R]: 0, 1, ...
-    ways: list[_Way]
-    order: np.ndarray  # int64 [R]: the rows, one way's behind the other's
-    places: torch.Tensor  # int64 [R]: where each row stands there
-    seeds: np.ndarray  # uint64 [R], mixed, in that order
+    ways: _Ways
+    judged: _Judged | None
     is_greedy: bool
     is_adjusted: bool  # something is done to the scores of one
     needs_tokens: bool  # and depends on which tokens came before
-    judged: tuple[torch.Tensor, list[int], list[int]] | None  # rows that want logprobs, and how many of the best
-
-    @property
-    def needs_places(self) -> bool:
-        """Whether it matters how many tokens came before."""
-        return self.is_adjusted or not self.is_greedy
+    has_logprobs: bool
 
     @staticmethod
     def of(
-        requests: tuple[Request, ...], wide_ids: Collection[str], width: int, send: Callable[[np.ndarray], torch.Tensor]
+        requests: tuple[Request, ...], wide_ids: Collection[str], send: Callable[[np.ndarray], torch.Tensor]
     ) -> "_Batch":
-        """`wide_ids`: requests of which more tokens are looked at than is usual."""
-        params = [request.params for request in requests]
-        rows_of: dict[tuple[Callable, Kind | None], list[int]] = {}
-        for row, request in enumerate(requests):
-            rows_of.setdefault(_way(request.params, request.id in wide_ids), []).append(row)
-        ways = [
-            _Way(*way, send(np.array(rows)), Filters.of([params[row] for row in rows], width, send))
-            for way, rows in rows_of.items()
-        ]
-        order = np.array([row for rows in rows_of.values() for row in rows])
-        wanted = [row for row, each in enumerate(params) if each.logprobs is not None]
-        judged = (send(np.array(wanted)), wanted, [params[row].logprobs for row in wanted]) if wanted else None
+        places = Places(requests)
+        ways = _Ways.of(places, wide_ids, send)
+        has_logprobs = any(request.params.logprobs is not None for request in requests)
         return _Batch(
             requests,
-            send(np.arange(len(params))),
             ways,
-            order,
-            send(np.argsort(order)),
-            np.array([mixed_seed(params[row].seed) for row in order], dtype=np.uint64),
-            is_greedy=all(choose is _best for choose, _ in rows_of),
+            _Judged.of(places, send) if has_logprobs else None,
+            is_greedy=all(way.choose is _best for way in ways.parts),
             is_adjusted=any(_is_adjusted(request) for request in requests),
             needs_tokens=any(_needs_tokens(request) for request in requests),
-            judged=judged,
+            has_logprobs=has_logprobs,
         )
 
 
@@ -383,10 +411,12 @@ def _draw_among_few(rows: _Rows, kind: Kind) -> torch.Tensor:
 
 def _draw_among_many(step: _Step, rows: list[int], send: Callable[[np.ndarray], torch.Tensor]) -> torch.Tensor:
     """Gumbel-max over what the filters leave, however many these are."""
-    scores, params = step.scores[send(np.array(rows))], [step.requests[row].params for row in rows]
+    places, scores = step.places, step.scores[send(np.array(rows))]
+    params = [places.requests[places.owner[row]].params for row in rows]
     seeds = np.array([mixed_seed(each.seed) for each in params], dtype=np.uint64)
-    filters = Filters.of(params, scores.shape[-1], send)
-    return _gumbel_max(*survivors(scores, filters), filters, send(noise_keys(seeds, np.asarray(step.num_tokens)[rows])))
+    keys = send(noise_keys(seeds, np.array([places.num_before[row] for row in rows])))
+    filters = Filters.of(params, send)
+    return _gumbel_max(*survivors(scores, filters), filters, keys)
 
 
 def _gumbel_max(ids: torch.Tensor, candidates: torch.Tensor, filters: Filters, keys: torch.Tensor) -> torch.Tensor:
@@ -448,17 +478,32 @@ def _reason(logits: torch.Tensor, num_tokens: int, dtype: torch.dtype) -> str:
     )
 
 
-def _logprobs(
-    logits: torch.Tensor, token_ids: Sequence[int], requests: Sequence[Request]
-) -> list[TokenLogprobs | None]:
-    results: list[TokenLogprobs | None] = [None] * len(requests)
-    rows = [row for row, request in enumerate(requests) if request.params.logprobs is not None and token_ids[row] >= 0]
+def _drop_behind_wrong(places: Places, token_ids: Sequence[int], logprobs: list[TokenLogprobs | None]) -> None:
+    """Those behind a request's first wrong draft do not count."""
+    for number in range(len(places.requests)) if places.drafts is not None else ():
+        own = places.rows_of(number)
+        num_kept = num_right(places.drafts_of(number), token_ids[own.start : own.stop]) + 1
+        for row in own[num_kept:]:
+            logprobs[row] = None
+
+
+def _logprobs(logits: torch.Tensor, token_ids: Sequence[int], places: Places) -> list[TokenLogprobs | None]:
+    results: list[TokenLogprobs | None] = [None] * places.num_rows
+    rows, counts = [], []
+    for number, request in enumerate(places.requests):
+        if request.params.logprobs is None:
+            continue
+        own, drafts = places.rows_of(number), places.drafts_of(number)
+        num_kept = num_right(drafts, token_ids[own.start : own.stop]) + 1
+        kept = [row for row in own[:num_kept] if token_ids[row] >= 0]
+        rows += kept
+        counts += [request.params.logprobs] * len(kept)
     if not rows:
         return results
     found = token_logprobs(
         logits[torch.tensor(rows, device=logits.device)],
         [token_ids[row] for row in rows],
-        [requests[row].params.logprobs for row in rows],
+        counts,
     )
     for row, logprobs in zip(rows, found, strict=True):
         results[row] = logprobs

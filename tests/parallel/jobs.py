@@ -11,9 +11,16 @@ from executor.host.env import environment
 REPO = Path(__file__).resolve().parents[2]
 
 
-def case(family: str, world_size: int = 1, *, prompt_logprobs: int | None = None, **parallel: Any) -> dict[str, Any]:
-    """A recipe of a tiny model that answers the default questions, and whether their prompts are scored as well."""
+def case(
+    family: str, world_size: int = 1, *, prompt_logprobs: int | None = None, num_drafts: int = 0, **parallel: Any
+) -> dict[str, Any]:
+    """A recipe of a tiny model that answers the default questions, and whether their prompts are scored as well.
+
+    `num_drafts`: tokens that are looked up and verified in a step at most.
+    """
+    drafts = {"method": "ngram", "num_speculative_tokens": num_drafts, "adaptive": False} if num_drafts else {}
     return {
+        "speculative_config": drafts,
         "prompt_logprobs": prompt_logprobs,
         "model_config": {"model_path": f"models/tiny/{family}", "device": "cpu", "dtype": "float32"},
         "parallel_config": {"world_size": world_size, **parallel},
