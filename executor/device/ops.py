@@ -215,8 +215,11 @@ class Ops(ABC):
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
         """Full attention inside each of the packed segments: `[T, H, D] x3 -> [T, H * D]`."""
 
-    def static_attention(self, kv_lens: Tensor | Sequence[int], block_table: Tensor, block_size: int) -> Any:
-        """What `prepare_attention` gives for one token a row, over tensors that stay in place from step to step.
+    def static_attention(
+        self, q_len: int, kv_lens: Tensor | Sequence[int], block_table: Tensor, block_size: int
+    ) -> Any:
+        """What `prepare_attention` gives for rows of `q_len` tokens each, over tensors that stay in place from step to
+        step.
 
         `kv_lens` int64 [R] or numbers, `block_table` int32 [R, blocks].
         """

@@ -22,9 +22,11 @@ from executor.engine.outputs import Collector, Completion, Output
 from executor.engine.params import check_params, type_of, with_seed
 from executor.engine.replica import Replica
 from executor.engine.runner import FAULTS, Runner
+from executor.engine.speculation.counts import SpeculationCounts
 from executor.engine.writing import Answer, Piece, unreadable
 from executor.errors import UserError
 from executor.schedule.plan import Plan
+from executor.schedule.prefix_cache import BlockDigests
 from executor.schedule.request import GRAMMAR_ENDS, FinishReason, Prompt, Request, SamplingParams, Status
 from executor.schedule.scheduler import Scheduler
 
@@ -62,6 +64,12 @@ class Engine:
         return self.scheduler.has_work or bool(self._pieces)
 
     @property
+    def speculation(self) -> SpeculationCounts:
+        """What became of drafts until now; all 0 where none are made."""
+        speculator = self.runner.speculator
+        return SpeculationCounts() if speculator is None else replace(speculator.counts)
+
+    @property
     def replica(self) -> Replica:
         """The ranks around this one. Only a rank that `leads` takes requests; the others `follow`."""
         return self.runner.replica
@@ -78,6 +86,17 @@ class Engine:
             f"a prompt is {type_of(question)}; allowed: a Prompt (engine.processor.build makes it), a text, or a list "
             "of messages"
         )
+
+    def fetch(self, prompt: Prompt, params: SamplingParams) -> None:
+        """Read what the cache on disk has of a prompt; from any thread, before `add`, which does it too."""
+        cache, scheduler = self.runner.disk_cache, self.scheduler
+        if cache is None:
+            return
+        digests: list[bytes] = []
+        if params.prompt_logprobs is None:  # else all of it is computed
+            request = Request("", prompt, params)
+            digests = BlockDigests(request, scheduler.pool.block_size).extend(len(prompt.token_ids) - 1)
+        cache.fetch(prompt, digests, scheduler.num_known_blocks(digests), scheduler.knows_media)
 
     def check(self, params: SamplingParams) -> None:
         """What of parameters takes time to check: the grammar. UserError; from any thread, before `add` does it."""
@@ -246,6 +265,8 @@ class Engine:
                 self.scheduler.check_possible(request)
                 detokenizer = Detokenizer(self.processor.tokenizer, one, known_bytes=self._known_bytes)
                 answers.append(Answer(ids[-1], index, request, detokenizer, pieces, self._unreadable))
+        for prompt, params, _ in asked:
+            self.fetch(prompt, params)
         for answer in answers:
             self.scheduler.add(answer.request)
             self._answers[answer.request.id] = answer
@@ -316,14 +337,18 @@ class Engine:
             self._advance(answer, token_ids)
         for number in result.failures:
             self._emit(self._answers[plan.rows[number].request.id], (), text="")
+        if self.scheduler.has_to_keep and not self.scheduler.has_work:  # there may be no further step
+            self.runner.execute(self.scheduler.schedule())
 
     def _follow_grammar(self, request: Request, token_ids: list[int]) -> None:
-        """The answer ends where its grammar must, and fails where that cannot be followed."""
+        """The answer ends where its grammar must, and fails where that cannot be followed.
+
+        Drafts do not go beyond that end, so all the tokens count.
+        """
         if request.finished:
             return
         try:
-            (token_id,) = token_ids  # guesses would have to be told the masks
-            if request.matcher.take(token_id):
+            if request.matcher.take(token_ids):
                 self.scheduler.finish(request, FinishReason.STOP)
         except GrammarFault as error:
             self.scheduler.fail(request, f"{GRAMMAR_ENDS}: {error}")

@@ -7,6 +7,7 @@ Legend: T tokens of the step, M visual tokens of a media item, n hidden size.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,13 +20,16 @@ from torch import Tensor, nn
 from executor.checkpoint.settings import PixelSettings
 from executor.device.ops import KVLayer, Ops
 from executor.engine.decode_inputs import DecodeInputs
+from executor.engine.disk_cache.cache import DiskCache
 from executor.engine.encode import encode_items
 from executor.engine.graphs import DecodeGraphs
 from executor.engine.logprobs import PromptScores, TokenLogprobs
+from executor.engine.places import Drafts
 from executor.engine.profile import Profile
 from executor.engine.replica import Replica
 from executor.engine.sampler import Sampled, Sampler
-from executor.engine.speculation.speculator import Speculator, num_right
+from executor.engine.speculation.speculator import Speculator
+from executor.engine.speculation.verify import num_right
 from executor.engine.stages import Stage, StageClock
 from executor.engine.step import ModelStep, Visual
 from executor.recipe.peak import ENCODE_TOKENS, SCORED_ROWS
@@ -101,23 +105,31 @@ class Runner:
         self.clock = StageClock()
         self.profile: Profile | None = None  # set by whoever wants one
         self.speculator: Speculator | None = None  # of a leader, set by whoever wants drafts
+        self.disk_cache: DiskCache | None = None  # set by whoever has one
         self.decode_inputs = DecodeInputs(device, block_size)
         self._has_assisted = self._has_dismissed = False
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> StepResult:
-        """One step. A plan without rows is a step of other replicas that share this one's experts, if they have one.
+        """One step. A plan without rows is a step of other replicas that share this one's experts, if they have one,
+        or hands blocks to the cache on disk.
 
         Raises what a step of several ranks raises, and defects of ours: nothing is known then of what was done.
         """
+        started_s = time.perf_counter()
         if self.speculator is not None:
             plan = self.speculator.extended(plan)
-        plan = self.replica.lead(plan, self._is_captured(plan))
+        plan = self.replica.lead(plan, self.graphs)
         if plan is None:
+            return StepResult([])
+        if not plan.rows and not plan.padded_tokens:
+            self.disk_cache.keep(plan.keep)
             return StepResult([])
         try:
             result = self._computed(plan)
             self._count(plan)
+            if self.speculator is not None:
+                self.speculator.measured(plan, time.perf_counter() - started_s)
             return result
         except FAULTS as error:
             if not self.replica.is_alone:
@@ -140,13 +152,12 @@ class Runner:
         plan: Plan,
         logits: Tensor,
         requests: Sequence[Request],
-        num_tokens: Sequence[int] | None = None,
-        ahead: Sequence[tuple[int, ...]] | None = None,
+        drafts: Drafts | None = None,
     ) -> Sampled:
         # Of a device that computes behind the host's back, the step's tokens are waited for in here.
         booked = _stage_of(plan) if self.device.computes_behind else None
         with self.clock.stage("sampling", booked):
-            return self.sampler.sample(logits, requests, num_tokens, ahead)
+            return self.sampler.sample(logits, requests, drafts=drafts)
 
     def _computed(self, plan: Plan) -> StepResult:
         if plan.is_decode:
@@ -183,14 +194,8 @@ class Runner:
 
         The noise of a place is its own, so what is chosen there is what would have been without drafts.
         """
-        requests, num_before, ahead = [], [], []
-        for row in plan.rows:
-            if row.max_yield:
-                for count in range(len(row.draft_ids) + 1):
-                    requests.append(row.request)
-                    num_before.append(row.request.num_tokens + count)
-                    ahead.append(row.draft_ids[:count])
-        sampled = self._sample(plan, logits, requests, num_before, ahead)
+        yielding = [row for row in plan.rows if row.max_yield]
+        sampled = self._sample(plan, logits, [row.request for row in yielding], [row.draft_ids for row in yielding])
         token_ids: list[list[int]] = []
         chosen: list[list[int]] = []
         result, at = StepResult(token_ids, prompt_logprobs=prompt_logprobs), 0
@@ -205,16 +210,20 @@ class Runner:
             if failed is not None:  # behind a token that was found the next step meets the fault again
                 num_kept = failed
             token_ids.append(found[:num_kept])
-            logprobs = [each for each in sampled.logprobs[at : at + num_kept] if each is not None]
-            if logprobs:
-                result.logprobs[number] = logprobs
+            if num_kept and sampled.logprobs[at] is not None:
+                result.logprobs[number] = sampled.logprobs[at : at + num_kept]
             at += count
         if self.speculator is not None:
             self.speculator.observe(plan, chosen, token_ids)
         return result
 
     def _row_by_row(self, plan: Plan) -> StepResult:
-        """The step again, each media item and each row by itself. Rows write to their own slots: it harms nobody."""
+        """The step again, each media item and each row by itself and without drafts.
+
+        Rows write to their own slots: it harms nobody.
+        """
+        if plan.load:
+            self.disk_cache.load(plan.load)
         for digest in plan.release:
             self.features.pop(digest, None)
         unreadable: dict[bytes, str] = {}
@@ -228,7 +237,8 @@ class Runner:
             alone, reason = StepResult([[]]), _unreadable(row, unreadable)
             try:
                 if reason is None:
-                    alone = self._computed(replace(plan, rows=(row,), encode=(), release=()))
+                    one = replace(plan, rows=(row._replace(draft_ids=()),), encode=(), release=(), load=(), keep=())
+                    alone = self._computed(one)
                     reason = alone.failures.get(0)
             except FAULTS as error:
                 reason = f"its step failed: {describe(error)}"
@@ -245,7 +255,7 @@ class Runner:
         """After the last plan: help the other replicas until they have ended as well; yields between two steps."""
         nothing = Plan(())
         while not self._has_assisted:
-            plan = self.replica.lead(nothing, self._is_captured(nothing), more=False)
+            plan = self.replica.lead(nothing, self.graphs, more=False)
             if plan is None:
                 self._has_assisted = True
                 return
@@ -253,8 +263,10 @@ class Runner:
             yield
 
     def dismiss(self) -> None:
-        """After `assist`: let this replica's other ranks go."""
+        """After `assist`: let this replica's other ranks go, and have written what is to outlive the process."""
         self.end_profile()
+        if self.disk_cache is not None:
+            self.disk_cache.flush()
         if self.replica.leads and not self._has_dismissed:
             self._has_dismissed = True
             self.replica.dismiss()
@@ -263,6 +275,8 @@ class Runner:
         """`dismiss`, and drop all embeddings."""
         self.dismiss()
         self.features.clear()
+        if self.disk_cache is not None:
+            self.disk_cache.close()
 
     def follow(self) -> None:
         """Run the leader's plans until it ends."""
@@ -287,26 +301,27 @@ class Runner:
         if self.profile is not None:
             self.profile.end()
 
-    def _is_captured(self, plan: Plan) -> bool:
-        return self.graphs is not None and self.graphs.takes(plan.rows)
-
     def compute(self, plan: Plan) -> Tensor:
         """`forward`, of a runner that takes part in no other rank's steps: in a graph where there is one for it."""
         assert self.replica.is_alone, "ranks in step agree first: execute"
-        return self.forward(self.replica.lead(plan, self._is_captured(plan)))
+        return self.forward(self.replica.lead(plan, self.graphs))
 
     @torch.inference_mode()
     def forward(self, plan: Plan, scores: PromptScores | None = None) -> Tensor:
         """Logits of the rows that yield a token, fp32 [R, V]. Those of the prompt tokens that a plan scores go to
         `scores`; every rank computes its part of them."""
+        if plan.keep:
+            self.disk_cache.keep(plan.keep)
+        if plan.load:
+            self.disk_cache.load(plan.load)
         for digest in plan.release:
             self.features.pop(digest, None)
         if plan.encode:
             self._tell_meanwhile()
             with self.clock.stage("vision"):
                 self.encode(plan.encode)
-        if plan.in_graph:
-            computation = partial(self.graphs, plan.rows, plan.padded_tokens)
+        if plan.graph is not None:
+            computation = partial(self.graphs, plan.rows, plan.graph)
         elif not plan.rows:
             with self.clock.stage("decode"):
                 self.model.help(plan.padded_tokens)
@@ -340,7 +355,11 @@ class Runner:
 
     @torch.inference_mode()
     def encode(self, media: Sequence[MediaItem]) -> None:
-        """Encode all items, those of this rank, and keep the embeddings of all, each item's in storage of its own."""
+        """Encode all items, those of this rank, and keep the embeddings of all, each item's in storage of its own.
+
+        Those that the cache on disk has at hand are taken from there.
+        """
+        media = [item for item in media if not self._recall(item)]
         group, owners = self.replica.parallel.pictures, self.replica.owners(media)
         local = [item for item, owner in zip(media, owners, strict=True) if owner == group.rank]
         encoded = iter(
@@ -354,6 +373,15 @@ class Runner:
                 shape = item.num_tokens, 1 + self.model.num_taps, width
                 features = torch.empty(shape, dtype=self.dtype, device=self.device.device)
             self.features[item.digest] = group.broadcast(features, owner)
+            if self.disk_cache is not None:
+                self.disk_cache.keep_features(item, self.features[item.digest])
+
+    def _recall(self, item: MediaItem) -> bool:
+        features = None if self.disk_cache is None else self.disk_cache.features(item)
+        if features is None:
+            return False
+        self.features[item.digest] = features
+        return True
 
     def forget(self, request: Request) -> None:
         """Drop what is kept for a request that has ended."""

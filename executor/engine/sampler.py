@@ -9,6 +9,8 @@ order of addition can matter.
 The vocabulary is read once, for the maxima of its chunks; after that only the chunks are read that can hold the token.
 The host reads once a step; again where filters leave more tokens than was guessed, or where a row draws without any.
 Does not know models or the scheduler; end-of-sequence tokens are told to the constructor.
+A request has several rows where drafts of its next tokens are verified: each is sampled as if the drafts before it had
+been chosen, so that what is chosen behind right drafts is what would have been chosen without any.
 Legend: R rows, N rows chosen in one way, V vocabulary padded to whole chunks, C chunks, K candidates of a row.
 """
 
@@ -35,6 +37,8 @@ from executor.engine.logprobs import TokenLogprobs, token_logprobs
 from executor.engine.masks import masked
 from executor.engine.noise import as_int64, gumbel_noise, least_bits, may_reach, noise_key
 from executor.engine.penalties import Penalties
+from executor.engine.places import Drafts, Places
+from executor.engine.speculation.verify import num_right
 from executor.engine.token_rules import TokenRules
 from executor.schedule.request import NO_SCORE_LEFT, Request, SamplingParams
 
@@ -64,11 +68,11 @@ class _Rows:
     numbers: list[int]  # which they are
     index: torch.Tensor  # int64 [N], the same on the device
     params: list[SamplingParams]
-    num_tokens: list[int]  # that come before the one to choose
+    num_before: list[int]  # tokens that come before the one to choose
 
     @property
     def keys(self) -> list[int]:
-        return [as_int64(noise_key(p.seed, n)) for p, n in zip(self.params, self.num_tokens, strict=True)]
+        return [as_int64(noise_key(p.seed, n)) for p, n in zip(self.params, self.num_before, strict=True)]
 
 
 class Sampler:
@@ -93,6 +97,7 @@ class Sampler:
         self.penalties = Penalties(vocab_size, self.device)
         self.rules = TokenRules(vocab_size, self.device, eos_token_ids)
         self._batch: _Batch | None = None
+        self._numbers = torch.empty(0, dtype=torch.int64, device=self.device)
 
     @torch.inference_mode()
     def sample(
@@ -100,61 +105,56 @@ class Sampler:
         logits: torch.Tensor,
         requests: Sequence[Request],
         num_tokens: Sequence[int] | None = None,
-        ahead: Sequence[tuple[int, ...]] | None = None,
+        drafts: Drafts | None = None,
     ) -> Sampled:
-        """logits [R, V], row i of `requests[i]`; a request may have several rows.
+        """logits [R, V]: of each request a row for what comes next and, with `drafts`, one behind each of its own.
 
-        `num_tokens`: how many tokens, prompt included, come before the one that a row chooses: the position of its
-        noise. None: all that its request has. `ahead`: the drafts that are taken to come before it, behind what its
-        request has; None: none. While penalties and masks apply, float32 `logits` are changed in place;
+        `num_tokens`: how many tokens, prompt included, come before what each request chooses first: the position of its
+        noise. None: all that it has. While penalties and masks apply, float32 `logits` are changed in place;
         afterwards they are as they were. A row fails whose best logit is not finite or that has a NaN or +inf
         anywhere; the others are sampled. Single logits of -inf are tokens that the model rules out.
+        Logprobs are found for the rows that count: those of a request behind its first wrong draft have none.
         """
-        assert logits.shape == (len(requests), self.vocab_size), f"{tuple(logits.shape)}, {len(requests)} requests"
         if not requests:
             return Sampled([], [])
-        batch = self._batch_of(requests)
-        if num_tokens is None and batch.needs_places:
-            num_tokens = [request.num_tokens for request in requests]
+        batch, places = self._batch_of(requests), Places(requests, num_tokens, drafts)
+        assert logits.shape == (places.num_rows, self.vocab_size), f"{tuple(logits.shape)}, {places.num_rows} rows"
         scores = logits if logits.dtype == torch.float32 and logits.is_contiguous() else logits.float().contiguous()
         if self.vocab_size % CHUNK:
             scores = F.pad(scores, (0, -self.vocab_size % CHUNK), value=-math.inf)
         if batch.is_adjusted:
-            with self.adjusted(scores, requests, num_tokens) as faults:
-                token_ids = self._choose(scores, batch, num_tokens)
+            with self.adjusted(scores, places) as faults:
+                token_ids = self._choose(scores, batch, places)
         else:
-            token_ids, faults = self._choose(scores, batch, num_tokens), {}
+            token_ids, faults = self._choose(scores, batch, places), {}
         failures = {}
         if _FAILED in token_ids:
             failed = [row for row, token_id in enumerate(token_ids) if token_id == _FAILED]
-            counts = num_tokens or [request.num_tokens for request in requests]
-            failures = {row: _reason(logits[row], counts[row], self.dtype) for row in failed}
+            failures = {row: _reason(logits[row], places.num_before[row], self.dtype) for row in failed}
         for row in faults.keys() - failures.keys():
             token_ids[row], failures[row] = _FAILED, faults[row]
         if not batch.has_logprobs:
             return Sampled(token_ids, [None] * len(token_ids), failures)
-        return Sampled(token_ids, _logprobs(logits, token_ids, requests), failures)
+        return Sampled(token_ids, _logprobs(logits, token_ids, places), failures)
 
     def _batch_of(self, requests: Sequence[Request]) -> "_Batch":
         """What these requests ask for: found once, and again when others stand in the step."""
         key = tuple(requests)
         if self._batch is None or self._batch.requests != key:
-            self._batch = _Batch.of(key, self.device)
+            self._batch = _Batch.of(key)
         return self._batch
 
     @contextmanager
-    def adjusted(
-        self, scores: torch.Tensor, requests: Sequence[Request], num_tokens: Sequence[int]
-    ) -> Iterator[dict[int, str]]:
+    def adjusted(self, scores: torch.Tensor, places: Places) -> Iterator[dict[int, str]]:
         """`scores` float32 [R, V], contiguous, as tokens are chosen from them; inside the context only.
 
         Gives the rows whose grammar has failed, and why.
         """
         with (
-            self.rules.biased(scores, requests),
-            self.penalties.applied(scores, requests),
-            self.rules.barred(scores, requests, num_tokens),
-            masked(scores, requests) as faults,
+            self.rules.biased(scores, places),
+            self.penalties.applied(scores, places),
+            self.rules.barred(scores, places),
+            masked(scores, places) as faults,
         ):
             yield faults
 
@@ -170,25 +170,27 @@ class Sampler:
         stale = sorted(self.rules.kept_ids() - set(live_ids))
         assert not stale, f"biases and allowed tokens of requests that are gone: {stale}"
 
-    def _choose(self, scores: torch.Tensor, batch: "_Batch", num_tokens: Sequence[int] | None) -> list[int]:
+    def _choose(self, scores: torch.Tensor, batch: "_Batch", places: Places) -> list[int]:
         """Each row's token id, or _FAILED."""
-        maxima, params, ways = chunk_maxima(scores), batch.params, batch.ways
+        maxima = chunk_maxima(scores)
+        if batch.is_greedy and self.reads_freely:
+            return _best_on_host(scores, maxima)
+        index = self._first_numbers(len(scores))
         if batch.is_greedy:
-            if self.reads_freely:
-                return _best_on_host(scores, maxima)
-            return _best_of_all(scores, maxima, batch.index).tolist()
+            return _best_of_all(scores, maxima, index).tolist()
 
         def part(numbers: list[int]) -> _Rows:
-            own, index = maxima, batch.index
-            if len(numbers) < len(params):
-                index = torch.tensor(numbers, device=self.device)
-                own = maxima[index]
-            chosen = [params[row] for row in numbers]
-            return _Rows(scores, own, numbers, index, chosen, [num_tokens[row] for row in numbers])
+            own, which = maxima, index
+            if len(numbers) < len(scores):
+                which = torch.tensor(numbers, device=self.device)
+                own = maxima[which]
+            params = [batch.requests[places.owner[row]].params for row in numbers]
+            return _Rows(scores, own, numbers, which, params, [places.num_before[row] for row in numbers])
 
-        chosen = [choose(part(numbers), kind) for (choose, kind), numbers in ways.items()]
-        order = [row for numbers in ways.values() for row in numbers]
-        token_ids = [0] * len(params)
+        rows_of = [(way, places.rows_of_all(numbers)) for way, numbers in batch.ways.items()]
+        chosen = [choose(part(rows), kind) for (choose, kind), rows in rows_of]
+        order = [row for _, rows in rows_of for row in rows]
+        token_ids = [0] * len(scores)
         for row, token_id in zip(order, torch.cat(chosen).tolist(), strict=True):
             token_ids[row] = token_id
         still_open = [row for row, token_id in enumerate(token_ids) if token_id == _OPEN]
@@ -197,40 +199,34 @@ class Sampler:
                 token_ids[row] = token_id
         return token_ids
 
+    def _first_numbers(self, count: int) -> torch.Tensor:
+        """0, 1, ... int64 [count] on the device."""
+        if len(self._numbers) < count:
+            self._numbers = torch.arange(2 * count, device=self.device)
+        return self._numbers[:count]
+
 
 @dataclass(frozen=True)
 class _Batch:
-    """What the requests of a step's rows ask for, as long as they are the same."""
+    """What the requests of a step ask for, as long as they are the same, however many rows each of them has."""
 
     requests: tuple[Request, ...]
-    params: list[SamplingParams]
-    rows: list[int]
-    index: torch.Tensor  # int64 [R]: 0, 1, ...
-    ways: dict[tuple[Callable, Kind | None], list[int]]
+    ways: dict[tuple[Callable, Kind | None], list[int]]  # -> which of the requests choose so
     is_greedy: bool
     is_adjusted: bool  # something is done to the scores of one
     has_logprobs: bool
 
-    @property
-    def needs_places(self) -> bool:
-        """Whether it matters how many tokens came before."""
-        return self.is_adjusted or not self.is_greedy
-
     @staticmethod
-    def of(requests: tuple[Request, ...], device: torch.device) -> "_Batch":
-        params = [request.params for request in requests]
+    def of(requests: tuple[Request, ...]) -> "_Batch":
         ways: dict[tuple[Callable, Kind | None], list[int]] = {}
-        for row, each in enumerate(params):
-            ways.setdefault(_way(each), []).append(row)
+        for number, request in enumerate(requests):
+            ways.setdefault(_way(request.params), []).append(number)
         return _Batch(
             requests,
-            params,
-            list(range(len(params))),
-            torch.arange(len(params), device=device),
             ways,
             is_greedy=all(choose is _best for choose, _ in ways),
             is_adjusted=any(_is_adjusted(request) for request in requests),
-            has_logprobs=any(each.logprobs is not None for each in params),
+            has_logprobs=any(request.params.logprobs is not None for request in requests),
         )
 
 
@@ -347,17 +343,23 @@ def _reason(logits: torch.Tensor, num_tokens: int, dtype: torch.dtype) -> str:
     )
 
 
-def _logprobs(
-    logits: torch.Tensor, token_ids: Sequence[int], requests: Sequence[Request]
-) -> list[TokenLogprobs | None]:
-    results: list[TokenLogprobs | None] = [None] * len(requests)
-    rows = [row for row, request in enumerate(requests) if request.params.logprobs is not None and token_ids[row] >= 0]
+def _logprobs(logits: torch.Tensor, token_ids: Sequence[int], places: Places) -> list[TokenLogprobs | None]:
+    results: list[TokenLogprobs | None] = [None] * places.num_rows
+    rows, counts = [], []
+    for number, request in enumerate(places.requests):
+        if request.params.logprobs is None:
+            continue
+        own, drafts = places.rows_of(number), places.drafts_of(number)
+        num_kept = num_right(drafts, token_ids[own.start : own.stop]) + 1
+        kept = [row for row in own[:num_kept] if token_ids[row] >= 0]
+        rows += kept
+        counts += [request.params.logprobs] * len(kept)
     if not rows:
         return results
     found = token_logprobs(
         logits[torch.tensor(rows, device=logits.device)],
         [token_ids[row] for row in rows],
-        [requests[row].params.logprobs for row in rows],
+        counts,
     )
     for row, logprobs in zip(rows, found, strict=True):
         results[row] = logprobs

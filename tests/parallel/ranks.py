@@ -97,7 +97,7 @@ class Watched:
     def __init__(self, num_prompt_logprobs: int | None) -> None:
         self.num_prompt_logprobs = num_prompt_logprobs
         self.prompt_logprobs: dict[str, list[float]] = {}  # prompt -> behind its first token
-        self.steps: list[list[int]] = []  # of every decode step of rank 0: collectives, rows
+        self.steps: list[list[int]] = []  # of every decode step of rank 0: collectives, rows, drafts, its graph's q_len
         self.loads: list[list[int]] = []  # of every rank: bytes read, bytes estimated, growth of its memory
 
     def build(self, prepared: Any, device: Any, parallel: Any) -> Any:
@@ -149,7 +149,9 @@ class Watched:
             before = sum(group.traffic.collectives for group in groups)
             logits = forward(plan, *scores)
             if plan.rows and all(row.num_tokens == 1 and not row.scored for row in plan.rows):
-                self.steps.append([sum(group.traffic.collectives for group in groups) - before, len(plan.rows)])
+                num_drafts = sum(len(row.draft_ids) for row in plan.rows)
+                collectives = sum(group.traffic.collectives for group in groups) - before
+                self.steps.append([collectives, len(plan.rows), num_drafts, plan.graph.q_len if plan.graph else 0])
             return logits
 
         runner.forward = counted

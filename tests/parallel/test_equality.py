@@ -18,6 +18,8 @@ TWO_RANKS = {
     "moe_ep2": ("qwen3_vl_moe", {"moe_ep_size": 2}, 2 * LAYERS + 2),
     "moe_dp2_ep2": ("qwen3_vl_moe", {"moe_ep_size": 2, "attn_tp_size": 1}, 2 * LAYERS),
     "moe_dp2_tp_experts": ("qwen3_vl_moe", {"attn_tp_size": 1}, 2 * LAYERS),
+    "drafts_tp2": ("qwen2_5_vl", {"num_drafts": 7}, 2 * LAYERS + 2),
+    "drafts_moe_dp2_ep2": ("qwen3_vl_moe", {"num_drafts": 7, "moe_ep_size": 2, "attn_tp_size": 1}, 2 * LAYERS),
 }
 # With a draft model, beside the case without: the leader alone runs it, in none of the model's collectives.
 DRAFTING = {
@@ -75,7 +77,7 @@ def _check(found: dict[str, Any], wanted: dict[str, Any], num_ranks: int, collec
     for prompt, scores in found["prompt_logprobs"].items():
         assert scores == pytest.approx(wanted["prompt_logprobs"][prompt], abs=1e-4) and len(scores) > 10
     assert len(found["loads"]) == num_ranks
-    assert found["steps"] and {count for count, _ in found["steps"]} == {collectives}
+    assert found["steps"] and {count for count, *_ in found["steps"]} == {collectives}
     for read, estimated, _ in found["loads"]:
         assert read <= 1.05 * estimated / 2, "the files hold bfloat16, the estimate is of float32"
 
@@ -84,6 +86,7 @@ def _check(found: dict[str, Any], wanted: dict[str, Any], num_ranks: int, collec
 def test_two_ranks(name, two, alone) -> None:
     family, _, collectives = TWO_RANKS[name]
     _check(two[name], alone[family], 2, collectives)
+    assert any(num_drafts for *_, num_drafts, _ in two[name]["steps"]) == name.startswith("drafts")
     assert bool(two[name]["prompt_logprobs"]) == (name == "prompts_scored")
 
 

@@ -112,6 +112,32 @@ class Fault(Exception):
     """A step that fails."""
 
 
+class FakeStore:
+    """Blocks as hashes by digest. What is staged for a prompt is what was there when it was fetched.
+
+    `loses`: how likely a block is not found, or not wanted.
+    """
+
+    def __init__(self, rng: random.Random, loses: float = 0.1) -> None:
+        self._rng, self._loses = rng, loses
+        self.blocks: dict[bytes, np.ndarray] = {}
+        self.at_hand: dict[Prompt, dict[bytes, np.ndarray]] = {}
+        self.num_loaded = 0
+
+    def fetch(self, prompt: Prompt, digests: Sequence[bytes]) -> None:
+        found = {digest: self.blocks[digest] for digest in digests if digest in self.blocks}
+        self.at_hand[prompt] = {x: block for x, block in found.items() if self._rng.random() >= self._loses}
+
+    def staged(self, prompt: Prompt) -> dict[bytes, np.ndarray]:
+        return self.at_hand.get(prompt, {})
+
+    def release(self, prompt: Prompt) -> None:
+        self.at_hand.pop(prompt, None)
+
+    def wants(self, digest: bytes) -> bool:
+        return digest not in self.blocks and self._rng.random() >= self._loses
+
+
 class FakeRunner:
     """Executes plans on a memory of `num_blocks * block_size` hashes and checks each of them on the way.
 
@@ -132,6 +158,7 @@ class FakeRunner:
     def execute(self, plan: Plan, unreadable: Collection[bytes] = ()) -> list[list[int]]:
         """The new tokens of each row. `unreadable`: media that cannot be encoded; rows that read them yield nothing."""
         self._check(plan)
+        self._exchange(plan)
         self._encode(plan, unreadable)
         rows = [row for row in plan.rows if not self.reads(row, unreadable)]
         for row in rows:  # of all rows first: what a step reads was written by earlier steps
@@ -142,6 +169,8 @@ class FakeRunner:
     def fail(self, plan: Plan, rng: random.Random) -> NoReturn:
         """Raise Fault before, within or after the encoding, or after some rows have been written."""
         self._check(plan)
+        if rng.random() < 0.5:
+            self._exchange(plan)
         self.doubtful |= {*plan.release, *(item.digest for item in plan.encode)}
         if rng.random() < 0.7:
             for item in plan.encode[: rng.randint(0, len(plan.encode))]:
@@ -151,6 +180,19 @@ class FakeRunner:
             for row in plan.rows[: rng.randint(0, len(plan.rows))]:
                 self.memory[self._slots(row, row.start, row.start + row.num_tokens)] = -7
         raise Fault
+
+    def _exchange(self, plan: Plan) -> None:
+        """With the store: first what it keeps, then what is loaded."""
+        size, store = self.block_size, self.scheduler.store
+        for block in plan.keep:
+            content = self.memory[block.block_id * size : (block.block_id + 1) * size].copy()
+            assert (content > 0).all(), "a block that is not full"
+            known = store.blocks.setdefault(block.digest, content)
+            assert (known == content).all(), "two contents of one name"
+        for block in plan.load:
+            content = next(found[block.digest] for found in store.at_hand.values() if block.digest in found)
+            self.memory[block.block_id * size : (block.block_id + 1) * size] = content
+            store.num_loaded += 1
 
     @staticmethod
     def reads(row: Row, digests: Collection[bytes]) -> bool:

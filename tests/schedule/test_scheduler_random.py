@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from executor.errors import UserError
+from executor.schedule.prefix_cache import BlockDigests
 from executor.schedule.request import FinishReason, Request, SamplingParams
 from executor.schedule.scheduler import Scheduler
-from tests.schedule.fakes import EOS, FakeRunner, Fault, answer_alone, media, prompt, request, run
+from tests.schedule.fakes import EOS, FakeRunner, FakeStore, Fault, answer_alone, media, prompt, request, run
 
 NUM_STEPS = 1000
 ENDED_FROM_OUTSIDE = (FinishReason.ABORT, FinishReason.ERROR)
@@ -81,6 +82,7 @@ class Soak:
         self.rng = random.Random(seed)
         self.scheduler = Scheduler(**self.options)
         self.runner = FakeRunner(self.scheduler, random.Random(seed))
+        self.store: FakeStore | None = None
         self.arrivals = Arrivals(self.rng)
         self.unfinished: dict[Request, int] = {}  # and the step they arrived in
         self.done: list[Request] = []
@@ -90,6 +92,9 @@ class Soak:
 
     def add(self) -> None:
         arrival = self.arrivals.next()
+        if self.store is not None:
+            digests = BlockDigests(arrival, self.options["block_size"]).extend(arrival.num_tokens - 1)
+            self.store.fetch(arrival.prompt, digests)
         try:
             self.scheduler.add(arrival)
         except UserError:
@@ -201,6 +206,50 @@ def test_steps_that_fail_and_media_that_cannot_be_encoded_harm_nobody_else(case,
         check_answer(answered, soak.options)
     reasons = Counter(answered.finish_reason for answered in soak.done)
     assert reasons[FinishReason.ERROR] > 3 and reasons[FinishReason.LENGTH] + reasons[FinishReason.STOP] > 30
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("case", ["tiny", "roomy", "whole_prompts", "hardly_any_blocks", "several_tokens_a_row"])
+def test_blocks_of_a_store_are_those_that_were_computed(case, seed):
+    """It outlives the scheduler, loses blocks, and steps fail beside it."""
+    blocks, num_loaded = {}, 0
+    for life in range(3):
+        soak = Soak(seed + 10 * (life == 1), CASES[case], faults=0.1)
+        soak.store = soak.scheduler.store = FakeStore(soak.rng)
+        soak.store.blocks = blocks
+        for _ in range(250):
+            soak.step(load=True)
+        while soak.scheduler.has_work:
+            soak.step(load=False)
+        assert not soak.unfinished and soak.scheduler.pool.num_free == soak.options["num_blocks"]
+        for answered in soak.done:
+            check_answer(answered, soak.options)
+        assert 0 < soak.scheduler.num_store_hits < soak.scheduler.num_store_queries
+        num_loaded += soak.store.num_loaded
+    assert num_loaded > 50
+
+
+def test_what_a_store_has_is_loaded_once_and_then_shared():
+    store = FakeStore(random.Random(0), loses=0.0)
+    for life in range(2):
+        scheduler = Scheduler(**(TINY | {"max_num_batched_tokens": 64, "num_blocks": 200}))
+        scheduler.store = store
+        runner = FakeRunner(scheduler)
+        requests = [request(f"r{index}", [3, 4, 5] * 7, max_new_tokens=3, ignore_eos=True) for index in range(3)]
+        for each in requests:
+            store.fetch(each.prompt, BlockDigests(each, 4).extend(20))
+            scheduler.add(each)
+        plans = []
+        while scheduler.has_work:
+            plans.append(scheduler.schedule())
+            scheduler.update(plans[-1], runner.execute(plans[-1]))
+        for each in requests:
+            check_answer(each, TINY | {"num_blocks": 200})
+        # The others find in memory what the first has computed or loaded.
+        assert [len(plan.rows) for plan in plans[:2]] == [1, 3]
+        assert store.num_loaded == (0, 5)[life] and not store.at_hand
+        assert scheduler.num_store_queries == 21 + 2 * 1 and scheduler.num_store_hits == (0, 20)[life]
+        assert [len(plan.keep) for plan in plans[:2]] == [0, (5, 0)[life]]
 
 
 def test_several_tokens_a_step_are_fewer_steps_for_the_same_answers():

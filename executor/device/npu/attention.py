@@ -70,14 +70,14 @@ def prepare(
     )
 
 
-def static(kv_lens: Tensor | Sequence[int], block_table: Tensor, block_size: int) -> Step:
-    """The step of a decode graph, one token a row: lengths are a tensor (GE), or numbers a replay updates (ACL)."""
-    rows = block_table.shape[0]
+def static(q_len: int, kv_lens: Tensor | Sequence[int], block_table: Tensor, block_size: int) -> Step:
+    """Of a decode graph, `q_len` tokens a row; lengths are a tensor (GE), or numbers a replay updates (ACL)."""
+    stop = q_len * block_table.shape[0] + 1
     if isinstance(kv_lens, Tensor):
-        q_ends = torch.arange(1, rows + 1, device=block_table.device)
+        q_ends = torch.arange(q_len, stop, q_len, device=block_table.device)
     else:
-        q_ends = list(range(1, rows + 1))
-    return Step(q_ends, kv_lens, block_table, block_size, decodes=True)
+        q_ends = list(range(q_len, stop, q_len))
+    return Step(q_ends, kv_lens, block_table, block_size, decodes=q_len == 1)
 
 
 class FusedAttention:

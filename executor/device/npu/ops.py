@@ -238,11 +238,13 @@ class NpuOps(Ops):
         step = attention.prepare(q_lens, kv_lens, block_tables, block_size, self.device)
         return self.attention.complete(step, q_lens, kv_lens)
 
-    def static_attention(self, kv_lens: Tensor | Sequence[int], block_table: Tensor, block_size: int) -> attention.Step:
-        return attention.static(kv_lens, block_table, block_size)
+    def static_attention(
+        self, q_len: int, kv_lens: Tensor | Sequence[int], block_table: Tensor, block_size: int
+    ) -> attention.Step:
+        return attention.static(q_len, kv_lens, block_table, block_size)
 
     def capture(self, decode: Callable[..., Tensor], mode: str, folder: Path) -> Callable[..., Tensor]:
-        return graph.ge_graph(decode, folder) if mode == "ge_graph" else graph.acl_graph(decode, folder.name)
+        return graph.ge_graph(decode, folder) if mode == "ge_graph" else graph.acl_graph(decode, folder)
 
     def paged_attention(self, q: Tensor, cache: KVLayer, prepared: attention.Step, scale: float) -> Tensor:
         return self.attention.paged(q, cache, prepared, scale)

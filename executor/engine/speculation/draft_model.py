@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from executor.engine.runner import FAULTS, Runner, describe
+from executor.engine.speculation.speculator import Proposer
 from executor.schedule.plan import Plan, Row
 from executor.schedule.prefix_cache import BlockDigests
 from executor.schedule.request import MediaItem, Request, SamplingParams
@@ -29,7 +30,7 @@ CATCH_UP_SHARE = 64
 drafts come too late to pay: a prompt's token costs it some hundredths of what an answer's token costs the target."""
 
 
-class DraftProposer:
+class DraftProposer(Proposer):
     """What the draft model expects to come next.
 
     `runner`: of the draft model, over a cache of `num_blocks` blocks, alone (no ranks, no speculator of its own).
@@ -39,7 +40,6 @@ class DraftProposer:
     """
 
     is_free = False
-    num_trailing = 0
 
     def __init__(
         self,
@@ -79,12 +79,6 @@ class DraftProposer:
             for shadow in active:
                 shadow.bar()
         return [() if shadow is None else shadow.draft_ids for shadow in shadows]
-
-    def trailing(self, row: Row, draft_ids: tuple[int, ...], count: int) -> tuple[int, ...]:
-        return ()
-
-    def observe(self, row: Row, chosen: Sequence[int]) -> None:
-        """What was chosen is read from the request."""
 
     def forget(self, request: Request) -> None:
         shadow = self._shadows.pop(request.id, None)
