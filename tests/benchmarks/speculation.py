@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.speculation [--layers 8] [--tokens 96] [--repeats 3] [--batch 1]
                                            [--methods ngram,lookahead] [--parts copy,json,prose,random]
+                                           [--num-drafts 7] [--always] [--folder FOLDER]
 
 The model has Qwen2.5-VL-3B's layer shapes and random weights (tests.benchmarks.against_transformers), and every step
 is computed in full. Random weights repeat nothing by themselves. What a step chooses is therefore replaced by a script:
@@ -153,16 +154,17 @@ def main() -> None:
     parser.add_argument("--num-drafts", type=int, default=7)
     parser.add_argument("--methods", type=lambda text: text.split(","), default=["ngram", "lookahead"])
     parser.add_argument("--parts", type=lambda text: text.split(","), default=["copy", "json", "prose", "random"])
+    parser.add_argument("--folder", help="where the weights are, or stay for the next run")
     parser.add_argument("--always", action="store_true", help="adaptive: false")
     args = parser.parse_args()
     device = open_cpu(DeviceSettings("bfloat16"))
     ops.bind(device)
-    with tempfile.TemporaryDirectory() as folder:
-        reference = reference_model(args.layers)
-        save_file(canonical_tensors(reference), Path(folder) / "model.safetensors")
-        del reference
-        gc.collect()
-        engine = our_engine(Path(folder), args.layers)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.folder or temporary)
+        if not (folder / "model.safetensors").exists():
+            save_file(canonical_tensors(reference_model(args.layers)), folder / "model.safetensors")
+            gc.collect()
+        engine = our_engine(folder, args.layers)
     report = {"layers": args.layers, "threads": torch.get_num_threads(), "isa": device.capability.isa, **vars(args)}
     known = parts(args.tokens)
     decode_s(engine, *known["random"], None, args)
