@@ -148,7 +148,8 @@ class Runner:
         """
         started_s = time.perf_counter()
         if self.speculator is not None:
-            plan = self.speculator.extended(plan)
+            with self.clock.stage("draft"):
+                plan = self.speculator.extended(plan)
         plan = self.replica.lead(plan, self.graphs)
         if plan is None:
             return StepResult([])
