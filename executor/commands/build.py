@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from executor.checkpoint.content import content_digest
 from executor.checkpoint.description import Description
 from executor.checkpoint.headers import Checkpoint
 from executor.checkpoint.load import load_model
@@ -20,6 +21,9 @@ from executor.checkpoint.part_pulls import open_checkpoint
 from executor.checkpoint.settings import PixelSettings, read_pixel_settings
 from executor.device import ops
 from executor.device.table import BACKENDS
+from executor.engine.disk_cache.cache import DiskCache
+from executor.engine.disk_cache.folder import EntryFolder, make_root
+from executor.engine.disk_cache.key import cache_key
 from executor.engine.engine import Engine
 from executor.engine.graph_folder import GraphFolder
 from executor.engine.graphs import DecodeGraphs
@@ -42,8 +46,8 @@ from executor.prompt.options import media_options
 from executor.quant.choose import MADE, choose_cache, choose_schemes, make_schemes
 from executor.recipe.draft import Draft
 from executor.recipe.graph_sizes import decode_tokens, graph_shapes, most_inputs, spare_blocks
-from executor.recipe.memory import estimate
-from executor.recipe.schema import Recipe
+from executor.recipe.memory import GIB, estimate
+from executor.recipe.schema import Recipe, SpeculativeSection
 from executor.recipe.settle import Prepared, compute_bytes, device_settings, prepare
 from executor.schedule.plan import GraphShape
 from executor.schedule.scheduler import Scheduler
@@ -99,6 +103,8 @@ def _build(
     recipe = prepared.recipe
     options = replace(media_options(recipe), limits=limits or media_limits(recipe))
     runner = runner or family_runner(prepared.config)
+    path = recipe.scheduler.prefix_cache_path
+    root = None if path is None else make_root(path, "scheduler_config.prefix_cache_path")
     ops.bind(device)
     free_bytes = device.free_bytes()
     memory = prepared.memory
@@ -115,10 +121,14 @@ def _build(
     model = _load(recipe, prepared.folder, prepared.config, prepared.description, device, parallel, runner)
     drafting = None
     if prepared.draft is not None and parallel.leads:
-        drafting = _load_draft(prepared.draft, device, parallel, runner)
+        drafting = load_draft(prepared.draft, device, parallel, runner)
     replica = runner.build_replica(model, parallel)
     dtype = device.compute_dtype(getattr(torch, recipe.model.dtype))
-    return join(recipe, num_blocks, model, processor, device, dtype, replica, runner.decode_graphs, drafting)
+    engine = join(recipe, num_blocks, model, processor, device, dtype, replica, runner.decode_graphs, drafting)
+    if root is not None:
+        checkpoint = open_checkpoint(prepared.folder, parallel.text.rank, parallel.text.size)
+        engine.runner.disk_cache = engine.scheduler.store = _disk_cache(recipe, root, checkpoint, engine.runner)
+    return engine
 
 
 @dataclass(frozen=True)
@@ -130,7 +140,8 @@ class LoadedDraft:
     replica: Replica
 
 
-def _load_draft(draft: Draft, device: ops.Ops, parallel: Parallel, runner: Any) -> LoadedDraft:
+def load_draft(draft: Draft, device: ops.Ops, parallel: Parallel, runner: Any) -> LoadedDraft:
+    """The draft model whole on this rank, which is one of `parallel`. `runner`: the family's."""
     alone = Parallel(world=Group(parallel.rank))  # the number among all ranks stays, for what is kept in files
     model = _load(draft.recipe, draft.folder, draft.config, draft.description, device, alone, runner)
     return LoadedDraft(draft, model, runner.build_replica(model, alone))
@@ -155,6 +166,15 @@ def _load(
         lambda model: _choose(model, recipe, checkpoint, description),
     )
     return model
+
+
+def _disk_cache(recipe: Recipe, root: Path, checkpoint: Checkpoint, runner: Runner) -> DiskCache:
+    content = content_digest(checkpoint.folder, checkpoint.files, root / "checkpoints.json")
+    key = cache_key(recipe, content, runner.step, runner.device)
+    config = runner.model.config
+    folder = EntryFolder(root, key, round(recipe.scheduler.prefix_cache_gb * GIB))
+    features = 1 + runner.model.num_taps, config.text.hidden_size
+    return DiskCache(folder, runner.kv, runner.block_size, runner.device, features, runner.dtype)
 
 
 def _choose(model: Any, recipe: Recipe, checkpoint: Checkpoint, description: Description | None) -> list[str]:
@@ -254,7 +274,10 @@ def _runner(
         normed=attention.q_norm is not None, scales=cache_scales(model),
     )  # fmt: skip
     eos_token_ids, on_host = processor.eos_token_ids, device.name == "cpu"
-    sampler = Sampler(vocab_size or text.vocab_size, device.device, eos_token_ids, dtype, reads_freely=on_host)
+    sampler = Sampler(
+        vocab_size or text.vocab_size, device.device, eos_token_ids, dtype,
+        reads_freely=on_host, send=device.send, read_back=device.read_back,
+    )  # fmt: skip
     runner = Runner(model, device, kv, size, sampler, pixel_format or processor.picture, dtype, replica)
     if shapes:
         runner.graphs = _captured(recipe, runner.step, device, shapes, num_blocks, replica.parallel, decode_graphs)
@@ -275,26 +298,31 @@ def _proposer(
 ) -> Proposer:
     """Where the drafts of a model with `vocab_size` tokens come from."""
     settings = recipe.speculative
-    if settings.method == "lookahead":
-        return LookaheadProposer(settings.level, settings.window, settings.guess_set_size)
-    if settings.method == "ngram":
-        return NgramProposer(settings.ngram_min, settings.ngram_max)
+    if settings.method != "draft":
+        return text_proposer(settings)
     assert drafting is not None, "a leader has loaded the draft model"
     draft, model = drafting.draft, drafting.model
     pixel_format = read_pixel_settings(draft.folder, processor.picture_defaults)
     pixel_format.check_against(model.config.vision, draft.folder)
-    vocab_size = min(vocab_size, model.config.text.vocab_size)
     runner = _runner(
         draft.recipe, num_blocks, model, processor, device, dtype, drafting.replica, decode_graphs, pixel_format,
-        vocab_size,
+        min(vocab_size, model.config.text.vocab_size),
     )  # fmt: skip
     return DraftProposer(
         runner,
         num_blocks,
         vocab_size=vocab_size,
         step_tokens=recipe.scheduler.max_num_batched_tokens,
+        shares_blocks=recipe.scheduler.enable_prefix_caching,
         end_ids=processor.eos_token_ids,
     )
+
+
+def text_proposer(settings: SpeculativeSection) -> Proposer:
+    """Drafts of the request's own tokens."""
+    if settings.method == "lookahead":
+        return LookaheadProposer(settings.level, settings.window, settings.guess_set_size)
+    return NgramProposer(settings.ngram_min, settings.ngram_max)
 
 
 def _profile_name(recipe: Recipe, rank: int) -> str:

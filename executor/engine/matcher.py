@@ -152,6 +152,12 @@ class _Course:
                 return not self.compiled.is_repeated
         return False
 
+    def forced(self) -> tuple[int, ...]:
+        """Tokens that must come next, as the text that the grammar leaves no choice of is usually cut."""
+        if self._bound is None or self._is_led:
+            return ()
+        return tuple(self._bound.compute_ff_tokens())
+
     def mask(self, params: SamplingParams) -> Mask | np.ndarray | None:
         """What tells, or is, the tokens that may not come next; None where all may."""
         if self._bound is not None:
@@ -194,6 +200,10 @@ class Matcher:
         if not is_over:
             self._look_from(course)
         return is_over
+
+    def forced(self) -> tuple[int, ...]:
+        """Drafts for nothing: what the grammar leaves no choice of, in the tokens that it is usually cut into."""
+        return self._courses[0].forced()
 
     def allowed(self, draft_ids: Sequence[int]) -> int:
         """How many of these, from the first on, may come next and do not end the answer.

@@ -27,6 +27,12 @@ LIBRARY_BYTES = 40 << 20
 and code that runs the first time: measured with torch 2.13 for CPUs."""
 
 
+STAGED_BYTES = 512 << 20
+QUEUED_BYTES = 256 << 20
+"""Of a prefix cache on disk at most: what is read ahead of requests, in host memory, and what waits to be written, in
+the device's; each no more than the KV cache."""
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes of one rank, and the KV blocks they buy."""
@@ -45,6 +51,7 @@ class MemoryEstimate:
     draft_weights_bytes: int = 0
     draft_kv_bytes: int = 0
     draft_step_bytes: int = 0  # of the draft model's steps, beyond what the model's own take
+    disk_cache_bytes: int = 0  # on its way from and to a prefix cache on disk
 
     @property
     def all_weights_bytes(self) -> int:
@@ -58,7 +65,7 @@ class MemoryEstimate:
 
     @property
     def total_bytes(self) -> int:
-        beside = self.process_bytes + self.graph_bytes + self.communication_bytes
+        beside = self.process_bytes + self.graph_bytes + self.communication_bytes + self.disk_cache_bytes
         return beside + self.all_weights_bytes + max(self._working_bytes, self.loading_bytes)
 
     @property
@@ -81,6 +88,7 @@ class MemoryEstimate:
             "pictures": self.peak_bytes - phase - cache,
             "graphs": self.graph_bytes,
             "communication": self.communication_bytes,
+            "disk_cache": self.disk_cache_bytes,
             "loading": max(0, self.loading_bytes - self._working_bytes),
         }
 
@@ -91,6 +99,7 @@ class MemoryEstimate:
         process = f"process {gib(self.process_bytes)} + " if self.process_bytes else ""
         graphs = f" + decode graphs {gib(self.graph_bytes)}" if self.graph_bytes else ""
         buffers = f" + communication {gib(self.communication_bytes)}" if self.communication_bytes else ""
+        buffers += f" + cache on disk {gib(self.disk_cache_bytes)}" if self.disk_cache_bytes else ""
         draft = ""
         if self.draft_weights_bytes:
             draft = (
@@ -227,16 +236,15 @@ def account(
         graphs += _graph_and_buffer_bytes(alone, draft.shapes, draft_block, compute_bytes)[0]
         loading = max(loading, loading_bytes(alone, draft.shapes, copies_head))
     block_bytes = block + draft_block
-    taken = process + weights + draft_weights + peak + draft_step + graphs + buffers
-    num_blocks = (
-        num_blocks
-        or named_blocks(recipe, block_bytes, blocks_of_one)
-        or min(scheduler.max_num_seqs * blocks_of_one, max((budget - taken) // (block_bytes + pixels), blocks_of_one))
-    )
+    named = num_blocks or named_blocks(recipe, block_bytes, blocks_of_one)
+    disk_cache = disk_cache_bytes(recipe, (named or scheduler.max_num_seqs * blocks_of_one) * block)
+    taken = process + weights + draft_weights + peak + draft_step + graphs + buffers + disk_cache
+    affordable = (budget - taken) // (block_bytes + pixels)
+    num_blocks = named or min(scheduler.max_num_seqs * blocks_of_one, max(affordable, blocks_of_one))
     peak += min(num_blocks, scheduler.max_num_seqs * blocks_of_one) * pixels
     return MemoryEstimate(
         weights, num_blocks * block, peak, budget, num_blocks, block_bytes, process, loading, graphs, buffers, step,
-        draft_weights, num_blocks * draft_block, draft_step,
+        draft_weights, num_blocks * draft_block, draft_step, disk_cache,
     )  # fmt: skip
 
 
@@ -249,6 +257,14 @@ def _graph_and_buffer_bytes(
     own_mb = environment().get("HCCL_BUFFSIZE", "")
     buffers = buffer_bytes(recipe.parallel.world_size, recipe.attn_tp_size, int(own_mb) if own_mb.isdigit() else None)
     return graph_bytes(recipe, shapes, compute_bytes) + padding_blocks(recipe) * block_bytes, buffers
+
+
+def disk_cache_bytes(recipe: Recipe, kv_bytes: int) -> int:
+    """Of the device's memory what a prefix cache on disk takes for entries on their way, beside so large a KV cache."""
+    if recipe.scheduler.prefix_cache_path is None:
+        return 0
+    queued, staged = min(QUEUED_BYTES, kv_bytes), min(STAGED_BYTES, kv_bytes)
+    return queued if recipe.model.device == "npu" else queued + staged
 
 
 def named_blocks(recipe: Recipe, block_bytes: int, blocks_of_one: int) -> int | None:

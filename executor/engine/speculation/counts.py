@@ -27,7 +27,7 @@ class SpeculationCounts:
         return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else None
 
     @property
-    def mean_accepted_length(self) -> float | None:
+    def acceptance_length(self) -> float | None:
         """Tokens that a request got of a step with drafts, the one that it would have got without included."""
         return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else None
 
@@ -35,6 +35,31 @@ class SpeculationCounts:
     def gain(self) -> float | None:
         """How many times as fast the steps with drafts were."""
         return self.plain_s / self.verify_s if self.verify_s else None
+
+    def figures(self) -> dict[str, float]:
+        """Those that are known, by name; none where there were no drafts."""
+        if not self.num_drafts:
+            return {}
+        found = {
+            "drafts": self.num_drafts,
+            "draft_tokens": self.num_draft_tokens,
+            "accepted_draft_tokens": self.num_accepted_tokens,
+            "acceptance_rate": self.acceptance_rate,
+            "acceptance_length": self.acceptance_length,
+            "drafting_gain": self.gain,
+        }
+        return {name: float(value) for name, value in found.items() if value is not None}
+
+    @property
+    def words(self) -> str:
+        """For people; empty where there were no drafts."""
+        if not self.num_drafts:
+            return ""
+        gain = "" if self.gain is None else f", {self.gain:.2f} x as fast as without"
+        return (
+            f"drafts: {self.num_accepted_tokens} of {self.num_draft_tokens} tokens right "
+            f"({100 * self.acceptance_rate:.0f} %), {self.acceptance_length:.2f} tokens a step{gain}"
+        )
 
     def add_drafts(self, num_drafts: int, num_accepted: int) -> None:
         """Of one request in one step."""

@@ -13,15 +13,15 @@ Knows no ranks: followers wait for the leader's plan meanwhile.
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 from torch import Tensor
 
 from executor.engine.runner import FAULTS, Runner, describe
 from executor.engine.speculation.speculator import Proposer
 from executor.schedule.plan import Plan, Row
-from executor.schedule.request import MediaItem, Request, SamplingParams
+from executor.schedule.prefix_cache import BlockDigests
+from executor.schedule.request import MediaItem, Request
 
 logger = logging.getLogger(__name__)
 
@@ -34,25 +34,34 @@ class DraftProposer(Proposer):
     """What the draft model expects to come next.
 
     `runner`: of the draft model, over a cache of `num_blocks` blocks, alone (no ranks, no speculator of its own).
-    `vocab_size`: token ids that both models have. `step_tokens`: of a step of the draft model at most, as of the
-    target's. `end_ids`: tokens that end an answer.
+    `vocab_size`: of the target; ids that only one of the two models has pad its vocabulary. `step_tokens`: of a step of
+    the draft model at most, as of the target's. `shares_blocks`: whether requests may have blocks in common.
+    `end_ids`: tokens that end an answer.
     """
 
     is_free = False
 
     def __init__(
-        self, runner: Runner, num_blocks: int, *, vocab_size: int, step_tokens: int, end_ids: Collection[int] = ()
+        self,
+        runner: Runner,
+        num_blocks: int,
+        *,
+        vocab_size: int,
+        step_tokens: int,
+        shares_blocks: bool,
+        end_ids: Collection[int] = (),
     ) -> None:
         assert runner.replica.is_alone and runner.speculator is None, "a draft model runs on one rank, without drafts"
         self.runner = runner
-        self.vocab_size = vocab_size
+        self.vocab_size = min(vocab_size, runner.model.config.text.vocab_size)  # what both models have
+        self.knows_all = self.vocab_size == vocab_size
         self.step_tokens = step_tokens
         self.end_ids = frozenset(end_ids)
-        self._filled = FilledBlocks(num_blocks, runner.block_size)
+        self._computed = ComputedBlocks(num_blocks, runner.block_size) if shares_blocks else None
         self._shadows: dict[str, _Shadow] = {}
 
     def propose(self, plan: Plan, wanted: Sequence[int]) -> list[tuple[int, ...]]:
-        self._filled.begin(plan.rows)
+        self.is_catching_up = False
         shadows = [self._shadow_of(row) if count else None for row, count in zip(plan.rows, wanted, strict=True)]
         active = [shadow for shadow in shadows if shadow is not None and not shadow.is_barred]
         for shadow, count in zip(shadows, wanted, strict=True):
@@ -77,38 +86,48 @@ class DraftProposer(Proposer):
         if shadow is not None:
             self._settle(shadow, request)
             self.runner.forget(shadow.request)
+        if not self._shadows:
+            self.runner.features.clear()
 
     def _shadow_of(self, row: Row) -> "_Shadow":
         """The request as the draft model sees it, brought up to date."""
         request = row.request
         shadow = self._shadows.get(request.id)
         if shadow is None:
-            shadow = self._shadows[request.id] = _Shadow.of(request, self.end_ids)
+            shadow = self._shadows[request.id] = _Shadow.of(
+                request, self.end_ids, self.runner.block_size, self.vocab_size
+            )
             shadow.is_barred = not self._knows(request.prompt.token_ids)
         if not self._settle(shadow, request):
             shadow.request.block_ids = request.block_ids
-            shadow.num_computed = shadow.num_marked = self._filled.count(request.block_ids, row.start)
+            shadow.num_computed = 0
+            if self._computed is not None:
+                shadow.num_computed = self._computed.count(request.block_ids, shadow.digests, row.start)
+            shadow.num_told = shadow.num_computed
             self.runner.decode_inputs.forget()
         return shadow
 
     def _knows(self, token_ids: Sequence[int]) -> bool:
-        """Whether the draft model has all these tokens. Of a vocabulary that is padded further the target may choose,
-        or be asked with, others."""
-        return self.vocab_size == self.runner.model.config.text.vocab_size or max(token_ids) < self.vocab_size
+        """Whether the draft model has all these tokens. What pads a vocabulary is hardly ever chosen or asked with."""
+        return self.knows_all or max(token_ids) < self.vocab_size
 
     def _settle(self, shadow: "_Shadow", request: Request) -> bool:
         """Keep what the target has chosen of what was drafted; whether the request is still where it was."""
-        new = shadow.settle(request.output_token_ids)
+        new, num_wrong = shadow.settle(request.output_token_ids)
+        if num_wrong and request.params.needs_history:
+            self.runner.sampler.penalties.forget(request.id)  # which have counted them
         if new and not self._knows(new):
             shadow.bar()
         if shadow.request.block_ids is not request.block_ids:  # a new request, or preempted since
             return False
-        self._mark(shadow)
+        self._tell(shadow)
         return True
 
-    def _mark(self, shadow: "_Shadow") -> None:
-        self._filled.mark(shadow.request.block_ids, shadow.num_marked, shadow.num_computed)
-        shadow.num_marked = shadow.num_computed
+    def _tell(self, shadow: "_Shadow") -> None:
+        """Whose beginning is the same may use what has been computed of the request."""
+        if self._computed is not None:
+            self._computed.fill(shadow.request.block_ids, shadow.digests, shadow.num_told, shadow.num_computed)
+            shadow.num_told = shadow.num_computed
 
     def _draft(self, shadows: Sequence["_Shadow"]) -> None:
         """Give each of these its drafts."""
@@ -116,10 +135,15 @@ class DraftProposer(Proposer):
         if not rows:
             return
         active = [shadow for shadow, row in rows if row.max_yield]
-        logits = self._computed([row for _, row in rows])
+        self.is_catching_up = rows[-1][1].num_tokens > 2  # in between it lacks one token, or two where all were right
+        if self._computed is not None:
+            for shadow, row in rows:
+                stop = row.start + row.num_tokens + shadow.num_wanted
+                self._computed.begin(shadow.request.block_ids, row.start, stop)
+        logits = self._caught_up([row for _, row in rows])
         for shadow, row in rows:
             shadow.num_computed = row.start + row.num_tokens
-            self._mark(shadow)
+            self._tell(shadow)
         # A step of one token for each row is a graph where there are graphs: then every draft is computed, also the
         # last one of a row, which the next step would have to make up for in a step that is none.
         computes_all = self.runner.graphs is not None
@@ -167,7 +191,7 @@ class DraftProposer(Proposer):
             rows.append((shadow, Row(shadow.request, shadow.num_computed, num_tokens, int(num_tokens == lacking))))
         return rows
 
-    def _computed(self, rows: Sequence[Row]) -> Tensor:
+    def _caught_up(self, rows: Sequence[Row]) -> Tensor:
         """Logits of the rows that yield a draft [R, V]; media that the rows read are encoded before, and kept for as
         long as the next step reads on in them."""
         features = self.runner.features
@@ -181,37 +205,36 @@ class DraftProposer(Proposer):
         return logits
 
 
-class FilledBlocks:
-    """Of each block, how many of its tokens the draft model has computed, from the first one on."""
+class ComputedBlocks:
+    """Of each block the digest of what the draft model's cache holds there, where it holds a block of it.
+
+    A request finds there what others with its prefix have left, whatever has become of a block meanwhile: it counts
+    where the digest is its own.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
-        self._counts = np.zeros(num_blocks, dtype=np.int32)
+        self._held: list[bytes | None] = [None] * num_blocks
 
-    def begin(self, rows: Sequence[Row]) -> None:
-        """The target is about to write these rows and drafts behind them: blocks that it begins hold something new."""
-        size = self.block_size
-        for request, start, num_tokens, max_yield, *_ in rows:
-            first, last = -(-start // size), -(-(start + num_tokens + max(0, max_yield - 1)) // size)
-            if first < last:
-                self._counts[request.block_ids[first:last]] = 0
+    def begin(self, block_ids: Sequence[int], start: int, stop: int) -> None:
+        """Tokens [start, stop) of a request are about to be computed."""
+        for block_id in block_ids[start // self.block_size : -(-stop // self.block_size)]:
+            self._held[block_id] = None
 
-    def mark(self, block_ids: Sequence[int], start: int, stop: int) -> None:
+    def fill(self, block_ids: Sequence[int], digests: BlockDigests, start: int, stop: int) -> None:
         """Tokens [start, stop) of a request have been computed, behind all before them."""
-        size, counts = self.block_size, self._counts
-        first, (full, rest) = start // size, divmod(stop, size)
-        if full > first:
-            counts[block_ids[first:full]] = size
-        if rest and stop > start:
-            counts[block_ids[full]] = max(rest, counts[block_ids[full]])
+        first, last = start // self.block_size, stop // self.block_size
+        if first < last:
+            names = digests.extend(stop)
+            for index in range(first, last):
+                self._held[block_ids[index]] = names[index]
 
-    def count(self, block_ids: Sequence[int], most: int) -> int:
-        """How many of a request's first `most` tokens have been computed without a gap."""
-        size, full = self.block_size, 0
-        while (full + 1) * size <= most and self._counts[block_ids[full]] == size:
+    def count(self, block_ids: Sequence[int], digests: BlockDigests, most: int) -> int:
+        """How many of a request's first `most` tokens have been computed: those of whole blocks without a gap."""
+        names, full = digests.extend(most), 0
+        while full < most // self.block_size and self._held[block_ids[full]] == names[full]:
             full += 1
-        rest = most - full * size
-        return full * size + (min(rest, int(self._counts[block_ids[full]])) if rest else 0)
+        return full * self.block_size
 
 
 @dataclass(eq=False)
@@ -222,22 +245,32 @@ class _Shadow:
     """
 
     request: Request
+    digests: BlockDigests
     num_new_tokens: int  # of the answer at most
     end_ids: frozenset[int]
     num_known: int = 0  # of its output tokens; behind them stand drafts
     num_computed: int = 0
-    num_marked: int = 0  # of these the ones that FilledBlocks has been told of
+    num_told: int = 0  # of these the ones that ComputedBlocks knows of
     num_wanted: int = 0
     is_barred: bool = False  # goes on without drafts
 
     @staticmethod
-    def of(request: Request, end_ids: frozenset[int]) -> "_Shadow":
+    def of(request: Request, end_ids: frozenset[int], block_size: int, vocab_size: int) -> "_Shadow":
+        """All that decides about a token is as the request has it, but for its grammar, which drafts are held against
+        later."""
         params = request.params
-        drawn = SamplingParams(
-            temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p, seed=params.seed
+        allowed = params.allowed_token_ids
+        chosen = replace(
+            params,
+            grammar=None,
+            logprobs=None,
+            prompt_logprobs=None,
+            logit_bias=tuple(each for each in params.logit_bias if each[0] < vocab_size),
+            allowed_token_ids=allowed and tuple(token_id for token_id in allowed if token_id < vocab_size),
         )
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_ids)
-        return _Shadow(Request(request.id, request.prompt, drawn), params.max_new_tokens, ends)
+        shadow = Request(request.id, request.prompt, chosen, bad_words=request.bad_words)
+        return _Shadow(shadow, BlockDigests(shadow, block_size), params.max_new_tokens, ends)
 
     @property
     def draft_ids(self) -> tuple[int, ...]:
@@ -257,17 +290,17 @@ class _Shadow:
         self.is_barred = True
         del self.request.output_token_ids[self.num_known :]
 
-    def settle(self, chosen: Sequence[int]) -> Sequence[int]:
-        """Let the answer be what was chosen; the tokens of it that are new."""
+    def settle(self, chosen: Sequence[int]) -> tuple[Sequence[int], int]:
+        """Let the answer be what was chosen: the tokens of it that are new, and how many drafts were wrong."""
         held, before = self.request.output_token_ids, self.num_known
-        same = min(before, len(chosen))
-        while same < min(len(held), len(chosen)) and held[same] == chosen[same]:
+        same, num_held = min(before, len(chosen)), len(held)
+        while same < min(num_held, len(chosen)) and held[same] == chosen[same]:
             same += 1
         # The last token is computed in any case, for its logits.
         self.num_computed = min(self.num_computed, len(self.request.prompt.token_ids) + min(same, len(chosen) - 1))
         held[same:] = chosen[same:]
         self.num_known = len(held)
-        return chosen[before:]
+        return chosen[before:], num_held - same
 
 
 def _media_of(row: Row, ahead: bool = False) -> list[MediaItem]:

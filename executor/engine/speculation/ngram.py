@@ -49,6 +49,14 @@ def text_of(prompt: Prompt) -> list[int]:
     return token_ids
 
 
+def copied(tokens: list[int], place: int, count: int) -> tuple[int, ...]:
+    """`count` tokens as they follow from a place on, none behind a placeholder. At the text's end they begin again with
+    the first of them: a text that repeats itself goes on so."""
+    found = tokens[place : place + count]
+    found = (found * -(-count // len(found)))[:count]
+    return tuple(found[: found.index(PLACEHOLDER)] if PLACEHOLDER in found else found)
+
+
 class _Index:
     """The tokens of a request, and where each of their n-grams ended last.
 
@@ -77,8 +85,7 @@ class _Index:
             if len(ngram) == size and PLACEHOLDER not in ngram:
                 place = self._of_answer.get(ngram) or self._of_prompt[size].find(ngram)
                 if place:
-                    found = self.tokens[place : place + count]
-                    return tuple(found[: found.index(PLACEHOLDER)] if PLACEHOLDER in found else found)
+                    return copied(self.tokens, place, count)
         return ()
 
 

@@ -29,6 +29,8 @@ MOST = 7  # drafts of a row
 class Oracle(Proposer):
     """Knows the answers; right with some probability, else wrong in one of many ways, also beyond an answer's end."""
 
+    is_free, num_trailing = True, 0
+
     def __init__(self, answers, share_right, seed, ends=()):
         """answers: (prompt's token ids, seed) -> token ids."""
         self.answers, self.share_right, self.random, self.ends = answers, share_right, random.Random(seed), ends

@@ -32,7 +32,7 @@ def looked_up(tokens, least, most, count):
             continue
         for end in range(len(tokens) - 1, size - 1, -1):
             if tokens[end - size : end] == last:
-                found = tokens[end : end + count]
+                found = (tokens[end:] * count)[:count]
                 return tuple(found[: found.index(PLACEHOLDER)] if PLACEHOLDER in found else found)
     return ()
 
@@ -98,13 +98,29 @@ def test_ngram_reads_only_new_tokens():
     assert Counted.num_read == 200
 
 
-def test_lookahead_chains_ngrams_of_the_text():
+def test_drafts_of_a_text_that_repeats_itself_have_no_end():
+    for proposer in (NgramProposer(1, 2), LookaheadProposer(level=2, window=1, guess_set_size=2)):
+        assert draft(proposer, request_of([5, 1, 2, 1, 2]), 7) == (1, 2, 1, 2, 1, 2, 1)
+
+
+def test_lookahead_goes_on_as_the_text_did():
     request = request_of([1, 2, 3, 4, 5, 6, 7, 8, 9, 1])
     proposer = LookaheadProposer(level=3, window=4, guess_set_size=2)
     assert draft(proposer, request, 5) == (2, 3, 4, 5, 6)
     assert draft(proposer, request, 1) == (2,)
     request.output_token_ids.append(77)
     assert draft(proposer, request, 5) == ()
+
+
+def test_lookahead_follows_the_text_that_was_right_last():
+    """Behind 0 the latest n-gram says 7; the answer copies the first row, and there 0 is followed by 5."""
+    request = request_of([3, 4, 0, 5, 6, 0, 7, 8, 0, 9, 9, 3])
+    proposer = LookaheadProposer(level=2, window=1, guess_set_size=3)
+    assert draft(proposer, request, 4) == (4, 0, 5, 6)
+    request.output_token_ids += [4, 0]
+    assert draft(proposer, request, 4) == (5, 6, 0, 7)
+    request.output_token_ids += [5, 6, 0, 9]  # here it leaves it
+    assert draft(proposer, request, 1) == (3,)
 
 
 def test_lookahead_tries_the_ngram_used_last_and_forgets_the_oldest():
