@@ -121,7 +121,7 @@ def _build(
     model = _load(recipe, prepared.folder, prepared.config, prepared.description, device, parallel, runner)
     drafting = None
     if prepared.draft is not None and parallel.leads:
-        drafting = _load_draft(prepared.draft, device, parallel, runner)
+        drafting = load_draft(prepared.draft, device, parallel, runner)
     replica = runner.build_replica(model, parallel)
     dtype = device.compute_dtype(getattr(torch, recipe.model.dtype))
     engine = join(recipe, num_blocks, model, processor, device, dtype, replica, runner.decode_graphs, drafting)
@@ -140,7 +140,8 @@ class LoadedDraft:
     replica: Replica
 
 
-def _load_draft(draft: Draft, device: ops.Ops, parallel: Parallel, runner: Any) -> LoadedDraft:
+def load_draft(draft: Draft, device: ops.Ops, parallel: Parallel, runner: Any) -> LoadedDraft:
+    """The draft model whole on this rank, which is one of `parallel`. `runner`: the family's."""
     alone = Parallel(world=Group(parallel.rank))  # the number among all ranks stays, for what is kept in files
     model = _load(draft.recipe, draft.folder, draft.config, draft.description, device, alone, runner)
     return LoadedDraft(draft, model, runner.build_replica(model, alone))

@@ -10,12 +10,13 @@ Legend: N rows, V vocabulary, C chunks of CHUNK tokens (V = C * CHUNK), K candid
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from executor.device.ops import Send
 from executor.schedule.request import SamplingParams
 
 CHUNK_BITS = 7
@@ -43,7 +44,7 @@ class Filters:
     host_temperature: tuple[float, ...]
 
     @staticmethod
-    def of(params: Sequence[SamplingParams], send: Callable[[np.ndarray], torch.Tensor]) -> "Filters":
+    def of(params: Sequence[SamplingParams], send: Send) -> "Filters":
         """`send`: brings an array to the device."""
         table = np.empty((5, len(params)))
         table[:4] = np.array([(usable_temperature(p), _reach(p), p.top_p, p.min_p) for p in params]).T

@@ -136,7 +136,10 @@ class Runner:
         self.speculator: Speculator | None = None  # of a leader, set by whoever wants drafts
         self.disk_cache: DiskCache | None = None  # set by whoever has one
         self.decode_inputs = DecodeInputs(device, block_size)
-        self._yielded: Tensor | None = None  # int64 [R]: the tokens of the step launched last, on the device
+        # On the device, int64 [R]: the tokens that the step launched last yields, and those that it took from a step
+        # before it; None: it had its tokens from the host.
+        self._yielded: Tensor | None = None
+        self._taken: Tensor | None = None
         self._has_assisted = self._has_dismissed = False
 
     @torch.inference_mode()
@@ -148,7 +151,8 @@ class Runner:
         """
         started_s = time.perf_counter()
         if self.speculator is not None:
-            plan = self.speculator.extended(plan)
+            with self.clock.stage("draft"):
+                plan = self.speculator.extended(plan)
         plan = self.replica.lead(plan, self.graphs)
         if plan is None:
             return StepResult([])
@@ -180,9 +184,10 @@ class Runner:
         try:
             logits = self.forward(plan)
             with self.clock.stage("sampling"):
-                drawn = self.sampler.draw(
-                    logits, [row.request for row in plan.rows], [row.start + row.num_tokens for row in plan.rows]
+                requests, num_tokens = zip(
+                    *((row.request, row.start + row.num_tokens) for row in plan.rows), strict=True
                 )
+                drawn = self.sampler.draw(logits, requests, num_tokens, unread=self._taken)
         except FAULTS as error:
             if plan.continues is not None or not self.replica.is_alone:
                 raise
@@ -407,7 +412,7 @@ class Runner:
             self._tell_meanwhile()
             with self.clock.stage("vision"):
                 self.encode(plan.encode)
-        token_ids = None if plan.continues is None else self._continued(plan.continues)
+        self._taken = token_ids = None if plan.continues is None else self._continued(plan.continues)
         if plan.graph is not None:
             computation = partial(self.graphs, plan.rows, plan.graph, token_ids)
         elif not plan.rows:

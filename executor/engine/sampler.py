@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from executor.device.ops import Send
 from executor.engine.filters import (
     CHUNK,
     Filters,
@@ -125,7 +126,7 @@ class Sampler:
         eos_token_ids: Sequence[int] = (),
         dtype: torch.dtype = torch.float32,
         reads_freely: bool | None = None,
-        send: Callable[[np.ndarray], torch.Tensor] = torch.from_numpy,
+        send: Send = torch.from_numpy,
         read_back: Callable[[torch.Tensor], Callable[[], torch.Tensor]] = lambda x: lambda: x,
     ) -> None:
         self.vocab_size = vocab_size
@@ -133,8 +134,8 @@ class Sampler:
         self.device = torch.device(device)
         self.reads_freely = self.device.type == "cpu" if reads_freely is None else reads_freely
         self.send, self.read_back = send, read_back
-        self.penalties = Penalties(vocab_size, self.device)
-        self.rules = TokenRules(vocab_size, self.device, eos_token_ids)
+        self.penalties = Penalties(vocab_size, send)
+        self.rules = TokenRules(vocab_size, send, eos_token_ids)
         # Requests that had void rows: from the first on more of their tokens are looked at, as long as that suffices.
         self._wide_ids: set[str] = set()
         self._late_ids: set[str] = set()  # and those for which it does not
@@ -165,11 +166,13 @@ class Sampler:
         requests: Sequence[Request],
         num_tokens: Sequence[int] | None = None,
         drafts: Drafts | None = None,
+        unread: torch.Tensor | None = None,
     ) -> Drawn:
         """logits [R, V]: of each request a row for what comes next and, with `drafts`, one behind each of its own.
 
         `num_tokens`: how many tokens, prompt included, come before what each request chooses first: the position of its
-        noise. None: all that it has. While penalties and masks apply, float32 `logits` are changed in place;
+        noise. None: all that it has. `unread` int64 [R]: on the device, the last of these tokens, where the host does
+        not know it yet (`draws_ahead`). While penalties and masks apply, float32 `logits` are changed in place;
         afterwards they are as they were. A row fails whose best logit is not finite or that has a NaN or +inf
         anywhere; the others are sampled. Single logits of -inf are tokens that the model rules out.
         Logprobs are found for the rows that count: those of a request behind its first wrong draft have none.
@@ -181,7 +184,7 @@ class Sampler:
             scores = F.pad(scores, (0, -self.vocab_size % CHUNK), value=-math.inf)
         step = _Step(logits, scores, places)
         if batch.is_adjusted:
-            with self.adjusted(scores, places) as faults:
+            with self.adjusted(scores, places, unread) as faults:
                 ids = self._choose(step, batch)
         else:
             ids, faults = self._choose(step, batch), {}
@@ -198,10 +201,13 @@ class Sampler:
         places = step.places
         still_open = [row for row, token_id in enumerate(token_ids) if token_id == _OPEN]
         if still_open:
-            with self.adjusted(step.scores, places):
+            with self.adjusted(step.scores, places):  # the host has read by now what was unread when they were drawn
                 found = _draw_among_many(step, still_open, self.send).tolist()
             for row, token_id in zip(still_open, found, strict=True):
                 token_ids[row] = token_id
+            for request in places.requests:
+                if request.finished:  # computed in vain
+                    self.forget(request.id)
         failed = [row for row, token_id in enumerate(token_ids) if token_id == _FAILED]
         failures = {row: _reason(step.logits[row], places.num_before[row], self.dtype) for row in failed}
         for row in faults.keys() - failures.keys():
@@ -214,9 +220,10 @@ class Sampler:
         """The rows without a token, whose requests are drawn in another way from now on."""
         rows = frozenset(row for row, token_id in enumerate(token_ids) if token_id < 0)
         for row in rows:
-            request_id = step.places.requests[row].id
-            is_late = request_id in self._wide_ids or token_ids[row] == _FAILED
-            (self._late_ids if is_late else self._wide_ids).add(request_id)
+            request = step.places.requests[row]
+            if not request.finished:  # else computed in vain
+                is_late = request.id in self._wide_ids or token_ids[row] == _FAILED
+                (self._late_ids if is_late else self._wide_ids).add(request.id)
         self._batch = None
         return rows
 
@@ -228,14 +235,17 @@ class Sampler:
         return self._batch
 
     @contextmanager
-    def adjusted(self, scores: torch.Tensor, places: Places) -> Iterator[dict[int, str]]:
-        """`scores` float32 [R, V], contiguous, as tokens are chosen from them; inside the context only.
+    def adjusted(
+        self, scores: torch.Tensor, places: Places, unread: torch.Tensor | None = None
+    ) -> Iterator[dict[int, str]]:
+        """`scores` float32 [R, V], contiguous, as tokens are chosen from them; inside the context only. `unread`: see
+        `draw`.
 
         Gives the rows whose grammar has failed, and why.
         """
         with (
             self.rules.biased(scores, places),
-            self.penalties.applied(scores, places),
+            self.penalties.applied(scores, places, unread),
             self.rules.barred(scores, places),
             masked(scores, places) as faults,
         ):
@@ -300,7 +310,7 @@ class _Ways:
     seeds: np.ndarray  # uint64 [R], mixed, in that order
 
     @staticmethod
-    def of(places: Places, wide_ids: Collection[str], send: Callable[[np.ndarray], torch.Tensor]) -> "_Ways":
+    def of(places: Places, wide_ids: Collection[str], send: Send) -> "_Ways":
         """`wide_ids`: requests of which more tokens are looked at than is usual."""
         numbers_of: dict[tuple[Callable, Kind | None], list[int]] = {}
         for number, request in enumerate(places.requests):
@@ -324,7 +334,7 @@ class _Judged:
     counts: list[int]  # of the best of each
 
     @staticmethod
-    def of(places: Places, send: Callable[[np.ndarray], torch.Tensor]) -> "_Judged":
+    def of(places: Places, send: Send) -> "_Judged":
         counts = [places.requests[number].params.logprobs for number in places.owner]
         rows = [row for row, count in enumerate(counts) if count is not None]
         return _Judged(send(np.array(rows)), rows, [counts[row] for row in rows])
@@ -344,9 +354,7 @@ class _Batch:
     has_logprobs: bool
 
     @staticmethod
-    def of(
-        requests: tuple[Request, ...], wide_ids: Collection[str], send: Callable[[np.ndarray], torch.Tensor]
-    ) -> "_Batch":
+    def of(requests: tuple[Request, ...], wide_ids: Collection[str], send: Send) -> "_Batch":
         places = Places(requests)
         ways = _Ways.of(places, wide_ids, send)
         has_logprobs = any(request.params.logprobs is not None for request in requests)
@@ -362,7 +370,7 @@ class _Batch:
 
 
 def _needs_tokens(request: Request) -> bool:
-    return request.params.needs_history or request.matcher is not None or request.bad_words is not None
+    return request.matcher is not None or request.bad_words is not None
 
 
 def _is_adjusted(request: Request) -> bool:
@@ -409,7 +417,7 @@ def _draw_among_few(rows: _Rows, kind: Kind) -> torch.Tensor:
     return torch.where(rows.maxima.amax(dim=-1).abs() < math.inf, chosen, _FAILED)
 
 
-def _draw_among_many(step: _Step, rows: list[int], send: Callable[[np.ndarray], torch.Tensor]) -> torch.Tensor:
+def _draw_among_many(step: _Step, rows: list[int], send: Send) -> torch.Tensor:
     """Gumbel-max over what the filters leave, however many these are."""
     places, scores = step.places, step.scores[send(np.array(rows))]
     params = [places.requests[places.owner[row]].params for row in rows]

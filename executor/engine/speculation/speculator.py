@@ -24,6 +24,8 @@ class Proposer(ABC):
     """Whether drafts take nothing but a little of the host's time to make."""
     num_trailing = 0
     """Tokens that `trailing` gives of a row at most."""
+    is_catching_up = False
+    """Whether the last `propose` has computed what it lacked of requests: its time says nothing of the next steps'."""
 
     @abstractmethod
     def propose(self, plan: Plan, wanted: Sequence[int]) -> list[tuple[int, ...]]:
@@ -98,7 +100,8 @@ class Speculator:
         plain_s = self.costs.plain(num_rows)
         if num_drafts and plain_s is not None:
             self.counts.add_time(seconds, plain_s * self._num_kept / num_rows)
-        self.costs.add(num_rows, num_drafts, seconds)
+        if not self.proposer.is_catching_up:
+            self.costs.add(num_rows, num_drafts, seconds)
         if self.adaptive is not None:
             self.adaptive.measured(num_rows, num_drafts, seconds)
 
@@ -137,15 +140,15 @@ class Speculator:
 
     def _with_trailing(self, plan: Plan, limits: Sequence[int], drafts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         rooms = [min(limit - len(each), self.proposer.num_trailing) for each, limit in zip(drafts, limits, strict=True)]
-        num_more = sum(rooms)
-        if not num_more:
-            return drafts
-        if self.adaptive is not None and not self.adaptive.has_room(_num_rows(plan), sum(map(len, drafts)), num_more):
-            return drafts
-        return [
-            each + self.proposer.trailing(row, each, room) if room else each
-            for row, each, room in zip(plan.rows, drafts, rooms, strict=True)
-        ]
+        left = sum(rooms)
+        if self.adaptive is not None and left:
+            left = self.adaptive.room(_num_rows(plan), sum(map(len, drafts)), left)
+        longer = []
+        for row, each, room in zip(plan.rows, drafts, rooms, strict=True):
+            count = min(room, left)
+            left -= count
+            longer.append(each + self.proposer.trailing(row, each, count) if count else each)
+        return longer
 
 
 def _num_rows(plan: Plan) -> int:
