@@ -155,7 +155,9 @@ def engine_of(raw: dict, folder: Path, scheme: Rounded | None) -> Engine:
         num_blocks=num_blocks, block_size=block_size, max_num_seqs=16, max_num_batched_tokens=8192, max_model_len=1536,
         enable_prefix_caching=False,
     )  # fmt: skip
-    return Engine(SimpleNamespace(tokenizer=tokenizer_of("qwen2_5_vl")), scheduler, runner, text.vocab_size)
+    return Engine(
+        SimpleNamespace(tokenizer=tokenizer_of("qwen2_5_vl"), eos_token_ids=()), scheduler, runner, text.vocab_size
+    )
 
 
 def compare(part: str, plain: Engine, quantized: Engine, args: argparse.Namespace) -> dict[str, float]:
