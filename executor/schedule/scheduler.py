@@ -97,7 +97,7 @@ class Scheduler:
         self.store: BlockStore | None = None
         self.num_store_queries = 0  # tokens of admitted requests that no block in memory held
         self.num_store_hits = 0  # and those that were loaded
-        self._to_keep: list[BlockToKeep] = []
+        self._to_keep: dict[bytes, BlockToKeep] = {}
 
     @property
     def has_work(self) -> bool:
@@ -190,7 +190,7 @@ class Scheduler:
         self._schedule_prefill(under_way, open_plan)
         self._admit(open_plan)
         assert open_plan.rows or not self.has_work, "nothing was scheduled although there is work"
-        keep = tuple(self._to_keep)
+        keep = tuple(self._to_keep.values())
         self._to_keep.clear()
         if not open_plan.rows:
             return Plan((), keep=keep)
@@ -505,9 +505,9 @@ class Scheduler:
         """Have the next plan keep those of a request's full blocks that the store has not."""
         digests = record.digests.digests
         for place in places:
-            if self.store.wants(digests[place]):
+            if digests[place] not in self._to_keep and self.store.wants(digests[place]):
                 parent = digests[place - 1] if place else b""
-                self._to_keep.append(BlockToKeep(request.block_ids[place], digests[place], parent, place))
+                self._to_keep[digests[place]] = BlockToKeep(request.block_ids[place], digests[place], parent, place)
 
     def _append(
         self, request: Request, record: _Record, token_ids: Sequence[int]
