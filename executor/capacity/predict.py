@@ -86,9 +86,9 @@ def predict(
     """The speed of a settled recipe (no auto, no null) on `chip`. `types`: see Times.
 
     decode_step: where a graph was converted (executor/capacity/converted.py); None: by arithmetic and the count table.
-    A replica with more users than max_num_seqs answers so many at a time. Of plan_config.acceptance_rate every step
-    verifies all drafts that speculative_config allows, of every request; a step yields the drafts before the first
-    wrong one and a token more. Looking drafts up is taken to cost nothing.
+    A replica with more users than max_num_seqs answers so many at a time. With plan_config.acceptance_probability every
+    step verifies all drafts that speculative_config allows, of every request, and yields those before the first wrong
+    one and a token more. Looking drafts up is taken to cost nothing.
     """
     calibration = calibration or calibrated()
     times = Times(recipe, shapes, chip, calibration.constants, types)
@@ -99,9 +99,9 @@ def predict(
     visual = workload.pictures * workload.grid[0] * workload.grid[1]
     text = workload.prompt_tokens - visual
     context = workload.prompt_tokens + workload.output_tokens / 2
-    rate = recipe.plan.acceptance_rate
-    drafts = 0 if rate is None else most_inputs(recipe) - 1
-    step_tokens = sum((rate or 0.0) ** count for count in range(drafts + 1))  # 0.0 ** 0 is 1
+    probability = recipe.plan.acceptance_probability
+    drafts = 0 if probability is None else most_inputs(recipe) - 1
+    step_tokens = sum((probability or 0.0) ** count for count in range(drafts + 1))  # 0.0 ** 0 is 1
     if decode_step is None:
         recipe = _run_as(recipe, batch, drafts)
         step = decode_cost(recipe, shapes, batch, context, types, drafts)

@@ -273,7 +273,10 @@ def _runner(
         normed=attention.q_norm is not None, scales=cache_scales(model),
     )  # fmt: skip
     eos_token_ids, on_host = processor.eos_token_ids, device.name == "cpu"
-    sampler = Sampler(vocab_size or text.vocab_size, device.device, eos_token_ids, dtype, reads_freely=on_host)
+    sampler = Sampler(
+        vocab_size or text.vocab_size, device.device, eos_token_ids, dtype,
+        reads_freely=on_host, send=device.send, read_back=device.read_back,
+    )  # fmt: skip
     runner = Runner(model, device, kv, size, sampler, pixel_format or processor.picture, dtype, replica)
     if shapes:
         runner.graphs = _captured(recipe, runner.step, device, shapes, num_blocks, replica.parallel, decode_graphs)

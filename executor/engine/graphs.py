@@ -60,7 +60,8 @@ class DecodeGraphs:
         self._host = np.zeros((4, most_tokens), dtype=np.int64)
         self._table = np.zeros((most_rows, width), dtype=np.int32)
         self._blocks: list[list[int]] = [[] for _ in range(most_rows)]  # what stands in each row of the table
-        self._spare_slots = num_blocks * step.block_size + np.arange(most_tokens)
+        first_spare = num_blocks * step.block_size
+        self._spare_slots = range(first_spare, first_spare + most_tokens)
         self._spare_block = [num_blocks]
         for layer in step.kv:  # read before anything is written there
             layer.k[num_blocks:].zero_(), layer.v[num_blocks:].zero_()
@@ -98,45 +99,65 @@ class DecodeGraphs:
         return next(fit, None)
 
     @torch.inference_mode()
-    def __call__(self, rows: Sequence[Row], shape: GraphShape) -> Tensor:
+    def __call__(self, rows: Sequence[Row], shape: GraphShape, token_ids: Tensor | None = None) -> Tensor:
         """Logits of the rows' tokens, fp32 [sum of their num_inputs, V]; without padding between them they are the
         graph's own memory, valid until the next step.
 
-        `shape`: of a graph, which holds the rows.
+        `shape`: of a graph, which holds the rows. `token_ids` int64 [len(rows)]: the rows' tokens, one each, where
+        these are on the device only.
         """
-        places = self._fill(rows, shape)
+        places = self._fill(rows, shape, token_ids)
         lengths = self._host[_KV_LEN, : shape.rows].tolist()
         logits = self._graphs[shape](*self._inputs[shape], lengths)
-        if len(places) == 0 or places[-1] == len(places) - 1:
+        if not places or places[-1] == len(places) - 1:
             return logits[: len(places)]
-        return logits.index_select(0, torch.from_numpy(places).to(self.device.device))
+        return logits.index_select(0, self.device.send(np.array(places)))
 
-    def _fill(self, rows: Sequence[Row], shape: GraphShape) -> np.ndarray:
+    def _fill(self, rows: Sequence[Row], shape: GraphShape, given: Tensor | None) -> list[int]:
         """The step's numbers into the device's buffers: one copy, and one more where a request got a block.
 
-        Returns where in the graph the rows' tokens stand, int64.
+        Returns where in the graph the rows' tokens stand.
         """
-        count, q_len, size = len(rows), shape.q_len, self.block_size
-        starts = np.fromiter((row.start for row in rows), np.int64, count)[:, None]
-        ends = starts + np.fromiter((row.num_inputs for row in rows), np.int64, count)[:, None]
-        deltas = np.fromiter((row.request.prompt.position_delta for row in rows), np.int64, count)[:, None]
-        kv_lens = np.maximum(ends, q_len)
-        num_blocks = (-(-kv_lens[:, 0] // size)).tolist()
-        self._set_blocks([row.request.block_ids[:n] for row, n in zip(rows, num_blocks, strict=True)], shape.rows)
-        at = kv_lens - q_len + np.arange(q_len)  # [rows, L]: places in their requests
-        is_input, is_padded_before = (at >= starts) & (at < ends), at < starts
-        own_slots = np.take_along_axis(self._table[:count], at // size, axis=1).astype(np.int64) * size + at % size
-        self._host[_KV_LEN, : shape.rows] = q_len
-        self._host[_KV_LEN, :count] = kv_lens[:, 0]
-        token_ids, positions, slots = self._host[:_KV_LEN, : shape.num_tokens].reshape(3, shape.rows, q_len)
-        spare = self._spare_slots[: shape.num_tokens].reshape(shape.rows, q_len)
-        token_ids[...] = positions[...] = 0
-        token_ids[:count][is_input] = [token_id for row in rows for token_id in _inputs(row)]
-        positions[:count] = np.where(is_input, at + deltas, 0)
-        slots[...] = spare
-        slots[:count] = np.where(is_padded_before, spare[:count], own_slots)
-        self._values.copy_(torch.from_numpy(self._host), non_blocking=True)
-        return np.flatnonzero(is_input)
+        q_len, size = shape.q_len, self.block_size
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        kv_lens: list[int] = []
+        places: list[int] = []
+        blocks: list[list[int]] = []
+        for request, start, _, _, _, draft_ids in rows:
+            end = start + 1 + len(draft_ids)
+            kv_len = max(end, q_len)
+            before, after = start - (kv_len - q_len), kv_len - end
+            own = request.block_ids[: -(-kv_len // size)]
+            if before:
+                token_ids += [0] * before
+                positions += [0] * before
+                slots += self._spare_slots[len(slots) : len(slots) + before]
+            places += range(len(slots), len(slots) + end - start)
+            token_ids += request.token_ids(start, start + 1) if given is None else [0]
+            token_ids += draft_ids
+            first = start + request.prompt.position_delta
+            positions += range(first, first + end - start)
+            slots += [own[place // size] * size + place % size for place in range(start, kv_len)]
+            if after:
+                token_ids += [0] * after
+                positions += [0] * after
+            kv_lens.append(kv_len)
+            blocks.append(own)
+        count, host = len(slots), self._host
+        host[:_KV_LEN, :count] = token_ids, positions, slots
+        host[_KV_LEN, : len(rows)] = kv_lens
+        host[_TOKEN : _POSITION + 1, count : shape.num_tokens] = 0
+        host[_SLOT, count : shape.num_tokens] = self._spare_slots[count : shape.num_tokens]
+        host[_KV_LEN, len(rows) : shape.rows] = q_len
+        self.device.send(host, self._values)
+        if given is not None and places[-1] == len(places) - 1:
+            self._values[_TOKEN, : len(places)].copy_(given)
+        elif given is not None:
+            self._values[_TOKEN].index_copy_(0, self.device.send(np.array(places)), given)
+        self._set_blocks(blocks, shape.rows)
+        return places
 
     def _set_blocks(self, blocks: Sequence[list[int]], num_rows: int) -> None:
         """The blocks of each row of the table; of those without a request the spare one."""
@@ -147,9 +168,4 @@ class DecodeGraphs:
                 self._table[place, : len(wanted)] = wanted
                 changed = True
         if changed:
-            self._block_table.copy_(torch.from_numpy(self._table), non_blocking=True)
-
-
-def _inputs(row: Row) -> tuple[int, ...]:
-    """The tokens that a decode row computes."""
-    return row.request.token_ids(row.start, row.start + 1)[0], *row.draft_ids
+            self.device.send(self._table, self._block_table)

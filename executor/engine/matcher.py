@@ -152,6 +152,12 @@ class _Course:
                 return not self.compiled.is_repeated
         return False
 
+    def forced(self) -> tuple[int, ...]:
+        """Tokens that must come next, as the text that the grammar leaves no choice of is usually cut."""
+        if self._bound is None or self._is_led:
+            return ()
+        return tuple(self._bound.compute_ff_tokens())
+
     def mask(self, params: SamplingParams) -> Mask | np.ndarray | None:
         """What tells, or is, the tokens that may not come next; None where all may."""
         if self._bound is not None:
@@ -175,45 +181,52 @@ class Matcher:
     def __init__(self, matchers: Matchers, compiled: Compiled, params: SamplingParams) -> None:
         self._matchers = matchers
         self._params = params
-        self._course = _Course(compiled)
         self._drafts: tuple[int, ...] = ()
-        self._masks: list[_Pending | np.ndarray | None] = []  # behind the answer's last token, and behind each draft
-        self._look_at([self._course])
+        # Behind the answer's last token, and behind each draft.
+        self._courses: list[_Course] = []
+        self._masks: list[_Pending | np.ndarray | None] = []
+        self._look_from(_Course(compiled))
 
     def take(self, token_ids: Sequence[int]) -> bool:
         """The answer has more tokens. True when its grammar must end behind the last of them. Raises GrammarFault."""
+        course, is_over = self._courses[0], False
         self._forget(0)
-        is_over = False
         for token_id in token_ids:
             assert not is_over, "a draft ends the grammar, and another follows"
             try:
-                is_over = self._course.take(token_id)
+                is_over = course.take(token_id)
             except GrammarFault as error:
-                raise self._fault(error) from error
+                raise self._fault(error, course) from error
         if not is_over:
-            self._look_at([self._course])
+            self._look_from(course)
         return is_over
+
+    def forced(self) -> tuple[int, ...]:
+        """Drafts for nothing: what the grammar leaves no choice of, in the tokens that it is usually cut into."""
+        return self._courses[0].forced()
 
     def allowed(self, draft_ids: Sequence[int]) -> int:
         """How many of these, from the first on, may come next and do not end the answer.
 
-        `barred` is asked for the masks behind them, which are computed from now on, until the next `take`.
+        `barred` is asked for the masks behind them, which are computed from now on, until the next `take`. Asked again,
+        it keeps the masks behind what the drafts begin with as before.
         """
-        self._forget(1)
-        course, ahead = self._course, []
-        for token_id in draft_ids:
-            if not course.takes(token_id):
+        pairs = zip(draft_ids, self._drafts, strict=False)
+        num_kept = next((place for place, (new, old) in enumerate(pairs) if new != old), len(self._drafts))
+        num_kept = min(num_kept, len(draft_ids))
+        self._forget(1 + num_kept)
+        for token_id in draft_ids[num_kept:]:
+            if not self._courses[-1].takes(token_id):
                 break
-            course = course.copied()
+            course = self._courses[-1].copied()
             try:
                 if course.take(token_id):
                     break
             except GrammarFault:  # the answer's own, if it comes to that
                 break
-            ahead.append(course)
-        self._drafts = tuple(draft_ids[: len(ahead)])
-        self._look_at(ahead)
-        return len(ahead)
+            self._look_from(course)
+        self._drafts = tuple(draft_ids[: len(self._courses) - 1])
+        return len(self._drafts)
 
     def barred(self, ahead: tuple[int, ...] = ()) -> np.ndarray | None:
         """bool [V]: tokens that may not come next; None where all may. Raises GrammarFault.
@@ -227,21 +240,23 @@ class Matcher:
         try:
             return mask.result()
         except GrammarFault as error:
-            raise self._fault(error) from error
+            raise self._fault(error, self._courses[0]) from error
 
-    def _look_at(self, courses: Sequence[_Course]) -> None:
-        masks = [course.mask(self._params) for course in courses]
-        self._masks += [_Pending(self._matchers, each) if isinstance(each, Mask) else each for each in masks]
+    def _look_from(self, course: _Course) -> None:
+        """Begin with the mask of what comes next there."""
+        mask = course.mask(self._params)
+        self._courses.append(course)
+        self._masks.append(_Pending(self._matchers, mask) if isinstance(mask, Mask) else mask)
 
     def _forget(self, num_kept: int) -> None:
-        """Drop the masks behind the first ones."""
+        """Drop all but the first masks, and the drafts behind them."""
         for mask in self._masks[num_kept:]:
             if isinstance(mask, _Pending):
                 mask.drop()
-        del self._masks[num_kept:]
-        self._drafts = ()
+        del self._courses[num_kept:], self._masks[num_kept:]
+        self._drafts = self._drafts[: max(0, num_kept - 1)]
 
-    def _fault(self, error: GrammarFault) -> GrammarFault:
+    def _fault(self, error: GrammarFault, course: _Course) -> GrammarFault:
         """Nobody else begins from the same tables: they may be at their limits."""
-        self._matchers.grammars.discard(self._course.compiled.grammar)
+        self._matchers.grammars.discard(course.compiled.grammar)
         return GrammarFault(str(error))

@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.speculation [--layers 8] [--tokens 96] [--repeats 3] [--batch 1]
                                            [--methods ngram,lookahead] [--parts copy,json,prose,random]
+                                           [--num-drafts 7] [--always] [--folder FOLDER]
 
 The model has Qwen2.5-VL-3B's layer shapes and random weights (tests.benchmarks.against_transformers), and every step
 is computed in full. Random weights repeat nothing by themselves. What a step chooses is therefore replaced by a script:
@@ -36,6 +37,7 @@ from executor.device import ops
 from executor.device.cpu.ops import open_cpu
 from executor.device.table import DeviceSettings
 from executor.engine.engine import Engine
+from executor.engine.places import Places
 from executor.engine.speculation.speculator import Speculator
 from executor.recipe.schema import SpeculativeSection
 from executor.schedule.request import Prompt, SamplingParams
@@ -109,28 +111,30 @@ class Scripted:
         self.sample_all = self.sampler.sample
         self.sampler.sample = self
 
-    def __call__(self, logits, requests, num_tokens=None, ahead=None):
-        sampled = self.sample_all(logits, requests, num_tokens, ahead)
+    def __call__(self, logits, requests, num_tokens=None, drafts=None):
+        sampled = self.sample_all(logits, requests, num_tokens, drafts)
+        places = Places(requests, num_tokens, drafts)
         for number, request in enumerate(requests):
-            drafts = list(ahead[number]) if ahead is not None else []
-            at = len(request.output_token_ids)
-            if drafts == self.answer[at : at + len(drafts)] and at + len(drafts) < len(self.answer):
-                sampled.token_ids[number] = self.answer[at + len(drafts)]
+            known, begin = list(places.drafts_of(number)), len(request.output_token_ids)
+            for count, row in enumerate(places.rows_of(number)):
+                right = self.answer[begin : begin + count + 1]
+                if len(right) > count and right[:count] == known[:count]:
+                    sampled.token_ids[row] = right[count]
         return sampled
 
     def remove(self) -> None:
         del self.sampler.sample
 
 
-def decode_s(engine: Engine, prompt: list[int], answer: list[int], batch: int, settings: SpeculativeSection) -> tuple:
-    """Seconds a token, and what became of the drafts."""
-    runner = engine.runner
-    runner.speculator = None
-    if settings.method:
-        runner.speculator = Speculator(
-            text_proposer(settings), settings.num_speculative_tokens, is_adaptive=settings.adaptive
+def decode_s(engine: Engine, prompt: list[int], answer: list[int], method: str | None, args) -> tuple:
+    """Seconds a token, and what became of the drafts. `method` None: without."""
+    batch, is_adaptive = args.batch, not args.always
+    engine.runner.speculator, engine.scheduler.max_yield = None, 1
+    if method is not None:
+        engine.runner.speculator = Speculator(
+            text_proposer(SpeculativeSection(method=method)), args.num_drafts, is_adaptive=is_adaptive
         )
-    engine.scheduler.max_yield = 1 + (settings.num_speculative_tokens if settings.method else 0)
+        engine.scheduler.max_yield = 1 + args.num_drafts
     script = Scripted(engine, answer)
     positions = np.broadcast_to(np.arange(len(prompt)), (3, len(prompt))).copy()
     asked = [Prompt(list(prompt), positions, 0) for _ in range(batch)]
@@ -150,32 +154,30 @@ def main() -> None:
     parser.add_argument("--num-drafts", type=int, default=7)
     parser.add_argument("--methods", type=lambda text: text.split(","), default=["ngram", "lookahead"])
     parser.add_argument("--parts", type=lambda text: text.split(","), default=["copy", "json", "prose", "random"])
+    parser.add_argument("--folder", help="where the weights are, or stay for the next run")
     parser.add_argument("--always", action="store_true", help="adaptive: false")
     args = parser.parse_args()
     device = open_cpu(DeviceSettings("bfloat16"))
     ops.bind(device)
-    with tempfile.TemporaryDirectory() as folder:
-        reference = reference_model(args.layers)
-        save_file(canonical_tensors(reference), Path(folder) / "model.safetensors")
-        del reference
-        gc.collect()
-        engine = our_engine(Path(folder), args.layers)
-    common = {"num_speculative_tokens": args.num_drafts, "adaptive": not args.always}
-    kinds = {"without": SpeculativeSection()}
-    kinds |= {method: SpeculativeSection(method=method, **common) for method in args.methods}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.folder or temporary)
+        if not (folder / "model.safetensors").exists():
+            save_file(canonical_tensors(reference_model(args.layers)), folder / "model.safetensors")
+            gc.collect()
+        engine = our_engine(folder, args.layers)
     report = {"layers": args.layers, "threads": torch.get_num_threads(), "isa": device.capability.isa, **vars(args)}
     known = parts(args.tokens)
-    decode_s(engine, *known["random"], args.batch, kinds["without"])
+    decode_s(engine, *known["random"], None, args)
     for name in args.parts:
         prompt, answer = known[name]
         rounds = [
-            {kind: decode_s(engine, prompt, answer, args.batch, settings) for kind, settings in kinds.items()}
+            {method: decode_s(engine, prompt, answer, method, args) for method in (None, *args.methods)}
             for _ in range(args.repeats)
         ]
-        plain = [each["without"][0] for each in rounds]
+        plain = [each[None][0] for each in rounds]
         found = {"tokens": len(answer), "without_tokens_per_s": round(args.batch / statistics.median(plain), 2)}
         for method in args.methods:
-            ratios = [each["without"][0] / each[method][0] for each in rounds]
+            ratios = [each[None][0] / each[method][0] for each in rounds]
             counts = rounds[-1][method][1]
             found[method] = {
                 "gain": round(statistics.median(ratios), 3),

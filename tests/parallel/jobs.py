@@ -12,13 +12,23 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def case(
-    family: str, world_size: int = 1, *, prompt_logprobs: int | None = None, num_drafts: int = 0, **parallel: Any
+    family: str,
+    world_size: int = 1,
+    *,
+    prompt_logprobs: int | None = None,
+    num_drafts: int = 0,
+    draft: str | None = None,
+    **parallel: Any,
 ) -> dict[str, Any]:
     """A recipe of a tiny model that answers the default questions, and whether their prompts are scored as well.
 
-    `num_drafts`: tokens that are looked up and verified in a step at most.
+    `num_drafts`: tokens that are drafted and verified in a step at most, by the tiny model `draft`; None: looked up.
     """
-    drafts = {"method": "ngram", "num_speculative_tokens": num_drafts} if num_drafts else {}
+    drafts: dict[str, Any] = {}
+    if num_drafts:
+        drafts = {"method": "ngram", "num_speculative_tokens": num_drafts, "adaptive": False}
+    if draft is not None:
+        drafts |= {"method": "draft", "model_path": f"models/tiny/{draft}"}
     return {
         "speculative_config": drafts,
         "prompt_logprobs": prompt_logprobs,

@@ -21,6 +21,18 @@ TWO_RANKS = {
     "drafts_tp2": ("qwen2_5_vl", {"num_drafts": 7}, 2 * LAYERS + 2),
     "drafts_moe_dp2_ep2": ("qwen3_vl_moe", {"num_drafts": 7, "moe_ep_size": 2, "attn_tp_size": 1}, 2 * LAYERS),
 }
+# With a draft model, beside the case without: the leader alone runs it, in none of the model's collectives.
+DRAFTING = {
+    "draft_tp2": ("qwen3_vl", {"draft": "qwen3_vl"}, "qwen3_vl_tp2"),
+    "draft_dense_replicas": ("qwen2_5_vl", {"attn_tp_size": 1, "draft": "qwen2_5_vl"}, "dense_replicas"),
+    "draft_moe_ep2": ("qwen3_vl_moe", {"moe_ep_size": 2, "draft": "qwen3_vl_moe"}, "moe_ep2"),
+    "draft_moe_dp2_ep2": (
+        "qwen3_vl_moe",
+        {"moe_ep_size": 2, "attn_tp_size": 1, "draft": "qwen3_vl_moe"},
+        "moe_dp2_ep2",
+    ),
+}
+TWO_RANKS |= {name: (family, degrees, TWO_RANKS[twin][2]) for name, (family, degrees, twin) in DRAFTING.items()}
 # The tiny encoders have two heads: four ranks take whole pictures.
 FOUR_RANKS = {
     **{f"{family}_tp4": (family, {"vision_parallel": "data"}, 2 * LAYERS + 2) for family in FAMILIES},
@@ -76,6 +88,13 @@ def test_two_ranks(name, two, alone) -> None:
     _check(two[name], alone[family], 2, collectives)
     assert any(num_drafts for *_, num_drafts, _ in two[name]["steps"]) == name.startswith("drafts")
     assert bool(two[name]["prompt_logprobs"]) == (name == "prompts_scored")
+
+
+@pytest.mark.parametrize("name", DRAFTING)
+def test_a_draft_model_saves_steps(name, two) -> None:
+    """It is the model itself, and right: each step of a request yields eight tokens."""
+    _, _, twin = DRAFTING[name]
+    assert len(two[name]["steps"]) < len(two[twin]["steps"]) / 4
 
 
 @pytest.mark.parametrize("name", FOUR_RANKS)

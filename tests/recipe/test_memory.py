@@ -32,7 +32,7 @@ from tests.reference import FAMILIES, REPO
 SIZES = {"max_num_seqs": 2, "turns": 1}
 
 
-def measured(folder: str, **sizes: int) -> tuple[dict, str]:
+def measured(folder: str, **sizes: int | str) -> tuple[dict, str]:
     """What a process of its own found, and what it logged."""
     options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
     done = subprocess.run(
@@ -59,6 +59,14 @@ def test_the_estimate_is_the_measured_peak(family):
     both = found["process_bytes"] + found["weights_bytes"] + found["kv_bytes"]
     assert 0.7 <= found["peak_bytes"] / (found["measured_bytes"] - both) <= 1.35, found
     assert f"process {found['process_bytes'] / 2**30:.2f} GiB + weights" in log
+
+
+def test_the_estimate_with_a_draft_model_is_the_measured_peak():
+    """With answers that are long enough for it to draft, and a draft model as large as the model itself."""
+    folder = "models/tiny/qwen3_vl"
+    found, log = measured(folder, **SIZES, new_tokens=48, draft=folder)
+    assert 0.85 <= found["estimated_bytes"] / found["measured_bytes"] <= 1.15, found
+    assert found["draft_bytes"] > 0.05 * found["measured_bytes"] and "draft model" in log
 
 
 def test_the_estimate_of_a_quantized_model_is_near_its_peak(msmodelslim):
@@ -215,8 +223,9 @@ def test_graphs_that_verify_drafts_count_with_what_their_padding_writes_to():
     verifying = recipe.replace(speculative={"method": "ngram", "num_speculative_tokens": 7})
     assert (padding_blocks(recipe), padding_blocks(verifying)) == (1, 8)
     plain, more = (estimate(each, shapes, 64 << 30) for each in (recipe, verifying))
-    tokens = [sum(shape.num_tokens for shape in graph_shapes(each)) for each in (recipe, verifying)]
-    assert more.graph_bytes > tokens[1] / tokens[0] * (plain.graph_bytes - plain.block_bytes)
+    all_tokens = [sum(shape.num_tokens for shape in graph_shapes(each)) for each in (recipe, verifying)]
+    grown = (more.graph_bytes - 8 * more.block_bytes) / (plain.graph_bytes - plain.block_bytes)
+    assert 128 / 16 < grown < all_tokens[1] / all_tokens[0], "shared by all by the largest, of each by its tokens"
     int8 = verifying.replace(model={"kv_cache_dtype": "int8"})
     assert graph_shapes(int8) == graph_shapes(recipe)
 

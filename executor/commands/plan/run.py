@@ -57,23 +57,23 @@ def run(recipe: Recipe) -> tuple[Document, int]:
 
 
 def _check_drafts(recipe: Recipe) -> None:
-    """UserError where plan_config.acceptance_rate is of nothing that is predicted."""
+    """UserError where plan_config.acceptance_probability is of nothing that is predicted."""
     plan, method = recipe.plan, recipe.speculative.method
-    if plan.acceptance_rate is None:
+    if plan.acceptance_probability is None:
         return
     if method is None:
         raise UserError(
-            "plan_config.acceptance_rate: this recipe makes no drafts; name one of speculative_config.method, or leave "
-            "it out"
+            "plan_config.acceptance_probability: this recipe makes no drafts; name one of speculative_config.method, "
+            "or leave it out"
         )
     if method == "draft":
         raise UserError(
-            "plan_config.acceptance_rate: what the steps of a draft model take is not predicted; leave it out, or ask "
-            "of ngram or lookahead"
+            "plan_config.acceptance_probability: what the steps of a draft model take is not predicted; leave it out, "
+            "or ask of ngram or lookahead"
         )
     for other in ("table", "from_graph"):
         if getattr(plan, other):
-            raise UserError(f"plan_config.acceptance_rate: it is given beside {other}; leave out one of them")
+            raise UserError(f"plan_config.acceptance_probability: it is given beside {other}; leave out one of them")
 
 
 @contextmanager

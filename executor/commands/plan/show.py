@@ -140,7 +140,7 @@ def speed(found: Answer) -> list[str]:
         ("output tokens a second, one request", f"{1e3 / predicted.tpot_host_ms:.1f}"),
     ]
     if predicted.drafts:
-        accepted = found.deployment.recipe.plan.acceptance_rate
+        accepted = found.deployment.recipe.plan.acceptance_probability
         drafted = f"tokens of a step, with {predicted.drafts} drafts of which {accepted:.0%} are right where they count"
         rows.append((drafted, f"{predicted.step_tokens:.2f}"))
     return [NOT_MEASURED, columns(("speed", "predicted"), rows), _step(predicted), f"  {COUNTS[found.counts_from]}"]

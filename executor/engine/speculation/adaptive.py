@@ -120,6 +120,13 @@ class Adaptive:
                 return trial
         return counts
 
+    def takes_sure(self, num_rows: int, num_drafts: int) -> bool:
+        """Whether drafts pay that are as good as right."""
+        plain_s = self._costs.plain(num_rows)
+        if plain_s is None:
+            return False
+        return (num_rows + num_drafts) * plain_s > MARGIN * num_rows * self._costs.verifying(num_rows, num_drafts)
+
     def has_room(self, num_rows: int, num_drafts: int, num_more: int) -> bool:
         """Whether a step takes hardly longer with so many more tokens, which are not expected to be right."""
         if self._costs.plain(num_rows) is None:

@@ -34,8 +34,9 @@ class DraftProposer(Proposer):
     """What the draft model expects to come next.
 
     `runner`: of the draft model, over a cache of `num_blocks` blocks, alone (no ranks, no speculator of its own).
-    `vocab_size`: of the target; ids that only one of the two models has pad its vocabulary. `step_tokens`: of a step of the draft model at most, as of the
-    target's. `shares_blocks`: whether requests may have blocks in common. `end_ids`: tokens that end an answer.
+    `vocab_size`: of the target; ids that only one of the two models has pad its vocabulary. `step_tokens`: of a step of
+    the draft model at most, as of the target's. `shares_blocks`: whether requests may have blocks in common.
+    `end_ids`: tokens that end an answer.
     """
 
     is_free = False

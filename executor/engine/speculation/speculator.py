@@ -53,18 +53,27 @@ class Speculator:
         self.counts = SpeculationCounts()
         self.costs = StepCosts()
         self.adaptive = Adaptive(self.costs, is_free=proposer.is_free) if is_adaptive else None
-        self._num_drafts: dict[str, int] = {}  # of the step, by request, without those that trail
+        self._num_drafts: dict[str, int] = {}  # proposed for the step, by request; without those forced or trailing
         self._num_kept = 0  # tokens of the step
 
     def extended(self, plan: Plan) -> Plan:
         """The plan with drafts for its decode rows."""
         self._num_drafts.clear()
         limits = [self._wanted(row) for row in plan.rows]
-        drafts = self._drafts(plan, limits)
-        self._num_drafts = {row.request.id: len(each) for row, each in zip(plan.rows, drafts, strict=True) if each}
-        drafts = self._with_trailing(plan, limits, drafts)
+        forced = self._forced(plan, limits)
+        limits = [0 if each else limit for each, limit in zip(forced, limits, strict=True)]
+        proposed = self._proposed(plan, limits)
+        drafts = [
+            _allowed(row.request, each or other)
+            for row, each, other in zip(plan.rows, forced, self._with_trailing(plan, limits, proposed), strict=True)
+        ]
         if not any(drafts):
             return plan
+        self._num_drafts = {
+            row.request.id: min(len(each), len(whole))
+            for row, each, whole in zip(plan.rows, proposed, drafts, strict=True)
+            if each
+        }
         rows = tuple(row._replace(draft_ids=each) if each else row for row, each in zip(plan.rows, drafts, strict=True))
         return replace(plan, rows=rows, is_decode=False)
 
@@ -101,20 +110,28 @@ class Speculator:
     def _wanted(self, row: Row) -> int:
         return min(self.num_tokens, max(0, row.max_yield - 1))
 
-    def _drafts(self, plan: Plan, limits: Sequence[int]) -> list[tuple[int, ...]]:
-        if self.adaptive is None:
-            return _all_allowed(plan, self.proposer.propose(plan, limits))
+    def _forced(self, plan: Plan, limits: Sequence[int]) -> list[tuple[int, ...]]:
+        """Of each row the tokens that its grammar leaves no choice of, where they pay."""
+        forced = [_forced(row.request, limit) for row, limit in zip(plan.rows, limits, strict=True)]
+        num_forced = sum(map(len, forced))
+        if num_forced and self.adaptive is not None and not self.adaptive.takes_sure(_num_rows(plan), num_forced):
+            return [()] * len(forced)
+        return forced
+
+    def _proposed(self, plan: Plan, limits: Sequence[int]) -> list[tuple[int, ...]]:
+        adaptive = self.adaptive
+        if adaptive is None:
+            return self.proposer.propose(plan, limits)
         requests = [row.request for row in plan.rows]
-        counts = self.adaptive.allot(_num_rows(plan), requests, limits)
+        counts = adaptive.allot(_num_rows(plan), requests, limits)
         held = [
-            min(limit, self.adaptive.num_to_hold(request)) if limit and not count else 0
+            min(limit, adaptive.num_to_hold(request)) if limit and not count else 0
             for request, limit, count in zip(requests, limits, counts, strict=True)
         ]
-        proposed = self.proposer.propose(plan, [max(pair) for pair in zip(counts, held, strict=True)])
-        drafts = _all_allowed(plan, proposed)
+        drafts = self.proposer.propose(plan, [max(pair) for pair in zip(counts, held, strict=True)])
         for number, wanted in enumerate(held):
             if wanted:
-                self.adaptive.hold(requests[number], drafts[number])
+                adaptive.hold(requests[number], drafts[number])
                 drafts[number] = ()
         return drafts
 
@@ -125,11 +142,10 @@ class Speculator:
             return drafts
         if self.adaptive is not None and not self.adaptive.has_room(_num_rows(plan), sum(map(len, drafts)), num_more):
             return drafts
-        longer = [
+        return [
             each + self.proposer.trailing(row, each, room) if room else each
             for row, each, room in zip(plan.rows, drafts, rooms, strict=True)
         ]
-        return _all_allowed(plan, longer)
 
 
 def _num_rows(plan: Plan) -> int:
@@ -137,12 +153,13 @@ def _num_rows(plan: Plan) -> int:
     return sum(row.num_tokens == 1 for row in plan.rows)
 
 
-def _all_allowed(plan: Plan, drafts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Of every row's drafts those that its request's grammar takes: the others would be computed for nothing."""
-    return [_allowed(row.request, each) for row, each in zip(plan.rows, drafts, strict=True)]
+def _forced(request: Request, limit: int) -> tuple[int, ...]:
+    """At most `limit` tokens that the request's grammar leaves no choice of."""
+    return () if request.matcher is None or not limit else request.matcher.forced()[:limit]
 
 
 def _allowed(request: Request, draft_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Those that the request's grammar takes: the others would be computed for nothing."""
     if not draft_ids or request.matcher is None:
         return draft_ids
     return draft_ids[: request.matcher.allowed(draft_ids)]

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from executor.engine import runner
-from executor.engine.speculation.speculator import Speculator
+from executor.engine.speculation.speculator import Proposer, Speculator
 from executor.engine.speculation.verify import num_right
 from executor.schedule.request import SamplingParams
 from tests.engines import engine_over
@@ -63,7 +63,7 @@ def triples(model, prompt):
     return known
 
 
-class Guess:
+class Guess(Proposer):
     """Drafts what is likeliest: right as often as the model is sure."""
 
     def __init__(self, model, prompt):
@@ -76,12 +76,6 @@ class Guess:
     def propose(self, plan, wanted):
         drafts = [self.following.get(tuple(row.request.output_token_ids), ()) for row in plan.rows]
         return [tuple(each[:count]) for each, count in zip(drafts, wanted, strict=True)]
-
-    def observe(self, row, chosen):
-        pass
-
-    def forget(self, request):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +114,7 @@ def p_value(answers, triples) -> float:
 def test_answers_with_drafts_follow_the_models_distribution(engine, prompt, triples, speculator, monkeypatch):
     assert len(triples) >= 15 and 0.3 < sum(triples.values()) < 1
     found = draws(engine, prompt)
-    assert 0.1 < speculator.num_accepted / speculator.num_drafts < 0.9
+    assert 0.1 < speculator.counts.acceptance_rate < 0.9
     assert p_value(found, triples) > RIGHT
     monkeypatch.setattr(engine.scheduler, "max_yield", 1)
     assert draws(engine, prompt, 5 * BATCH) == found[: 5 * BATCH]

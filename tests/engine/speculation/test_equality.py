@@ -27,7 +27,7 @@ class Oracle(Proposer):
             answer = self.answers[tuple(row.request.prompt.token_ids)]
             at = len(row.request.output_token_ids)
             right = answer[at : at + count] if count else ()
-            drafts.append(tuple(t if self.random.random() < self.share_right else t + 1 for t in right))
+            drafts.append(tuple(t if self.random.random() < self.share_right else t ^ 1 for t in right))
         return drafts
 
     def observe(self, row, chosen):

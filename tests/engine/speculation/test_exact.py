@@ -29,10 +29,11 @@ MOST = 7  # drafts of a row
 class Oracle(Proposer):
     """Knows the answers; right with some probability, else wrong in one of many ways, also beyond an answer's end."""
 
+    is_free, num_trailing = True, 0
+
     def __init__(self, answers, share_right, seed, ends=()):
         """answers: (prompt's token ids, seed) -> token ids."""
         self.answers, self.share_right, self.random, self.ends = answers, share_right, random.Random(seed), ends
-        self.num_observed = 0
 
     def propose(self, plan, wanted):
         return [self._draft(row.request, count) for row, count in zip(plan.rows, wanted, strict=True)]
@@ -51,10 +52,6 @@ class Oracle(Proposer):
 
     def observe(self, row, chosen):
         assert len(chosen) == len(row.draft_ids) + 1
-        self.num_observed += 1
-
-    def forget(self, request):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +70,13 @@ def nothing_is_left(request):
         engine.runner.sampler.check(())
 
 
-def with_drafts(engine, monkeypatch, completions, prompts, share_right=0.7, seed=0, proposer=Oracle):
+def with_drafts(engine, monkeypatch, completions, prompts, share_right=0.7, seed=0):
     """The engine, from now on with drafts of an Oracle that knows these answers."""
     answers = {}
     for prompt, completion in zip(prompts, completions, strict=True):
         for index, token_ids in enumerate(completion.token_ids):
             answers[tuple(prompt.token_ids), child_seed(completion.seed, index)] = token_ids
-    oracle = proposer(answers, share_right, seed, engine.processor.eos_token_ids)
+    oracle = Oracle(answers, share_right, seed, engine.processor.eos_token_ids)
     monkeypatch.setattr(engine.scheduler, "max_yield", 1 + MOST)
     monkeypatch.setattr(engine.runner, "speculator", Speculator(oracle, MOST))
     return engine.runner.speculator
@@ -135,13 +132,13 @@ def drafts_of(rng: random.Random) -> tuple[int, ...]:
     return tuple(rng.randrange(12) if rng.random() < 0.9 else rng.randrange(100, 140) for _ in range(count))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_places_ahead_are_those_of_requests_that_have_the_drafts(seed):
     rng, vocab_size, ends = random.Random(seed), 256, (3, 7)
     sampler = Sampler(vocab_size, "cpu", ends)
     everybody = [ruled(rng, number, vocab_size) for number in range(10)]
     present = list(everybody)
-    for step in range(12):
+    for step in range(9):
         if step % 4 == 3:  # the same requests for a while, then others
             present = rng.sample(everybody, rng.randint(1, 8))
         drafts = [drafts_of(rng) for _ in present] if step % 3 else None
@@ -236,6 +233,8 @@ def test_masks_ahead_are_those_of_an_answer_that_has_the_drafts(engine, monkeypa
                 drafts[num_right] = rng.choice([5, 488, *range(480)])
                 if drafts[num_right] == token_ids[at + num_right]:
                     num_right += 1
+            if rng.random() < 0.3:  # asked again, with others behind the same
+                matcher.allowed([*drafts[: rng.randint(0, MOST)], *rng.sample(range(480), 2)])
             kept = tuple(drafts[: matcher.allowed(drafts)])
             num_cut += len(drafts) - len(kept)
             for count in range(min(num_right, len(kept)) + 1):
@@ -255,9 +254,10 @@ def test_a_mask_ahead_that_fails_is_no_fault_of_the_answer(engine, monkeypatch):
     made = []
     monkeypatch.setattr(engine.matchers, "submit", lambda mask: made.append(mask) or Future())
     matcher = engine.matchers.begin(SamplingParams(grammar=Grammar("regex", "[ab]{40}")))
-    a, b = engine.processor.tokenizer.encode("ab"[:1]) + engine.processor.tokenizer.encode("b")
+    a, b = engine.processor.tokenizer.encode("a") + engine.processor.tokenizer.encode("b")
     wanted, computed = barred_of(matcher), Mask.__call__
     assert matcher.allowed([a, b, a]) == 3 and len(made) == 4
+    assert matcher.allowed([a, b, a]) == 3 and len(made) == 4, "masks are not computed twice"
 
     def fails(self):
         if self is made[2]:
@@ -337,8 +337,8 @@ def test_answers_are_those_without_drafts(engine, monkeypatch, name):
         for one, other in zip(found, wanted, strict=True):
             assert_same(one, other)
         reasons.update(reason for each in wanted for reason in each.finish_reasons)
-        num_accepted += speculator.num_accepted
-        num_wrong += speculator.num_drafts - speculator.num_accepted
+        num_accepted += speculator.counts.num_accepted_tokens
+        num_wrong += speculator.counts.num_draft_tokens - speculator.counts.num_accepted_tokens
     assert num_accepted and num_wrong
     assert reasons & {FinishReason.STOP, FinishReason.LENGTH}
 
@@ -396,22 +396,17 @@ def test_a_fault_behind_a_draft_comes_with_the_step_that_meets_it_first(engine, 
                 at += 1
         return logits
 
+    with_drafts(engine, monkeypatch, wanted, prompts, 0.95)
     monkeypatch.setattr(engine.runner, "forward", breaks)
     if lasts:
-        wanted = engine.generate(prompts, FREE)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.scheduler, "max_yield", 1)
+            wanted = engine.generate(prompts, FREE)
         assert [bool(each.error) for each in wanted] == [True, True, True, False]
         met.clear()
-    with_drafts(engine, monkeypatch, wanted if not lasts else engine_free(engine, forward, prompts), prompts, 0.95)
     for found, expected in zip(engine.generate(prompts, FREE), wanted, strict=True):
         assert_same(found, expected)
     assert met
-
-
-def engine_free(engine, forward, prompts):
-    """The answers without faults."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.runner, "forward", forward)
-        return engine.generate(prompts, FREE)
 
 
 @pytest.mark.parametrize("fails", ["every second step", "every row with drafts"])
@@ -419,25 +414,23 @@ def test_a_step_computed_again_has_no_drafts_and_is_not_observed(engine, monkeyp
     prompts = [engine.prompt(question) for question in QUESTIONS]
     asked = [FREE, replace(FREE, grammar=GRAMMARS["regex"][0]), replace(FREE, repetition_penalty=1.2), FREE]
     wanted = engine.generate(prompts, asked)
-    forward, steps, verified = engine.runner.forward, [], [0]
+    forward, steps, num_verified = engine.runner.forward, [], 0
 
     def breaks(plan, *rest):
+        nonlocal num_verified
         steps.append(plan)
-        has_drafts = any(row.draft_ids for row in plan.rows)
-        if has_drafts if fails == "every row with drafts" else len(plan.rows) > 1 and len(steps) % 2:
+        num_with_drafts = sum(bool(row.draft_ids) for row in plan.rows)
+        if num_with_drafts if fails == "every row with drafts" else len(plan.rows) > 1 and len(steps) % 2:
             raise RuntimeError("a kernel refuses")
-        verified[0] += sum(bool(row.draft_ids) for row in plan.rows)
+        num_verified += num_with_drafts
         return forward(plan, *rest)
 
     monkeypatch.setattr(engine.runner, "forward", breaks)
-    speculator = with_drafts(engine, monkeypatch, wanted, prompts, 0.9)
-    clock = engine.runner.clock
-    counted = clock.num_decode_steps + clock.num_prefill_steps
+    speculator, clock = with_drafts(engine, monkeypatch, wanted, prompts, 0.9), engine.runner.clock
+    num_before = clock.num_decode_steps + clock.num_prefill_steps
     for found, expected in zip(engine.generate(prompts, asked), wanted, strict=True):
         assert_same(found, expected)
-    assert any(row.draft_ids for plan in steps for row in plan.rows)
-    assert bool(verified[0]) == (fails == "every second step")
-    assert (speculator.num_drafts > 0) == (verified[0] > 0)
-    rows_with_drafts = sum(bool(row.draft_ids) for plan in steps for row in plan.rows)
-    assert rows_with_drafts > verified[0]
-    assert clock.num_decode_steps + clock.num_prefill_steps - counted < len(steps)
+    assert sum(bool(row.draft_ids) for plan in steps for row in plan.rows) > num_verified
+    assert bool(num_verified) == (fails == "every second step")
+    assert speculator.counts.num_drafts == num_verified
+    assert clock.num_decode_steps + clock.num_prefill_steps - num_before < len(steps)
