@@ -121,7 +121,7 @@ def _build(
     model = _load(recipe, prepared.folder, prepared.config, prepared.description, device, parallel, runner)
     drafting = None
     if prepared.draft is not None and parallel.leads:
-        drafting = _load_draft(prepared.draft, device, parallel, runner)
+        drafting = load_draft(prepared.draft, device, parallel, runner)
     replica = runner.build_replica(model, parallel)
     dtype = device.compute_dtype(getattr(torch, recipe.model.dtype))
     engine = join(recipe, num_blocks, model, processor, device, dtype, replica, runner.decode_graphs, drafting)
@@ -140,7 +140,8 @@ class LoadedDraft:
     replica: Replica
 
 
-def _load_draft(draft: Draft, device: ops.Ops, parallel: Parallel, runner: Any) -> LoadedDraft:
+def load_draft(draft: Draft, device: ops.Ops, parallel: Parallel, runner: Any) -> LoadedDraft:
+    """The draft model whole on this rank, which is one of `parallel`. `runner`: the family's."""
     alone = Parallel(world=Group(parallel.rank))  # the number among all ranks stays, for what is kept in files
     model = _load(draft.recipe, draft.folder, draft.config, draft.description, device, alone, runner)
     return LoadedDraft(draft, model, runner.build_replica(model, alone))
@@ -273,7 +274,10 @@ def _runner(
         normed=attention.q_norm is not None, scales=cache_scales(model),
     )  # fmt: skip
     eos_token_ids, on_host = processor.eos_token_ids, device.name == "cpu"
-    sampler = Sampler(vocab_size or text.vocab_size, device.device, eos_token_ids, dtype, reads_freely=on_host)
+    sampler = Sampler(
+        vocab_size or text.vocab_size, device.device, eos_token_ids, dtype,
+        reads_freely=on_host, send=device.send, read_back=device.read_back,
+    )  # fmt: skip
     runner = Runner(model, device, kv, size, sampler, pixel_format or processor.picture, dtype, replica)
     if shapes:
         runner.graphs = _captured(recipe, runner.step, device, shapes, num_blocks, replica.parallel, decode_graphs)

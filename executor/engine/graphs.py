@@ -99,20 +99,21 @@ class DecodeGraphs:
         return next(fit, None)
 
     @torch.inference_mode()
-    def __call__(self, rows: Sequence[Row], shape: GraphShape) -> Tensor:
+    def __call__(self, rows: Sequence[Row], shape: GraphShape, token_ids: Tensor | None = None) -> Tensor:
         """Logits of the rows' tokens, fp32 [sum of their num_inputs, V]; without padding between them they are the
         graph's own memory, valid until the next step.
 
-        `shape`: of a graph, which holds the rows.
+        `shape`: of a graph, which holds the rows. `token_ids` int64 [len(rows)]: the rows' tokens, one each, where
+        these are on the device only.
         """
-        places = self._fill(rows, shape)
+        places = self._fill(rows, shape, token_ids)
         lengths = self._host[_KV_LEN, : shape.rows].tolist()
         logits = self._graphs[shape](*self._inputs[shape], lengths)
         if not places or places[-1] == len(places) - 1:
             return logits[: len(places)]
-        return logits.index_select(0, torch.tensor(places, device=self.device.device))
+        return logits.index_select(0, self.device.send(np.array(places)))
 
-    def _fill(self, rows: Sequence[Row], shape: GraphShape) -> list[int]:
+    def _fill(self, rows: Sequence[Row], shape: GraphShape, given: Tensor | None) -> list[int]:
         """The step's numbers into the device's buffers: one copy, and one more where a request got a block.
 
         Returns where in the graph the rows' tokens stand.
@@ -134,7 +135,7 @@ class DecodeGraphs:
                 positions += [0] * before
                 slots += self._spare_slots[len(slots) : len(slots) + before]
             places += range(len(slots), len(slots) + end - start)
-            token_ids += request.token_ids(start, start + 1)
+            token_ids += request.token_ids(start, start + 1) if given is None else [0]
             token_ids += draft_ids
             first = start + request.prompt.position_delta
             positions += range(first, first + end - start)
@@ -150,7 +151,11 @@ class DecodeGraphs:
         host[_TOKEN : _POSITION + 1, count : shape.num_tokens] = 0
         host[_SLOT, count : shape.num_tokens] = self._spare_slots[count : shape.num_tokens]
         host[_KV_LEN, len(rows) : shape.rows] = q_len
-        self._values.copy_(torch.from_numpy(host), non_blocking=True)
+        self.device.send(host, self._values)
+        if given is not None and places[-1] == len(places) - 1:
+            self._values[_TOKEN, : len(places)].copy_(given)
+        elif given is not None:
+            self._values[_TOKEN].index_copy_(0, self.device.send(np.array(places)), given)
         self._set_blocks(blocks, shape.rows)
         return places
 
@@ -163,4 +168,4 @@ class DecodeGraphs:
                 self._table[place, : len(wanted)] = wanted
                 changed = True
         if changed:
-            self._block_table.copy_(torch.from_numpy(self._table), non_blocking=True)
+            self.device.send(self._table, self._block_table)

@@ -36,7 +36,10 @@ class RowMessage:
 
 @dataclass(frozen=True, slots=True)
 class StepMessage:
-    """A plan: its rows, the numbers of requests to forget, and media with the shape of their pixels and their owner."""
+    """A plan: its rows, the numbers of requests to forget, and media with the shape of their pixels and their owner.
+
+    `continues`: the rows' tokens come over the replica's device group.
+    """
 
     rows: list[RowMessage]
     ended: list[int]
@@ -44,6 +47,8 @@ class StepMessage:
     release: tuple[bytes, ...]
     padded_tokens: int | None
     graph: GraphShape | None
+    is_decode: bool
+    continues: bool
 
 
 def to_bytes(message: StepMessage | None) -> bytes:
@@ -67,6 +72,8 @@ def to_bytes(message: StepMessage | None) -> bytes:
         "release": [digest.hex() for digest in message.release],
         "padded_tokens": message.padded_tokens,
         "graph": message.graph,
+        "is_decode": message.is_decode,
+        "continues": message.continues,
     }
     return _joined(tree, arrays)
 
@@ -100,7 +107,8 @@ def from_bytes(content: bytes) -> StepMessage | None:
     encode = [(_media_from_json(item), tuple(shape), owner) for item, shape, owner in tree["encode"]]
     release = tuple(bytes.fromhex(digest) for digest in tree["release"])
     graph = GraphShape(*tree["graph"]) if tree["graph"] else None
-    return StepMessage(rows, tree["ended"], encode, release, tree["padded_tokens"], graph)
+    flags = tree["is_decode"], tree["continues"]
+    return StepMessage(rows, tree["ended"], encode, release, tree["padded_tokens"], graph, *flags)
 
 
 def _joined(tree: Any, arrays: Sequence[np.ndarray]) -> bytes:

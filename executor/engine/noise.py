@@ -4,6 +4,7 @@ Knows nothing of requests or logits. A change here changes every seeded answer.
 Legend: N rows, K candidates of a row.
 """
 
+import numpy as np
 import torch
 
 MASK_64 = (1 << 64) - 1
@@ -20,7 +21,20 @@ def child_seed(seed: int, index: int) -> int:
 
 def noise_key(seed: int, position: int) -> int:
     """A well mixed number of 64 bits from a request's seed and a token's position."""
-    return _mix(_mix((seed + GOLDEN_64) & MASK_64) + position * GOLDEN_64)
+    return _mix(mixed_seed(seed) + position * GOLDEN_64)
+
+
+def mixed_seed(seed: int) -> int:
+    """What `noise_keys` takes of a request's seed."""
+    return _mix((seed + GOLDEN_64) & MASK_64)
+
+
+def noise_keys(mixed_seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """`noise_key` of many at once: uint64 [N] as `mixed_seed` gives them, and positions [N] -> int64 [N]."""
+    state = mixed_seeds + positions.astype(np.uint64) * np.uint64(GOLDEN_64)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(MIX_A)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(MIX_B)
+    return (state ^ (state >> np.uint64(31))).view(np.int64)
 
 
 def _mix(state: int) -> int:

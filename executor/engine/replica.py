@@ -3,6 +3,7 @@
 Before a step the leader sends one message over the replica's CPU group: the rows, and what the others do not know yet
 of their requests (prompt, new tokens, changed blocks). Pixels follow as they are. Replicas that share experts agree
 before each step how many tokens they bring and which graph they replay, because the experts' collectives span them all.
+The tokens of a plan that `continues` another are on the leader's device only, and come from there (Runner.forward).
 Invariants: every rank of a replica runs the same plans in the same order; a rank ends between two steps only.
 Knows no policy and no model. With one rank there is nothing to tell and nobody to agree with.
 """
@@ -107,7 +108,10 @@ class Replica:
                 requests.pop(number, None)
             rows = tuple(_updated_row(requests, row) for row in message.rows)
             encode = tuple(replace(item, pixels=self._pixels(shape, owner)) for item, shape, owner in message.encode)
-            yield Plan(rows, encode, message.release, message.padded_tokens, message.graph)
+            yield Plan(
+                rows, encode, message.release, message.padded_tokens, message.graph, message.is_decode,
+                continues=tuple(range(len(rows))) if message.continues else None,
+            )  # fmt: skip
 
     def forget(self, request: Request) -> None:
         """The request has ended: the followers hear of it with the next plan."""
@@ -119,7 +123,11 @@ class Replica:
         owners = self.owners(plan.encode)
         encode = [(item, tuple(item.pixels.shape), owner) for item, owner in zip(plan.encode, owners, strict=True)]
         rows = [self._row_message(row) for row in plan.rows]
-        self._send(StepMessage(rows, self._ended, encode, plan.release, plan.padded_tokens, plan.graph))
+        message = StepMessage(
+            rows, self._ended, encode, plan.release, plan.padded_tokens, plan.graph, plan.is_decode,
+            continues=plan.continues is not None,
+        )  # fmt: skip
+        self._send(message)
         self._ended = []
         for item, owner in zip(plan.encode, owners, strict=True):
             if self.parallel.pictures.size == 1:

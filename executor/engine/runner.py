@@ -8,7 +8,7 @@ Legend: T tokens of the step, M visual tokens of a media item, n hidden size.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from executor.engine.logprobs import PromptScores, TokenLogprobs
 from executor.engine.places import Drafts
 from executor.engine.profile import Profile
 from executor.engine.replica import Replica
-from executor.engine.sampler import Sampled, Sampler
+from executor.engine.sampler import Drawn, Sampled, Sampler
 from executor.engine.speculation.speculator import Speculator
 from executor.engine.speculation.verify import num_right
 from executor.engine.stages import Stage, StageClock
@@ -57,6 +57,35 @@ class StepResult:
     failures: dict[int, str] = field(default_factory=dict)
     missing: frozenset[bytes] = frozenset()
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    void: frozenset[int] = frozenset()  # rows that are to be computed again, as if they had not been in the plan
+    is_repeated: bool = False  # what was launched behind the step has read tokens that do not count
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step whose work is queued. `drawn` has its tokens; without, it has been waited for: its `result` is known."""
+
+    plan: Plan
+    drawn: Drawn | None = None
+    result: StepResult | None = None
+    void: frozenset[int] = frozenset()  # rows behind void ones of the step before: void as well
+
+    def without(self, requests: Collection[Request]) -> "Launched":
+        """The step with the rows of these void."""
+        numbers = frozenset(number for number, row in enumerate(self.plan.rows) if row.request in requests)
+        return replace(self, void=numbers) if numbers else self
+
+
+def without_void(plan: Plan, result: StepResult) -> tuple[Plan, StepResult]:
+    """Both without the rows that are to be computed again."""
+    if not result.void:
+        return plan, result
+    kept = [number for number in range(len(plan.rows)) if number not in result.void]
+    logprobs, failures = (
+        {place: by_row[number] for place, number in enumerate(kept) if number in by_row}
+        for by_row in (result.logprobs, result.failures)
+    )
+    return plan.without(result.void), StepResult([result.token_ids[number] for number in kept], logprobs, failures)
 
 
 @dataclass
@@ -107,6 +136,10 @@ class Runner:
         self.speculator: Speculator | None = None  # of a leader, set by whoever wants drafts
         self.disk_cache: DiskCache | None = None  # set by whoever has one
         self.decode_inputs = DecodeInputs(device, block_size)
+        # On the device, int64 [R]: the tokens that the step launched last yields, and those that it took from a step
+        # before it; None: it had its tokens from the host.
+        self._yielded: Tensor | None = None
+        self._taken: Tensor | None = None
         self._has_assisted = self._has_dismissed = False
 
     @torch.inference_mode()
@@ -118,7 +151,8 @@ class Runner:
         """
         started_s = time.perf_counter()
         if self.speculator is not None:
-            plan = self.speculator.extended(plan)
+            with self.clock.stage("draft"):
+                plan = self.speculator.extended(plan)
         plan = self.replica.lead(plan, self.graphs)
         if plan is None:
             return StepResult([])
@@ -134,8 +168,64 @@ class Runner:
         except FAULTS as error:
             if not self.replica.is_alone:
                 raise
-            logger.warning("a step failed and is computed again row by row: %s", describe(error), exc_info=True)
-            return self._row_by_row(plan)
+            return self._repeated(plan, error)
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> Launched:
+        """Queue a step's work. Its tokens stay on the device, where the next plan may take them (`Plan.continues`),
+        unless choosing them needs tokens on the host: then it is `execute`, and has been waited for.
+
+        `collect` its result, after those of the steps before it. Raises as `execute`; a plan that `continues` another
+        is not computed again row by row, since the host does not know its tokens yet.
+        """
+        if not self._stays_on_device(plan):
+            return Launched(plan, result=self.execute(plan))
+        plan = self.replica.lead(plan, self.graphs)
+        try:
+            logits = self.forward(plan)
+            with self.clock.stage("sampling"):
+                requests, num_tokens = zip(
+                    *((row.request, row.start + row.num_tokens) for row in plan.rows), strict=True
+                )
+                drawn = self.sampler.draw(logits, requests, num_tokens, unread=self._taken)
+        except FAULTS as error:
+            if plan.continues is not None or not self.replica.is_alone:
+                raise
+            return Launched(plan, result=self._repeated(plan, error))
+        self._yielded = drawn.ids
+        self._count(plan)
+        return Launched(plan, drawn)
+
+    @torch.inference_mode()
+    def collect(self, step: Launched, *, is_last: bool) -> StepResult:
+        """Wait for the tokens of a launched step. `is_last`: no other has been launched behind it."""
+        if step.result is not None:
+            return step.result
+        booked = _stage_of(step.plan) if self.device.computes_behind else None
+        try:
+            with self.clock.stage("sampling", booked):
+                sampled = step.drawn.read(in_place=is_last)
+        except FAULTS as error:
+            if not self.replica.is_alone:
+                raise
+            return replace(self._repeated(step.plan, error), void=step.void)
+        void = sampled.void | step.void
+        if not sampled.failures and not sampled.has_logprobs and not void:
+            return StepResult([[token_id] for token_id in sampled.token_ids])
+        result = self._result(step.plan, list(range(len(step.plan.rows))), sampled, {})
+        return replace(result, void=void)
+
+    def _stays_on_device(self, plan: Plan) -> bool:
+        """Whether every row yields one token that can be chosen without the host."""
+        return (
+            bool(plan.rows)
+            and all(row.max_yield == 1 and not row.scored for row in plan.rows)
+            and self.sampler.draws_ahead([row.request for row in plan.rows])
+        )
+
+    def _repeated(self, plan: Plan, error: BaseException) -> StepResult:
+        logger.warning("a step failed and is computed again row by row: %s", describe(error), exc_info=error)
+        return replace(self._row_by_row(plan), is_repeated=True)
 
     def _count(self, plan: Plan) -> None:
         if not plan.rows:
@@ -236,9 +326,11 @@ class Runner:
         for number, row in enumerate(plan.rows):
             alone, reason = StepResult([[]]), _unreadable(row, unreadable)
             try:
-                if reason is None:
-                    one = replace(plan, rows=(row._replace(draft_ids=()),), encode=(), release=(), load=(), keep=())
-                    alone = self._computed(one)
+                if reason is None and not row.request.finished:  # its blocks may be others'
+                    one = row._replace(draft_ids=())
+                    alone = self._computed(
+                        replace(plan, rows=(one,), encode=(), release=(), load=(), keep=(), continues=None)
+                    )
                     reason = alone.failures.get(0)
             except FAULTS as error:
                 reason = f"its step failed: {describe(error)}"
@@ -320,14 +412,15 @@ class Runner:
             self._tell_meanwhile()
             with self.clock.stage("vision"):
                 self.encode(plan.encode)
+        self._taken = token_ids = None if plan.continues is None else self._continued(plan.continues)
         if plan.graph is not None:
-            computation = partial(self.graphs, plan.rows, plan.graph)
+            computation = partial(self.graphs, plan.rows, plan.graph, token_ids)
         elif not plan.rows:
             with self.clock.stage("decode"):
                 self.model.help(plan.padded_tokens)
             return torch.empty(0, self.model.config.text.vocab_size)
         else:
-            inputs = self.decode_inputs(plan.rows) if plan.is_decode else self._inputs(plan.rows)
+            inputs = self.decode_inputs(plan.rows, token_ids) if plan.is_decode else self._inputs(plan.rows)
             computation = partial(self._eager, plan, inputs, scores)
         if not self.device.computes_behind:
             self._tell_meanwhile()
@@ -336,6 +429,17 @@ class Runner:
         if self.device.computes_behind:  # Python's lock is free when all is launched
             self._tell_meanwhile()
         return logits
+
+    def _continued(self, places: Sequence[int]) -> Tensor:
+        """int64 [R]: what the rows at these places of the step before yield; on every rank of the replica."""
+        if self.replica.leads:
+            token_ids = self._yielded
+            if len(places) < len(token_ids):
+                token_ids = token_ids[self.device.send(np.array(places))]
+            token_ids = token_ids.clamp(min=0)  # a row without a token: this one is computed in vain
+        else:
+            token_ids = torch.empty(len(places), dtype=torch.int64, device=self.device.device)
+        return self.replica.parallel.text.broadcast(token_ids, 0)
 
     def _eager(self, plan: Plan, inputs: tuple[Any, ...], scores: PromptScores | None) -> Tensor:
         num_scored = 0 if plan.is_decode else sum(len(row.scored) for row in plan.rows)

@@ -3,7 +3,8 @@
 Knows nothing of policy, tensors or text.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from executor.schedule.request import MediaItem, Request
@@ -68,6 +69,8 @@ class Plan:
 
     The replica's leader fills in `padded_tokens` and `graph`. Replicas that share experts agree on them: how many
     tokens each of them brings, its own filled up, and which graph they all replay.
+    `continues`: the plan was made while the step before was under way. Each row has one token, which the row at this
+    place of the step before yields; the host does not know it yet.
     """
 
     rows: tuple[Row, ...]
@@ -78,3 +81,8 @@ class Plan:
     is_decode: bool = False  # known to be of rows that have one token each, the last of an answer under way
     load: tuple[BlockToLoad, ...] = ()
     keep: tuple[BlockToKeep, ...] = ()
+    continues: tuple[int, ...] | None = None
+
+    def without(self, numbers: Collection[int]) -> "Plan":
+        """The plan but for the rows of these numbers."""
+        return replace(self, rows=tuple(row for number, row in enumerate(self.rows) if number not in numbers))

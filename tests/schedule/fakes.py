@@ -154,9 +154,21 @@ class FakeRunner:
         self.num_encoded: dict[bytes, int] = {}
         self.max_embedded_tokens = 0
         self._truths: dict[Request, Truth] = {}
+        self._unread: dict[Request, list[int]] = {}
 
-    def execute(self, plan: Plan, unreadable: Collection[bytes] = ()) -> list[list[int]]:
-        """The new tokens of each row. `unreadable`: media that cannot be encoded; rows that read them yield nothing."""
+    def _tokens(self, request: Request) -> list[int]:
+        return request.token_ids(0, request.num_tokens) + self._unread.get(request, [])
+
+    def execute(
+        self, plan: Plan, unreadable: Collection[bytes] = (), before: Sequence[Sequence[int]] = ()
+    ) -> list[list[int]]:
+        """The new tokens of each row. `unreadable`: media that cannot be encoded; rows that read them yield nothing.
+
+        `before`: of a plan that continues another, what that one's rows have yielded; nobody else knows it yet.
+        """
+        assert (plan.continues is None) == (not before)
+        places = plan.continues or ()
+        self._unread = {row.request: list(before[place]) for row, place in zip(plan.rows, places, strict=bool(places))}
         self._check(plan)
         self._exchange(plan)
         self._encode(plan, unreadable)
@@ -228,7 +240,7 @@ class FakeRunner:
         assert is_long == sorted(is_long), "rows of one token come first"
         for row in plan.rows:
             assert row.num_tokens > 0
-            assert (row.max_yield > 0) == (row.start + row.num_tokens == row.request.num_tokens)
+            assert (row.max_yield > 0) == (row.start + row.num_tokens == len(self._tokens(row.request)))
             assert row.max_yield <= (scheduler.max_yield if row.num_tokens == 1 else 1)
             whole = not scheduler.enable_chunked_prefill and row.request.num_tokens <= scheduler.max_num_batched_tokens
             assert row.max_yield or not whole, "a prompt was split although chunked prefill is off"
@@ -255,7 +267,7 @@ class FakeRunner:
     def _check_context(self, row: Row) -> None:
         request = row.request
         truth = self._truths.setdefault(request, Truth(request.prompt))
-        chain = truth.extend(request.token_ids(0, request.num_tokens))
+        chain = truth.extend(self._tokens(request))
         context = self.memory[self._slots(row, 0, row.start)]
         assert context.tolist() == chain[: row.start], f"request {request.id} reads what is not its own"
         for span in request.prompt.spans:
@@ -271,7 +283,7 @@ class FakeRunner:
             assert holders == (not request.finished), (
                 "writes into a block of others"
             )  # finished: aborted since the plan
-        tokens = request.token_ids(row.start, row.start + row.num_tokens)
+        tokens = self._tokens(request)[row.start : row.start + row.num_tokens]
         for index, (slot, token_id) in enumerate(zip(slots, tokens, strict=True), start=row.start):
             previous = link(previous, *self._truths[request].inputs(index, token_id))
             self.memory[slot] = previous

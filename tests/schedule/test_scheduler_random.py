@@ -1,5 +1,6 @@
 """A thousand random steps: nothing lost, nobody starved, no spin, and every answer as if asked alone."""
 
+import copy
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from executor.errors import UserError
+from executor.schedule.plan import Plan
 from executor.schedule.prefix_cache import BlockDigests
 from executor.schedule.request import FinishReason, Request, SamplingParams
 from executor.schedule.scheduler import Scheduler
@@ -89,6 +91,8 @@ class Soak:
         self.num_refused = 0
         self.num_yielded: Counter[int] = Counter()
         self.num_steps = 0
+        self.under_way: tuple[Plan, list[list[int]], set[int]] | None = None
+        self.num_ahead = self.num_void = self.num_in_vain = 0
 
     def add(self) -> None:
         arrival = self.arrivals.next()
@@ -152,6 +156,50 @@ class Soak:
             self.num_yielded[len(kept)] += 1
         self.collect()
 
+    def step_ahead(self, load: bool) -> None:
+        """`step`, with the next plan made and computed before this one's tokens are told, where that may be."""
+        if load:
+            self.sometimes(0.5 if len(self.unfinished) < 12 else 0, self.add)
+            self.sometimes(0.02, self.abort)
+        self.num_steps += 1
+        if self.under_way is None:
+            plan = self.scheduler.schedule()
+            self.scheduler.check()
+            if not plan.rows:
+                return
+            self.under_way = plan, self.runner.execute(plan), set()
+        plan, tokens, void = self.under_way
+        following, next_void = None, set()
+        if not void:
+            ahead = self.scheduler.schedule_ahead(plan)
+            self.scheduler.check()
+            if ahead is not None:
+                self.check_ahead(plan, ahead)
+                following = self.runner.execute(ahead, before=tokens)
+                self.num_ahead += 1
+                void = {n for n in range(len(plan.rows)) if load and self.rng.random() < 0.02}
+                gone = {plan.rows[number].request for number in void}
+                next_void = {n for n, row in enumerate(ahead.rows) if row.request in gone}
+        if load:
+            self.sometimes(0.05, self.abort)
+            self.sometimes(0.05, self.add)
+        kept = [each for number, each in enumerate(tokens) if number not in void]
+        updated = self.scheduler.update(plan.without(void), kept)
+        self.scheduler.check()
+        self.num_void += len(void)
+        self.num_in_vain += following is not None and any(r.finished for r, _ in updated)
+        self.collect()
+        self.under_way = None if following is None else (ahead, following, next_void)
+
+    def check_ahead(self, plan: Plan, ahead: Plan) -> None:
+        """What must hold of a plan that is made before the tokens of the one before it are known."""
+        assert ahead.is_decode and len(ahead.continues) == len(ahead.rows) > 0
+        assert [row.request for row in ahead.rows] == [plan.rows[place].request for place in ahead.continues]
+        for row, place in zip(ahead.rows, ahead.continues, strict=True):
+            before = plan.rows[place]
+            assert (row.start, row.num_tokens, row.max_yield) == (before.start + before.num_tokens, 1, 1)
+            assert len(row.request.output_token_ids) + 1 < row.request.params.max_new_tokens
+
     def collect(self) -> None:
         for finished in [r for r in self.unfinished if r.finished]:
             self.done.append(finished)
@@ -190,6 +238,50 @@ def test_a_thousand_random_steps(case, seed):
         check_answer(answered, soak.options)
     if soak.options["max_num_batched_tokens"] > 1:
         assert len(soak.done) > 50
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("case", ["tiny", "roomy", "one_token_a_step", "whole_prompts", "hardly_any_blocks"])
+def test_plans_made_before_the_tokens_of_the_last_are_known(case, seed):
+    """Every answer is as if asked alone; rows computed in vain, and void ones, harm nobody."""
+    soak = Soak(seed, CASES[case])
+    for _ in range(NUM_STEPS):
+        soak.step_ahead(load=True)
+    while soak.scheduler.has_work:
+        soak.step_ahead(load=False)
+        assert soak.num_steps < NUM_STEPS + 1500, "does not drain"
+    assert not soak.unfinished and soak.scheduler.pool.num_free == soak.options["num_blocks"]
+    for answered in soak.done:
+        check_answer(answered, soak.options)
+    if case != "one_token_a_step":
+        assert soak.num_ahead > 50 and soak.num_void > 3 and soak.num_in_vain > 5 and len(soak.done) > 30
+
+
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 200}, {"num_blocks": 10, "max_num_seqs": 8}])
+def test_a_plan_ahead_is_the_one_that_would_be_made(options):
+    """Of a copy of the scheduler that is told the tokens first, wherever nothing has ended there but by its length."""
+    soak, num_equal = Soak(5, options), 0
+    for _ in range(300):
+        if len(soak.unfinished) < 6:
+            soak.add()
+        plan = soak.scheduler.schedule()
+        if not plan.rows:
+            continue
+        tokens = soak.runner.execute(plan)
+        told, told_plan = copy.deepcopy((soak.scheduler, plan))
+        ahead = soak.scheduler.schedule_ahead(plan)
+        soak.scheduler.update(plan, tokens)
+        soak.collect()
+        told.update(told_plan, tokens)
+        usual = told.schedule()
+        if ahead is not None and not any(row.request.finished for row in ahead.rows):
+            assert described(ahead) == described(usual)
+            num_equal += 1
+    assert num_equal > 30
+
+
+def described(plan: Plan) -> list[tuple[str, int, int, int, int]]:
+    return [(r.request.id, r.start, r.num_tokens, r.max_yield, len(r.request.block_ids)) for r in plan.rows]
 
 
 @pytest.mark.parametrize("seed", range(2))

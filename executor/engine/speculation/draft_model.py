@@ -13,7 +13,7 @@ Knows no ranks: followers wait for the leader's plan meanwhile.
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from executor.engine.runner import FAULTS, Runner, describe
 from executor.engine.speculation.speculator import Proposer
 from executor.schedule.plan import Plan, Row
 from executor.schedule.prefix_cache import BlockDigests
-from executor.schedule.request import MediaItem, Request, SamplingParams
+from executor.schedule.request import MediaItem, Request
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ class DraftProposer(Proposer):
 
     `runner`: of the draft model, over a cache of `num_blocks` blocks, alone (no ranks, no speculator of its own).
     `vocab_size`: of the target; ids that only one of the two models has pad its vocabulary. `step_tokens`: of a step of
-    the draft model at most, as of the target's. `shares_blocks`: whether requests may have blocks in common. `end_ids`:
-    tokens that end an answer.
+    the draft model at most, as of the target's. `shares_blocks`: whether requests may have blocks in common.
+    `end_ids`: tokens that end an answer.
     """
 
     is_free = False
@@ -61,6 +61,7 @@ class DraftProposer(Proposer):
         self._shadows: dict[str, _Shadow] = {}
 
     def propose(self, plan: Plan, wanted: Sequence[int]) -> list[tuple[int, ...]]:
+        self.is_catching_up = False
         shadows = [self._shadow_of(row) if count else None for row, count in zip(plan.rows, wanted, strict=True)]
         active = [shadow for shadow in shadows if shadow is not None and not shadow.is_barred]
         for shadow, count in zip(shadows, wanted, strict=True):
@@ -93,7 +94,9 @@ class DraftProposer(Proposer):
         request = row.request
         shadow = self._shadows.get(request.id)
         if shadow is None:
-            shadow = self._shadows[request.id] = _Shadow.of(request, self.end_ids, self.runner.block_size)
+            shadow = self._shadows[request.id] = _Shadow.of(
+                request, self.end_ids, self.runner.block_size, self.vocab_size
+            )
             shadow.is_barred = not self._knows(request.prompt.token_ids)
         if not self._settle(shadow, request):
             shadow.request.block_ids = request.block_ids
@@ -110,7 +113,9 @@ class DraftProposer(Proposer):
 
     def _settle(self, shadow: "_Shadow", request: Request) -> bool:
         """Keep what the target has chosen of what was drafted; whether the request is still where it was."""
-        new = shadow.settle(request.output_token_ids)
+        new, num_wrong = shadow.settle(request.output_token_ids)
+        if num_wrong and request.params.needs_history:
+            self.runner.sampler.penalties.forget(request.id)  # which have counted them
         if new and not self._knows(new):
             shadow.bar()
         if shadow.request.block_ids is not request.block_ids:  # a new request, or preempted since
@@ -130,6 +135,7 @@ class DraftProposer(Proposer):
         if not rows:
             return
         active = [shadow for shadow, row in rows if row.max_yield]
+        self.is_catching_up = rows[-1][1].num_tokens > 2  # in between it lacks one token, or two where all were right
         if self._computed is not None:
             for shadow, row in rows:
                 stop = row.start + row.num_tokens + shadow.num_wanted
@@ -249,13 +255,21 @@ class _Shadow:
     is_barred: bool = False  # goes on without drafts
 
     @staticmethod
-    def of(request: Request, end_ids: frozenset[int], block_size: int) -> "_Shadow":
+    def of(request: Request, end_ids: frozenset[int], block_size: int, vocab_size: int) -> "_Shadow":
+        """All that decides about a token is as the request has it, but for its grammar, which drafts are held against
+        later."""
         params = request.params
-        drawn = SamplingParams(
-            temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p, seed=params.seed
+        allowed = params.allowed_token_ids
+        chosen = replace(
+            params,
+            grammar=None,
+            logprobs=None,
+            prompt_logprobs=None,
+            logit_bias=tuple(each for each in params.logit_bias if each[0] < vocab_size),
+            allowed_token_ids=allowed and tuple(token_id for token_id in allowed if token_id < vocab_size),
         )
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_ids)
-        shadow = Request(request.id, request.prompt, drawn)
+        shadow = Request(request.id, request.prompt, chosen, bad_words=request.bad_words)
         return _Shadow(shadow, BlockDigests(shadow, block_size), params.max_new_tokens, ends)
 
     @property
@@ -276,17 +290,17 @@ class _Shadow:
         self.is_barred = True
         del self.request.output_token_ids[self.num_known :]
 
-    def settle(self, chosen: Sequence[int]) -> Sequence[int]:
-        """Let the answer be what was chosen; the tokens of it that are new."""
+    def settle(self, chosen: Sequence[int]) -> tuple[Sequence[int], int]:
+        """Let the answer be what was chosen: the tokens of it that are new, and how many drafts were wrong."""
         held, before = self.request.output_token_ids, self.num_known
-        same = min(before, len(chosen))
-        while same < min(len(held), len(chosen)) and held[same] == chosen[same]:
+        same, num_held = min(before, len(chosen)), len(held)
+        while same < min(num_held, len(chosen)) and held[same] == chosen[same]:
             same += 1
         # The last token is computed in any case, for its logits.
         self.num_computed = min(self.num_computed, len(self.request.prompt.token_ids) + min(same, len(chosen) - 1))
         held[same:] = chosen[same:]
         self.num_known = len(held)
-        return chosen[before:]
+        return chosen[before:], num_held - same
 
 
 def _media_of(row: Row, ahead: bool = False) -> list[MediaItem]:

@@ -24,6 +24,8 @@ class Proposer(ABC):
     """Whether drafts take nothing but a little of the host's time to make."""
     num_trailing = 0
     """Tokens that `trailing` gives of a row at most."""
+    is_catching_up = False
+    """Whether the last `propose` has computed what it lacked of requests: its time says nothing of the next steps'."""
 
     @abstractmethod
     def propose(self, plan: Plan, wanted: Sequence[int]) -> list[tuple[int, ...]]:
@@ -98,7 +100,8 @@ class Speculator:
         plain_s = self.costs.plain(num_rows)
         if num_drafts and plain_s is not None:
             self.counts.add_time(seconds, plain_s * self._num_kept / num_rows)
-        self.costs.add(num_rows, num_drafts, seconds)
+        if not self.proposer.is_catching_up:
+            self.costs.add(num_rows, num_drafts, seconds)
         if self.adaptive is not None:
             self.adaptive.measured(num_rows, num_drafts, seconds)
 

@@ -27,7 +27,7 @@ from tests.reference import REPO
 TINY = REPO / "models/tiny/qwen2_5_vl"
 PICTURE_SIZE = 1008, 784  # pixels; 72 x 56 patches, 1008 tokens
 PICTURE_TOKENS = 1008
-DECODE_TOKENS = 64
+DECODE_TOKENS = 32
 TEXT_TOKENS = 1000
 MOST_TURNS = 12
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -56,6 +56,10 @@ def make(folder: Path, num_layers: int) -> None:
     raw |= {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
     (folder / "config.json").write_text(json.dumps(raw, indent=1))
     save_file(random_tensors(raw), folder / "model.safetensors", metadata={"format": "pt"})
+    write_questions(tokenizer, folder)
+
+
+def write_questions(tokenizer, folder: Path) -> None:
     draw = random.Random(0)
     sizes = {part: (count * MOST_TURNS, DECODE_TOKENS) for part, count in DECODES.items()}
     sizes["text"] = MOST_TURNS, TEXT_TOKENS

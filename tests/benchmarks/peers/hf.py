@@ -4,9 +4,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, StoppingCriteria
 
+from tests import torchvision_reference
 from tests.benchmarks.peers.timing import Question, Tick, measure
+
+torchvision_reference.install()  # before transformers, whose processors are built on it
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, StoppingCriteria  # noqa: E402
 
 
 class Ticking(StoppingCriteria):

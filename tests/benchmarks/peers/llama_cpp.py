@@ -43,7 +43,7 @@ def converted(folder: Path, form: str) -> Path:
     kind = gguf.GGMLQuantizationType[form]
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{form}"])
     with safe_open(folder / "model.safetensors", "pt") as file:
-        for name in file.keys():
+        for name in file.keys():  # noqa: SIM118 (no mapping)
             if "visual" in name:
                 continue
             values = file.get_tensor(name).float().numpy()
@@ -76,11 +76,10 @@ class LlamaCpp:
         self.model = llama_cpp.llama_model_load_from_file(path, llama_cpp.llama_model_default_params())
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max = 8 * MAX_LENGTH, 8
-        settings.n_batch = settings.n_ubatch = 2048
         settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
         self.context = llama_cpp.llama_init_from_model(self.model, settings)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
-        self.batch = llama_cpp.llama_batch_init(2048, 0, 1)
+        self.batch = llama_cpp.llama_batch_init(settings.n_batch, 0, 1)
 
     def answer(self, questions: list[Question], num_tokens: int, tick: Tick) -> list[int]:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)

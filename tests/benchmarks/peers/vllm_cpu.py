@@ -20,7 +20,8 @@ class Vllm:
         from vllm import LLM
 
         self.engine = LLM(
-            str(folder), dtype=form, max_model_len=MAX_LENGTH, max_num_seqs=8, enforce_eager=True, enable_prefix_caching=False,
+            str(folder), dtype=form, max_model_len=MAX_LENGTH, max_num_seqs=8, enforce_eager=True,
+            enable_prefix_caching=False,
         ).llm_engine  # fmt: skip
         self.count = 0
 

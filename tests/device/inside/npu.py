@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from executor.checkpoint.description import Description
 from executor.checkpoint.load import build_on_meta, load_model
 from executor.checkpoint.pull import finalize
 from executor.checkpoint.weights import Checkpoint
-from executor.commands.build import join
+from executor.commands.build import join, load_draft
 from executor.device import ops
 from executor.device.cpu.capability import Capability
 from executor.device.cpu.ops import CpuOps
@@ -94,7 +95,12 @@ def engine_on(
         lambda model: _choose(model, checkpoint, prepared.description, recipe.model.kv_cache_dtype == "int8"),
     )
     replica = Replica(SINGLE, loaded.visual.cost, shares_experts=False)
-    return join(recipe, prepared.memory.num_blocks, loaded, processor, device, dtype, replica)
+    draft, drafting = prepared.draft, None
+    if draft is not None:
+        draft = replace(draft, recipe=draft.recipe.replace(model=model or {}))
+        drafting = load_draft(draft, device, SINGLE, family)
+    num_blocks = prepared.memory.num_blocks
+    return join(recipe, num_blocks, loaded, processor, device, dtype, replica, drafting=drafting)
 
 
 def _choose(model: Any, checkpoint: Checkpoint, description: Description | None, int8: bool) -> list[str]:

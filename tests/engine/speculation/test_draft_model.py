@@ -65,7 +65,8 @@ def answers(engine, prompts, params):
 
 def tally(engine):
     """Drafts so far, and those kept."""
-    return engine.runner.speculator.num_drafts, engine.runner.speculator.num_accepted
+    counts = engine.runner.speculator.counts
+    return counts.num_draft_tokens, counts.num_accepted_tokens
 
 
 def proposer_of(engine):
