@@ -55,6 +55,13 @@ def test_drafts_that_cannot_be(draft, method, words):
     assert str(error.value).startswith("speculative_config.model_path: ")
 
 
+def test_bounds_that_leave_no_ngram():
+    tree = {"model_config": {"model_path": str(TARGET), "device": "cpu"}}
+    tree["speculative_config"] = {"method": "ngram", "ngram_min": 5}
+    with pytest.raises(UserError, match=r"speculative_config\.ngram_min: got 5, but ngram_max is 4; allowed: 1 to 4"):
+        prepare(build_recipe(tree))
+
+
 def _patch_size(config):
     config["vision_config"]["patch_size"] = 14
 
