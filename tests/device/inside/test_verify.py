@@ -10,6 +10,7 @@ import torch
 import torchair._acl_concrete_graph.acl_graph as acl
 from torchair._acl_concrete_graph import fx2acl_converter, graph_pass
 
+from executor.device.npu import graph as npu_graph
 from executor.engine.speculation.ngram import NgramProposer
 from executor.recipe import graph_sizes
 from executor.schedule.request import Prompt, SamplingParams
@@ -89,10 +90,10 @@ def spoil(engine) -> None:
     for layer in engine.runner.kv:
         layer.k.fill_(float("nan")), layer.v.fill_(float("nan"))
 
-    def spoiled(rows, shape):
+    def spoiled(rows, shape, *given):
         for layer in engine.runner.kv:
             layer.k[num_blocks:].fill_(float("nan")), layer.v[num_blocks:].fill_(float("nan"))
-        return fill(rows, shape)
+        return fill(rows, shape, *given)
 
     engine.runner.graphs._fill = spoiled
 
@@ -173,6 +174,28 @@ def test_acl_graphs_of_a_length_come_as_far_as_the_capture(family, tmp_path, mon
     ((rulers, updated),) = seen
     assert rulers and all("npu_fused_infer_attention_score_v2" in name for name in rulers)
     assert {key for keys in updated.values() for key in keys} >= {"actual_seq_kvlen"}
+
+
+def test_what_acl_graphs_are_made_of_gives_the_cpus_answers(family, tmp_path, monkeypatch) -> None:
+    """Without the capture, which is the chip's: the step over buffers that stay in place, its lengths as numbers."""
+    folder, prompts, wanted = family
+    monkeypatch.setattr(npu_graph, "acl_graph", uncaptured)
+    with exact(), torch.inference_mode():
+        engine = verifying(A2, folder, tmp_path, mode="npugraph_ex")
+        knows(engine, prompts, wanted[GREEDY])
+        steps = counted(engine)
+        spoil(engine)
+        assert answers(engine, prompts, GREEDY) == wanted[GREEDY]
+    assert {graph and graph.q_len for graph, *_ in steps} == {1, LENGTH}
+
+
+def uncaptured(decode, folder):
+    """What graph.acl_graph gives, computed call by call."""
+
+    def run(token_ids, positions, slots, kv_lens, block_table, q_outs, lengths):
+        return decode(token_ids, positions, slots, lengths, block_table, q_outs)
+
+    return run
 
 
 @pytest.mark.parametrize("soc", [A2, DUO])
