@@ -17,6 +17,9 @@ from torch import Tensor
 
 from executor.device.weights import Weight
 
+Send = Callable[[np.ndarray], Tensor]
+"""`Ops.send`, for those who need nothing else of a device."""
+
 
 @dataclass(frozen=True)
 class KVLayer:

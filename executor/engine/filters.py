@@ -10,12 +10,13 @@ Legend: N rows, V vocabulary, C chunks of CHUNK tokens (V = C * CHUNK), K candid
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from executor.device.ops import Send
 from executor.schedule.request import SamplingParams
 
 CHUNK_BITS = 7
@@ -43,13 +44,19 @@ class Filters:
     host_temperature: tuple[float, ...]
 
     @staticmethod
-    def of(params: Sequence[SamplingParams], send: Callable[[np.ndarray], torch.Tensor]) -> "Filters":
+    def of(params: Sequence[SamplingParams], send: Send) -> "Filters":
         """`send`: brings an array to the device."""
         table = np.empty((5, len(params)))
         table[:4] = np.array([(usable_temperature(p), _reach(p), p.top_p, p.min_p) for p in params]).T
         table[4] = np.array([p.top_k for p in params], dtype=np.int64).view(np.float64)
         sent = send(table)
         return Filters(sent[0], sent[1], sent[4].view(torch.int64), sent[2], sent[3], tuple(table[0].tolist()))
+
+    def picked(self, index: torch.Tensor, numbers: np.ndarray) -> "Filters":
+        """Those of some rows, int64 [M]: `index` on the device, `numbers` the same on the host."""
+        fields = (self.temperature, self.reach, self.top_k, self.top_p, self.min_p)
+        host = np.array(self.host_temperature)[numbers].tolist()
+        return Filters(*(each.index_select(0, index) for each in fields), tuple(host))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ The repetition penalty counts the tokens of prompt and answer (as transformers d
 the answer only (as OpenAI and vLLM do). Only tokens that were seen change: their values are patched where the logits
 lie, and put back afterwards; nothing else is read, nothing is copied.
 The list of seen tokens of a batch stays on the device: while the requests stay the same, a step sends only its new
-tokens. A row behind drafts has seen these as well: its list is made on the host, for the one step that needs it.
+tokens. A row behind drafts has seen these as well: its list is made on the host, for the one step that needs it. What
+the host has not read yet is patched behind the others, counted on the device.
 Legend: N requests, R rows, V width of the logits' rows, M tokens seen by all rows that have penalties, S tokens seen by
 one request, D its drafts.
 """
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from executor.device.ops import Send
 from executor.engine.places import Places
 from executor.schedule.request import Request
 
@@ -26,28 +28,34 @@ _Entries = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class Penalties:
     """Patches logits; keeps the histories of requests with penalties until `forget`."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, send: Send) -> None:
+        """`send`: brings an array to where the logits are."""
         self.vocab_size = vocab_size
-        self.device = device
+        self.send = send
         self._histories: dict[str, _History] = {}
         self._batch: _Batch | None = None
 
     @contextmanager
-    def applied(self, scores: torch.Tensor, places: Places) -> Iterator[None]:
-        """`scores` float32 [R, V], contiguous, changed in place; inside the context only."""
-        seen = self._seen(places, scores.shape[-1])
-        if seen is None:
+    def applied(self, scores: torch.Tensor, places: Places, unread: torch.Tensor | None = None) -> Iterator[None]:
+        """`scores` float32 [R, V], contiguous, changed in place; inside the context only. `unread` int64 [N]: on the
+        device, the token of each request behind those that it has; not together with drafts."""
+        numbers = [number for number, request in enumerate(places.requests) if request.params.needs_history]
+        if not numbers:
             yield
             return
-        index, repetition, offset = seen
+        patches = [self._seen(numbers, places, scores.shape[-1])]
+        if unread is not None:
+            patches.append(self._batch.unread(unread))
         flat = scores.view(-1)
-        picked = flat[index]
+        picked = [flat[index] for index, *_ in patches]
         try:
-            changed = torch.where(picked < 0, picked * repetition, picked / repetition)
-            flat[index] = changed.sub_(offset)
+            for (index, repetition, offset), before in zip(patches, picked, strict=True):
+                changed = torch.where(before < 0, before * repetition, before / repetition)
+                flat[index] = changed.sub_(offset)
             yield
         finally:
-            flat[index] = picked
+            for (index, *_), before in zip(patches, picked, strict=True):
+                flat[index] = before
 
     def forget(self, request_id: str) -> None:
         """Frees what is kept for a request that is finished; nothing happens when nothing is kept."""
@@ -59,15 +67,13 @@ class Penalties:
         stale = sorted(self._histories.keys() - set(live_ids))
         assert not stale, f"penalty histories of requests that are gone: {stale}"
 
-    def _seen(self, places: Places, width: int) -> _Entries | None:
-        numbers = [number for number, request in enumerate(places.requests) if request.params.needs_history]
-        if not numbers:
-            return None
+    def _seen(self, numbers: Sequence[int], places: Places, width: int) -> _Entries:
+        """`numbers`: of the requests with penalties."""
         histories = [self._history(places.requests[number]) for number in numbers]
         changes = [history.catch_up() for history in histories]
         bases = [places.first[number] * width for number in numbers]
         if self._batch is None or not self._batch.holds(histories):
-            self._batch = _Batch(histories, bases, self.device)
+            self._batch = _Batch(histories, numbers, bases, self.send)
         else:
             self._batch.move(bases)
             self._batch.append(changes)
@@ -79,7 +85,7 @@ class Penalties:
         ]
         if not ahead:
             return entries
-        more = _split(torch.from_numpy(np.concatenate(ahead, axis=1)).to(self.device))
+        more = _split(self.send(np.concatenate(ahead, axis=1)))
         return tuple(torch.cat(pair) for pair in zip(entries, more, strict=True))
 
     def _history(self, request: Request) -> "_History":
@@ -98,7 +104,7 @@ class _History:
         self.vocab_size = vocab_size
         params = request.params
         self.repetition = np.float32(params.repetition_penalty)
-        self._presence, self._frequency = np.float32(params.presence_penalty), np.float32(params.frequency_penalty)
+        self.presence, self.frequency = np.float32(params.presence_penalty), np.float32(params.frequency_penalty)
         self._num_seen = 0
         self._counts: list[int] = []  # of each seen token in the answer
         self._slot_of: dict[int, int] = {}
@@ -122,8 +128,14 @@ class _History:
         """float32 [S]"""
         return self._offsets[: len(self._counts)]
 
-    def catch_up(self) -> dict[int, tuple[int, float]]:
-        """Take in the answer's new tokens; what has changed: slot -> (token id, what is taken off its score)."""
+    @property
+    def counts(self) -> list[int]:
+        """How often each of them has come in the answer: [S]."""
+        return self._counts
+
+    def catch_up(self) -> dict[int, tuple[int, float, int]]:
+        """Take in the answer's new tokens; what has changed: slot -> (token id, what is taken off its score, how often
+        it has come)."""
         output = self.request.output_token_ids
         assert len(output) >= self._num_seen, f"request '{self.request.id}' lost tokens"
         changed = {}
@@ -139,7 +151,7 @@ class _History:
                 self._ids[slot] = token_id
             self._counts[slot] += 1
             self._offsets[slot] = self._offset(self._counts[slot])
-            changed[slot] = token_id, float(self._offsets[slot])
+            changed[slot] = token_id, float(self._offsets[slot]), self._counts[slot]
         self._num_seen = len(output)
         return changed
 
@@ -176,30 +188,36 @@ class _History:
 
     def _offset(self, count: int) -> np.float32:
         """What is taken off the score of a token that has come `count` times."""
-        return self._presence + self._frequency * np.float32(count)
+        return self.presence + self.frequency * np.float32(count)
 
 
 class _Batch:
     """The seen tokens of some requests' first rows, on the device, in no particular order, with room for more."""
 
-    def __init__(self, histories: Sequence[_History], bases: Sequence[int], device: torch.device) -> None:
-        """`bases`: where each history's row begins in the flat logits."""
-        self._histories, self._bases = tuple(histories), list(bases)
+    def __init__(self, histories: Sequence[_History], numbers: Sequence[int], bases: Sequence[int], send: Send) -> None:
+        """`numbers`: which of the step's requests the histories are of; `bases`: where their rows begin in the flat
+        logits."""
+        self._histories, self._bases, self._send = tuple(histories), list(bases), send
         counts = [len(history.ids) for history in histories]
         self._size = sum(counts)
         # Of each history: where its first tokens stand, how many they are, and where each later one stands.
         starts = np.cumsum([0, *counts[:-1]]).tolist()
         self._where = [(start, count, []) for start, count in zip(starts, counts, strict=True)]
         room = self._size + 64 * len(counts)
-        host = np.zeros((4, room), dtype=np.int64)
+        host = np.zeros((5, room), dtype=np.int64)
         for number, (history, start, count) in enumerate(zip(histories, starts, counts, strict=True)):
             part = slice(start, start + count)
             host[0, part] = history.ids + bases[number]
             host[1, part] = _bits(np.full(count, history.repetition))
             host[2, part] = _bits(history.offsets)
             host[3, part] = number
-        table = torch.from_numpy(host).to(device)
-        self._owner = table[3].clone()
+            host[4, part] = history.counts
+        table = send(host)
+        self._owner, self._count = table[3].clone(), table[4].clone()
+        of_rows = [[getattr(each, name) for each in histories] for name in ("repetition", "presence", "frequency")]
+        rows = send(np.array([numbers, bases, *map(_bits, of_rows)], dtype=np.int64))
+        self._numbers, self._starts = rows[0], rows[1]
+        self._rules = [_floats(each) for each in rows[2:]]
         self._index, self._repetition, self._offset = _split(table)
 
     def holds(self, histories: Sequence[_History]) -> bool:
@@ -210,16 +228,25 @@ class _Batch:
         """The rows begin elsewhere: those before them have more or fewer drafts."""
         if bases == self._bases:
             return
-        moved = np.subtract(bases, self._bases)
-        self._index += torch.from_numpy(moved).to(self._index.device)[self._owner]
+        moved = self._send(np.subtract(bases, self._bases))
+        self._index += moved[self._owner]
+        self._starts += moved
         self._bases = list(bases)
 
-    def append(self, changes: Sequence[dict[int, tuple[int, float]]]) -> None:
+    def unread(self, token_ids: torch.Tensor) -> _Entries:
+        """One entry for each history: its token of `token_ids` int64 [N], one for each of the step's requests."""
+        index = self._starts + token_ids[self._numbers]
+        known, counts = self._index[: self._size], self._count[: self._size]
+        count = torch.where(index[:, None] == known, counts, 0).sum(dim=-1)
+        repetition, presence, frequency = self._rules
+        return index, repetition, (frequency * (count + 1)).add_(presence)
+
+    def append(self, changes: Sequence[dict[int, tuple[int, float, int]]]) -> None:
         """Write what each history's `catch_up` returned: one copy to the device, whatever their number."""
-        columns: list[tuple[int, int, float, float, int]] = []
+        columns: list[tuple[int, int, float, float, int, int]] = []
         for number, ((start, count, later), changed) in enumerate(zip(self._where, changes, strict=True)):
             repetition, base = self._histories[number].repetition, self._bases[number]
-            for slot, (token_id, offset) in changed.items():
+            for slot, (token_id, offset, times) in changed.items():
                 if slot < count:
                     place = start + slot
                 else:
@@ -227,22 +254,23 @@ class _Batch:
                         later.append(self._size)
                         self._size += 1
                     place = later[slot - count]
-                columns.append((place, base + token_id, repetition, offset, number))
+                columns.append((place, base + token_id, repetition, offset, number, times))
         if not columns:
             return
         if self._size > len(self._index):
             self._grow()
-        places, index, repetition, offset, owner = zip(*columns, strict=True)
-        host = np.array([index, _bits(repetition), _bits(offset), owner, places], dtype=np.int64)
-        table = torch.from_numpy(host).to(self._index.device)
-        places, index, repetition, offset = table[4], *_split(table)
+        places, index, repetition, offset, owner, times = zip(*columns, strict=True)
+        host = np.array([index, _bits(repetition), _bits(offset), owner, times, places], dtype=np.int64)
+        table = self._send(host)
+        places, index, repetition, offset = table[5], *_split(table)
         self._index[places], self._repetition[places], self._offset[places] = index, repetition, offset
-        self._owner[places] = table[3]
+        self._owner[places], self._count[places] = table[3], table[4]
 
     def _grow(self) -> None:
         room = self._size - len(self._index) + 64 * len(self._histories)
-        self._index, self._repetition, self._offset, self._owner = (
-            torch.cat([old, old.new_zeros(room)]) for old in (self._index, self._repetition, self._offset, self._owner)
+        self._index, self._repetition, self._offset, self._owner, self._count = (
+            torch.cat([old, old.new_zeros(room)])
+            for old in (self._index, self._repetition, self._offset, self._owner, self._count)
         )
 
     def entries(self) -> _Entries:

@@ -136,7 +136,10 @@ class Runner:
         self.speculator: Speculator | None = None  # of a leader, set by whoever wants drafts
         self.disk_cache: DiskCache | None = None  # set by whoever has one
         self.decode_inputs = DecodeInputs(device, block_size)
-        self._yielded: Tensor | None = None  # int64 [R]: the tokens of the step launched last, on the device
+        # On the device, int64 [R]: the tokens that the step launched last yields, and those that it took from a step
+        # before it; None: it had its tokens from the host.
+        self._yielded: Tensor | None = None
+        self._taken: Tensor | None = None
         self._has_assisted = self._has_dismissed = False
 
     @torch.inference_mode()
@@ -181,9 +184,10 @@ class Runner:
         try:
             logits = self.forward(plan)
             with self.clock.stage("sampling"):
-                drawn = self.sampler.draw(
-                    logits, [row.request for row in plan.rows], [row.start + row.num_tokens for row in plan.rows]
+                requests, num_tokens = zip(
+                    *((row.request, row.start + row.num_tokens) for row in plan.rows), strict=True
                 )
+                drawn = self.sampler.draw(logits, requests, num_tokens, unread=self._taken)
         except FAULTS as error:
             if plan.continues is not None or not self.replica.is_alone:
                 raise
@@ -290,11 +294,11 @@ class Runner:
             found = sampled.token_ids[at : at + count]
             chosen.append(found)
             num_kept = num_right(row.draft_ids, found) + 1 if count else 0
-            failed = next((place for place in range(num_kept) if at + place in sampled.failures), None)
-            if failed == 0:
-                result.failures[number] = sampled.failures[at]
-            if failed is not None:  # behind a token that was found the next step meets the fault again
-                num_kept = failed
+            if sampled.failures:
+                failed = next((place for place in range(num_kept) if at + place in sampled.failures), num_kept)
+                if failed == 0 and count:
+                    result.failures[number] = sampled.failures[at]
+                num_kept = failed  # behind a token that was found the next step meets the fault again
             token_ids.append(found[:num_kept])
             if num_kept and sampled.logprobs[at] is not None:
                 result.logprobs[number] = sampled.logprobs[at : at + num_kept]
@@ -408,7 +412,7 @@ class Runner:
             self._tell_meanwhile()
             with self.clock.stage("vision"):
                 self.encode(plan.encode)
-        token_ids = None if plan.continues is None else self._continued(plan.continues)
+        self._taken = token_ids = None if plan.continues is None else self._continued(plan.continues)
         if plan.graph is not None:
             computation = partial(self.graphs, plan.rows, plan.graph, token_ids)
         elif not plan.rows:
@@ -516,8 +520,8 @@ class Runner:
         host = _HostInputs(
             np.empty(total, dtype=np.int64), np.empty((3, total), dtype=np.int64), np.empty(total, dtype=np.int64)
         )
-        at = self._gather_decode(host, rows)
-        for row in rows[at:]:
+        num_rows, at = self._gather_decode(host, rows)
+        for row in rows[num_rows:]:
             end = at + row.num_inputs
             host.token_ids[at : at + row.num_tokens] = row.request.token_ids(row.start, row.start + row.num_tokens)
             host.token_ids[at + row.num_tokens : end] = row.draft_ids
@@ -531,27 +535,36 @@ class Runner:
             at = end
         return host
 
-    def _gather_decode(self, host: _HostInputs, rows: Sequence[Row]) -> int:
-        """The rows in front that have one token, which the answer ended with; how many these are."""
+    def _gather_decode(self, host: _HostInputs, rows: Sequence[Row]) -> tuple[int, int]:
+        """The rows in front that have one token, which the answer ended with, and drafts behind it; how many rows these
+        are, and tokens."""
         size = self.block_size
-        token_ids, positions, slots = [], [], []
+        token_ids: list[int] = []
+        starts, counts, deltas, blocks, num_blocks = [], [], [], [], []
         for request, start, num_tokens, max_yield, _, draft_ids in rows:
             prompt, output = request.prompt, request.output_token_ids
-            if (
-                num_tokens != 1
-                or draft_ids
-                or not max_yield
-                or start + 1 != len(prompt.token_ids) + len(output)
-                or not output
-            ):
+            if num_tokens != 1 or not max_yield or start + 1 != len(prompt.token_ids) + len(output) or not output:
                 break
             token_ids.append(output[-1])
-            positions.append(start + prompt.position_delta)
-            slots.append(request.block_ids[start // size] * size + start % size)
-        count = len(token_ids)
-        host.token_ids[:count], host.positions[:, :count], host.slots[:count] = token_ids, positions, slots
-        host.select.extend(range(count))
-        return count
+            token_ids += draft_ids
+            starts.append(start)
+            counts.append(1 + len(draft_ids))
+            deltas.append(prompt.position_delta)
+            of_row = request.block_ids[start // size : (start + len(draft_ids)) // size + 1]
+            blocks += of_row
+            num_blocks.append(len(of_row))
+        total = len(token_ids)
+        if not total:
+            return 0, 0
+        # Of each token the number of its row: then all of it is arithmetic on arrays.
+        starts, counts = np.array(starts), np.array(counts)
+        row_of = np.repeat(np.arange(len(starts)), counts)
+        places = np.arange(total) + (starts - np.cumsum(counts) + counts)[row_of]
+        first_block = np.cumsum(num_blocks) - num_blocks - starts // size
+        host.token_ids[:total], host.positions[:, :total] = token_ids, places + np.array(deltas)[row_of]
+        host.slots[:total] = np.array(blocks)[places // size + first_block[row_of]] * size + places % size
+        host.select.extend(range(total))
+        return len(starts), total
 
     def _slots(self, row: Row) -> np.ndarray | int:
         if row.num_inputs == 1:

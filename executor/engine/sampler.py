@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from executor.device.ops import Send
 from executor.engine.filters import (
     CHUNK,
     Filters,
@@ -125,7 +126,7 @@ class Sampler:
         eos_token_ids: Sequence[int] = (),
         dtype: torch.dtype = torch.float32,
         reads_freely: bool | None = None,
-        send: Callable[[np.ndarray], torch.Tensor] = torch.from_numpy,
+        send: Send = torch.from_numpy,
         read_back: Callable[[torch.Tensor], Callable[[], torch.Tensor]] = lambda x: lambda: x,
     ) -> None:
         self.vocab_size = vocab_size
@@ -133,8 +134,8 @@ class Sampler:
         self.device = torch.device(device)
         self.reads_freely = self.device.type == "cpu" if reads_freely is None else reads_freely
         self.send, self.read_back = send, read_back
-        self.penalties = Penalties(vocab_size, self.device)
-        self.rules = TokenRules(vocab_size, self.device, eos_token_ids)
+        self.penalties = Penalties(vocab_size, send)
+        self.rules = TokenRules(vocab_size, send, eos_token_ids)
         # Requests that had void rows: from the first on more of their tokens are looked at, as long as that suffices.
         self._wide_ids: set[str] = set()
         self._late_ids: set[str] = set()  # and those for which it does not
@@ -165,11 +166,13 @@ class Sampler:
         requests: Sequence[Request],
         num_tokens: Sequence[int] | None = None,
         drafts: Drafts | None = None,
+        unread: torch.Tensor | None = None,
     ) -> Drawn:
         """logits [R, V]: of each request a row for what comes next and, with `drafts`, one behind each of its own.
 
         `num_tokens`: how many tokens, prompt included, come before what each request chooses first: the position of its
-        noise. None: all that it has. While penalties and masks apply, float32 `logits` are changed in place;
+        noise. None: all that it has. `unread` int64 [R]: on the device, the last of these tokens, where the host does
+        not know it yet (`draws_ahead`). While penalties and masks apply, float32 `logits` are changed in place;
         afterwards they are as they were. A row fails whose best logit is not finite or that has a NaN or +inf
         anywhere; the others are sampled. Single logits of -inf are tokens that the model rules out.
         Logprobs are found for the rows that count: those of a request behind its first wrong draft have none.
@@ -181,7 +184,7 @@ class Sampler:
             scores = F.pad(scores, (0, -self.vocab_size % CHUNK), value=-math.inf)
         step = _Step(logits, scores, places)
         if batch.is_adjusted:
-            with self.adjusted(scores, places) as faults:
+            with self.adjusted(scores, places, unread) as faults:
                 ids = self._choose(step, batch)
         else:
             ids, faults = self._choose(step, batch), {}
@@ -198,10 +201,13 @@ class Sampler:
         places = step.places
         still_open = [row for row, token_id in enumerate(token_ids) if token_id == _OPEN]
         if still_open:
-            with self.adjusted(step.scores, places):
+            with self.adjusted(step.scores, places):  # the host has read by now what was unread when they were drawn
                 found = _draw_among_many(step, still_open, self.send).tolist()
             for row, token_id in zip(still_open, found, strict=True):
                 token_ids[row] = token_id
+            for request in places.requests:
+                if request.finished:  # computed in vain
+                    self.forget(request.id)
         failed = [row for row, token_id in enumerate(token_ids) if token_id == _FAILED]
         failures = {row: _reason(step.logits[row], places.num_before[row], self.dtype) for row in failed}
         for row in faults.keys() - failures.keys():
@@ -214,9 +220,10 @@ class Sampler:
         """The rows without a token, whose requests are drawn in another way from now on."""
         rows = frozenset(row for row, token_id in enumerate(token_ids) if token_id < 0)
         for row in rows:
-            request_id = step.places.requests[row].id
-            is_late = request_id in self._wide_ids or token_ids[row] == _FAILED
-            (self._late_ids if is_late else self._wide_ids).add(request_id)
+            request = step.places.requests[row]
+            if not request.finished:  # else computed in vain
+                is_late = request.id in self._wide_ids or token_ids[row] == _FAILED
+                (self._late_ids if is_late else self._wide_ids).add(request.id)
         self._batch = None
         return rows
 
@@ -228,14 +235,17 @@ class Sampler:
         return self._batch
 
     @contextmanager
-    def adjusted(self, scores: torch.Tensor, places: Places) -> Iterator[dict[int, str]]:
-        """`scores` float32 [R, V], contiguous, as tokens are chosen from them; inside the context only.
+    def adjusted(
+        self, scores: torch.Tensor, places: Places, unread: torch.Tensor | None = None
+    ) -> Iterator[dict[int, str]]:
+        """`scores` float32 [R, V], contiguous, as tokens are chosen from them; inside the context only. `unread`: see
+        `draw`.
 
         Gives the rows whose grammar has failed, and why.
         """
         with (
             self.rules.biased(scores, places),
-            self.penalties.applied(scores, places),
+            self.penalties.applied(scores, places, unread),
             self.rules.barred(scores, places),
             masked(scores, places) as faults,
         ):
@@ -264,7 +274,7 @@ class Sampler:
             if self.reads_freely:
                 return _best_on_host(scores, maxima)
             return _best_of_all(scores, maxima, self._first_numbers(len(scores)))
-        ways = batch.ways if places.drafts is None else _Ways.of(places, self._wide_ids, self.send)
+        ways = batch.ways if places.drafts is None else batch.ways.of_rows(places, self.send)
         keys = self.send(noise_keys(ways.seeds, np.asarray(places.num_before)[ways.order]))
         chosen, first = [], 0
         for way in ways.parts:
@@ -300,19 +310,34 @@ class _Ways:
     seeds: np.ndarray  # uint64 [R], mixed, in that order
 
     @staticmethod
-    def of(places: Places, wide_ids: Collection[str], send: Callable[[np.ndarray], torch.Tensor]) -> "_Ways":
-        """`wide_ids`: requests of which more tokens are looked at than is usual."""
+    def of(requests: Sequence[Request], wide_ids: Collection[str], send: Send) -> "_Ways":
+        """Of a step with a row of each request. `wide_ids`: those of which more tokens are looked at than is usual."""
         numbers_of: dict[tuple[Callable, Kind | None], list[int]] = {}
-        for number, request in enumerate(places.requests):
+        for number, request in enumerate(requests):
             numbers_of.setdefault(_way(request.params, request.id in wide_ids), []).append(number)
         parts, order = [], []
         for way, numbers in numbers_of.items():
-            rows = places.rows_of_all(numbers)
-            params = [places.requests[places.owner[row]].params for row in rows]
-            parts.append(_Way(*way, send(np.array(rows)), Filters.of(params, send)))
-            order += rows
-        seeds = [mixed_seed(places.requests[places.owner[row]].params.seed) for row in order]
+            params = [requests[number].params for number in numbers]
+            parts.append(_Way(*way, send(np.array(numbers)), Filters.of(params, send)))
+            order += numbers
+        seeds = [mixed_seed(requests[number].params.seed) for number in order]
         return _Ways(parts, np.array(order), send(np.argsort(order)), np.array(seeds, dtype=np.uint64))
+
+    def of_rows(self, places: Places, send: Send) -> "_Ways":
+        """The same of a step of these requests in which they have several rows each."""
+        first = np.array(places.first)
+        counts = np.diff(first)[self.order]
+        entry = np.repeat(np.arange(len(counts)), counts)  # of each row the place of its request in `order`
+        rows = np.arange(len(entry)) + (first[self.order] - np.cumsum(counts) + counts)[entry]
+        begins = np.cumsum([0, *(len(way.index) for way in self.parts)])  # of each way in `order`
+        ends = np.cumsum(counts)[begins[1:] - 1].tolist()
+        sent = send(np.stack([rows, entry, np.argsort(rows)]))
+        parts, begin = [], 0
+        for way, first_entry, end in zip(self.parts, begins.tolist(), ends, strict=False):
+            filters = way.filters.picked(sent[1, begin:end] - first_entry, entry[begin:end] - first_entry)
+            parts.append(_Way(way.choose, way.kind, sent[0, begin:end], filters))
+            begin = end
+        return _Ways(parts, rows, sent[2], self.seeds[entry])
 
 
 @dataclass(frozen=True)
@@ -324,7 +349,7 @@ class _Judged:
     counts: list[int]  # of the best of each
 
     @staticmethod
-    def of(places: Places, send: Callable[[np.ndarray], torch.Tensor]) -> "_Judged":
+    def of(places: Places, send: Send) -> "_Judged":
         counts = [places.requests[number].params.logprobs for number in places.owner]
         rows = [row for row, count in enumerate(counts) if count is not None]
         return _Judged(send(np.array(rows)), rows, [counts[row] for row in rows])
@@ -344,16 +369,13 @@ class _Batch:
     has_logprobs: bool
 
     @staticmethod
-    def of(
-        requests: tuple[Request, ...], wide_ids: Collection[str], send: Callable[[np.ndarray], torch.Tensor]
-    ) -> "_Batch":
-        places = Places(requests)
-        ways = _Ways.of(places, wide_ids, send)
+    def of(requests: tuple[Request, ...], wide_ids: Collection[str], send: Send) -> "_Batch":
+        ways = _Ways.of(requests, wide_ids, send)
         has_logprobs = any(request.params.logprobs is not None for request in requests)
         return _Batch(
             requests,
             ways,
-            _Judged.of(places, send) if has_logprobs else None,
+            _Judged.of(Places(requests), send) if has_logprobs else None,
             is_greedy=all(way.choose is _best for way in ways.parts),
             is_adjusted=any(_is_adjusted(request) for request in requests),
             needs_tokens=any(_needs_tokens(request) for request in requests),
@@ -362,7 +384,7 @@ class _Batch:
 
 
 def _needs_tokens(request: Request) -> bool:
-    return request.params.needs_history or request.matcher is not None or request.bad_words is not None
+    return request.matcher is not None or request.bad_words is not None
 
 
 def _is_adjusted(request: Request) -> bool:
@@ -409,7 +431,7 @@ def _draw_among_few(rows: _Rows, kind: Kind) -> torch.Tensor:
     return torch.where(rows.maxima.amax(dim=-1).abs() < math.inf, chosen, _FAILED)
 
 
-def _draw_among_many(step: _Step, rows: list[int], send: Callable[[np.ndarray], torch.Tensor]) -> torch.Tensor:
+def _draw_among_many(step: _Step, rows: list[int], send: Send) -> torch.Tensor:
     """Gumbel-max over what the filters leave, however many these are."""
     places, scores = step.places, step.scores[send(np.array(rows))]
     params = [places.requests[places.owner[row]].params for row in rows]

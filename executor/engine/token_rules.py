@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from executor.device.ops import Send
 from executor.engine.places import Places
 from executor.schedule.request import Request
 
@@ -22,9 +23,9 @@ from executor.schedule.request import Request
 class TokenRules:
     """Patches logits; keeps the last batch's tables until one of its requests is forgotten."""
 
-    def __init__(self, vocab_size: int, device: torch.device, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, vocab_size: int, send: Send, eos_token_ids: Sequence[int]) -> None:
         self.vocab_size = vocab_size
-        self.device = device
+        self.send = send
         self.eos_token_ids = frozenset(eos_token_ids)
         self._bias: _Biases | None = None
         self._allowed: _Allowed | None = None
@@ -40,7 +41,7 @@ class TokenRules:
         if self._bias is None or self._bias.requests != requests:
             self._bias = _Biases(requests)
         rows = [places.rows_of(number) for number in numbers]
-        index, bias = self._bias.of_rows(rows, scores.shape[-1], self.device)
+        index, bias = self._bias.of_rows(rows, scores.shape[-1], self.send)
         with _patched(scores.view(-1), index) as picked:
             scores.view(-1)[index] = picked + bias
             yield
@@ -57,13 +58,13 @@ class TokenRules:
         if numbers:
             requests = tuple(places.requests[number] for number in numbers)
             if self._allowed is None or self._allowed.requests != requests:
-                self._allowed = _Allowed.of(requests, scores.shape[-1], self.device)
+                self._allowed = _Allowed.of(requests, scores.shape[-1], self.send)
             owner = [which for which, number in enumerate(numbers) for _ in places.rows_of(number)]
-            rows, owner = torch.tensor([places.rows_of_all(numbers), owner], device=self.device)
+            rows, owner = self.send(np.array([places.rows_of_all(numbers), owner]))
         with _patched(scores, rows) as picked:
             if picked is not None:
                 scores[rows] = torch.where(self._allowed.others[owner], _ruled_out(picked), picked)
-            index = torch.tensor(barred, device=self.device) if barred else None
+            index = self.send(np.array(barred)) if barred else None
             with _patched(scores.view(-1), index) as chosen:
                 if chosen is not None:
                     scores.view(-1)[index] = _ruled_out(chosen)
@@ -112,7 +113,7 @@ class _Biases:
         self._rows: list[range] = []
         self._sent: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def of_rows(self, rows: list[range], width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_rows(self, rows: list[range], width: int, send: Send) -> tuple[torch.Tensor, torch.Tensor]:
         """Of every biased token its place in the flat logits, int64 [M], and its bias, float32 [M].
 
         `rows`: those of each request. What was sent last is kept for a step of the same rows.
@@ -121,7 +122,7 @@ class _Biases:
             index = [ids + row * width for ids, each in zip(self._ids, rows, strict=True) for row in each]
             values = [bias for bias, each in zip(self._values, rows, strict=True) for _ in each]
             values = np.concatenate(values).view(np.int32)
-            sent = torch.from_numpy(np.stack([np.concatenate(index), values])).to(device)
+            sent = send(np.stack([np.concatenate(index), values]))
             self._rows, self._sent = rows, (sent[0].clone(), sent[1].to(torch.int32).view(torch.float32))
         return self._sent
 
@@ -134,11 +135,11 @@ class _Allowed:
     others: torch.Tensor  # bool [N, V]
 
     @staticmethod
-    def of(requests: tuple[Request, ...], width: int, device: torch.device) -> "_Allowed":
+    def of(requests: tuple[Request, ...], width: int, send: Send) -> "_Allowed":
         others = np.ones((len(requests), width), dtype=bool)
         for number, request in enumerate(requests):
             others[number, list(request.params.allowed_token_ids)] = False
-        return _Allowed(requests, torch.from_numpy(others).to(device))
+        return _Allowed(requests, send(others))
 
 
 @contextmanager

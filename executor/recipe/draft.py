@@ -57,7 +57,12 @@ def draft_recipe(recipe: Recipe, label: str = "none") -> Recipe:
 
 
 def section_findings(settings: SpeculativeSection) -> list[str]:
-    """A draft model that is asked for and not named, or named and not asked for."""
+    """A draft model that is asked for and not named, or named and not asked for; bounds that leave nothing."""
+    if settings.ngram_min > settings.ngram_max:
+        return [
+            f"speculative_config.ngram_min: got {settings.ngram_min}, but ngram_max is {settings.ngram_max}; allowed: "
+            f"1 to {settings.ngram_max}, or raise ngram_max"
+        ]
     if settings.method == "draft" and settings.model_path is None:
         return [f"{KEY}: null, and method is draft; name the folder or hub id of a smaller model of the same family"]
     if settings.method != "draft" and settings.model_path is not None:

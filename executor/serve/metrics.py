@@ -60,7 +60,9 @@ class Metrics:
         )  # fmt: skip
         self._finished = {reason: success.labels(**self._labels, finished_reason=reason) for reason in FINISHED}
         self._ttft = self._histogram("vllm:time_to_first_token_seconds", "From arrival to first token.", FIRST_TOKEN_S)
-        self._itl = self._histogram("vllm:inter_token_latency_seconds", "From token to token.", TOKEN_S)
+        self._itl = self._histogram(
+            "vllm:inter_token_latency_seconds", "From token to token; those of one step come together.", TOKEN_S
+        )
         self._tpot = self._histogram(
             "vllm:request_time_per_output_token_seconds", "Of each request: mean time of a token after the first.",
             TOKEN_S,
@@ -84,14 +86,16 @@ class Metrics:
         def observe(event: Event) -> None:
             nonlocal last, is_first
             if isinstance(event, Delta):
-                now = time.monotonic()
-                if is_first and event.token_ids:
+                now, num_tokens = time.monotonic(), len(event.token_ids)
+                gaps_s = [now - last] + [0.0] * (num_tokens - 1) if num_tokens else []
+                if is_first and gaps_s:
                     is_first = False
                     self._ttft.observe(now - started)
-                elif event.token_ids:
-                    self._itl.observe(now - last)
+                    del gaps_s[0]
+                for gap_s in gaps_s:
+                    self._itl.observe(gap_s)
                 last = now
-                self._generation_tokens.inc(len(event.token_ids))
+                self._generation_tokens.inc(num_tokens)
             elif isinstance(event, Done):
                 self._request_ended(event, time.monotonic() - started)
             else:

@@ -19,13 +19,17 @@ def naive_causal(q, k, v, scale):
     return torch.einsum("hnl,lhd->nhd", probabilities, v).flatten(1)
 
 
-@pytest.mark.parametrize("tables", [[[0, 1, 2], [3], [4, 5]], [[5, 0, 3], [2], [4, 1]]], ids=["consecutive", "spread"])
+@pytest.mark.parametrize(
+    "tables",
+    [[[0, 1, 2], [3], [4, 5], [6, 7, 8, 9]], [[5, 0, 3], [2], [4, 1], [9, 6, 8, 7]]],
+    ids=["consecutive", "spread"],
+)
 def test_paged_attention_of_mixed_rows(tables):
-    """A decode row, a whole prompt and a chunk behind a prefix, in one step."""
+    """A decode row, a whole prompt, and few and many queries behind a prefix, in one step."""
     torch.manual_seed(0)
     block_size, heads, kv_heads, dim = 16, 6, 2, 24
-    q_lens, kv_lens = [1, 9, 11], [40, 9, 30]
-    (cache,) = OPS.kv_cache(1, 6, block_size, kv_heads, dim, torch.float32)
+    q_lens, kv_lens = [1, 9, 11, 40], [40, 9, 30, 60]
+    (cache,) = OPS.kv_cache(1, 10, block_size, kv_heads, dim, torch.float32)
     keys, values = [], []
     for table, length in zip(tables, kv_lens, strict=True):
         keys.append(torch.randn(length, kv_heads, dim))
@@ -55,7 +59,9 @@ def test_rope_turns_pairs_of_the_two_halves():
     x, angles = torch.randn(4, 2, 6), torch.randn(4, 3)
     cos, sin = (torch.cat((f(angles), f(angles)), -1) for f in (torch.cos, torch.sin))
     turned = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones(4, 1, 3), angles.unsqueeze(1))
+    before = x.clone()
     torch.testing.assert_close(OPS.rope(x, cos, sin), torch.cat((turned.real, turned.imag), -1))
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -80,11 +80,11 @@ def test_two_emulated_ranks_answer_as_the_cpu(name, answers) -> None:
     equal = [ours == theirs for ours, theirs in zip(found["answers"], wanted, strict=True)]
     # Half precision may move one box by a pixel.
     assert found["status"] == 0 and len(equal) == 6 and sum(equal) >= 5, found["answers"]
-    lengths = {length for *_, length in found["steps"]}
+    lengths = {length for *_, length, _ in found["steps"]}
     drafts = CASES[name][1].get("num_drafts")
     in_graph = CASES[name][3].get("exe_mode") == "ge_graph"
     # Steps in which some prompt is read are eager (0), and decode rows among them.
     assert lengths - {0} == ({1, 1 + drafts} if drafts else {1} if in_graph else set())
     if drafts:
-        with_drafts = {length for *_, num_drafts, length in found["steps"] if num_drafts}
-        assert with_drafts - {0} == {1 + drafts} and sum(num_drafts for *_, num_drafts, _ in found["steps"]) > drafts
+        with_drafts = {length for *_, num_drafts, length, _ in found["steps"] if num_drafts}
+        assert with_drafts - {0} == {1 + drafts} and sum(num_drafts for *_, num_drafts, _, _ in found["steps"]) > drafts

@@ -175,3 +175,32 @@ def test_pictures_are_dealt_by_cost() -> None:
         owners = deal(costs, 8)
         loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(8)]
         assert max(loads) <= 4 / 3 * max(sum(costs) / 8, max(costs)) + 1e-9  # Graham's bound for largest first
+
+
+def test_a_plan_made_ahead_says_that_its_tokens_come_later(pair) -> None:
+    leader, follower = pair
+    plans = follower.follow()
+    s = scheduler(max_num_seqs=4)
+    runner, num_ahead = FakeRunner(s), 0
+    for number in range(3):
+        s.add(request(f"r{number}", [number] * 5, max_new_tokens=4 + number, ignore_eos=True))
+
+    def lead(plan: Plan) -> Plan:
+        leader.lead(plan, graphs=None)
+        told = next(plans)
+        assert (told.is_decode, told.continues is not None) == (plan.is_decode, plan.continues is not None)
+        places = [(row.start, row.request.block_ids) for row in plan.rows]
+        assert [(row.start, row.request.block_ids) for row in told.rows] == places
+        for row in told.rows:  # of a plan made ahead the last token is not known
+            assert row.start + row.num_tokens - row.request.num_tokens == (plan.continues is not None)
+        return plan
+
+    while s.has_work:
+        plan = lead(s.schedule())
+        tokens = runner.execute(plan)
+        while (ahead := s.schedule_ahead(plan)) is not None:
+            following = runner.execute(lead(ahead), before=tokens)
+            s.update(plan, tokens)
+            plan, tokens, num_ahead = ahead, following, num_ahead + 1
+        s.update(plan, tokens)
+    assert num_ahead == 5

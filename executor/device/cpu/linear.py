@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PACK_ELEMENTS = 1 << 26  # of the fp32 copy that packing makes: 256 MiB
-EXPAND_ELEMENTS = 1 << 21  # of the fp32 block that a product is made from: 8 MiB
+EXPAND_ELEMENTS = 1 << 24  # of the fp32 block that a product is made from: 64 MiB; by 8 MiB it takes 1.3 times as long
 
 
 class Plain:
@@ -61,7 +61,7 @@ class PackedFp16:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scale: float) -> None:
         num_out, num_in = weight.shape
-        self.scale = scale
+        self.scale, self.inverse = scale, torch.tensor(1 / scale)  # a tensor: a number is made one at every call
         self.scales_input = num_in < num_out
         bias = None if bias is None else bias.float() * (1.0 if self.scales_input else scale)
         rows = max(1, PACK_ELEMENTS // num_in)
@@ -79,10 +79,10 @@ class PackedFp16:
             return x.new_empty(0, self.num_out)
         x = x.float()
         if self.scale != 1 and self.scales_input:
-            x = x / self.scale
+            x = x * self.inverse
         y = self.run(x, self.parts[0]) if len(self.parts) == 1 else torch.cat([self.run(x, p) for p in self.parts], -1)
         if self.scale != 1 and not self.scales_input:
-            y.div_(self.scale)
+            y.mul_(self.inverse)
         return y.to(dtype)
 
 

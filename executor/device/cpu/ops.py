@@ -26,6 +26,7 @@ from executor.device.weights import Weight, expert_form, experts_of
 logger = logging.getLogger(__name__)
 
 _TILE_ELEMENTS = 1 << 17
+_FEW_QUERIES = 32  # of a row behind cached tokens; up to here reading keys and values takes longer than the products
 
 
 @dataclass(slots=True)
@@ -68,8 +69,11 @@ class CpuOps(Ops):
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         half = x.shape[-1] // 2
-        rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-        return x * cos.unsqueeze(-2) + rotated * sin.unsqueeze(-2)
+        first, second, sin = x[..., :half], x[..., half:], sin.unsqueeze(-2)
+        out = x * cos.unsqueeze(-2)
+        out[..., :half].addcmul_(second, sin[..., :half], value=-1)
+        out[..., half:].addcmul_(first, sin[..., half:])
+        return out
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -222,18 +226,20 @@ class CpuOps(Ops):
             k, v = _rows_of(cache.k, row), _rows_of(cache.v, row)  # [1, K, L, D]
             if scales is not None:
                 k, v = scales.widened(k, v)
-            mine = q[row.start : row.start + row.q_len]
-            target = out[row.start : row.start + row.q_len]
-            if row.q_len == 1:
-                # The query heads of one KV head share its keys: they stand as query rows, nothing is repeated.
-                y = F.scaled_dot_product_attention(mine.view(1, num_kv_heads, group, dim), k, v, scale=scale)
-                target.copy_(y.view(1, -1))
+            queries = q[row.start : row.start + row.q_len].unflatten(1, (num_kv_heads, group))
+            target = out[row.start : row.start + row.q_len].view(row.q_len, num_kv_heads, group, dim)
+            if row.q_len > _FEW_QUERIES or (row.q_len > 1 and row.mask is None):
+                y = F.scaled_dot_product_attention(
+                    queries.flatten(1, 2).transpose(0, 1).unsqueeze(0), k, v, attn_mask=row.mask,
+                    is_causal=row.mask is None, scale=scale, enable_gqa=True,
+                )  # fmt: skip
+                target.copy_(y[0].unflatten(0, (num_kv_heads, group)).permute(2, 0, 1, 3))
                 continue
-            k, v = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))
-            y = F.scaled_dot_product_attention(
-                mine.transpose(0, 1).unsqueeze(0), k, v, attn_mask=row.mask, is_causal=row.mask is None, scale=scale
-            )
-            target.view(row.q_len, num_heads, dim).copy_(y[0].transpose(0, 1))
+            # The query heads of one KV head stand as query rows: its keys are read once for all of them.
+            rows = queries.permute(1, 2, 0, 3).reshape(1, num_kv_heads, group * row.q_len, dim)
+            mask = None if row.mask is None else row.mask.expand(group, -1, -1).flatten(0, 1)
+            y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
+            target.copy_(y.view(num_kv_heads, group, row.q_len, dim).permute(2, 0, 1, 3))
         return out if scales is None else scales.scaled_values(out)
 
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:

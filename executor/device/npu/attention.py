@@ -5,7 +5,7 @@ lengths where the op wants them. Nothing here reads a device tensor back.
 Legend: T tokens, H query heads, K kv heads, D head dim, R rows (requests) of the step.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -17,7 +17,7 @@ import torchair
 from torch import Tensor
 
 from executor.device.npu import int8_cache, layout
-from executor.device.ops import HeadNorms, Heads, KVLayer
+from executor.device.ops import HeadNorms, Heads, KVLayer, Send
 
 _FUSED_ROWS = 4096  # requests (or packed segments) of one npu_fused_infer_attention_score call
 _ATB_ROWS = 2000
@@ -51,7 +51,7 @@ def prepare(
     kv_lens: Sequence[int],
     block_tables: Sequence[Sequence[int]],
     block_size: int,
-    send: Callable[[np.ndarray], Tensor],
+    send: Send,
 ) -> Step:
     """The step of these rows; each has its own number of blocks, the rest of the table is block 0."""
     needed = [-(-kv_len // block_size) for kv_len in kv_lens]
@@ -79,7 +79,7 @@ def advanced(
     kv_lens: Sequence[int],
     block_tables: Sequence[Sequence[int]],
     entered: Sequence[int],
-    send: Callable[[np.ndarray], Tensor],
+    send: Send,
 ) -> Step:
     """A decode step's rows one token further; the table is sent again only where rows have `entered` a block."""
     step = replace(step, kv_lens=list(kv_lens))

@@ -27,8 +27,8 @@ TRIAL_TOKENS = 2
 MOST_SAVED = 4  # steps' time
 TRAILING_SHARE = 0.01  # of a step's time: what tokens behind the drafts may cost
 MEMORY = 0.85  # of what has been seen, after another draft
-PRIOR_WEIGHT = 2.0  # drafts that all requests' rate counts for
-FIRST_RATE = 0.5  # before anything has been seen
+PRIOR_WEIGHT = 2.0  # tries that the rate of all requests counts for, when a request begins
+FIRST_RATE = 0.5  # of all requests, before anything has been seen
 ALL_MEMORY = 0.98
 LEAST_CHANCE = 0.02  # of a draft that is considered
 
@@ -37,39 +37,38 @@ LEAST_CHANCE = 0.02  # of a draft that is considered
 class Rate:
     """A share of tries that succeeded, of which the older ones count less."""
 
-    right: float = 0.0
-    tried: float = 0.0
+    right: float
+    tried: float
+
+    @property
+    def value(self) -> float:
+        return self.right / self.tried
 
     def add(self, num_right: int, num_tried: int, memory: float) -> None:
         self.right = self.right * memory + num_right
         self.tried = self.tried * memory + num_tried
 
-    def value(self, prior: float) -> float:
-        return (self.right + PRIOR_WEIGHT * prior) / (self.tried + PRIOR_WEIGHT)
-
 
 class Acceptance:
-    """How often drafts are right: the first one, and those behind right ones."""
+    """How often drafts are right: the first one, and those behind right ones. It begins with what others have."""
 
-    def __init__(self, memory: float) -> None:
-        self.first, self.later = Rate(), Rate()
+    def __init__(self, first: float, later: float, memory: float) -> None:
+        self.first = Rate(PRIOR_WEIGHT * first, PRIOR_WEIGHT)
+        self.later = Rate(PRIOR_WEIGHT * later, PRIOR_WEIGHT)
         self._memory = memory
 
     def add(self, num_drafts: int, num_right: int) -> None:
         self.first.add(min(num_right, 1), 1, self._memory)
         num_later = min(num_right + 1, num_drafts) - 1
-        if num_later > 0 and num_right:
+        if num_later > 0:
             self.later.add(num_right - 1, num_later, self._memory)
 
-    def chances(self, most: int, prior: "Acceptance | None") -> list[float]:
-        """That at least 1, 2, ... of `most` drafts are right."""
-        first, later = self.first, self.later
-        of_first = first.value(prior.first.value(FIRST_RATE) if prior else FIRST_RATE)
-        of_later = later.value(prior.later.value(FIRST_RATE) if prior else FIRST_RATE)
-        chances, chance = [], of_first
+    def chances(self, most: int) -> list[float]:
+        """That at least 1, 2, ... of `most` drafts are right, as long as it is worth a thought."""
+        chance, later, chances = self.first.value, self.later.value, []
         while len(chances) < most and chance >= LEAST_CHANCE:
             chances.append(chance)
-            chance *= of_later
+            chance *= later
         return chances
 
 
@@ -88,7 +87,7 @@ class Adaptive:
     def __init__(self, costs: StepCosts, *, is_free: bool) -> None:
         self._costs = costs
         self._is_free = is_free
-        self._all = Acceptance(ALL_MEMORY)
+        self._all = Acceptance(FIRST_RATE, FIRST_RATE, ALL_MEMORY)
         self._states: dict[str, _State] = {}
         self._saved_s = 0.0  # for trials
         self._is_trial = False
@@ -103,8 +102,9 @@ class Adaptive:
             (-chance, number)
             for number, (request, limit) in enumerate(zip(requests, limits, strict=True))
             if limit
-            for chance in self._state(request).acceptance.chances(limit, self._all)
+            for chance in self._state(request).acceptance.chances(limit)
         )
+        del chances[self._costs.most_drafts(num_rows) :]
         best, num_best, expected = MARGIN * num_rows / plain_s, 0, float(num_rows)
         for count, (negative, _) in enumerate(chances, start=1):
             expected -= negative
@@ -127,12 +127,14 @@ class Adaptive:
             return False
         return (num_rows + num_drafts) * plain_s > MARGIN * num_rows * self._costs.verifying(num_rows, num_drafts)
 
-    def has_room(self, num_rows: int, num_drafts: int, num_more: int) -> bool:
-        """Whether a step takes hardly longer with so many more tokens, which are not expected to be right."""
+    def room(self, num_rows: int, num_drafts: int, num_more: int) -> int:
+        """How many more tokens, of `num_more` that will hardly be right, a step takes hardly longer with."""
         if self._costs.plain(num_rows) is None:
-            return False
+            return 0
+        count = min(num_more, self._costs.most_drafts(num_rows) - num_drafts)
         without_s = self._costs.verifying(num_rows, num_drafts)
-        return self._costs.verifying(num_rows, num_drafts + num_more) <= without_s * (1 + TRAILING_SHARE)
+        is_cheap = count > 0 and self._costs.verifying(num_rows, num_drafts + count) <= without_s * (1 + TRAILING_SHARE)
+        return count if is_cheap else 0
 
     def num_to_hold(self, request: Request) -> int:
         """Drafts to make of a request that computes none in this step, for `hold`."""
@@ -172,7 +174,9 @@ class Adaptive:
     def _state(self, request: Request) -> _State:
         state = self._states.get(request.id)
         if state is None:
-            state = self._states[request.id] = _State(Acceptance(MEMORY))
+            everybody = self._all
+            acceptance = Acceptance(everybody.first.value, everybody.later.value, MEMORY)
+            state = self._states[request.id] = _State(acceptance)
         return state
 
     def _add(self, state: _State, num_drafts: int, num_accepted: int) -> None:

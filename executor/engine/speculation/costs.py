@@ -3,7 +3,7 @@
 Steps without drafts and steps that verify some may go different ways (a graph, another kernel), so that each kind has
 its own curve. Of a size the median of the latest steps counts, once there are two: the first step of a size is often
 slow. What is not known is thought cheap, so that it is tried: between two sizes in a line, and beyond the largest one
-at no more.
+at no more; but steps grow to twice the largest size at most, since they may cost as much by the token.
 Knows sizes and seconds only.
 """
 
@@ -46,6 +46,11 @@ class Curve:
         """None where that size is not known."""
         return self._seconds.get(size)
 
+    @property
+    def largest(self) -> int:
+        """Size that is known; 0 where none is."""
+        return self._sizes[-1] if self._sizes else 0
+
     def between(self, size: int, floor: tuple[int, float]) -> float:
         """In a line between the neighbours. `floor`: a size that is not above, and its seconds; the least."""
         above = bisect_left(self._sizes, size)
@@ -85,6 +90,10 @@ class StepCosts:
         if self._num_since.get(num_rows, 0) >= STALE_STEPS:
             return None
         return self._plain.at(num_rows)
+
+    def most_drafts(self, num_rows: int) -> int:
+        """That a step may be tried with."""
+        return 2 * max(num_rows, self._verifying.largest) - num_rows
 
     def verifying(self, num_rows: int, num_drafts: int) -> float:
         """Of rows whose cost without drafts is known; never less than that."""

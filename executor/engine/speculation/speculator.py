@@ -140,15 +140,15 @@ class Speculator:
 
     def _with_trailing(self, plan: Plan, limits: Sequence[int], drafts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         rooms = [min(limit - len(each), self.proposer.num_trailing) for each, limit in zip(drafts, limits, strict=True)]
-        num_more = sum(rooms)
-        if not num_more:
-            return drafts
-        if self.adaptive is not None and not self.adaptive.has_room(_num_rows(plan), sum(map(len, drafts)), num_more):
-            return drafts
-        return [
-            each + self.proposer.trailing(row, each, room) if room else each
-            for row, each, room in zip(plan.rows, drafts, rooms, strict=True)
-        ]
+        left = sum(rooms)
+        if self.adaptive is not None and left:
+            left = self.adaptive.room(_num_rows(plan), sum(map(len, drafts)), left)
+        longer = []
+        for row, each, room in zip(plan.rows, drafts, rooms, strict=True):
+            count = min(room, left)
+            left -= count
+            longer.append(each + self.proposer.trailing(row, each, count) if count else each)
+        return longer
 
 
 def _num_rows(plan: Plan) -> int:

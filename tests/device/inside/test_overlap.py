@@ -1,12 +1,14 @@
 """Steps of emulated chips that are queued before the last one's tokens are read: the same answers, one read a step."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from emulator.reads import reading
+from executor.device.npu.ops import NpuOps
 from executor.schedule.request import SamplingParams
 from tests.device.inside.npu import A2, A3, DUO, backend, engine_on, exact
 from tests.models.test_generation import CASES
@@ -19,13 +21,13 @@ PARAMS = {
     "top_k": replace(GREEDY, temperature=0.8, top_k=20, top_p=0.9, seed=1),
     "top_p": replace(GREEDY, temperature=0.05, top_p=0.9, seed=1, logprobs=0),
     "biased": replace(GREEDY, logit_bias=((5, 1.0),), min_new_tokens=4),
-    "penalties": replace(GREEDY, repetition_penalty=1.1, presence_penalty=0.2),
+    "penalties": replace(GREEDY, repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.3),
 }
 CHIPS = {
     "a2": (A2, "eager", torch.float32),
     "a3": (A3, "eager", torch.float32),
     "duo": (DUO, "eager", torch.float16),
-    "a2_acl_graph": (A2, "acl_graph", torch.float32),
+    "a2_acl_graph": (A2, "npugraph_ex", torch.float32),
     "a3_ge_graph": (A3, "ge_graph", torch.float32),
 }
 
@@ -36,12 +38,18 @@ def folder(request, tmp_path_factory):
 
 
 @pytest.fixture(params=CHIPS)
-def engine(request, folder, tmp_path):
+def engine(request, folder, tmp_path, monkeypatch):
     soc, mode, dtype = CHIPS[request.param]
+    if mode == "npugraph_ex":  # what is captured cannot be replayed here: it is computed, from the replay's arguments
+        monkeypatch.setattr(NpuOps, "capture", lambda device, decode, mode, folder: partial(replayed, decode))
     model = {"exe_mode": mode, "strict_graph": True, "output_path": str(tmp_path)} if mode != "eager" else {}
     sizes = {"graph_batch_sizes": (2, 4), "num_blocks": 128} if model else {}
     with exact():
         yield engine_on(backend(soc), folder, dtype, model=model, max_num_seqs=4, **sizes)
+
+
+def replayed(decode, token_ids, positions, slots, _, block_table, q_outs, lengths) -> torch.Tensor:
+    return decode(token_ids, positions, slots, lengths, block_table, q_outs)
 
 
 def answers(engine, params) -> list:
@@ -57,7 +65,7 @@ def test_answers_are_those_of_steps_one_after_the_other(engine, name, monkeypatc
     monkeypatch.setattr(engine.runner, "launch", lambda plan: ahead.append(plan.continues is not None) or launch(plan))
     assert engine.overlaps
     found = answers(engine, params)
-    assert sum(ahead) == 0 if params.needs_history else sum(ahead) > 25
+    assert sum(ahead) > 25
     engine.overlaps = False
     assert found == answers(engine, params)
 
@@ -70,6 +78,7 @@ def test_a_decode_step_reads_the_device_once(engine, name, monkeypatch) -> None:
     counted = lambda array, into=None: sent.append(np.shape(array)) or send(array, into)  # noqa: E731
     monkeypatch.setattr(engine.runner.device, "send", counted)
     monkeypatch.setattr(engine.runner.sampler, "send", counted)
+    monkeypatch.setattr(engine.runner.sampler.penalties, "send", counted)
     for messages in list(CASES.values())[:2]:
         engine.add(engine.processor.build(messages), PARAMS[name])
     for _ in range(4):
