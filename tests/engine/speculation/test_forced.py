@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from executor.engine.speculation.speculator import Speculator
+from executor.engine.speculation.speculator import Proposer, Speculator
 from executor.schedule.request import THINK_END, Grammar, SamplingParams
 from tests.engine.test_grammar import calls
 from tests.engines import engine_over
@@ -25,7 +25,7 @@ CASES = {
 }
 
 
-class Nothing:
+class Nothing(Proposer):
     """Proposes nothing."""
 
     is_free, num_trailing = True, 0
