@@ -75,7 +75,7 @@ class Penalties:
         if self._batch is None or not self._batch.holds(histories):
             self._batch = _Batch(histories, numbers, bases, self.send)
         else:
-            self._batch.move(bases)
+            self._batch.move(numbers, bases)
             self._batch.append(changes)
         entries = self._batch.entries()
         ahead = [
@@ -197,7 +197,8 @@ class _Batch:
     def __init__(self, histories: Sequence[_History], numbers: Sequence[int], bases: Sequence[int], send: Send) -> None:
         """`numbers`: which of the step's requests the histories are of; `bases`: where their rows begin in the flat
         logits."""
-        self._histories, self._bases, self._send = tuple(histories), list(bases), send
+        self._histories, self._of_requests, self._bases = tuple(histories), list(numbers), list(bases)
+        self._send = send
         counts = [len(history.ids) for history in histories]
         self._size = sum(counts)
         # Of each history: where its first tokens stand, how many they are, and where each later one stands.
@@ -224,8 +225,10 @@ class _Batch:
         """Whether it is of these."""
         return len(self._histories) == len(histories) and all(map(operator.is_, self._histories, histories))
 
-    def move(self, bases: Sequence[int]) -> None:
-        """The rows begin elsewhere: those before them have more or fewer drafts."""
+    def move(self, numbers: Sequence[int], bases: Sequence[int]) -> None:
+        """The rows begin elsewhere: there are more or fewer before them, or these have more or fewer drafts."""
+        if numbers != self._of_requests:
+            self._of_requests, self._numbers = list(numbers), self._send(np.array(numbers))
         if bases == self._bases:
             return
         moved = self._send(np.subtract(bases, self._bases))
