@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from executor.command_line import MODULES, check, extra_commands, parse
 from executor.errors import EngineEnded, UserError
 from executor.host.env import calm_threads, environment, quiet_torch
-from executor.host.limits import host_cores
 from executor.host.streams import READER_GONE, print_document, reader_is_gone, write_to_nobody
 
 if TYPE_CHECKING:
@@ -117,6 +116,8 @@ def run(arguments: argparse.Namespace, argv: Sequence[str], rank: "Rank | None" 
     recipe = load_recipe(arguments.config, arguments.overrides)
     is_head = rank is None and recipe.num_jobs(arguments.command) > 1  # jobs on a cluster have the ranks
     is_alone = is_head or (rank is None and recipe.parallel.world_size == 1)
+    if is_alone and not is_head and needs_ranks(arguments, recipe):
+        _set_options(recipe, local_ranks=1)
     if rank is None and arguments.command == "serve":
         from executor.commands.serve.mistakes import check_mistakes
 
@@ -124,8 +125,6 @@ def run(arguments: argparse.Namespace, argv: Sequence[str], rank: "Rank | None" 
         check_mistakes(recipe, listens=is_alone and "RECIPE_FRONT" not in environment())
         logger.info("loading %s", recipe.model.model_path)
     if is_alone or not needs_ranks(arguments, recipe):
-        if needs_ranks(arguments, recipe) and not is_head:
-            _set_options(recipe, local_ranks=1)
         options = {} if arguments.save is None else {"save": arguments.save}
         if arguments.compared is not None:
             options = {"compared": arguments.compared}
@@ -156,9 +155,7 @@ def _set_options(recipe: "Recipe", local_ranks: int) -> None:
     device = resolve_device(recipe).model.device
     if device == "npu" and not has_torch_npu():  # which is refused in a moment
         return
-    # One process takes all cores of a CPU as it is, but does not see a container's quota of them.
-    if device == "npu" or local_ranks > 1 or host_cores() < len(os.sched_getaffinity(0)):
-        apply(rank_options(recipe, device, local_ranks))
+    apply(rank_options(recipe, device, local_ranks))
 
 
 def end(status: int) -> NoReturn:

@@ -1,6 +1,7 @@
 """Before any test module is imported: transformers must find torchvision, or never will. And the order of the files."""
 
 import gc
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +29,8 @@ LONGEST = (
 
 
 def pytest_configure() -> None:
+    # A command that a test runs in this process would begin the process anew to have it.
+    os.environ.setdefault("GLIBC_TUNABLES", "")
     torchvision_reference.install()
     gc.set_threshold(20_000)  # torch and transformers are a million objects, and no garbage
 

@@ -52,6 +52,12 @@ class Filters:
         sent = send(table)
         return Filters(sent[0], sent[1], sent[4].view(torch.int64), sent[2], sent[3], tuple(table[0].tolist()))
 
+    def picked(self, index: torch.Tensor, numbers: np.ndarray) -> "Filters":
+        """Those of some rows, int64 [M]: `index` on the device, `numbers` the same on the host."""
+        fields = (self.temperature, self.reach, self.top_k, self.top_p, self.min_p)
+        host = np.array(self.host_temperature)[numbers].tolist()
+        return Filters(*(each.index_select(0, index) for each in fields), tuple(host))
+
 
 @dataclass(frozen=True)
 class Kind:

@@ -197,8 +197,8 @@ class _Batch:
     def __init__(self, histories: Sequence[_History], numbers: Sequence[int], bases: Sequence[int], send: Send) -> None:
         """`numbers`: which of the step's requests the histories are of; `bases`: where their rows begin in the flat
         logits."""
-        self._histories, self._of_requests, self._bases = tuple(histories), list(numbers), list(bases)
-        self._send = send
+        self._histories, self._send = tuple(histories), send
+        self._at = list(numbers), list(bases)
         counts = [len(history.ids) for history in histories]
         self._size = sum(counts)
         # Of each history: where its first tokens stand, how many they are, and where each later one stands.
@@ -226,15 +226,14 @@ class _Batch:
         return len(self._histories) == len(histories) and all(map(operator.is_, self._histories, histories))
 
     def move(self, numbers: Sequence[int], bases: Sequence[int]) -> None:
-        """The rows begin elsewhere: there are more or fewer before them, or these have more or fewer drafts."""
-        if numbers != self._of_requests:
-            self._of_requests, self._numbers = list(numbers), self._send(np.array(numbers))
-        if bases == self._bases:
+        """The rows stand elsewhere: there are others before them now, or these have more or fewer drafts."""
+        at = list(numbers), list(bases)
+        if at == self._at:
             return
-        moved = self._send(np.subtract(bases, self._bases))
+        moved, self._numbers = self._send(np.array([np.subtract(bases, self._at[1]), numbers], dtype=np.int64))
         self._index += moved[self._owner]
-        self._starts += moved
-        self._bases = list(bases)
+        self._starts = self._starts + moved
+        self._at = at
 
     def unread(self, token_ids: torch.Tensor) -> _Entries:
         """One entry for each history: its token of `token_ids` int64 [N], one for each of the step's requests."""
@@ -248,7 +247,7 @@ class _Batch:
         """Write what each history's `catch_up` returned: one copy to the device, whatever their number."""
         columns: list[tuple[int, int, float, float, int, int]] = []
         for number, ((start, count, later), changed) in enumerate(zip(self._where, changes, strict=True)):
-            repetition, base = self._histories[number].repetition, self._bases[number]
+            repetition, base = self._histories[number].repetition, self._at[1][number]
             for slot, (token_id, offset, times) in changed.items():
                 if slot < count:
                     place = start + slot

@@ -294,11 +294,11 @@ class Runner:
             found = sampled.token_ids[at : at + count]
             chosen.append(found)
             num_kept = num_right(row.draft_ids, found) + 1 if count else 0
-            failed = next((place for place in range(num_kept) if at + place in sampled.failures), None)
-            if failed == 0:
-                result.failures[number] = sampled.failures[at]
-            if failed is not None:  # behind a token that was found the next step meets the fault again
-                num_kept = failed
+            if sampled.failures:
+                failed = next((place for place in range(num_kept) if at + place in sampled.failures), num_kept)
+                if failed == 0 and count:
+                    result.failures[number] = sampled.failures[at]
+                num_kept = failed  # behind a token that was found the next step meets the fault again
             token_ids.append(found[:num_kept])
             if num_kept and sampled.logprobs[at] is not None:
                 result.logprobs[number] = sampled.logprobs[at : at + num_kept]
@@ -522,8 +522,8 @@ class Runner:
         host = _HostInputs(
             np.empty(total, dtype=np.int64), np.empty((3, total), dtype=np.int64), np.empty(total, dtype=np.int64)
         )
-        at = self._gather_decode(host, rows)
-        for row in rows[at:]:
+        num_rows, at = self._gather_decode(host, rows)
+        for row in rows[num_rows:]:
             end = at + row.num_inputs
             host.token_ids[at : at + row.num_tokens] = row.request.token_ids(row.start, row.start + row.num_tokens)
             host.token_ids[at + row.num_tokens : end] = row.draft_ids
@@ -537,27 +537,36 @@ class Runner:
             at = end
         return host
 
-    def _gather_decode(self, host: _HostInputs, rows: Sequence[Row]) -> int:
-        """The rows in front that have one token, which the answer ended with; how many these are."""
+    def _gather_decode(self, host: _HostInputs, rows: Sequence[Row]) -> tuple[int, int]:
+        """The rows in front that have one token, which the answer ended with, and drafts behind it; how many rows these
+        are, and tokens."""
         size = self.block_size
-        token_ids, positions, slots = [], [], []
+        token_ids: list[int] = []
+        starts, counts, deltas, blocks, num_blocks = [], [], [], [], []
         for request, start, num_tokens, max_yield, _, draft_ids in rows:
             prompt, output = request.prompt, request.output_token_ids
-            if (
-                num_tokens != 1
-                or draft_ids
-                or not max_yield
-                or start + 1 != len(prompt.token_ids) + len(output)
-                or not output
-            ):
+            if num_tokens != 1 or not max_yield or start + 1 != len(prompt.token_ids) + len(output) or not output:
                 break
             token_ids.append(output[-1])
-            positions.append(start + prompt.position_delta)
-            slots.append(request.block_ids[start // size] * size + start % size)
-        count = len(token_ids)
-        host.token_ids[:count], host.positions[:, :count], host.slots[:count] = token_ids, positions, slots
-        host.select.extend(range(count))
-        return count
+            token_ids += draft_ids
+            starts.append(start)
+            counts.append(1 + len(draft_ids))
+            deltas.append(prompt.position_delta)
+            of_row = request.block_ids[start // size : (start + len(draft_ids)) // size + 1]
+            blocks += of_row
+            num_blocks.append(len(of_row))
+        total = len(token_ids)
+        if not total:
+            return 0, 0
+        # Of each token the number of its row: then all of it is arithmetic on arrays.
+        starts, counts = np.array(starts), np.array(counts)
+        row_of = np.repeat(np.arange(len(starts)), counts)
+        places = np.arange(total) + (starts - np.cumsum(counts) + counts)[row_of]
+        first_block = np.cumsum(num_blocks) - num_blocks - starts // size
+        host.token_ids[:total], host.positions[:, :total] = token_ids, places + np.array(deltas)[row_of]
+        host.slots[:total] = np.array(blocks)[places // size + first_block[row_of]] * size + places % size
+        host.select.extend(range(total))
+        return len(starts), total
 
     def _slots(self, row: Row) -> np.ndarray | int:
         if row.num_inputs == 1:

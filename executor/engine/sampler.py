@@ -284,7 +284,7 @@ class Sampler:
             if self.reads_freely:
                 return _best_on_host(scores, maxima)
             return _best_of_all(scores, maxima, self._first_numbers(len(scores)))
-        ways = batch.ways if places.drafts is None else _Ways.of(places, self._wide_ids, self.send)
+        ways = batch.ways if places.drafts is None else batch.ways.of_rows(places, self.send)
         keys = self.send(noise_keys(ways.seeds, np.asarray(places.num_before)[ways.order]))
         chosen, first = [], 0
         for way in ways.parts:
@@ -323,19 +323,34 @@ class _Ways:
     seeds: np.ndarray  # uint64 [R], mixed, in that order
 
     @staticmethod
-    def of(places: Places, wide_ids: Collection[str], send: Send) -> "_Ways":
-        """`wide_ids`: requests of which more tokens are looked at than is usual."""
+    def of(requests: Sequence[Request], wide_ids: Collection[str], send: Send) -> "_Ways":
+        """Of a step with a row of each request. `wide_ids`: those of which more tokens are looked at than is usual."""
         numbers_of: dict[tuple[Callable, Kind | None], list[int]] = {}
-        for number, request in enumerate(places.requests):
+        for number, request in enumerate(requests):
             numbers_of.setdefault(_way(request.params, request.id in wide_ids), []).append(number)
         parts, order = [], []
         for way, numbers in numbers_of.items():
-            rows = places.rows_of_all(numbers)
-            params = [places.requests[places.owner[row]].params for row in rows]
-            parts.append(_Way(*way, send(np.array(rows)), Filters.of(params, send)))
-            order += rows
-        seeds = [mixed_seed(places.requests[places.owner[row]].params.seed) for row in order]
+            params = [requests[number].params for number in numbers]
+            parts.append(_Way(*way, send(np.array(numbers)), Filters.of(params, send)))
+            order += numbers
+        seeds = [mixed_seed(requests[number].params.seed) for number in order]
         return _Ways(parts, np.array(order), send(np.argsort(order)), np.array(seeds, dtype=np.uint64))
+
+    def of_rows(self, places: Places, send: Send) -> "_Ways":
+        """The same of a step of these requests in which they have several rows each."""
+        first = np.array(places.first)
+        counts = np.diff(first)[self.order]
+        entry = np.repeat(np.arange(len(counts)), counts)  # of each row the place of its request in `order`
+        rows = np.arange(len(entry)) + (first[self.order] - np.cumsum(counts) + counts)[entry]
+        begins = np.cumsum([0, *(len(way.index) for way in self.parts)])  # of each way in `order`
+        ends = np.cumsum(counts)[begins[1:] - 1].tolist()
+        sent = send(np.stack([rows, entry, np.argsort(rows)]))
+        parts, begin = [], 0
+        for way, first_entry, end in zip(self.parts, begins.tolist(), ends, strict=False):
+            filters = way.filters.picked(sent[1, begin:end] - first_entry, entry[begin:end] - first_entry)
+            parts.append(_Way(way.choose, way.kind, sent[0, begin:end], filters))
+            begin = end
+        return _Ways(parts, rows, sent[2], self.seeds[entry])
 
 
 @dataclass(frozen=True)
@@ -368,13 +383,12 @@ class _Batch:
 
     @staticmethod
     def of(requests: tuple[Request, ...], wide_ids: Collection[str], send: Send) -> "_Batch":
-        places = Places(requests)
-        ways = _Ways.of(places, wide_ids, send)
+        ways = _Ways.of(requests, wide_ids, send)
         has_logprobs = any(request.params.logprobs is not None for request in requests)
         return _Batch(
             requests,
             ways,
-            _Judged.of(places, send) if has_logprobs else None,
+            _Judged.of(Places(requests), send) if has_logprobs else None,
             is_greedy=all(way.choose is _best for way in ways.parts),
             is_adjusted=any(_is_adjusted(request) for request in requests),
             needs_tokens=any(_needs_tokens(request) for request in requests),

@@ -69,6 +69,17 @@ def host_cores(root: Path = Path("/")) -> int:
     return max(1, min([len(os.sched_getaffinity(0)), *quotas]))
 
 
+def computing_threads(root: Path = Path("/")) -> int:
+    """Threads worth computing with: one for each core this process may keep busy; at least 1.
+
+    Two CPUs that are threads of one core share its vector units, which one of them keeps busy in a matrix product.
+    """
+    topology = root / "sys/devices/system/cpu"
+    names = (topology / f"cpu{cpu}/topology/thread_siblings_list" for cpu in os.sched_getaffinity(0))
+    cores = {"".join(_lines(name)) or str(name) for name in names}
+    return min(len(cores), host_cores(root))
+
+
 def _quota(folder: Path, files: _Files) -> Iterator[int]:
     """Whole cores of one group's quota; a part of a core is one that is not always there."""
     if files is _V2:

@@ -11,9 +11,10 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from executor.host.env import set_where_unset
-from executor.host.limits import host_cores
+from executor.host.limits import computing_threads, host_cores
 from executor.host.machine import Machine
 from executor.host.npu_smi import A2, A3
 from executor.launch.layout import Layout
@@ -24,11 +25,14 @@ logger = logging.getLogger(__name__)
 HCCL_CONNECT_TIMEOUT_S = 1200  # ranks read their weights at different speeds before they meet
 HCCL_EXEC_TIMEOUT_S = 1800
 
+READ_AT_START = frozenset({"LD_PRELOAD", "GLIBC_TUNABLES"})
+"""What the C library reads when a process begins, and not again."""
+
 
 def rank_options(recipe: Recipe, device: str, local_ranks: int) -> dict[str, str]:
     """What the `local_ranks` ranks of a node get. `device` is the recipe's with `auto` settled."""
     if device != "npu":
-        return {"OMP_NUM_THREADS": str(max(1, host_cores() // local_ranks))}
+        return cpu_options(local_ranks)
     return npu_options(recipe.model.soc, ctypes.util.find_library("jemalloc"))
 
 
@@ -40,15 +44,42 @@ def in_words(variables: Mapping[str, str]) -> str:
 def apply(options: Mapping[str, str]) -> None:
     """Set what the user has not set in this process, which has not imported torch yet, and log it.
 
-    A library is preloaded when a process starts: where LD_PRELOAD is among them this process begins anew, with all of
-    them in its environment, which takes a moment once.
+    Where one is among them that is read when a process starts, this process begins anew with all of them in its
+    environment, which takes a moment once.
     """
     added = set_where_unset(options)
-    logger.info("environment: %s", in_words(added))
-    if "LD_PRELOAD" in added:
+    if added:
+        logger.info("environment: %s", in_words(added))
+    if READ_AT_START & added.keys():
         sys.stdout.flush()
         sys.stderr.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def cpu_options(local_ranks: int, root: Path = Path("/")) -> dict[str, str]:
+    """For `local_ranks` ranks that share the CPU of a node. `root` is where /proc and /sys are looked for."""
+    options = huge_pages(root)
+    # One process takes all cores as it is, but does not see a container's quota of them.
+    if local_ranks > 1 or host_cores(root) < len(os.sched_getaffinity(0)):
+        options["OMP_NUM_THREADS"] = str(max(1, computing_threads(root) // local_ranks))
+    return options
+
+
+def huge_pages(root: Path = Path("/"), libc: str | None = None) -> dict[str, str]:
+    """Weights in pages of 2 MiB: a decode step reads all of them, and looks up 512 times as few addresses.
+
+    Nothing where the kernel gives such pages to everybody or to nobody, and of a C library (`libc`; None asks) that
+    cannot ask for them: malloc does so since glibc 2.35, and the libraries that pack weights take their memory there.
+    """
+    try:
+        found = (root / "sys/kernel/mm/transparent_hugepage/enabled").read_text()
+        libc = os.confstr("CS_GNU_LIBC_VERSION") or "" if libc is None else libc
+    except (OSError, ValueError):  # no such file; no such name, as the library is another one
+        return {}
+    version = re.fullmatch(r"glibc (\d+)\.(\d+)", libc)
+    if "[madvise]" not in found or version is None or (int(version[1]), int(version[2])) < (2, 35):
+        return {}
+    return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def npu_options(soc: str | None, jemalloc: str | None) -> dict[str, str]:

@@ -97,7 +97,7 @@ class Scheduler:
         self.store: BlockStore | None = None
         self.num_store_queries = 0  # tokens of admitted requests that no block in memory held
         self.num_store_hits = 0  # and those that were loaded
-        self._to_keep: list[BlockToKeep] = []
+        self._to_keep: dict[bytes, BlockToKeep] = {}
 
     @property
     def has_work(self) -> bool:
@@ -340,7 +340,7 @@ class Scheduler:
             )
 
     def _drained_keep(self) -> tuple[BlockToKeep, ...]:
-        keep = tuple(self._to_keep)
+        keep = tuple(self._to_keep.values())
         self._to_keep.clear()
         return keep
 
@@ -555,9 +555,9 @@ class Scheduler:
         """Have the next plan keep those of a request's full blocks that the store has not."""
         digests = record.digests.digests
         for place in places:
-            if self.store.wants(digests[place]):
+            if digests[place] not in self._to_keep and self.store.wants(digests[place]):
                 parent = digests[place - 1] if place else b""
-                self._to_keep.append(BlockToKeep(request.block_ids[place], digests[place], parent, place))
+                self._to_keep[digests[place]] = BlockToKeep(request.block_ids[place], digests[place], parent, place)
 
     def _append(
         self, request: Request, record: _Record, token_ids: Sequence[int]

@@ -61,7 +61,7 @@ FORMS = {
         "vllm:float32",
     ),
     "8 bits": ("ours:wint8", "ours:w8a8_dynamic", "openvino:int8", "llama:Q8_0"),
-}  # the first is what the others are compared with
+}  # fmt: skip; the first is what the others are compared with
 
 
 def main() -> None:

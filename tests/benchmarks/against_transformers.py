@@ -37,6 +37,7 @@ from executor.engine.engine import Engine
 from executor.engine.replica import Replica
 from executor.engine.runner import Runner
 from executor.engine.sampler import Sampler
+from executor.launch.options import apply, cpu_options
 from executor.parallel.groups import SINGLE
 from executor.schedule.request import MediaItem, Prompt, SamplingParams, Span
 from executor.schedule.scheduler import Scheduler
@@ -68,6 +69,7 @@ def main() -> None:
     if args.cpu_isa == "avx2" and not WITHOUT_AVX512.keys() <= os.environ.keys():
         module = "tests.benchmarks.against_transformers"
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | WITHOUT_AVX512)
+    apply(cpu_options(local_ranks=1))  # as the launcher does
     device = open_cpu(DeviceSettings("bfloat16", cpu_isa=args.cpu_isa))
     ops.bind(device)
     with tempfile.TemporaryDirectory() as folder:

@@ -7,8 +7,8 @@ of one forward of the model and the beginning of the next lie sampling, bookkeep
 inputs, and whatever of text and delivery is not done beside the next forward: `between_ms`, of which the thread has
 computed for `between_cpu_ms` (the rest is other threads' and processes' doing). `step_ms` is from one forward's
 beginning to the next one's. `--drafts`: each row is verified with so many drafts, all wrong, that cost nothing to make:
-what verifying costs the host. `--against`: another checkout of this project, whose engine is measured by the same code in
-turns with this one's; medians over all turns, and their ratio. Not a test: timings on shared machines vary.
+what verifying costs the host. `--against`: another checkout of this project, whose engine is measured by the same code
+in turns with this one's; medians over all turns, and their ratio. Not a test: timings on shared machines vary.
 """
 
 import argparse

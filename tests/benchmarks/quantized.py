@@ -39,6 +39,7 @@ from executor.engine.engine import Engine
 from executor.engine.replica import Replica
 from executor.engine.runner import Runner
 from executor.engine.sampler import Sampler
+from executor.launch.options import apply, cpu_options
 from executor.layers.linear import Linear
 from executor.parallel.groups import SINGLE
 from executor.quant.float import Float
@@ -95,6 +96,7 @@ def main() -> None:
     if args.cpu_isa == "avx2" and not WITHOUT_AVX512.keys() <= os.environ.keys():
         module = "tests.benchmarks.quantized"
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | WITHOUT_AVX512)
+    apply(cpu_options(local_ranks=1))  # as the launcher does
     device = open_cpu(DeviceSettings("bfloat16", cpu_isa=args.cpu_isa))
     ops.bind(device)
     raw = small_config(args.layers, args.vocab or round(MODEL_VOCAB * args.layers / MODEL_LAYERS / 256) * 256)

@@ -75,9 +75,9 @@ def replayed(engine, monkeypatch) -> list[tuple[GraphShape, GraphShape]]:
     """From now on: of every replay its graph, and what the rows need."""
     found, fill = [], engine.runner.graphs._fill
 
-    def noted(rows, shape):
+    def noted(rows, shape, *given):
         found.append((shape, needed_shape(rows)))
-        return fill(rows, shape)
+        return fill(rows, shape, *given)
 
     monkeypatch.setattr(engine.runner.graphs, "_fill", noted)
     return found
@@ -90,10 +90,10 @@ def spoil(engine, monkeypatch) -> None:
     for layer in engine.runner.kv:
         layer.k.fill_(float("nan")), layer.v.fill_(float("nan"))
 
-    def spoiled(rows, shape):
+    def spoiled(rows, shape, *given):
         for layer in engine.runner.kv:
             layer.k[40:].fill_(float("nan")), layer.v[40:].fill_(float("nan"))
-        return fill(rows, shape)
+        return fill(rows, shape, *given)
 
     monkeypatch.setattr(engine.runner.graphs, "_fill", spoiled)
 

@@ -219,6 +219,24 @@ def test_seen_tokens_stay_on_the_device_and_are_appended(monkeypatch):
             assert built.count(3) == 1
 
 
+def test_what_the_host_has_not_read_is_counted_where_others_have_left():
+    """The last token of a request, on the device only, is its own also when it stands elsewhere in the step."""
+    params = [SamplingParams(), SamplingParams(repetition_penalty=1.5, presence_penalty=0.5), SamplingParams()]
+    requests = [make_request(p, [1, 2], [3], request_id=str(row)) for row, p in enumerate(params)]
+    sampler, logits = Sampler(60, "cpu"), random_logits(3, 60).abs()
+    for now in (requests, requests[1:], requests[1:2], requests):
+        part, unread = logits[: len(now)], torch.arange(10, 10 + len(now))
+        with sampler.adjusted(part, Places(now), unread):
+            found = part.clone()
+        known = [
+            make_request(each.params, [1, 2], [3, token]) for each, token in zip(now, unread.tolist(), strict=True)
+        ]
+        for row, request in enumerate(known):
+            assert torch.equal(
+                found[row : row + 1], penalised(Sampler(60, "cpu"), part[row : row + 1].clone(), [request])
+            )
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("penalty", [1e-6, 1e6])
 def test_the_strongest_penalties_leave_scores_finite(penalty):

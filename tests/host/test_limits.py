@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from executor.host.limits import host_cores, host_memory_bytes
+from executor.host.limits import computing_threads, host_cores, host_memory_bytes
 
 MB = 2**20
 V2_MOUNT = "30 23 0:26 {mounted} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
@@ -137,6 +137,17 @@ def test_a_quota_of_cores_in_version_1(kernel, eight_cores):
         assert host_cores(kernel.root) == cores
 
 
+def test_threads_of_one_core_count_once(kernel, eight_cores):
+    """Eight CPUs, of which 0 and 4, 1 and 5, ... are one core each; and a quota of less."""
+    kernel.v2("/pod")
+    assert computing_threads(kernel.root) == 8
+    for cpu in range(8):
+        kernel.write(f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", f"{cpu % 4},{cpu % 4 + 4}\n")
+    assert (computing_threads(kernel.root), host_cores(kernel.root)) == (4, 8)
+    kernel.write("sys/fs/cgroup/pod/cpu.max", "300000 100000\n")
+    assert computing_threads(kernel.root) == 3
+
+
 def test_this_machine():
-    assert 1 <= host_cores() <= len(os.sched_getaffinity(0))
+    assert 1 <= computing_threads() <= host_cores() <= len(os.sched_getaffinity(0))
     assert 0 < host_memory_bytes() <= host_memory_bytes(Path("/nowhere"))

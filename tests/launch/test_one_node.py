@@ -11,7 +11,7 @@ import pytest
 
 from executor import __main__ as launch
 from executor.host.env import REPO_ROOT
-from executor.host.limits import host_cores
+from executor.host.limits import computing_threads
 from executor.host.streams import READER_GONE
 from executor.launch import job as jobs
 from executor.launch.layout import LOCAL_ADDRESS
@@ -33,7 +33,7 @@ def test_a_job(job):
     assert job.document() == {"command": "probe", "sum": 3.0, "world_size": 2}
     assert job.out().splitlines()[:-1] == ["stdout of rank 0"]
     assert "rank 0 sees 3" in job.err() and "rank 1 sees 3" not in job.err()
-    threads = max(1, host_cores() // 2)
+    threads = max(1, computing_threads() // 2)
     for rank in range(2):
         log = job.log(rank).read_text()
         assert f"rank {rank} sees 3" in log

@@ -8,11 +8,19 @@ import pytest
 from executor import __main__ as main
 from executor.command_line import parse
 from executor.commands.generate import run as generate
-from executor.host.limits import host_cores
+from executor.host.limits import computing_threads
 from executor.host.machine import Output
 from executor.launch import options
 from executor.launch.layout import Layout
-from executor.launch.options import apply, interface, network_options, npu_options, rank_options
+from executor.launch.options import (
+    apply,
+    cpu_options,
+    huge_pages,
+    interface,
+    network_options,
+    npu_options,
+    rank_options,
+)
 from executor.recipe import settle
 from executor.recipe.schema import load_recipe
 from tests.doctor import fake
@@ -29,9 +37,38 @@ def routed():
 
 def test_threads_of_cpu_ranks_share_the_cores():
     recipe = load_recipe("config/quickstart.yaml")
-    cores = host_cores()
-    assert rank_options(recipe, "cpu", 1) == {"OMP_NUM_THREADS": str(cores)}
-    assert rank_options(recipe, "cpu", 10 * cores) == {"OMP_NUM_THREADS": "1"}
+    cores = computing_threads()
+    assert rank_options(recipe, "cpu", 2)["OMP_NUM_THREADS"] == str(max(1, cores // 2))
+    assert rank_options(recipe, "cpu", 10 * cores)["OMP_NUM_THREADS"] == "1"
+
+
+def test_one_cpu_rank_takes_what_torch_takes_but_no_more_than_a_quota(tmp_path, monkeypatch):
+    """Of a container with 3 of 8 cores; hyperthreads are tested with the limits."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    assert "OMP_NUM_THREADS" not in cpu_options(1, tmp_path)
+    monkeypatch.setattr(options, "host_cores", lambda root: 3)
+    monkeypatch.setattr(options, "computing_threads", lambda root: 3)
+    assert cpu_options(1, tmp_path)["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(
+    "enabled, libc, is_wanted",
+    [
+        ("always [madvise] never", "glibc 2.36", True),
+        ("always [madvise] never", "glibc 2.35", True),
+        ("always [madvise] never", "glibc 2.34", False),
+        ("always [madvise] never", "", False),
+        ("[always] madvise never", "glibc 2.36", False),
+        ("always madvise [never]", "glibc 2.36", False),
+        (None, "glibc 2.36", False),
+    ],
+)
+def test_huge_pages_are_asked_for_where_the_kernel_gives_them_to_who_asks(tmp_path, enabled, libc, is_wanted):
+    file = tmp_path / "sys/kernel/mm/transparent_hugepage/enabled"
+    if enabled is not None:
+        file.parent.mkdir(parents=True)
+        file.write_text(enabled + "\n")
+    assert huge_pages(tmp_path, libc) == ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if is_wanted else {})
 
 
 def test_npu_ranks():
@@ -49,7 +86,7 @@ def test_npu_ranks():
 def own_environment(monkeypatch):
     """Variables that a test sets are gone after it."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    for name in ("LD_PRELOAD", "TASK_QUEUE_ENABLE", "OMP_NUM_THREADS"):
+    for name in ("LD_PRELOAD", "TASK_QUEUE_ENABLE", "OMP_NUM_THREADS", "GLIBC_TUNABLES"):
         os.environ.pop(name, None)
 
 
@@ -70,12 +107,15 @@ def test_options_are_logged_and_leave_the_users_alone(restarts, caplog):
     assert restarts == []
 
 
-def test_a_preloaded_library_needs_a_new_process_once(restarts):
+@pytest.mark.parametrize(
+    "name, value", [("LD_PRELOAD", "libjemalloc.so.2"), ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")]
+)
+def test_what_the_c_library_reads_at_start_needs_a_new_process_once(restarts, name, value):
     """The second time it is in the environment already."""
     for _ in range(2):
-        apply({"LD_PRELOAD": "libjemalloc.so.2"})
+        apply({name: value})
     assert restarts == [[sys.executable, *sys.orig_argv[1:]]]
-    assert os.environ["LD_PRELOAD"] == "libjemalloc.so.2"
+    assert os.environ[name] == value
 
 
 def test_a_recipe_of_one_npu_rank_has_the_options_of_many(monkeypatch, restarts):

@@ -30,6 +30,7 @@ def case(
     if num_drafts:
         drafts = {"method": "ngram", "num_speculative_tokens": num_drafts, "adaptive": False}
     if draft is not None:
+        assert num_drafts, "a draft model makes some"
         drafts |= {"method": "draft", "model_path": f"models/tiny/{draft}"}
     return {
         "speculative_config": drafts,

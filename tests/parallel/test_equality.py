@@ -23,12 +23,16 @@ TWO_RANKS = {
 }
 # With a draft model, beside the case without: the leader alone runs it, in none of the model's collectives.
 DRAFTING = {
-    "draft_tp2": ("qwen3_vl", {"draft": "qwen3_vl"}, "qwen3_vl_tp2"),
-    "draft_dense_replicas": ("qwen2_5_vl", {"attn_tp_size": 1, "draft": "qwen2_5_vl"}, "dense_replicas"),
-    "draft_moe_ep2": ("qwen3_vl_moe", {"moe_ep_size": 2, "draft": "qwen3_vl_moe"}, "moe_ep2"),
+    "draft_tp2": ("qwen3_vl", {"num_drafts": 7, "draft": "qwen3_vl"}, "qwen3_vl_tp2"),
+    "draft_dense_replicas": (
+        "qwen2_5_vl",
+        {"attn_tp_size": 1, "num_drafts": 7, "draft": "qwen2_5_vl"},
+        "dense_replicas",
+    ),
+    "draft_moe_ep2": ("qwen3_vl_moe", {"moe_ep_size": 2, "num_drafts": 7, "draft": "qwen3_vl_moe"}, "moe_ep2"),
     "draft_moe_dp2_ep2": (
         "qwen3_vl_moe",
-        {"moe_ep_size": 2, "attn_tp_size": 1, "draft": "qwen3_vl_moe"},
+        {"moe_ep_size": 2, "attn_tp_size": 1, "num_drafts": 7, "draft": "qwen3_vl_moe"},
         "moe_dp2_ep2",
     ),
 }

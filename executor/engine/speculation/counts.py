@@ -67,6 +67,8 @@ class SpeculationCounts:
         self.num_draft_tokens += num_drafts
         self.num_accepted_tokens += num_accepted
         missing = num_drafts - len(self.num_accepted_per_pos)
+        if missing <= 0 and not num_accepted:
+            return
         places = [*self.num_accepted_per_pos, *[0] * missing]
         self.num_accepted_per_pos = tuple(count + (place < num_accepted) for place, count in enumerate(places))
 

@@ -57,13 +57,13 @@ def measure(open_peer: Callable[[Path, str], Peer], packages: tuple[str, ...]) -
     parser.add_argument("--turn", type=int, default=0, help="which of the prompts: others in every process")
     parser.add_argument("--realtime", action="store_true")
     args = parser.parse_args()
+    if args.realtime:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))  # threads take it over from the one that starts them
     asked = json.loads((args.folder / "questions.json").read_text())
     begin = time.perf_counter()
     peer = open_peer(args.folder, args.form)
     report = {"load_s": round(time.perf_counter() - begin, 1), "threads": len(os.sched_getaffinity(0))}
     report["versions"] = {name: importlib.metadata.version(name) for name in packages}
-    if args.realtime:
-        keep_the_cpus()
     for part in args.parts:
         questions = [Question(**each) for each in asked[part]]
         count = DECODES.get(part, 1)
@@ -77,12 +77,6 @@ def measure(open_peer: Callable[[Path, str], Peer], packages: tuple[str, ...]) -
                 report[part] = [timed_answer(peer, warm, 1)[0]]
     report["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     print(json.dumps(report), flush=True)
-
-
-def keep_the_cpus() -> None:
-    """From now on this process goes before all others of the machine (Linux, as root); its new threads as well."""
-    for name in os.listdir("/proc/self/task"):
-        os.sched_setscheduler(int(name), os.SCHED_RR, os.sched_param(1))
 
 
 def timed_answer(peer: Peer, questions: list[Question], num_tokens: int) -> tuple[float, list[float]]:

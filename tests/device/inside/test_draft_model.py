@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from executor.schedule.request import SamplingParams
-from tests.device.inside.npu import A3, CPU, DUO, backend, engine_on, exact
+from tests.device.inside.npu import A2, A3, CPU, backend, engine_on, exact
 from tests.models.test_generation import CASES
 from tests.reference import random_checkpoint
 
-NUM_TOKENS, NUM_DRAFTS = 20, 3
+NUM_TOKENS, NUM_DRAFTS = 12, 3
 GREEDY = SamplingParams(max_new_tokens=NUM_TOKENS, ignore_eos=True, temperature=0.0)
 
 
@@ -20,7 +20,7 @@ def family(request, tmp_path_factory):
     """(folder, prompts, the CPU's tokens)."""
     folder = random_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
     with engine_on(CPU, folder, torch.float32) as engine:
-        prompts = [engine.processor.build(messages) for messages in CASES.values()]
+        prompts = [engine.processor.build(messages) for messages in (CASES["text"], CASES["picture"], CASES["turns"])]
         return folder, prompts, tokens_of(engine, prompts)
 
 
@@ -28,7 +28,7 @@ def tokens_of(engine, prompts) -> list[list[int]]:
     return [list(done.token_ids[0]) for done in engine.generate(prompts, GREEDY)]
 
 
-@pytest.mark.parametrize("soc, mode", [(A3, "ge_graph"), (DUO, "eager")])
+@pytest.mark.parametrize("soc, mode", [(A3, "ge_graph"), (A2, "eager")])
 def test_answers_are_the_cpus(family, tmp_path, soc, mode) -> None:
     folder, prompts, wanted = family
     speculative = {
@@ -46,5 +46,5 @@ def test_answers_are_the_cpus(family, tmp_path, soc, mode) -> None:
         counts = engine.runner.speculator.counts
         assert counts.num_accepted_tokens >= 0.99 * counts.num_draft_tokens > 0
     # The first step of the draft model computes the prompts, and all others a token each.
-    num_eager = graphs.count(None)
-    assert num_eager == (1 if mode == "ge_graph" else len(graphs)) and len(graphs) > 3 * num_eager * (mode != "eager")
+    assert graphs[0] is None and len(graphs) > NUM_TOKENS / 2
+    assert {graph is None for graph in graphs[1:]} == {mode == "eager"}

@@ -68,9 +68,9 @@ def count_calls(graphs) -> list[int]:
     """How often the graphs are replayed from now on."""
     count, fill = [0], graphs._fill
 
-    def counted(rows, shape):
+    def counted(rows, shape, *given):
         count[0] += 1
-        return fill(rows, shape)
+        return fill(rows, shape, *given)
 
     graphs._fill = counted
     return count

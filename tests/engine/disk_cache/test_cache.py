@@ -27,6 +27,7 @@ LONG = "Count from one to twenty and say every word again. " * 6
 
 def opened(path, folder=TINY, **settings):
     model = settings.pop("model", None)
+    settings = {"max_num_batched_tokens": 1024, "encoder_cache_tokens": 2048} | settings  # little memory
     return engine_over(folder, model=model, prefix_cache_path=None if path is None else str(path), **settings)
 
 

@@ -252,6 +252,46 @@ class TestOneFamily:
         num_drafts, num_accepted = (now - then for now, then in zip(tally(engine), before, strict=True))
         assert num_accepted >= 0.99 * num_drafts > 0
 
+    def test_scores_are_adjusted_as_the_request_asks(self, engine, plain):
+        """Of a model that drafts for itself drafts are right under penalties, biases and bars as well; and where it
+        has been wrong, a penalty forgets what it has counted."""
+        prompts = prompts_of(plain)
+        digits = tuple(plain.processor.tokenizer.convert_tokens_to_ids(digit) for digit in "0123456789")
+        params = [
+            replace(NOISY, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.3),
+            replace(GREEDY, repetition_penalty=1.05, logit_bias={digits[3]: 4.0}, bad_words=("red", "blue")),
+            replace(NOISY, allowed_token_ids=digits),
+            replace(NOISY, ignore_eos=False, min_new_tokens=12, repetition_penalty=1.3),
+        ]
+        wanted = answers(plain, prompts, params)
+        before = tally(engine)
+        assert answers(engine, prompts, params) == wanted
+        num_drafts, num_accepted = (now - then for now, then in zip(tally(engine), before, strict=True))
+        assert num_accepted >= 0.99 * num_drafts > 0
+        with drafting("qwen3_vl", TINY / "qwen3_vl_w8a8") as other:
+            hot = [replace(each, temperature=3.0, seed=5) for each in params]
+            assert answers(other, prompts, hot) == answers(plain, prompts, hot)
+            assert 0 < tally(other)[1] < tally(other)[0]
+
+    def test_the_time_of_a_step_that_catches_up_is_no_measure(self, engine, expected, monkeypatch):
+        """What drafts cost is measured on steps that have nothing else to do."""
+        prompts, wanted = expected
+        speculator, added = engine.runner.speculator, []
+        steps = watched(engine, monkeypatch)
+        monkeypatch.setattr(speculator.costs, "add", lambda *step: added.append(step))
+        engine.scheduler.forget()
+        monkeypatch.setattr(speculator, "num_tokens", 0)
+        asked = engine.add(prompts[2], NOISY)
+        for _ in range(5):
+            engine.step()
+        assert len(added) == 4 and not steps  # all but the prompt's step
+        monkeypatch.setattr(speculator, "num_tokens", 4)
+        engine.step()
+        assert steps[0][0] > 5 and len(added) == 4
+        engine.step()
+        assert len(added) == 5
+        engine.abort(asked)
+
     def test_short_answers_to_long_prompts_have_no_drafts(self, engine, monkeypatch):
         (prompt,) = prompts_of(engine, [("red " * 300, "", "")])
         steps = watched(engine, monkeypatch)
@@ -319,7 +359,10 @@ class TestOneFamily:
         params = replace(NOISY, temperature=3.0, top_p=1.0)
         with engine_over(folders["target"]) as plain:
             prompts = prompts_of(plain)
-            prompts.append(replace(prompts[-1], token_ids=[*prompts[-1].token_ids[:-1], plain.vocab_size - 1]))
+            prompts.append(prompts[-1])
+            prompts[-2] = replace(prompts[-1], token_ids=[*prompts[-1].token_ids[:-1], plain.vocab_size - 1])
+            odd = replace(params, logit_bias={plain.vocab_size - 1: 1.0}, allowed_token_ids=(5, plain.vocab_size - 1))
+            params = [*[params] * len(QUESTIONS), odd]
             wanted = answers(plain, prompts, params)
         with engine_over(folders["target"], speculative=speculative) as engine:
             assert answers(engine, prompts, params) == wanted
