@@ -21,6 +21,7 @@ from executor.device.ops import Ops
 from executor.engine.graph_folder import GraphFolder
 from executor.engine.step import ModelStep
 from executor.schedule.plan import GraphShape, Row
+from executor.schedule.request import Request
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class DecodeGraphs:
         first_spare = num_blocks * step.block_size
         self._spare_slots = range(first_spare, first_spare + most_tokens)
         self._spare_block = [num_blocks]
+        # What a step would have that is the one before, a token further: the graph, where its rows begin, and whose.
+        self._expected: tuple[GraphShape | None, list[int], list[Request]] = None, [], []
         for layer in step.kv:  # read before anything is written there
             layer.k[num_blocks:].zero_(), layer.v[num_blocks:].zero_()
         to = device.device
@@ -113,11 +116,46 @@ class DecodeGraphs:
             return logits[: len(places)]
         return logits.index_select(0, self.device.send(np.array(places)))
 
-    def _fill(self, rows: Sequence[Row], shape: GraphShape, given: Tensor | None) -> list[int]:
+    def forget(self) -> None:
+        """A request has ended: nothing of it is kept."""
+        self._expected = None, [], []
+
+    def _fill(self, rows: Sequence[Row], shape: GraphShape, given: Tensor | None) -> Sequence[int]:
         """The step's numbers into the device's buffers: one copy, and one more where a request got a block.
 
         Returns where in the graph the rows' tokens stand.
         """
+        starts, requests = [row[1] for row in rows], [row[0] for row in rows]
+        goes_on = shape.q_len == 1 and (shape, starts, requests) == self._expected
+        places = self._advance(requests, starts) if goes_on else self._gather(rows, shape, given is not None)
+        self._expected = shape, [start + 1 for start in starts], requests
+        host, count = self._host, len(places)
+        is_dense = not places or places[-1] == count - 1
+        if given is None and goes_on:
+            host[_TOKEN, :count] = [request.output_token_ids[-1] for request in requests]
+        self.device.send(host, self._values)
+        if given is not None and is_dense:
+            self._values[_TOKEN, :count].copy_(given)
+        elif given is not None:
+            self._values[_TOKEN].index_copy_(0, self.device.send(np.array(places)), given)
+        return places
+
+    def _advance(self, requests: Sequence[Request], starts: Sequence[int]) -> Sequence[int]:
+        """The rows of the replay before, each a token further: only who comes into another block has anything new."""
+        host, size, changed = self._host, self.block_size, False
+        host[_POSITION : _KV_LEN + 1, : len(starts)] += 1
+        for place, start in enumerate(starts):
+            if start % size == 0:
+                blocks = self._blocks[place] = requests[place].block_ids[: start // size + 1]
+                host[_SLOT, place] = blocks[-1] * size
+                self._table[place, start // size] = blocks[-1]
+                changed = True
+        if changed:
+            self.device.send(self._table, self._block_table)
+        return range(len(starts))
+
+    def _gather(self, rows: Sequence[Row], shape: GraphShape, is_given: bool) -> Sequence[int]:
+        """The numbers of a step, from its rows alone."""
         q_len, size = shape.q_len, self.block_size
         token_ids: list[int] = []
         positions: list[int] = []
@@ -135,7 +173,7 @@ class DecodeGraphs:
                 positions += [0] * before
                 slots += self._spare_slots[len(slots) : len(slots) + before]
             places += range(len(slots), len(slots) + end - start)
-            token_ids += request.token_ids(start, start + 1) if given is None else [0]
+            token_ids += [0] if is_given else request.token_ids(start, start + 1)
             token_ids += draft_ids
             first = start + request.prompt.position_delta
             positions += range(first, first + end - start)
@@ -151,11 +189,6 @@ class DecodeGraphs:
         host[_TOKEN : _POSITION + 1, count : shape.num_tokens] = 0
         host[_SLOT, count : shape.num_tokens] = self._spare_slots[count : shape.num_tokens]
         host[_KV_LEN, len(rows) : shape.rows] = q_len
-        self.device.send(host, self._values)
-        if given is not None and places[-1] == len(places) - 1:
-            self._values[_TOKEN, : len(places)].copy_(given)
-        elif given is not None:
-            self._values[_TOKEN].index_copy_(0, self.device.send(np.array(places)), given)
         self._set_blocks(blocks, shape.rows)
         return places
 

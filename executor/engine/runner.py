@@ -491,6 +491,8 @@ class Runner:
         """Drop what is kept for a request that has ended."""
         self.sampler.forget(request.id)
         self.decode_inputs.forget()
+        if self.graphs is not None:
+            self.graphs.forget()
         self.replica.forget(request)
         if self.speculator is not None:
             self.speculator.forget(request)

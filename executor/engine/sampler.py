@@ -36,7 +36,15 @@ from executor.engine.filters import (
 )
 from executor.engine.logprobs import ChosenLogprobs, TokenLogprobs, token_logprobs
 from executor.engine.masks import masked
-from executor.engine.noise import gumbel_noise, least_bits, may_reach, mixed_seed, noise_keys
+from executor.engine.noise import (
+    ROUGHNESS,
+    gumbel_noise,
+    least_bits,
+    may_reach,
+    mixed_seed,
+    noise_keys,
+    rough_noise,
+)
 from executor.engine.penalties import Penalties
 from executor.engine.places import Drafts, Places
 from executor.engine.speculation.verify import num_right
@@ -45,6 +53,8 @@ from executor.schedule.request import NO_SCORE_LEFT, Request, SamplingParams
 
 _FAILED, _OPEN = -1, -2  # in place of a token id on its way to the host
 _BLOCK = 256  # chunks whose noise is made at a time: it stays in the cache
+_ROWS = 16  # rows of which every token's noise is there at a time
+_FINALISTS = 16  # of a row, whose noise is then made exactly
 
 
 @dataclass(frozen=True)
@@ -280,7 +290,10 @@ class Sampler:
         for way in ways.parts:
             own = maxima if len(ways.parts) == 1 else maxima[way.index]
             part = slice(first, first := first + len(way.index))
-            chosen.append(way.choose(_Rows(scores, own, way.index, way.filters, keys[part]), way.kind))
+            choose = way.choose
+            if choose is _draw_among_all and not self.reads_freely:
+                choose = _draw_among_all_unread
+            chosen.append(choose(_Rows(scores, own, way.index, way.filters, keys[part]), way.kind))
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen)[ways.where]
 
     def _first_numbers(self, count: int) -> torch.Tensor:
@@ -473,6 +486,25 @@ def _draw_among_all(rows: _Rows, kind: None = None) -> torch.Tensor:
     ids = torch.where(values == won[owners], ids, scores.shape[-1])
     chosen = torch.full_like(best, scores.shape[-1]).scatter_reduce_(0, owners, ids, "amin")
     return torch.where(best == _FAILED, best, chosen)
+
+
+def _draw_among_all_unread(rows: _Rows, kind: None = None) -> torch.Tensor:
+    """`_draw_among_all` where nothing may be read on the way: the noise of every token, roughly, then that of the few
+    that may have won, exactly. _OPEN where these may not be all."""
+    chosen = []
+    for index, best, keys, temperature in zip(
+        *(x.split(_ROWS) for x in (rows.index, rows.maxima.amax(dim=-1), rows.keys, rows.filters.temperature)),
+        strict=True,
+    ):
+        scores = rows.scores[index]
+        rough = rough_noise(keys, scores.shape[-1]).add_((scores - best[:, None]) / temperature[:, None].float())
+        values, ids = rough.topk(min(_FINALISTS, scores.shape[-1]), dim=-1)
+        exact = relative(scores.gather(-1, ids), best[:, None], temperature[:, None]).add_(gumbel_noise(keys, ids))
+        highest = exact.amax(dim=-1, keepdim=True)
+        winner = torch.where(exact == highest, ids, scores.shape[-1]).amin(dim=-1)
+        is_open = (values[:, -1:] + ROUGHNESS >= highest).squeeze(-1) & (values.shape[-1] < scores.shape[-1])
+        chosen.append(torch.where(best.abs() < math.inf, torch.where(is_open, _OPEN, winner), _FAILED))
+    return torch.cat(chosen)
 
 
 # What is said beside the token

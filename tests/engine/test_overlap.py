@@ -93,7 +93,7 @@ def drive(engine, seed: int) -> dict[str, tuple]:
     """Random requests that arrive while others are answered, some of them aborted: what each of them came to."""
     rng = random.Random(seed)
     waiting = [(f"{number}", rng.choice(QUESTIONS), random_params(rng)) for number in range(30)]
-    aborts = {name: rng.randrange(1, 12) for name, _, params in waiting if params.n == 1 and rng.random() < 0.2}
+    aborts = {name: rng.randrange(1, 12) for name, _, params in waiting if params.n == 1 and rng.random() < 0.4}
     found: dict[tuple[str, int], list] = {}
     engine.scheduler.forget()
     running: set[tuple[str, int]] = set()
@@ -122,7 +122,7 @@ def drive(engine, seed: int) -> dict[str, tuple]:
 
 @pytest.mark.parametrize("blocks", [256, 14])
 @pytest.mark.parametrize("seed", range(2))
-def test_random_requests_have_the_same_answers(engine, monkeypatch, seed, blocks):
+def test_random_requests_have_the_same_answers(engine, monkeypatch, caplog, seed, blocks):
     """Lengths, stops, aborts, preemptions, cached prefixes, seeds, penalties, logprobs."""
     if blocks < 256:
         monkeypatch.setattr(engine.scheduler, "pool", type(engine.scheduler.pool)(blocks, 16, True))
@@ -137,7 +137,7 @@ def test_random_requests_have_the_same_answers(engine, monkeypatch, seed, blocks
         assert ours[0] == tokens and ours[1] == text and ours[3] == ends, key
         for one, other in zip(ours[2], logprobs, strict=True):
             assert one.token_id == other.token_id and one.logprob == pytest.approx(other.logprob, abs=1e-4)
-    assert launches.num_ahead > 0.2 * launches.num_steps
+    assert launches.num_ahead > 0.2 * launches.num_steps and not caplog.records
     reasons = Counter(end[0] for *_, ends in wanted.values() for end in ends)
     assert reasons[FinishReason.ABORT] and reasons[FinishReason.LENGTH] > 5 and reasons[FinishReason.STOP] > 5
     engine.runner.sampler.check(())
@@ -192,7 +192,8 @@ def test_penalties_count_a_token_that_the_host_has_not_read(engine, answers):
         wanted, launches = answers(params)
         assert ask(engine, params) == wanted
         assert launches.num_ahead > 30
-    assert wanted != answers()[0]
+        if params.repetition_penalty > 1:
+            assert wanted != answers()[0]
 
 
 def spoil(engine, monkeypatch, is_bad) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers.generation import logits_process as reference
 
-from executor.engine import filters, penalties
+from executor.engine import filters, noise, penalties
+from executor.engine import sampler as sampler_module
 from executor.engine.filters import REACH, Filters, Kind
 from executor.engine.noise import as_int64, child_seed, gumbel_noise, least_bits, may_reach, noise_bits, noise_key
 from executor.engine.params import check_params
@@ -468,6 +469,43 @@ def test_a_filter_that_keeps_all_changes_nothing():
         filtered = [make_request(replace(free, seed=seed, top_k=vocab_size)) for seed in range(40)]
         sampler = Sampler(vocab_size, "cpu")
         assert sampler.sample(logits, requests) == sampler.sample(logits, filtered)
+
+
+@pytest.mark.parametrize("vocab_size", [9, 3000, 20011])
+def test_a_draw_among_all_tokens_that_reads_nothing_on_the_way_is_the_same(vocab_size):
+    for spread, temperature in ((0.0, 1.0), (0.1, 0.9), (6.0, 0.9), (3.0, 1e-6), (3.0, 20.0), (30.0, 2.0)):
+        logits = random_logits(60, vocab_size, seed=3, spread=spread)
+        logits[::7, : vocab_size // 2] = -math.inf
+        params = SamplingParams(temperature=temperature)
+        requests = [make_request(replace(params, seed=seed), [0] * (seed % 5 + 1)) for seed in range(60)]
+        wanted = Sampler(vocab_size, "cpu").sample(logits, requests)
+        assert Sampler(vocab_size, "cpu", reads_freely=False).draw(logits, requests).ids.tolist() == wanted.token_ids
+
+
+def test_a_draw_among_all_tokens_is_open_where_too_many_may_win(monkeypatch):
+    monkeypatch.setattr(sampler_module, "_FINALISTS", 1)
+    logits, params = random_logits(40, 500, spread=0.1), SamplingParams(temperature=1.0)
+    requests = [make_request(replace(params, seed=seed)) for seed in range(40)]
+    sampler = Sampler(500, "cpu", reads_freely=False)
+    assert -2 in sampler.draw(logits, requests).ids.tolist()
+    assert sampler.sample(logits, requests) == Sampler(500, "cpu").sample(logits, requests)
+
+
+def test_rough_noise_is_noise():
+    keys, ids = torch.arange(50) * 7919, torch.arange(20000)[None]
+    difference = noise.rough_noise(keys, 20000) - noise.gumbel_noise(keys, ids)
+    assert difference.abs().max() < 0.05 * noise.ROUGHNESS
+    ends = torch.tensor([[0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]])
+    with pytest.MonkeyPatch.context() as patch:  # the ends of the range, which no key is known for
+        patch.setattr(noise, "noise_bits", lambda keys, ids: ends.clone())
+        assert (noise.rough_noise(keys, 6) - noise.gumbel_noise(keys, ids)).abs().max() < 0.05 * noise.ROUGHNESS
+
+
+def test_keys_of_many_are_those_of_each():
+    seeds, places = [0, 1, -1, 1 << 62, -(1 << 62)], [0, 1, 70000, 2**31, 5]
+    mixed = np.array([noise.mixed_seed(seed) for seed in seeds], dtype=np.uint64)
+    wanted = [noise.as_int64(noise.noise_key(seed, place)) for seed, place in zip(seeds, places, strict=True)]
+    assert noise.noise_keys(mixed, np.array(places)).tolist() == wanted
 
 
 def test_a_request_may_have_several_rows():

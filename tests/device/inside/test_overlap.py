@@ -20,6 +20,7 @@ PARAMS = {
     "logprobs": replace(GREEDY, logprobs=3),
     "top_k": replace(GREEDY, temperature=0.8, top_k=20, top_p=0.9, seed=1),
     "top_p": replace(GREEDY, temperature=0.05, top_p=0.9, seed=1, logprobs=0),
+    "temperature": replace(GREEDY, temperature=0.9, seed=5),
     "biased": replace(GREEDY, logit_bias=((5, 1.0),), min_new_tokens=4),
     "penalties": replace(GREEDY, repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.3),
 }
