@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from executor.checkpoint.description import Description
+from executor.checkpoint.files import find_weights
 from executor.checkpoint.parts import part_folders
 from executor.checkpoint.stored import StoredSizes
 from executor.checkpoint.vocabulary import difference, read_vocabulary
@@ -118,12 +119,21 @@ def folder_findings(folder: Path, draft: Path, name: str) -> list[str]:
     return findings
 
 
+def weight_findings(draft: Path) -> list[str]:
+    """What of the draft model's weights is not there, known before the recipe's own are read."""
+    try:
+        find_weights(next(iter(part_folders(draft)), draft))
+    except UserError as error:
+        return [f"{KEY}: {error}"]
+    return []
+
+
 def of_draft(finding: str) -> str:
     """What is said of a recipe's model, said of its draft model."""
     finding = finding.replace(" --set model_config.quantization=auto", "")
     for key in ("model_config.model_path", "model_config.quantization", "model_config.kv_cache_dtype"):
         finding = finding.replace(key, KEY)
-    return finding
+    return finding if KEY in finding else f"{KEY}: {finding}"
 
 
 def _kind(shapes: ModelShapes) -> str:

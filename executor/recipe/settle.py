@@ -23,7 +23,15 @@ from executor.device.table import BACKENDS, CHIP_BYTES, DeviceSettings, having, 
 from executor.errors import UserError
 from executor.host.limits import host_memory_bytes, process_memory_bytes
 from executor.quant.sizes import FLOAT_BYTES
-from executor.recipe.draft import Draft, draft_recipe, folder_findings, of_draft, section_findings, size_findings
+from executor.recipe.draft import (
+    Draft,
+    draft_recipe,
+    folder_findings,
+    of_draft,
+    section_findings,
+    size_findings,
+    weight_findings,
+)
 from executor.recipe.kv_cache import cache_findings, has_cache_scales, scales_finding
 from executor.recipe.memory import MemoryEstimate, estimate
 from executor.recipe.schema import ModelSection, Recipe
@@ -35,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_MODEL_LEN = 32768
 NPU_DEVICES = named(npu=True)
-GRAPH_DEVICES = {mode: having("exe_modes", mode) for mode in ("ge_graph", "npugraph_ex")} | {"compile": ("cpu", "cuda")}
+GRAPH_DEVICES = {mode: having("exe_modes", mode) for mode in ("ge_graph", "npugraph_ex")}
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,8 @@ def _draft(recipe: Recipe, folder: Path, shapes: ModelShapes, findings: list[str
         faults += chip_findings(alone)
     except UserError as error:
         faults.append(of_draft(str(error)))
-    findings += faults or folder_findings(folder, draft_folder, draft_shapes.name)
+    faults = faults or folder_findings(folder, draft_folder, draft_shapes.name)
+    findings += faults or weight_findings(draft_folder)
     stored = read_sizes(draft_folder, draft_shapes.tied_embeddings) if description else None
     return Draft(alone, draft_shapes, config, draft_folder, description, stored)
 
@@ -215,11 +224,6 @@ def release_findings(recipe: Recipe) -> list[str]:
         findings.append(
             f"model_config.device: the {model.device} backend is not part of this release yet; device: cpu runs "
             f"everywhere. Try:  {_that_runs(recipe)}"
-        )
-    elif not having("exe_modes", model.exe_mode):
-        findings.append(
-            f"model_config.exe_mode: {model.exe_mode} is not part of this release yet; eager is. "
-            f"Try:  {_that_runs(recipe)}"
         )
     return findings + word_findings(model)
 

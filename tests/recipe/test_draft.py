@@ -62,6 +62,17 @@ def test_bounds_that_leave_no_ngram():
         prepare(build_recipe(tree))
 
 
+def test_a_draft_folder_that_is_not_whole(tmp_path):
+    """Known before the model's weights are read, and said of the draft."""
+    draft = shutil.copytree(TARGET, tmp_path / "draft")
+    (draft / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"^speculative_config\.model_path: .*/draft: no \*\.safetensors; the folder"):
+        prepare(recipe_of(draft))
+    (draft / "config.json").unlink()
+    with pytest.raises(UserError, match=r"^speculative_config\.model_path: .*/draft has no config\.json"):
+        prepare(recipe_of(draft))
+
+
 def _patch_size(config):
     config["vision_config"]["patch_size"] = 14
 
