@@ -99,7 +99,7 @@ def _check_answers(found: dict[str, Any], wanted: dict[str, Any], num_ranks: int
 def test_two_ranks(name, two, alone) -> None:
     family, _, collectives = TWO_RANKS[name]
     _check(two[name], alone[family], 2, collectives)
-    assert any(num_drafts for *_, num_drafts, _, _ in two[name]["steps"]) == name.startswith("drafts")
+    assert any(num_drafts for *_, num_drafts, _, _ in two[name]["steps"]) == name.startswith("draft")
     assert bool(two[name]["prompt_logprobs"]) == (name == "prompts_scored")
 
 

@@ -50,7 +50,13 @@ def test_nodes_of_a_decode_layer(soc, name, tp, most) -> None:
 
 
 @pytest.mark.parametrize("soc", [A2, A3])
-@pytest.mark.parametrize("name, tp", [(QWEN2_5, 1), (QWEN3, 1), (MOE, 1), (QWEN2_5, 2), (QWEN3, 2), (MOE, 2)])
+@pytest.mark.parametrize(
+    "name, tp",
+    [
+        *((QWEN2_5, 2), (QWEN3, 2), (MOE, 2)),
+        *(pytest.param(name, 1, marks=pytest.mark.long) for name in (QWEN2_5, QWEN3, MOE)),
+    ],
+)
 def test_verifying_drafts_adds_no_node(soc, name, tp) -> None:
     """A row's tokens are rows to all but attention, whose lengths are inputs or constants: the nodes are the same."""
     ones, twos = ([decode_graph(name, soc, layers, tp=tp, q_len=q_len) for q_len in (1, 8)] for layers in (1, 2))
@@ -66,9 +72,12 @@ def test_nodes_do_not_depend_on_how_many_drafts_there_are(name, soc, replicas, q
     assert kernels[1] == kernels[0]
 
 
-@pytest.mark.parametrize("soc", [A2, A3])
-@pytest.mark.parametrize("name", [QWEN2_5, QWEN3, MOE])
-@pytest.mark.parametrize("quantization", ["w8a8", "w8a8_dynamic", "w8a8_mix", "w8a16"])
+@pytest.mark.parametrize("soc", [pytest.param(A2, marks=pytest.mark.long), A3])
+@pytest.mark.parametrize("name", [pytest.param(QWEN2_5, marks=pytest.mark.long), QWEN3, MOE])
+@pytest.mark.parametrize(
+    "quantization",
+    ["w8a8", "w8a8_dynamic", *(pytest.param(each, marks=pytest.mark.long) for each in ("w8a8_mix", "w8a16"))],
+)
 def test_verifying_drafts_adds_no_node_to_quantized_layers(soc, name, quantization) -> None:
     """One scale for all rows, or one for each: what a decode step has, a step with drafts has as well."""
     with true_size(name, soc, tp=2, quantization=quantization) as traces:
