@@ -139,6 +139,7 @@ class EngineStats:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     sampling_s: float = 0.0
+    draft_s: float = 0.0
     host_s: float = 0.0
     num_prefill_steps: int = 0
     num_decode_steps: int = 0
