@@ -60,6 +60,6 @@ class DecodeInputs:
         return token_ids, sent[:3], sent[3].to(self.device.slot_dtype), self._attention, self._select, None
 
     def forget(self) -> None:
-        """Other steps have been between: a preempted request may come back with other blocks."""
+        """The next step goes on from none before it: its inputs are made anew."""
         self._requests = []
         self._attention = None

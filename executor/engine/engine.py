@@ -97,9 +97,9 @@ class Engine:
         )
 
     def fetch(self, prompt: Prompt, params: SamplingParams) -> None:
-        """Read what the cache on disk has of a prompt; from any thread, before `add`, which does it too."""
+        """Read what the cache on disk has of a prompt; from any thread, before `add` does it."""
         cache, scheduler = self.runner.disk_cache, self.scheduler
-        if cache is None:
+        if cache is None or cache.has_fetched(prompt):
             return
         digests: list[bytes] = []
         if params.prompt_logprobs is None:  # else all of it is computed

@@ -117,7 +117,7 @@ class DecodeGraphs:
         return logits.index_select(0, self.device.send(np.array(places)))
 
     def forget(self) -> None:
-        """A request has ended: nothing of it is kept."""
+        """The next replay goes on from none before it: its numbers are made anew."""
         self._expected = None, [], []
 
     def _fill(self, rows: Sequence[Row], shape: GraphShape, given: Tensor | None) -> Sequence[int]:

@@ -430,11 +430,11 @@ class Runner:
             self._tell_meanwhile()
         return logits
 
-    def _continued(self, places: Sequence[int]) -> Tensor:
+    def _continued(self, places: tuple[int, ...]) -> Tensor:
         """int64 [R]: what the rows at these places of the step before yield; on every rank of the replica."""
         if self.replica.leads:
             token_ids = self._yielded
-            if len(places) < len(token_ids):
+            if places != tuple(range(len(token_ids))):
                 token_ids = token_ids[self.device.send(np.array(places))]
             token_ids = token_ids.clamp(min=0)  # a row without a token: this one is computed in vain
         else:
@@ -490,16 +490,20 @@ class Runner:
     def forget(self, request: Request) -> None:
         """Drop what is kept for a request that has ended."""
         self.sampler.forget(request.id)
-        self.decode_inputs.forget()
-        if self.graphs is not None:
-            self.graphs.forget()
+        self.forget_rows()
         self.replica.forget(request)
         if self.speculator is not None:
             self.speculator.forget(request)
 
+    def forget_rows(self) -> None:
+        """The next decode step goes on from none before it: a request has ended, or may have other blocks now."""
+        self.decode_inputs.forget()
+        if self.graphs is not None:
+            self.graphs.forget()
+
     def _inputs(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor, Any, Tensor, Visual | None]:
         """The arguments of ModelStep."""
-        self.decode_inputs.forget()
+        self.forget_rows()
         host = self._gather(rows)
         to = self.device.device
         visual = None

@@ -163,7 +163,7 @@ class Scheduler:
     def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End a request, for a stop string or by abort. One that `update` has ended only gets the new reason.
 
-        Its block ids stay readable, since a plan under way may still name it; until the next `schedule` nobody else
+        Its block ids stay readable, since a plan under way may still name it; until the next plan is made nobody else
         has those blocks.
         """
         if not request.finished:

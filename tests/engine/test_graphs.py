@@ -13,7 +13,7 @@ import torch
 
 from executor.device.cpu.ops import CpuOps
 from executor.engine.graphs import DecodeGraphs, needed_shape
-from executor.schedule.plan import GraphShape, Row
+from executor.schedule.plan import GraphShape, Plan, Row
 from executor.schedule.request import Prompt, Request, SamplingParams
 from tests.engine.speculation.test_equality import Oracle, with_drafts
 from tests.engines import engine_over
@@ -135,3 +135,24 @@ def test_only_rows_of_answers_under_way_are_decode_steps() -> None:
     assert needed_shape([row, row._replace(max_yield=4, draft_ids=(1, 2))]) == (2, 3)
     for other in (row._replace(start=2), row._replace(num_tokens=2), row._replace(max_yield=0)):
         assert needed_shape([row, other]) is None
+
+
+def test_a_request_that_comes_back_with_other_blocks_goes_on_in_these(engine) -> None:
+    """Preempted at the end of a block and computed again up to there, it goes on where the last replay has ended."""
+    runner, prompt = engine.runner, text(*range(30, 45))
+    (wanted,) = (list(done.token_ids[0][:3]) for done in engine.generate([prompt], GREEDY))
+
+    def step(request: Request, start: int, num_tokens: int, max_yield: int) -> None:
+        plan = Plan((Row(request, start, num_tokens, max_yield),))
+        request.output_token_ids += runner.execute(plan).token_ids[0]
+
+    request, other = Request("one", prompt, GREEDY, block_ids=[0]), Request("two", text(*range(16)), GREEDY)
+    step(request, 0, 15, 1)
+    step(request, 15, 1, 1)
+    other.block_ids, request.block_ids = request.block_ids, [1, 2]
+    step(other, 0, 16, 1)
+    step(request, 0, 16, 0)
+    step(request, 16, 1, 1)
+    runner.forget(request), runner.forget(other)
+    engine.scheduler.forget()  # whose blocks have been written to
+    assert request.output_token_ids == wanted

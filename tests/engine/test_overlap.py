@@ -4,12 +4,13 @@ import random
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from executor.engine import sampler as sampling
 from executor.engine.sampler import Drawn
-from executor.schedule.request import FinishReason, SamplingParams
+from executor.schedule.request import FinishReason, Prompt, SamplingParams
 from tests.engines import engine_over
 from tests.reference import FAMILIES, REPO
 
@@ -194,6 +195,32 @@ def test_penalties_count_a_token_that_the_host_has_not_read(engine, answers):
         assert launches.num_ahead > 30
         if params.repetition_penalty > 1:
             assert wanted != answers()[0]
+
+
+def test_rows_that_stand_in_another_order_in_the_next_step_have_their_own_tokens(engine, monkeypatch):
+    """A long prompt comes to its end behind the row of a short one, which was admitted later and is decoded already."""
+    long, short = (
+        Prompt(list(range(40, 40 + count)), np.tile(np.arange(count), (3, 1)), position_delta=0) for count in (200, 9)
+    )
+
+    def tokens() -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        engine.scheduler.forget()
+        engine.add(long, PLAIN, "long")
+        engine.step()
+        engine.add(short, PLAIN, "short")
+        while engine.has_work:
+            for output in engine.step():
+                found.setdefault(output.request_id, []).extend(output.token_ids)
+        return found
+
+    monkeypatch.setattr(engine, "overlaps", False)
+    wanted, continues = tokens(), []
+    monkeypatch.setattr(engine, "overlaps", True)
+    launch = engine.runner.launch
+    monkeypatch.setattr(engine.runner, "launch", lambda plan: continues.append(plan.continues) or launch(plan))
+    assert tokens() == wanted
+    assert (1, 0) in continues
 
 
 def spoil(engine, monkeypatch, is_bad) -> None:

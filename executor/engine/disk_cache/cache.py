@@ -88,6 +88,7 @@ class DiskCache:
         self._staged: weakref.WeakValueDictionary[str, Staged] = weakref.WeakValueDictionary()
         self._of_prompt: weakref.WeakKeyDictionary[Prompt, dict[bytes, Staged]] = weakref.WeakKeyDictionary()
         self._media_of_prompt: weakref.WeakKeyDictionary[Prompt, list[Staged]] = weakref.WeakKeyDictionary()
+        self._fetched: weakref.WeakSet[Prompt] = weakref.WeakSet()  # since they were released last
         self._reading = threading.Lock()  # one prompt at a time: what two share is read once
         self._touched_ns: dict[str, int] = {}
         self._media_queries = self._media_hits = self._read_bytes = 0
@@ -119,12 +120,17 @@ class DiskCache:
 
     def release(self, prompt: Prompt) -> None:
         self._of_prompt.pop(prompt, None)
+        self._fetched.discard(prompt)
 
     def wants(self, digest: bytes) -> bool:
         name = _block_name(digest)
         return name not in self.folder.names and name not in self._queued and time.monotonic() >= self._resting_until_s
 
     # For the threads that prepare prompts.
+
+    def has_fetched(self, prompt: Prompt) -> bool:
+        """Whether a prompt has been fetched, and none of its requests been begun since."""
+        return prompt in self._fetched
 
     def fetch(
         self, prompt: Prompt, digests: Sequence[bytes], num_known: int, knows_media: Callable[[bytes], bool]
@@ -133,6 +139,7 @@ class DiskCache:
 
         `digests`: of the blocks that a request of it can take over. `knows_media`: whether features are in memory.
         """
+        self._fetched.add(prompt)
         found: dict[bytes, Staged] = {}
         if len(digests) > num_known and self._may_have(_block_name(digests[num_known])):
             with self._reading:
@@ -220,15 +227,32 @@ class DiskCache:
                 kept.append(block)
         if not kept:
             return
-        form = self._tensors[0]
-        rows = torch.empty(len(kept), len(self._tensors), *form.shape[1:], dtype=form.dtype, device=form.device)
-        for first, count, start in _runs([block.block_id for block in kept]):
-            for place, tensor in enumerate(self._tensors):
-                rows[start : start + count, place].copy_(tensor[first : first + count])
+        names = [_block_name(block.digest) for block in kept]
+        try:
+            rows = self._copied([block.block_id for block in kept])
+        except (RuntimeError, MemoryError) as error:
+            self._resting_until_s = time.monotonic() + RETRY_S
+            with self._accounts:
+                self._queued.difference_update(names)
+                self._queued_bytes -= self._block_bytes * len(names)
+                self._num_dropped += len(names)
+            logger.warning(
+                "%s: blocks cannot be copied (%s); they are not kept, nor others for %.0f s",
+                self.folder.path, error, RETRY_S,
+            )  # fmt: skip
+            return
         now_ns = time.time_ns()
         stamps_ns = [now_ns - block.place * PLACE_NS for block in kept]
-        names = [_block_name(block.digest) for block in kept]
         self._queue.put((names, self._block_bytes, stamps_ns, rows))
+
+    def _copied(self, block_ids: Sequence[int]) -> Tensor:
+        """Blocks of all layers, one in each row."""
+        form = self._tensors[0]
+        rows = torch.empty(len(block_ids), len(self._tensors), *form.shape[1:], dtype=form.dtype, device=form.device)
+        for first, count, start in _runs(block_ids):
+            for place, tensor in enumerate(self._tensors):
+                rows[start : start + count, place].copy_(tensor[first : first + count])
+        return rows
 
     def features(self, item: MediaItem) -> Tensor | None:
         """Features `[M, 1 + taps, n]` of a media item on the device, where `fetch` has found them; once."""

@@ -104,7 +104,7 @@ class DraftProposer(Proposer):
             if self._computed is not None:
                 shadow.num_computed = self._computed.count(request.block_ids, shadow.digests, row.start)
             shadow.num_told = shadow.num_computed
-            self.runner.decode_inputs.forget()
+            self.runner.forget_rows()
         return shadow
 
     def _knows(self, token_ids: Sequence[int]) -> bool:

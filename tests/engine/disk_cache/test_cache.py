@@ -423,6 +423,45 @@ def test_features_are_read_as_they_were(path):
         assert engine.runner.disk_cache.stats().num_media_hits == 2
 
 
+def test_what_is_fetched_before_a_request_is_added_is_fetched_once(path, wanted, monkeypatch):
+    """The thread of the steps waits for nobody who reads, and media count once."""
+    for file in entries(path, "kv")[::2]:
+        file.unlink()
+    with opened(path) as engine:
+        cache, prompts = engine.runner.disk_cache, [engine.prompt(question) for question in questions()]
+        for prompt in prompts:
+            engine.fetch(prompt, GREEDY)
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "_reading", None)
+            found = engine.generate(prompts, GREEDY)
+        assert [x.token_ids for x in found] == [x.token_ids for x in wanted[0]]
+        stats = cache.stats()
+        assert (stats.num_media_queries, stats.num_media_hits) == (2, 2)
+        engine.scheduler.forget()
+        engine.generate(prompts, GREEDY)
+        assert cache.stats().num_media_queries == 4, "a prompt that is asked again is fetched again"
+
+
+def test_lack_of_memory_for_copies_harms_no_step(tmp_path, wanted, caplog, monkeypatch):
+    def failing(block_ids):
+        raise RuntimeError("out of memory")
+
+    with opened(tmp_path) as engine:
+        cache = engine.runner.disk_cache
+        with monkeypatch.context() as patch:
+            patch.setattr("executor.engine.disk_cache.cache._runs", failing)
+            assert same(answers(engine), wanted[0])
+        cache.flush()
+        assert not cache._queued and not cache._queued_bytes and cache.stats().num_dropped
+        assert [record.message for record in caplog.records if "out of memory" in record.message] == [
+            f"{cache.folder.path}: blocks cannot be copied (out of memory); they are not kept, nor others for 60 s"
+        ]
+        cache._resting_until_s = 0.0
+        engine.scheduler.forget()
+        assert same(answers(engine), wanted[0])
+    assert entries(tmp_path, "kv")
+
+
 def test_two_pictures_that_are_alike_are_read_once(tmp_path):
     picture = {"type": "image", "image": Image.effect_noise((128, 128), 60).convert("RGB")}
     asked = [[{"role": "user", "content": [picture, picture, {"type": "text", "text": text}]}] for text in ("A", "B")]
