@@ -36,6 +36,7 @@ from executor.engine.speculation.lookahead import LookaheadProposer
 from executor.engine.speculation.ngram import NgramProposer
 from executor.engine.speculation.speculator import Proposer, Speculator
 from executor.engine.step import ModelStep, cache_scales
+from executor.errors import UserError
 from executor.host.env import code_digest, rank_place
 from executor.media.fetch import Fetcher
 from executor.media.hosts import DOMAINS_KEY, PRIVATE_KEY, parse_rules
@@ -172,7 +173,13 @@ def _disk_cache(recipe: Recipe, root: Path, checkpoint: Checkpoint, runner: Runn
     content = content_digest(checkpoint.folder, checkpoint.files, root / "checkpoints.json")
     key = cache_key(recipe, content, runner.step, runner.device)
     config = runner.model.config
-    folder = EntryFolder(root, key, round(recipe.scheduler.prefix_cache_gb * GIB))
+    try:
+        folder = EntryFolder(root, key, round(recipe.scheduler.prefix_cache_gb * GIB))
+    except OSError as error:
+        raise UserError(
+            f"scheduler_config.prefix_cache_path: {error.filename or root} cannot be used ({error.strerror or error}); "
+            "name a folder of this user's"
+        ) from error
     features = 1 + runner.model.num_taps, config.text.hidden_size
     return DiskCache(folder, runner.kv, runner.block_size, runner.device, features, runner.dtype)
 
