@@ -20,7 +20,7 @@ from executor.recipe.words import plain_words
 Device = Literal["auto", "cpu", "npu", "npu_emulated", "cuda"]
 Soc = Literal["atlas_800i_a2", "atlas_800i_a3", "atlas_300i_duo"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-ExeMode = Literal["eager", "ge_graph", "npugraph_ex", "compile"]
+ExeMode = Literal["eager", "ge_graph", "npugraph_ex"]
 CpuIsa = Literal["auto", "avx2", "avx512"]
 KVCacheDtype = Literal["auto", "float", "int8"]
 Quantization = Literal[
@@ -49,7 +49,7 @@ class ModelSection(Section):
     """Type of weights and activations. auto: the checkpoint's own, float16 on atlas_300i_duo."""
     exe_mode: ExeMode = "eager"
     """How a decode step runs: eager, or as a graph on A2 and A3, of torchair's GE (ge_graph) or as a captured ACL graph
-    (npugraph_ex). compile is not in this release. Prefill is always eager."""
+    (npugraph_ex). Prefill is always eager."""
     strict_graph: bool = False
     """true: a graph that cannot be captured is an error, not a warning and eager steps."""
     quantization: Quantization = "auto"

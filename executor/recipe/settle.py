@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_MODEL_LEN = 32768
 NPU_DEVICES = named(npu=True)
-GRAPH_DEVICES = {mode: having("exe_modes", mode) for mode in ("ge_graph", "npugraph_ex")} | {"compile": ("cpu", "cuda")}
+GRAPH_DEVICES = {mode: having("exe_modes", mode) for mode in ("ge_graph", "npugraph_ex")}
 
 
 @dataclass(frozen=True)
@@ -185,11 +185,6 @@ def release_findings(recipe: Recipe) -> list[str]:
         findings.append(
             f"model_config.device: the {model.device} backend is not part of this release yet; device: cpu runs "
             f"everywhere. Try:  {_that_runs(recipe)}"
-        )
-    elif not having("exe_modes", model.exe_mode):
-        findings.append(
-            f"model_config.exe_mode: {model.exe_mode} is not part of this release yet; eager is. "
-            f"Try:  {_that_runs(recipe)}"
         )
     return findings + word_findings(model)
 

@@ -41,7 +41,6 @@ def refuse_unsupported(recipe):
     [
         ({"device": "npu"}, {}, ["needs torch_npu beside torch", "npu_emulated", "--set model_config.device=cpu"]),
         ({"device": "cuda"}, {}, ["cuda backend is not part of this release"]),
-        ({"device": "cpu", "exe_mode": "compile"}, {}, ["compile is not part", "--set model_config.exe_mode=eager"]),
         ({"device": "cuda"}, {"world_size": 2}, ["--set parallel_config.world_size=1"]),
         (
             {"device": "cpu", "quantization": "w8a8sc"},
@@ -64,7 +63,6 @@ def test_what_this_release_cannot_start(model, parallel, words, monkeypatch):
         ({"device": "cpu", "soc": "atlas_800i_a2"}, "set device: npu"),
         ({"device": "npu_emulated"}, "needs a chip: atlas_800i_a2, atlas_800i_a3 or atlas_300i_duo"),
         ({"device": "cpu", "exe_mode": "ge_graph"}, "ge_graph is for device npu or npu_emulated"),
-        ({"device": "npu", "exe_mode": "compile"}, "compile is for device cpu or cuda"),
         ({"device": "npu", "soc": "atlas_300i_duo", "dtype": "bfloat16"}, "float16 only, got bfloat16"),
         ({"device": "npu", "soc": "atlas_800i_a3", "dtype": "float32"}, "bfloat16 or float16, got float32"),
         ({"device": "npu", "soc": "atlas_300i_duo", "exe_mode": "ge_graph"}, "decodes eagerly only"),
@@ -160,7 +158,7 @@ def test_everything_that_can_be_known_is_told_at_once(model, parallel, scheduler
     [
         (NPU | {"exe_mode": "ge_graph", "dtype": "float16"}, {"world_size": 8, "attn_tp_size": 4, "moe_ep_size": 2}),
         ({"device": "cpu", "soc": "atlas_300i_duo", "dtype": "float16"}, {}),
-        ({"device": "cuda", "exe_mode": "compile", "quantization": "w8a8sc"}, {"world_size": 2}),
+        ({"device": "cuda", "exe_mode": "npugraph_ex", "quantization": "w8a8sc"}, {"world_size": 2}),
     ],
 )
 def test_the_advice_of_a_refusal_is_not_refused(model, parallel, monkeypatch):
