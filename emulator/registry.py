@@ -29,6 +29,7 @@ class Kernel:
 KERNELS: dict[str, Kernel] = {}
 _NO_TENSORS = ("npu::empty_with_format",)
 _libraries: list[torch.library.Library] = []
+_open: list[str] = []  # kernels that run now, one inside the other
 
 
 def kernel(
@@ -90,11 +91,20 @@ def _guarded(entry: Kernel) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         with naming(bare):
             _check_chip(bare)
-            if entry.check is not None:
-                entry.check(*args, **kwargs)
-            return entry.run(*args, **kwargs)
+            _open.append(entry.name)
+            try:
+                if entry.check is not None:
+                    entry.check(*args, **kwargs)
+                return entry.run(*args, **kwargs)
+            finally:
+                _open.pop()
 
     return run
+
+
+def is_computing() -> bool:
+    """Whether a kernel runs now: what it does with tensors is the chip's doing, not the host's."""
+    return bool(_open)
 
 
 def _check_chip(bare: str) -> None:

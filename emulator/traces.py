@@ -40,17 +40,19 @@ class Traces:
     def num_layers(self) -> int:
         return len(self.model.language_model.layers)
 
-    def decode_graph(self, layers: int | None = None) -> Graph:
-        """The decode step of the first `layers` (None: all) as the GE graph that the backend has made."""
+    def decode_graph(self, layers: int | None = None, *, q_len: int = 1) -> Graph:
+        """The decode step of the first `layers` (None: all) as the GE graph that the backend has made. `q_len`: tokens
+        of each row, 1 without drafts."""
         with self._only(layers) as step:
-            return graph.convert(step.decode, *self._decode_arguments(step), configure=configure)
+            return graph.convert(step.decode, *self._decode_arguments(step, q_len), configure=configure)
 
-    def decode_calls(self, layers: int | None = None, *, tensors: bool) -> Recorder:
+    def decode_calls(self, layers: int | None = None, *, tensors: bool, q_len: int = 1) -> Recorder:
         """The calls of an eager decode step; `tensors`: with lengths as tensors, as in a graph."""
         with self._only(layers) as step:
             if tensors:
-                return _recorded(step.decode, self._decode_arguments(step))
-            return _recorded(step, self._arguments([1] * self.batch, [self.blocks * self.block_size] * self.batch))
+                return _recorded(step.decode, self._decode_arguments(step, q_len))
+            lengths = [q_len] * self.batch, [self.blocks * self.block_size] * self.batch
+            return _recorded(step, self._arguments(*lengths, num_sampled=q_len * self.batch))
 
     def prefill_calls(self, tokens: int, longest: int, visual_tokens: int) -> Recorder:
         """The calls of a prefill step of `tokens`, in requests of at most `longest`, some of them visual."""
@@ -87,15 +89,18 @@ class Traces:
         finally:
             text.layers = every
 
-    def _decode_arguments(self, step: ModelStep) -> tuple[Any, ...]:
-        attention = step.model.language_model.layers[0].self_attn
+    def _decode_arguments(self, step: ModelStep, q_len: int) -> tuple[Any, ...]:
+        attention, tokens = step.model.language_model.layers[0].self_attn, q_len * self.batch
         width = attention.num_heads * attention.head_dim
-        q_outs = [_meta(self.batch, width, dtype=self.dtype) for _ in step.kv]
+        q_outs = [_meta(tokens, width, dtype=self.dtype) for _ in step.kv]
         table = _meta(self.batch, self.blocks, dtype=torch.int32)
-        return *(_meta(self.batch) for _ in range(4)), table, q_outs
+        return *(_meta(tokens) for _ in range(3)), _meta(self.batch), table, q_outs
 
-    def _arguments(self, q_lens: list[int], kv_lens: list[int], visual_tokens: int = 0) -> tuple[Any, ...]:
-        """What ModelStep takes for rows of these lengths."""
+    def _arguments(
+        self, q_lens: list[int], kv_lens: list[int], visual_tokens: int = 0, num_sampled: int | None = None
+    ) -> tuple[Any, ...]:
+        """What ModelStep takes for rows of these lengths; `num_sampled`: tokens whose logits are wanted, None: one of
+        each row."""
         tokens = sum(q_lens)
         visual = None
         if visual_tokens:
@@ -105,7 +110,7 @@ class Traces:
         tables = [range(-(-length // self.block_size)) for length in kv_lens]
         attention = self.device.prepare_attention(q_lens, kv_lens, tables, self.block_size)
         slots = _meta(tokens, dtype=self.device.slot_dtype)
-        return _meta(tokens), _meta(3, tokens), slots, attention, _meta(len(q_lens)), visual
+        return _meta(tokens), _meta(3, tokens), slots, attention, _meta(num_sampled or len(q_lens)), visual
 
 
 def _recorded(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Recorder:

@@ -43,8 +43,8 @@ class _Answer:
         now_s = time.perf_counter() - self._since_s
         if not isinstance(event, Output):
             self.ended_s = now_s
-        elif event.token_ids:
-            self.token_times_s.append(now_s)
+        else:  # the tokens of a step come together
+            self.token_times_s += [now_s] * len(event.token_ids)
 
     @property
     def is_cut(self) -> bool:

@@ -1,4 +1,5 @@
-"""What a server tells of itself at /metrics, before and after a run: stage times, cached tokens, use of the KV cache.
+"""What a server tells of itself at /metrics, before and after a run: stage times, cached tokens, use of the KV cache,
+drafts.
 
 The names are those of this project's server and of vLLM's, which has most of them too. A server without /metrics has no
 such figures, and nothing is made of that.
@@ -12,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from executor.bench.client import METRICS, Client
+from executor.engine.speculation.counts import SpeculationCounts
 
 LOOK_S = 5.0
 """In which /metrics must answer: a run does not wait for a server that never does."""
@@ -24,6 +26,13 @@ COUNTERS = {  # counter -> its growth in a run
     "vllm:prefix_cache_queries_total": "prefix_cache_query_tokens",
     "vllm:mm_cache_hits_total": "encoder_cache_hits",
     "vllm:num_preemptions_total": "preemptions",
+}
+DRAFTS = {  # counter -> its field of SpeculationCounts
+    "vllm:spec_decode_num_drafts_total": "num_drafts",
+    "vllm:spec_decode_num_draft_tokens_total": "num_draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens_total": "num_accepted_tokens",
+    "qwenvl:spec_decode_verify_seconds_total": "verify_s",
+    "qwenvl:spec_decode_plain_seconds_total": "plain_s",
 }
 GAUGES = {  # gauge -> its greatest value in a run
     "vllm:kv_cache_usage_perc": "most_kv_cache_usage",
@@ -40,7 +49,7 @@ class ServerFigures:
 
     stages_s: dict[str, float] = field(default_factory=dict)
     decode_step_s: float | None = None  # of the text model, on average
-    others: dict[str, float] = field(default_factory=dict)  # named by COUNTERS and GAUGES
+    others: dict[str, float] = field(default_factory=dict)  # named by COUNTERS, GAUGES and SpeculationCounts.figures
 
 
 def parse(text: str) -> dict[str, float]:
@@ -80,6 +89,8 @@ def _fill(
     if "decode" in found.stages_s and grown.get(DECODE_STEPS):
         found.decode_step_s = found.stages_s["decode"] / grown[DECODE_STEPS]
     found.others = {told: grown[name] for name, told in COUNTERS.items() if name in grown}
+    drafts = {told: grown[name] for name, told in DRAFTS.items() if name in grown}
+    found.others |= SpeculationCounts(**drafts).figures()
     found.others |= {GAUGES[name]: value for name, value in most.items()}
 
 

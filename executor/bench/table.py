@@ -58,7 +58,7 @@ def _completed(found: Mapping[str, Figure]) -> str:
 
 def beside_table(point: Point) -> str:
     """What `vllm bench serve` does not print, in its form: whole answers, stages, the model alone, the floor, memory,
-    spread. Parts without data are left out."""
+    drafts, spread. Parts without data are left out."""
     found = figures(point.runs)
     lines = [
         f"{' Beside it ':=^{WIDTH}}",
@@ -78,7 +78,8 @@ def beside_table(point: Point) -> str:
     if "peak_memory_bytes" in found:
         peak = found["peak_memory_bytes"].most / GIB
         lines += [f"{'Memory':-^{WIDTH}}", line("Peak memory (GiB):", f"{peak:.2f}")]
-    lines += _server_lines(found)
+    lines += _section(found, "Speculative Decoding", DRAFTING)
+    lines += _section(found, "Server and Client", BESIDE)
     return "\n".join([*lines, *_spread_lines(found, len(point.runs)), "=" * WIDTH])
 
 
@@ -157,6 +158,14 @@ def _floor_lines(found: Mapping[str, Figure], floor: Floor) -> list[str]:
     return [*lines, line("Duration / floor of all its steps:", number(found, "measured_over_floor"))]
 
 
+DRAFTING = (  # as BESIDE
+    ("Acceptance rate (%):", "acceptance_rate", 2, 100),
+    ("Acceptance length:", "acceptance_length", 2, 1),
+    ("Drafts:", "drafts", 0, 1),
+    ("Draft tokens:", "draft_tokens", 0, 1),
+    ("Accepted tokens:", "accepted_draft_tokens", 0, 1),
+    ("Gain of steps with drafts:", "drafting_gain", 2, 1),
+)
 BESIDE = (  # label, name in Run.beside, digits, factor
     ("Input tokens found in the prefix cache:", "prefix_cache_hit_tokens", 0, 1),
     ("Pictures found in the encoder cache:", "encoder_cache_hits", 0, 1),
@@ -169,14 +178,14 @@ BESIDE = (  # label, name in Run.beside, digits, factor
 )
 
 
-def _server_lines(found: Mapping[str, Figure]) -> list[str]:
-    """What a server told of itself, and how busy the client was."""
+def _section(found: Mapping[str, Figure], heading: str, parts: Sequence[tuple[str, str, int, float]]) -> list[str]:
+    """Figures of Run.beside under a heading; nothing where none is known."""
     rows = [
         line(label, f"{found[f'beside.{name}'].median * factor:.{digits}f}")
-        for label, name, digits, factor in BESIDE
+        for label, name, digits, factor in parts
         if f"beside.{name}" in found
     ]
-    return [f"{'Server and Client':-^{WIDTH}}", *rows] if rows else []
+    return [f"{heading:-^{WIDTH}}", *rows] if rows else []
 
 
 SPREAD = (

@@ -30,7 +30,7 @@ class Row:
     """
 
     new: int
-    cached: int = 0
+    cached: float = 0  # a whole number, or an average
     samples: bool = True
     visual: int = 0
 
@@ -52,10 +52,15 @@ class _Text:
 
 
 def decode_cost(
-    recipe: Recipe, shapes: ModelShapes, batch: int, context: float, types: TypeOf | None = None
+    recipe: Recipe, shapes: ModelShapes, batch: int, context: float, types: TypeOf | None = None, drafts: int = 0
 ) -> StepCost:
-    """A decode step of `batch` requests of one replica, each with `context` tokens, the new one among them."""
-    step = _Text(batch, batch, batch * context, batch * context, 0)
+    """A decode step of `batch` requests of one replica, each with `context` tokens, the new one among them.
+
+    `drafts`: tokens behind it that are verified in the same step, of every request.
+    """
+    row = Row(1 + drafts, context - 1)
+    tokens = batch * row.new
+    step = _Text(tokens, tokens, batch * row.pairs, batch * (context + drafts), 0)
     kernels = decode_kernels(recipe, shapes)
     return _text_cost(recipe, shapes, step, types or sizes.type_of(recipe), kernels)
 

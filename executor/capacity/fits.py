@@ -58,6 +58,7 @@ class Deployment:
             process_bytes=self.process_bytes,
             copies_head=self.copies_head,
             stored=self.paper.stored,
+            draft=self.paper.draft,
             num_blocks=num_blocks,
             held_bytes=self.assumed_bytes,
         )
@@ -132,7 +133,7 @@ def fit(deployment: Deployment, workload: Workload) -> Fit:
     named = named_blocks(recipe, memory.block_bytes, deployment.blocks(recipe.scheduler.max_model_len))
     faults = [*_size_faults(deployment, workload, users, named)]
     if not memory.fits:
-        weights_alone = memory.process_bytes + memory.weights_bytes > memory.budget_bytes
+        weights_alone = memory.process_bytes + memory.all_weights_bytes > memory.budget_bytes
         over = (memory.total_bytes - memory.budget_bytes) / GIB
         faults.append(
             f"memory: {users} requests of {workload.request_tokens} tokens take {memory.total_bytes / GIB:.1f} GiB of "

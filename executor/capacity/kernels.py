@@ -7,6 +7,7 @@ kernel is a node of the decode graph that does work, or an eager call that is no
 
 from dataclasses import dataclass
 
+from executor.recipe.graph_sizes import decode_tokens
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
 
@@ -81,7 +82,7 @@ def prefill_kernels(recipe: Recipe, shapes: ModelShapes, tokens: int, has_visual
     if recipe.model.device not in NPUS:
         return 0
     kernels = counts_eager(recipe, shapes).total(shapes.num_layers)
-    if tokens > decode_rows(recipe):
+    if tokens > decode_tokens(recipe):
         kernels -= (shapes.num_layers - 1) * _fused_sums(recipe, shapes)
         if recipe.model.quantization == "w8a8_mix" and recipe.model.soc == _DUO and shapes.family != "qwen2_5_vl":
             kernels -= shapes.num_layers  # by a scale for every row, which its products find themselves
@@ -126,11 +127,6 @@ def _sums(recipe: Recipe, shapes: ModelShapes) -> int:
     """Of a layer, over ranks: attention's, and the MLP's or the experts'."""
     is_summed = (recipe.parallel.world_size if shapes.num_experts else recipe.attn_tp_size) > 1
     return (recipe.attn_tp_size > 1) + is_summed
-
-
-def decode_rows(recipe: Recipe) -> int:
-    """The most rows of a decode step, padded ones included."""
-    return max((recipe.scheduler.max_num_seqs, *(recipe.scheduler.graph_batch_sizes or ())))
 
 
 def _fuses(recipe: Recipe) -> bool:

@@ -16,6 +16,7 @@ from executor.capacity.costs import decode_cost
 from executor.capacity.products import TypeOf
 from executor.capacity.times import StepTime, Times
 from executor.capacity.work import StepCost
+from executor.recipe.graph_sizes import graph_shapes, most_inputs
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
 
@@ -45,8 +46,9 @@ class Prediction:
     """Predicted speed of a recipe under a workload; no time here was measured.
 
     ttft_ms: of a request that comes while the others decode. ttft_all_ms: of the last of all users that come at once.
-    tpot_ms: the model's decode step with all users; tpot_host_ms: with the host's work that a step waits for, and with
-    the prefills of requests that follow each other. tokens_per_s: of answers, of all replicas, in that steady state.
+    tpot_ms: the model's decode step with all users, for each token that it yields; tpot_host_ms: with the host's work
+    that a step waits for, and with the prefills of requests that follow each other. tokens_per_s: of answers, of all
+    replicas, in that steady state. drafts: verified for a request in a step; step_tokens: tokens that it yields then.
     step: what the decode step costs one rank, which `decode` are the times of.
     """
 
@@ -58,6 +60,8 @@ class Prediction:
     batch: int  # requests of the busiest replica
     replicas: int
     prompt_tokens: int
+    drafts: int
+    step_tokens: float
     step: StepCost
     decode: StepTime
     prefill: StepTime
@@ -82,7 +86,9 @@ def predict(
     """The speed of a settled recipe (no auto, no null) on `chip`. `types`: see Times.
 
     decode_step: where a graph was converted (executor/capacity/converted.py); None: by arithmetic and the count table.
-    A replica with more users than max_num_seqs answers so many at a time.
+    A replica with more users than max_num_seqs answers so many at a time. With plan_config.acceptance_probability every
+    step verifies all drafts that speculative_config allows, of every request, and yields those before the first wrong
+    one and a token more. Looking drafts up is taken to cost nothing.
     """
     calibration = calibration or calibrated()
     times = Times(recipe, shapes, chip, calibration.constants, types)
@@ -93,25 +99,41 @@ def predict(
     visual = workload.pictures * workload.grid[0] * workload.grid[1]
     text = workload.prompt_tokens - visual
     context = workload.prompt_tokens + workload.output_tokens / 2
-    step = decode_cost(recipe, shapes, batch, context, types) if decode_step is None else decode_step(batch, context)
+    probability = recipe.plan.acceptance_probability
+    drafts = 0 if probability is None else most_inputs(recipe) - 1
+    step_tokens = sum((probability or 0.0) ** count for count in range(drafts + 1))  # 0.0 ** 0 is 1
+    if decode_step is None:
+        recipe = _run_as(recipe, batch, drafts)
+        step = decode_cost(recipe, shapes, batch, context, types, drafts)
+    else:
+        step = decode_step(batch, context)
     decode = times.of(step, recipe.model.exe_mode)
     prefill = times.prompts(1, text, grids)
-    host_s = batch * HOST_ROW_S
+    host_s = batch * step_tokens * HOST_ROW_S
     # While a request is answered each of the others of its replica is prefilled once, too.
-    step_s = decode.total_s + host_s
-    answer_s = workload.output_tokens * step_s + batch * prefill.total_s
+    token_s = (decode.total_s + host_s) / step_tokens
+    answer_s = workload.output_tokens * token_s + batch * prefill.total_s
     waiting_s = decode.total_s if batch > 1 else 0.0
     return Prediction(
         ttft_ms=1e3 * (prefill.total_s + waiting_s),
         ttft_all_ms=1e3 * times.prompts(batch, text, grids).total_s,
-        tpot_ms=1e3 * decode.total_s,
+        tpot_ms=1e3 * decode.total_s / step_tokens,
         tpot_host_ms=1e3 * answer_s / workload.output_tokens,
         tokens_per_s=min(workload.users, batch * replicas) * workload.output_tokens / answer_s,
         batch=batch,
         replicas=replicas,
         prompt_tokens=workload.prompt_tokens,
+        drafts=drafts,
+        step_tokens=step_tokens,
         step=step,
         decode=decode,
         prefill=prefill,
         calibration_error=calibration.error,
     )
+
+
+def _run_as(recipe: Recipe, batch: int, drafts: int) -> Recipe:
+    """The recipe in the exe_mode that its decode steps have: eager where no graph holds the drafts of all rows."""
+    if not drafts or any(shape.rows >= batch and shape.q_len > drafts for shape in graph_shapes(recipe)):
+        return recipe
+    return recipe.replace(model={"exe_mode": "eager"})

@@ -21,12 +21,11 @@ from executor.checkpoint.folder import local_checkpoint
 from executor.checkpoint.load import build_on_meta
 from executor.checkpoint.part_pulls import open_checkpoint
 from executor.checkpoint.pull import finalize, local_bytes
-from executor.commands.build import decode_rows
 from executor.device import ops
 from executor.errors import UserError
 from executor.parallel.groups import SINGLE, Parallel, groups
 from executor.quant.choose import MADE, assume_schemes, choose_cache, choose_schemes, schemes_of
-from executor.recipe.graph_sizes import batch_sizes, graph_sizes
+from executor.recipe.graph_sizes import batch_sizes, decode_tokens, graph_sizes, most_inputs, verify_shapes
 from executor.recipe.on_paper import settle_on_paper
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
@@ -115,10 +114,10 @@ def on_meta(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[OnMeta]:
     limits, dtype = recipe.scheduler, getattr(torch, recipe.model.dtype)
     device = NpuOps(
         soc_of(recipe.model.soc), torch.device("meta"), weight_nz=recipe.model.enable_weight_nz,
-        decode_rows=decode_rows(recipe), dtype=dtype,
+        decode_rows=decode_tokens(recipe), dtype=dtype,
     )  # fmt: skip
     ops.bind(device)
-    batch = max(graph_sizes(recipe) or batch_sizes(limits.max_num_seqs))
+    batch = max(_batch_sizes(recipe))
     blocks = -(-limits.max_model_len // limits.block_size)
     with fake_ranks(recipe) as parallel:
         family = family_runner(config)
@@ -155,6 +154,13 @@ def _examined(recipe: Recipe, config: Mapping[str, Any], save: Path | None) -> d
         patches = PICTURE[0] * PICTURE[1] * PICTURE[2]
         _say(f"tracing a decode step of {traces.batch} requests")
         traced = {"decode": traces.decode_calls(tensors=in_graph)}
+        verified, faults = _verify_counts(traces, recipe, in_graph)
+        if not failures:
+            faults += _grown_layers(counts, verified)
+        for q_len in verified:
+            _say(f"tracing a step that verifies drafts, {q_len} tokens of a request")
+            has_graph = verified[q_len]["from"] == "ge_graph"
+            traced[f"verify_{q_len}"] = traces.decode_calls(tensors=has_graph, q_len=q_len)
         _say(f"tracing a prefill step of {limits.max_num_batched_tokens} tokens")
         traced["prefill"] = traces.prefill_calls(limits.max_num_batched_tokens, limits.max_model_len, patches // 4)
         _say(f"tracing the vision encoder on {patches // 4} tokens")
@@ -167,6 +173,7 @@ def _examined(recipe: Recipe, config: Mapping[str, Any], save: Path | None) -> d
     violations = [f"{step}: {text}" for step, recorded in traced.items() for text in recorded.violations]
     return {
         **counts,
+        "verify": verified,
         "schemes": built.schemes,
         "weights_bytes": built.weights_bytes,
         "decode_from": "ge_graph" if in_graph else "traced step",
@@ -174,7 +181,7 @@ def _examined(recipe: Recipe, config: Mapping[str, Any], save: Path | None) -> d
         "vision_ops_per_block": dict(block),
         "calls": {step: _sorted(recorded.counts) for step, recorded in traced.items()},
         "moved_bytes": {step: recorded.moved_bytes for step, recorded in traced.items()},
-        "unsupported": [*failures, *(f"{s.op}: {s.source}" for s in refused), *violations],
+        "unsupported": [*failures, *faults, *(f"{s.op}: {s.source}" for s in refused), *violations],
         "undocumented": [f"{s.op}: {s.source}" for s in undocumented],
         "note": NOTE,
     }
@@ -194,6 +201,11 @@ def _quantized(recipe: Recipe, model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def _batch_sizes(recipe: Recipe) -> tuple[int, ...]:
+    """Of the decode graphs; whatever its exe_mode, a recipe is checked with graphs where the chip has them."""
+    return graph_sizes(recipe) or batch_sizes(recipe.scheduler.max_num_seqs)
+
+
 def _say(step: str) -> None:
     """A line for each step on stderr: a large model takes a minute and more."""
     logger.info("%s ...", step)
@@ -201,8 +213,6 @@ def _say(step: str) -> None:
 
 def _graph_counts(traces: Any, save: Path | None) -> tuple[dict[str, Any], list[str]]:
     """Kernels of the converted decode step: per layer from one more layer, the rest from what all layers leave."""
-    from emulator.graph import per_layer
-
     _say(f"converting the decode step, {traces.num_layers} layers, then 1 and 2 to compare")
     try:
         whole, one, two = traces.decode_graph(), traces.decode_graph(1), traces.decode_graph(2)
@@ -211,16 +221,52 @@ def _graph_counts(traces: Any, save: Path | None) -> tuple[dict[str, Any], list[
     if save is not None:
         whole.save(save)
         logger.info("the decode graph is in %s", save)
-    layer = per_layer(one, two)
-    fixed = Counter(one.kernels)
-    fixed.subtract(layer)
-    expected = fixed.total() + traces.num_layers * layer.total()
+    counts = _converted_counts(one, two)
+    expected = counts["kernel_nodes_fixed"] + traces.num_layers * counts["kernel_nodes_per_layer"]
     assert whole.kernels.total() == expected, f"{whole.kernels.total()} nodes, {expected} by layers: they differ"
-    return _counts(layer, fixed, Counter({t: n for t, n in layer.items() if t in two.collectives})), []
+    return counts, []
 
 
-def _traced_counts(traces: Any) -> dict[str, Any]:
-    one, two = (traces.decode_calls(layers, tensors=False) for layers in (1, 2))
+def _verify_counts(traces: Any, recipe: Recipe, in_graph: bool) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """Kernels of the step that verifies drafts, by the tokens of a request: as graphs, each of its length, or traced
+    where it runs eagerly. Of one layer and two: the others are as the second. And what keeps it from being made."""
+    found: dict[int, dict[str, Any]] = {}
+    if most_inputs(recipe) == 1:
+        return found, []
+    lengths = sorted({shape.q_len for shape in verify_shapes(recipe, _batch_sizes(recipe)) if in_graph})
+    for q_len in lengths:
+        _say(f"converting the step that verifies drafts, {q_len} tokens of a request, 1 layer and 2")
+        try:
+            one, two = (traces.decode_graph(layers, q_len=q_len) for layers in (1, 2))
+        except RuntimeError as error:
+            return found, [f"graph of {q_len} tokens of a request: {error}"]
+        found[q_len] = {"from": "ge_graph", **_converted_counts(one, two)}
+    if not lengths:
+        found[most_inputs(recipe)] = {"from": "traced step", **_traced_counts(traces, most_inputs(recipe))}
+    return found, []
+
+
+def _grown_layers(decode: dict[str, Any], verified: dict[int, dict[str, Any]]) -> list[str]:
+    """Graphs that have more kernels in a layer than the decode step's: none should, the rows of both are tokens."""
+    key = "kernel_nodes_per_layer"
+    return [
+        f"graph of {q_len} tokens of a request: {each[key]} kernels per layer, a decode step has {decode[key]}"
+        for q_len, each in verified.items()
+        if each["from"] == "ge_graph" and each[key] > decode[key]
+    ]
+
+
+def _converted_counts(one: Any, two: Any) -> dict[str, Any]:
+    """Of the graphs of one layer and of two."""
+    from emulator.graph import per_layer
+
+    layer, fixed = per_layer(one, two), Counter(one.kernels)
+    fixed.subtract(layer)
+    return _counts(layer, fixed, Counter({t: n for t, n in layer.items() if t in two.collectives}))
+
+
+def _traced_counts(traces: Any, q_len: int = 1) -> dict[str, Any]:
+    one, two = (traces.decode_calls(layers, tensors=False, q_len=q_len) for layers in (1, 2))
     layer, fixed = Counter(two.kernels), Counter(one.kernels)
     layer.subtract(one.kernels)
     fixed.subtract(layer)
@@ -261,6 +307,9 @@ def _print(document: dict[str, Any], seconds: float) -> None:
         *((scheme, ", ".join(names)) for scheme, names in document["schemes"].items() if scheme != "none"),
         ("decode", f"{document['kernel_nodes_per_layer']} kernels per layer, {document['collectives_per_layer']} of "
                    f"them collectives, {document['kernel_nodes_fixed']} outside ({document['decode_from']})"),
+        *(("verify", f"{q_len} tokens of a request: {each['kernel_nodes_per_layer']} kernels per layer, "
+                     f"{each['kernel_nodes_fixed']} outside ({each['from']})")
+          for q_len, each in document["verify"].items()),
         ("layer", listed(document["ops_per_layer"])),
         ("outside", listed(document["ops_fixed"])),
         ("vision", f"{document['vision_nodes_per_block']} kernels per block"),

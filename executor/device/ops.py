@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from executor.device.weights import Weight
+
+Send = Callable[[np.ndarray], Tensor]
+"""`Ops.send`, for those who need nothing else of a device."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,19 @@ class Ops(ABC):
     collectives: str = "gloo"  # torch.distributed's backend for tensors of this device
     prepares_in_any_order: bool = False  # layers' weights, in a thread of its own while the rest is read
     computes_behind: bool = False  # behind the host's back: a call returns when its work is queued
+    overlaps_steps: bool = False  # a decode step is queued before the host has read the tokens of the one before
     takes_cache_offsets: bool = True  # whether the scales of an int8 cache may have offsets other than zero
+
+    def send(self, array: np.ndarray, into: Tensor | None = None) -> Tensor:
+        """`array` as a tensor on the device, a new one or `into`. The copy is queued and not waited for; where the
+        device is the host, a new tensor is the array's own memory, not to be changed before the step has ended."""
+        tensor = torch.from_numpy(array)
+        return tensor.to(self.device) if into is None else into.copy_(tensor)
+
+    def read_back(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin to copy `x` to the host, behind what is queued by now; the result waits for no more than that and gives
+        the copy."""
+        return lambda: x
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -207,6 +223,16 @@ class Ops(ABC):
     ) -> Any:
         """Everything attention needs that is the same for all layers of a step, from host lists, once."""
 
+    def advance_attention(
+        self, prepared: Any, kv_lens: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int,
+        entered: Sequence[int],
+    ) -> Any:  # fmt: skip
+        """`prepare_attention` of a decode step whose rows are those of `prepared`, each a token further.
+
+        `entered`: which of them have come into another block. `prepared` may be changed and is not used any more.
+        """
+        return self.prepare_attention([1] * len(kv_lens), kv_lens, block_tables, block_size)
+
     @abstractmethod
     def paged_attention(self, q: Tensor, cache: KVLayer, prepared: Any, scale: float) -> Tensor:
         """Causal attention of each row's last `q_len` tokens over its `kv_len` cached: `[T, H, D] -> [T, H * D]`."""
@@ -215,8 +241,11 @@ class Ops(ABC):
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
         """Full attention inside each of the packed segments: `[T, H, D] x3 -> [T, H * D]`."""
 
-    def static_attention(self, kv_lens: Tensor | Sequence[int], block_table: Tensor, block_size: int) -> Any:
-        """What `prepare_attention` gives for one token a row, over tensors that stay in place from step to step.
+    def static_attention(
+        self, q_len: int, kv_lens: Tensor | Sequence[int], block_table: Tensor, block_size: int
+    ) -> Any:
+        """What `prepare_attention` gives for rows of `q_len` tokens each, over tensors that stay in place from step to
+        step.
 
         `kv_lens` int64 [R] or numbers, `block_table` int32 [R, blocks].
         """

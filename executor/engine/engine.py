@@ -1,5 +1,9 @@
 """The engine: requests in, text out. The loop is `schedule, execute, update`; everything else is bookkeeping.
 
+A device that computes behind the host's back is given the next step before the last one's tokens are read (`overlaps`):
+`schedule, launch, schedule_ahead, launch, collect, update`. That step takes its tokens from the device, and what it has
+computed of requests that have ended meanwhile is dropped.
+
 Invariants: an output goes to whoever asked for its request, whoever runs the step; a call that raises leaves nothing
 queued; a step that raises is taken back. One request's fault ends that request alone.
 Knows requests, tokens and text; does not know models, devices, files or HTTP.
@@ -7,6 +11,7 @@ Knows requests, tokens and text; does not know models, devices, files or HTTP.
 
 import contextlib
 import itertools
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +26,16 @@ from executor.engine.noise import child_seed
 from executor.engine.outputs import Collector, Completion, Output
 from executor.engine.params import check_params, type_of, with_seed
 from executor.engine.replica import Replica
-from executor.engine.runner import FAULTS, Runner
+from executor.engine.runner import FAULTS, Launched, Runner, StepResult, without_void
+from executor.engine.speculation.counts import SpeculationCounts
 from executor.engine.writing import Answer, Piece, unreadable
 from executor.errors import UserError
 from executor.schedule.plan import Plan
+from executor.schedule.prefix_cache import BlockDigests
 from executor.schedule.request import GRAMMAR_ENDS, FinishReason, Prompt, Request, SamplingParams, Status
 from executor.schedule.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 Question = Prompt | str | Sequence[Mapping[str, Any]]
 """A prompt made by `engine.processor`, the text of a user's message, or the messages of a conversation."""
@@ -44,6 +53,7 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self.vocab_size = vocab_size
+        self.overlaps = runner.device.overlaps_steps
         self.matchers = Matchers(processor.tokenizer, vocab_size, processor.eos_token_ids)
         self.watch: Callable[[Plan], None] | None = None  # told of every plan that was computed
         self._answers: dict[str, Answer] = {}
@@ -52,6 +62,7 @@ class Engine:
         self._unreadable: deque[Answer] = deque()  # fail with the next step
         self._known_bytes: dict[int, bytes] = {}  # of the tokens that were read
         self._aborted: deque[str] = deque()
+        self._under_way: Launched | None = None  # a step whose tokens have not been read
         self._ids = itertools.count()
         self._lock = threading.Lock()
         self._is_closed = False
@@ -60,6 +71,12 @@ class Engine:
     def has_work(self) -> bool:
         """Whether `step` has something to give."""
         return self.scheduler.has_work or bool(self._pieces)
+
+    @property
+    def speculation(self) -> SpeculationCounts:
+        """What became of drafts until now; all 0 where none are made."""
+        speculator = self.runner.speculator
+        return SpeculationCounts() if speculator is None else replace(speculator.counts)
 
     @property
     def replica(self) -> Replica:
@@ -78,6 +95,17 @@ class Engine:
             f"a prompt is {type_of(question)}; allowed: a Prompt (engine.processor.build makes it), a text, or a list "
             "of messages"
         )
+
+    def fetch(self, prompt: Prompt, params: SamplingParams) -> None:
+        """Read what the cache on disk has of a prompt; from any thread, before `add`, which does it too."""
+        cache, scheduler = self.runner.disk_cache, self.scheduler
+        if cache is None:
+            return
+        digests: list[bytes] = []
+        if params.prompt_logprobs is None:  # else all of it is computed
+            request = Request("", prompt, params)
+            digests = BlockDigests(request, scheduler.pool.block_size).extend(len(prompt.token_ids) - 1)
+        cache.fetch(prompt, digests, scheduler.num_known_blocks(digests), scheduler.knows_media)
 
     def check(self, params: SamplingParams) -> None:
         """What of parameters takes time to check: the grammar. UserError; from any thread, before `add` does it."""
@@ -246,6 +274,8 @@ class Engine:
                 self.scheduler.check_possible(request)
                 detokenizer = Detokenizer(self.processor.tokenizer, one, known_bytes=self._known_bytes)
                 answers.append(Answer(ids[-1], index, request, detokenizer, pieces, self._unreadable))
+        for prompt, params, _ in asked:
+            self.fetch(prompt, params)
         for answer in answers:
             self.scheduler.add(answer.request)
             self._answers[answer.request.id] = answer
@@ -283,24 +313,62 @@ class Engine:
     def _run_step(self) -> None:
         """One step, its pieces to whoever asked.
 
-        The host reads a step's tokens before it plans the next one: `schedule` asks how many tokens a request has, and
-        what has ended. Texts are another matter: see executor.engine.writing.
+        Texts are not waited for: see executor.engine.writing.
         """
         while self._unreadable:
             answer = self._unreadable.popleft()
             if answer.request.status is not Status.FINISHED:
                 self.scheduler.fail(answer.request, answer.fault)
                 self._emit(answer, (), text="")
-        plan = self.scheduler.schedule()
+        if not self.overlaps:
+            plan = self.scheduler.schedule()
+            with self._undone(plan):
+                result = self.runner.execute(plan)
+            self._take(plan, result)
+            return
+        step, self._under_way = self._under_way, None
+        if step is None or all(row.request.finished for row in step.plan.rows):
+            plan = self.scheduler.schedule()
+            with self._undone(plan):
+                step = self.runner.launch(plan)
+        with self._undone(step.plan):
+            following, is_last = self._launch_behind(step)
+            result = self.runner.collect(step, is_last=is_last)
+        if following is not None and not result.is_repeated:
+            self._under_way = following.without({step.plan.rows[number].request for number in result.void})
+        self._take(*without_void(step.plan, result))
+
+    @contextlib.contextmanager
+    def _undone(self, plan: Plan) -> Iterator[None]:
+        """A step that raises is taken back."""
         try:
-            result = self.runner.execute(plan)
+            yield
         except BaseException:
             self.scheduler.cancel(plan)
             raise
+
+    def _launch_behind(self, step: Launched) -> tuple[Launched | None, bool]:
+        """The next step, where it can be queued before the tokens of this one are read; and whether none was begun."""
+        if step.drawn is None or step.void:
+            return None, True
+        plan = self.scheduler.schedule_ahead(step.plan)
+        if plan is None:
+            return None, True
+        try:
+            return self.runner.launch(plan), False
+        except FAULTS:
+            if not self.replica.is_alone:
+                raise
+            logger.warning("a step failed and is begun again when the one before is read", exc_info=True)
+            return None, False
+
+    def _take(self, plan: Plan, result: StepResult) -> None:
+        """A step's tokens into answers."""
         if self.watch is not None:
             self.watch(plan)
-        for number, reason in result.failures.items():
-            self.scheduler.fail(plan.rows[number].request, reason)
+        failed = [number for number in result.failures if not plan.rows[number].request.finished]
+        for number in failed:
+            self.scheduler.fail(plan.rows[number].request, result.failures[number])
         for number, scores in result.prompt_logprobs.items():
             plan.rows[number].request.prompt_logprobs += scores
         logprobs = {plan.rows[number].request.id: new for number, new in result.logprobs.items()}
@@ -314,16 +382,20 @@ class Engine:
             if request.matcher is not None:
                 self._follow_grammar(request, token_ids)
             self._advance(answer, token_ids)
-        for number in result.failures:
+        for number in failed:
             self._emit(self._answers[plan.rows[number].request.id], (), text="")
+        if self.scheduler.has_to_keep and not self.scheduler.has_work:  # there may be no further step
+            self.runner.execute(self.scheduler.schedule())
 
     def _follow_grammar(self, request: Request, token_ids: list[int]) -> None:
-        """The answer ends where its grammar must, and fails where that cannot be followed."""
+        """The answer ends where its grammar must, and fails where that cannot be followed.
+
+        Drafts do not go beyond that end, so all the tokens count.
+        """
         if request.finished:
             return
         try:
-            (token_id,) = token_ids  # guesses would have to be told the masks
-            if request.matcher.take(token_id):
+            if request.matcher.take(token_ids):
                 self.scheduler.finish(request, FinishReason.STOP)
         except GrammarFault as error:
             self.scheduler.fail(request, f"{GRAMMAR_ENDS}: {error}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from executor.device.ops import Send
 from executor.schedule.request import SamplingParams
 
 CHUNK_BITS = 7
@@ -40,19 +41,22 @@ class Filters:
     top_k: torch.Tensor  # int64 [N], 0: none
     top_p: torch.Tensor  # float64 [N]
     min_p: torch.Tensor  # float64 [N]
-    keys: torch.Tensor  # int64 [N], of the noise
     host_temperature: tuple[float, ...]
 
     @staticmethod
-    def of(params: Sequence[SamplingParams], keys: Sequence[int], vocab_size: int, device: torch.device) -> "Filters":
-        """`keys`: what `noise.noise_key` gives, signed."""
-        columns = [(usable_temperature(p), _reach(p), p.top_p, p.min_p) for p in params]
-        table = np.empty((6, len(params)))
-        table[:4] = np.array(columns).T
-        table[4:] = np.array([[min(p.top_k, vocab_size) for p in params], keys], dtype=np.int64).view(np.float64)
-        sent = torch.from_numpy(table).to(device)
-        top_k, key = sent[4:].view(torch.int64).unbind(0)
-        return Filters(sent[0], sent[1], top_k, sent[2], sent[3], key, tuple(table[0].tolist()))
+    def of(params: Sequence[SamplingParams], send: Send) -> "Filters":
+        """`send`: brings an array to the device."""
+        table = np.empty((5, len(params)))
+        table[:4] = np.array([(usable_temperature(p), _reach(p), p.top_p, p.min_p) for p in params]).T
+        table[4] = np.array([p.top_k for p in params], dtype=np.int64).view(np.float64)
+        sent = send(table)
+        return Filters(sent[0], sent[1], sent[4].view(torch.int64), sent[2], sent[3], tuple(table[0].tolist()))
+
+    def picked(self, index: torch.Tensor, numbers: np.ndarray) -> "Filters":
+        """Those of some rows, int64 [M]: `index` on the device, `numbers` the same on the host."""
+        fields = (self.temperature, self.reach, self.top_k, self.top_p, self.min_p)
+        host = np.array(self.host_temperature)[numbers].tolist()
+        return Filters(*(each.index_select(0, index) for each in fields), tuple(host))
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,12 @@ class Kind:
     min_p: bool
 
     @staticmethod
-    def of(params: SamplingParams) -> "Kind":
+    def of(params: SamplingParams, is_wide: bool = False) -> "Kind":
         # In steps of an eighth of a power of two: few kinds, and little more than is needed.
         step = max(8, 1 << max(0, params.top_k.bit_length() - 3))
         count = -(-params.top_k // step) * step if params.top_k else FIRST_GUESS
+        if is_wide:
+            count = max(count, SECOND_GUESS)
         return Kind(count, params.top_k > 0, params.top_p < 1, params.min_p > 0)
 
     @property
@@ -98,18 +104,17 @@ def _reach(params: SamplingParams) -> float:
 
 
 def likely_survivors(
-    scores: torch.Tensor, maxima: torch.Tensor, rows: Sequence[int], filters: Filters, kind: Kind
+    scores: torch.Tensor, maxima: torch.Tensor, rows: torch.Tensor, filters: Filters, kind: Kind
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The survivors of `rows`, all of one kind, if they are among about `kind.count` of each row's best tokens.
 
-    scores float32 [R, V]; maxima [N, C] of the rows. Returns (ids [N, K], scores [N, K] descending, -inf where dropped,
-    open [N]: the row needs `survivors`). Shapes depend on `kind` alone.
+    scores float32 [R, V]; rows int64 [N], on their device; maxima [N, C] of the rows. Returns (ids [N, K], scores
+    [N, K] descending, -inf where dropped, open [N]: the row needs `survivors`). Shapes depend on `kind` alone.
     """
     num_chunks = maxima.shape[-1]
     num_near = min(num_chunks, kind.count + _SPARE_CHUNKS)
     top, chunks = maxima.topk(num_near, dim=-1)
-    first = torch.tensor(rows, device=scores.device).mul_(num_chunks)
-    near = scores.view(-1, CHUNK).index_select(0, (chunks + first[:, None]).flatten())
+    near = scores.view(-1, CHUNK).index_select(0, torch.add(chunks, rows[:, None], alpha=num_chunks).flatten())
     near = near.view(len(chunks), num_near * CHUNK)
     num_kept = min(num_near * CHUNK, kind.count + kind.count // 4 + _SPARE_CANDIDATES)
     candidates, places = near.topk(num_kept, dim=-1)
@@ -120,7 +125,9 @@ def likely_survivors(
     elif num_kept == num_near * CHUNK:
         bound = torch.full_like(bound, -math.inf)
     ids = chunks.gather(-1, places >> CHUNK_BITS).mul_(CHUNK).add_(places & (CHUNK - 1))
-    total = total_weight(scores, top[:, 0], rows, filters) if kind.needs_total else None
+    total = None
+    if kind.needs_total:
+        total = total_weight(scores if len(rows) == len(scores) else scores[rows], top[:, 0], filters)
     kept, ids, candidates, is_open = _filter(ids, candidates, top[:, 0], total, filters, kind, bound)
     return ids, candidates.masked_fill_(~kept, -math.inf), is_open
 
@@ -132,7 +139,7 @@ def survivors(scores: torch.Tensor, filters: Filters) -> tuple[torch.Tensor, tor
     """
     maxima = chunk_maxima(scores)
     best = maxima.amax(dim=-1)
-    total = total_weight(scores, best, range(len(scores)), filters)
+    total = total_weight(scores, best, filters)
     lowest = (best.double() - filters.temperature * filters.reach).float()
     nothing = torch.full_like(best, -math.inf)
     for floor in (_floor(maxima, lowest, filters), lowest):
@@ -148,17 +155,17 @@ def chunk_maxima(scores: torch.Tensor) -> torch.Tensor:
     return scores.view(len(scores), -1, CHUNK).amax(dim=-1)
 
 
-def total_weight(scores: torch.Tensor, best: torch.Tensor, rows: Sequence[int], filters: Filters) -> torch.Tensor:
+def total_weight(scores: torch.Tensor, best: torch.Tensor, filters: Filters) -> torch.Tensor:
     """float64 [N]: the sum over all tokens of exp(score / temperature), the best token's being WEIGHT_SCALE.
 
-    scores [R, V]; best [N] of the rows. Each chunk is added up by itself in float32, the chunks in integers: other
+    scores [N, V]; best [N] of the rows. Each chunk is added up by itself in float32, the chunks in integers: other
     rows and threads change no order.
     """
     num_chunks = scores.shape[-1] // CHUNK
-    sums = torch.empty(len(rows), num_chunks, device=scores.device)
+    sums = torch.empty(len(scores), num_chunks, device=scores.device)
     work = torch.empty_like(scores[0])
-    for number, row in enumerate(rows):
-        torch.sub(scores[row], best[number], out=work)
+    for number, row in enumerate(scores):
+        torch.sub(row, best[number], out=work)
         work.mul_(1 / filters.host_temperature[number]).exp_()
         torch.sum(work.view(num_chunks, CHUNK), dim=-1, out=sums[number])
     return sums.double().mul_(WEIGHT_SCALE).round_().long().sum(dim=-1).double()

@@ -82,8 +82,13 @@ class Handle:
             raise event
         return event
 
-    def prepare(self, build: Callable[[Question], Prompt], check: Callable[[SamplingParams], None]) -> None:
-        """Make its prompt; in a preparing thread. What goes wrong is this request's."""
+    def prepare(
+        self,
+        build: Callable[[Question], Prompt],
+        check: Callable[[SamplingParams], None],
+        fetch: Callable[[Prompt, SamplingParams], None],
+    ) -> None:
+        """Make its prompt, and fetch what is known of it; in a preparing thread. What goes wrong is the request's."""
         make = self._make
         if self.ended or make is None:  # given up before its turn
             return
@@ -93,7 +98,9 @@ class Handle:
             if isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], SamplingParams):
                 made, self.params = made
             check(self.params)
-            self.prompt = build(made)
+            prompt = build(made)
+            fetch(prompt, self.params)
+            self.prompt = prompt
             self.pixel_bytes = sum(item.pixels.nbytes for item in self.prompt.media)
         except Exception as error:  # handed to whoever waits for it, as a future does
             self.refusal = error

@@ -128,7 +128,7 @@ class EngineLoop:
 
     def _prepare(self, handle: Handle) -> None:
         """In a preparing thread."""
-        handle.prepare(self.engine.prompt, self.engine.check)
+        handle.prepare(self.engine.prompt, self.engine.check, self.engine.fetch)
         with self._lock:
             self._lanes.prepared(handle)
         self._prepared.append(handle)

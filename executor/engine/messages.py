@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from executor.schedule.plan import GraphShape
 from executor.schedule.request import MediaItem, Prompt, Span
 
 _LENGTH_BYTES = 8  # of the JSON, in front of it
@@ -35,14 +36,19 @@ class RowMessage:
 
 @dataclass(frozen=True, slots=True)
 class StepMessage:
-    """A plan: its rows, the numbers of requests to forget, and media with the shape of their pixels and their owner."""
+    """A plan: its rows, the numbers of requests to forget, and media with the shape of their pixels and their owner.
+
+    `continues`: the rows' tokens come over the replica's device group.
+    """
 
     rows: list[RowMessage]
     ended: list[int]
     encode: list[tuple[MediaItem, tuple[int, ...], int]]
     release: tuple[bytes, ...]
     padded_tokens: int | None
-    in_graph: bool
+    graph: GraphShape | None
+    is_decode: bool
+    continues: bool
 
 
 def to_bytes(message: StepMessage | None) -> bytes:
@@ -65,7 +71,9 @@ def to_bytes(message: StepMessage | None) -> bytes:
         "encode": [[_media_to_json(item), shape, owner] for item, shape, owner in message.encode],
         "release": [digest.hex() for digest in message.release],
         "padded_tokens": message.padded_tokens,
-        "in_graph": message.in_graph,
+        "graph": message.graph,
+        "is_decode": message.is_decode,
+        "continues": message.continues,
     }
     return _joined(tree, arrays)
 
@@ -98,7 +106,9 @@ def from_bytes(content: bytes) -> StepMessage | None:
         )
     encode = [(_media_from_json(item), tuple(shape), owner) for item, shape, owner in tree["encode"]]
     release = tuple(bytes.fromhex(digest) for digest in tree["release"])
-    return StepMessage(rows, tree["ended"], encode, release, tree["padded_tokens"], tree["in_graph"])
+    graph = GraphShape(*tree["graph"]) if tree["graph"] else None
+    flags = tree["is_decode"], tree["continues"]
+    return StepMessage(rows, tree["ended"], encode, release, tree["padded_tokens"], graph, *flags)
 
 
 def _joined(tree: Any, arrays: Sequence[np.ndarray]) -> bytes:

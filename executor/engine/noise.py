@@ -4,12 +4,14 @@ Knows nothing of requests or logits. A change here changes every seeded answer.
 Legend: N rows, K candidates of a row.
 """
 
+import numpy as np
 import torch
 
 MASK_64 = (1 << 64) - 1
 GOLDEN_64 = 0x9E3779B97F4A7C15
 MIX_A = 0xBF58476D1CE4E5B9
 MIX_B = 0x94D049BB133111EB
+ROUGHNESS = 1e-3  # many times the error of a score's distance and noise in float32, within the noise's range
 HIGHEST_NOISE = 22.88  # of 32 bits: -log(-log(1 - 2**-33)) is 22.8739
 
 
@@ -20,7 +22,20 @@ def child_seed(seed: int, index: int) -> int:
 
 def noise_key(seed: int, position: int) -> int:
     """A well mixed number of 64 bits from a request's seed and a token's position."""
-    return _mix(_mix((seed + GOLDEN_64) & MASK_64) + position * GOLDEN_64)
+    return _mix(mixed_seed(seed) + position * GOLDEN_64)
+
+
+def mixed_seed(seed: int) -> int:
+    """What `noise_keys` takes of a request's seed."""
+    return _mix((seed + GOLDEN_64) & MASK_64)
+
+
+def noise_keys(mixed_seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """`noise_key` of many at once: uint64 [N] as `mixed_seed` gives them, and positions [N] -> int64 [N]."""
+    state = mixed_seeds + positions.astype(np.uint64) * np.uint64(GOLDEN_64)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(MIX_A)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(MIX_B)
+    return (state ^ (state >> np.uint64(31))).view(np.int64)
 
 
 def _mix(state: int) -> int:
@@ -48,6 +63,16 @@ def gumbel_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """float64 [N, K]: the noise of the bits as a uniform number, between -3.13 and 22.88."""
     uniform = noise_bits(keys, ids).double().add_(0.5).mul_(2.0**-32)
     return uniform.log_().neg_().log_().neg_()
+
+
+def rough_noise(keys: torch.Tensor, count: int) -> torch.Tensor:
+    """float32 [N, count]: `gumbel_noise` of the candidates 0, 1, ..., in error by a small part of ROUGHNESS."""
+    bits = noise_bits(keys, torch.arange(count, device=keys.device)[None])
+    # Of a uniform number near 1 what it lacks is a number of its own: float32 has no digits for both.
+    is_low = bits < 1 << 31
+    low = bits.float().add_(0.5).mul_(2.0**-32).log_()
+    lack = bits.neg_().add_(1 << 32).float().sub_(0.5).mul_(-(2.0**-32)).log1p_()
+    return torch.where(is_low, low, lack).neg_().log_().neg_()
 
 
 def least_bits(noise: torch.Tensor) -> torch.Tensor:

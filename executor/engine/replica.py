@@ -2,7 +2,8 @@
 
 Before a step the leader sends one message over the replica's CPU group: the rows, and what the others do not know yet
 of their requests (prompt, new tokens, changed blocks). Pixels follow as they are. Replicas that share experts agree
-before each step how many tokens they bring, because the experts' collectives span them all.
+before each step how many tokens they bring and which graph they replay, because the experts' collectives span them all.
+The tokens of a plan that `continues` another are on the leader's device only, and come from there (Runner.forward).
 Invariants: every rank of a replica runs the same plans in the same order; a rank ends between two steps only.
 Knows no policy and no model. With one rank there is nothing to tell and nobody to agree with.
 """
@@ -13,9 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
+from executor.engine.graphs import DecodeGraphs, needed_shape
 from executor.engine.messages import RowMessage, StepMessage, from_bytes, to_bytes
 from executor.parallel.groups import Parallel
-from executor.schedule.plan import Plan, Row
+from executor.schedule.plan import GraphShape, Plan, Row
 from executor.schedule.request import MediaItem, Request, SamplingParams
 
 SMALL_BYTES = 1 << 14
@@ -69,23 +71,25 @@ class Replica:
         """Which rank of the pictures' group encodes each item: 0 for all where every rank takes part in all."""
         return deal([self.cost(item.grid_thw) for item in media], self.parallel.pictures.size)
 
-    def lead(self, plan: Plan, in_graph: bool, *, more: bool = True) -> Plan | None:
+    def lead(self, plan: Plan, graphs: DecodeGraphs | None, *, more: bool = True) -> Plan | None:
         """The leader's plan as every rank of the replica will run it, sent to them; None: nothing to run.
 
-        `in_graph`: whether this replica could replay a graph for it. `more`: this replica has not ended. None for a
-        plan without rows means that no other replica has any; after `more=False`, that all have ended.
+        `graphs`: the same on all ranks, or None on all. `more`: this replica has not ended. None for a plan of nothing
+        means that no other replica has any rows; after `more=False`, that all have ended.
         """
+        needed = None if graphs is None else needed_shape(plan.rows)
         if self.in_step:
             num_tokens = sum(row.num_inputs for row in plan.rows)
             peers = self.parallel.peers
             while True:
-                tokens, eager, going = peers.max(num_tokens, not in_graph, more)
+                # One graph for all: as many rows as the replica with the most, as long as those of any.
+                tokens, eager, *most, going = peers.max(num_tokens, needed is None, *(needed or (0, 1)), more)
                 if tokens or more or not going:
                     break
-            plan = replace(plan, padded_tokens=tokens, in_graph=not eager)
-        elif in_graph:
-            plan = replace(plan, in_graph=True)
-        if not plan.rows and not plan.padded_tokens:
+            plan = replace(plan, padded_tokens=tokens, graph=None if eager else graphs.fitting(GraphShape(*most)))
+        elif needed is not None and (graph := graphs.fitting(needed)) is not None:
+            plan = replace(plan, graph=graph)
+        if not plan.rows and not plan.padded_tokens and not plan.keep:
             return None
         if self.parallel.control.size > 1:
             self._announce(plan)
@@ -104,7 +108,10 @@ class Replica:
                 requests.pop(number, None)
             rows = tuple(_updated_row(requests, row) for row in message.rows)
             encode = tuple(replace(item, pixels=self._pixels(shape, owner)) for item, shape, owner in message.encode)
-            yield Plan(rows, encode, message.release, message.padded_tokens, message.in_graph)
+            yield Plan(
+                rows, encode, message.release, message.padded_tokens, message.graph, message.is_decode,
+                continues=tuple(range(len(rows))) if message.continues else None,
+            )  # fmt: skip
 
     def forget(self, request: Request) -> None:
         """The request has ended: the followers hear of it with the next plan."""
@@ -116,7 +123,11 @@ class Replica:
         owners = self.owners(plan.encode)
         encode = [(item, tuple(item.pixels.shape), owner) for item, owner in zip(plan.encode, owners, strict=True)]
         rows = [self._row_message(row) for row in plan.rows]
-        self._send(StepMessage(rows, self._ended, encode, plan.release, plan.padded_tokens, plan.in_graph))
+        message = StepMessage(
+            rows, self._ended, encode, plan.release, plan.padded_tokens, plan.graph, plan.is_decode,
+            continues=plan.continues is not None,
+        )  # fmt: skip
+        self._send(message)
         self._ended = []
         for item, owner in zip(plan.encode, owners, strict=True):
             if self.parallel.pictures.size == 1:

@@ -7,7 +7,8 @@ Legend: T tokens of the step, M visual tokens of a media item, n hidden size.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,13 +20,16 @@ from torch import Tensor, nn
 from executor.checkpoint.settings import PixelSettings
 from executor.device.ops import KVLayer, Ops
 from executor.engine.decode_inputs import DecodeInputs
+from executor.engine.disk_cache.cache import DiskCache
 from executor.engine.encode import encode_items
 from executor.engine.graphs import DecodeGraphs
 from executor.engine.logprobs import PromptScores, TokenLogprobs
+from executor.engine.places import Drafts
 from executor.engine.profile import Profile
 from executor.engine.replica import Replica
-from executor.engine.sampler import Sampled, Sampler
-from executor.engine.speculation.speculator import Speculator, num_right
+from executor.engine.sampler import Drawn, Sampled, Sampler
+from executor.engine.speculation.speculator import Speculator
+from executor.engine.speculation.verify import num_right
 from executor.engine.stages import Stage, StageClock
 from executor.engine.step import ModelStep, Visual
 from executor.recipe.peak import ENCODE_TOKENS, SCORED_ROWS
@@ -53,6 +57,35 @@ class StepResult:
     failures: dict[int, str] = field(default_factory=dict)
     missing: frozenset[bytes] = frozenset()
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    void: frozenset[int] = frozenset()  # rows that are to be computed again, as if they had not been in the plan
+    is_repeated: bool = False  # what was launched behind the step has read tokens that do not count
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step whose work is queued. `drawn` has its tokens; without, it has been waited for: its `result` is known."""
+
+    plan: Plan
+    drawn: Drawn | None = None
+    result: StepResult | None = None
+    void: frozenset[int] = frozenset()  # rows behind void ones of the step before: void as well
+
+    def without(self, requests: Collection[Request]) -> "Launched":
+        """The step with the rows of these void."""
+        numbers = frozenset(number for number, row in enumerate(self.plan.rows) if row.request in requests)
+        return replace(self, void=numbers) if numbers else self
+
+
+def without_void(plan: Plan, result: StepResult) -> tuple[Plan, StepResult]:
+    """Both without the rows that are to be computed again."""
+    if not result.void:
+        return plan, result
+    kept = [number for number in range(len(plan.rows)) if number not in result.void]
+    logprobs, failures = (
+        {place: by_row[number] for place, number in enumerate(kept) if number in by_row}
+        for by_row in (result.logprobs, result.failures)
+    )
+    return plan.without(result.void), StepResult([result.token_ids[number] for number in kept], logprobs, failures)
 
 
 @dataclass
@@ -101,29 +134,98 @@ class Runner:
         self.clock = StageClock()
         self.profile: Profile | None = None  # set by whoever wants one
         self.speculator: Speculator | None = None  # of a leader, set by whoever wants drafts
+        self.disk_cache: DiskCache | None = None  # set by whoever has one
         self.decode_inputs = DecodeInputs(device, block_size)
+        # On the device, int64 [R]: the tokens that the step launched last yields, and those that it took from a step
+        # before it; None: it had its tokens from the host.
+        self._yielded: Tensor | None = None
+        self._taken: Tensor | None = None
         self._has_assisted = self._has_dismissed = False
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> StepResult:
-        """One step. A plan without rows is a step of other replicas that share this one's experts, if they have one.
+        """One step. A plan without rows is a step of other replicas that share this one's experts, if they have one,
+        or hands blocks to the cache on disk.
 
         Raises what a step of several ranks raises, and defects of ours: nothing is known then of what was done.
         """
+        started_s = time.perf_counter()
         if self.speculator is not None:
-            plan = self.speculator.extended(plan)
-        plan = self.replica.lead(plan, self._is_captured(plan))
+            with self.clock.stage("draft"):
+                plan = self.speculator.extended(plan)
+        plan = self.replica.lead(plan, self.graphs)
         if plan is None:
+            return StepResult([])
+        if not plan.rows and not plan.padded_tokens:
+            self.disk_cache.keep(plan.keep)
             return StepResult([])
         try:
             result = self._computed(plan)
             self._count(plan)
+            if self.speculator is not None:
+                self.speculator.measured(plan, time.perf_counter() - started_s)
             return result
         except FAULTS as error:
             if not self.replica.is_alone:
                 raise
-            logger.warning("a step failed and is computed again row by row: %s", describe(error), exc_info=True)
-            return self._row_by_row(plan)
+            return self._repeated(plan, error)
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> Launched:
+        """Queue a step's work. Its tokens stay on the device, where the next plan may take them (`Plan.continues`),
+        unless choosing them needs tokens on the host: then it is `execute`, and has been waited for.
+
+        `collect` its result, after those of the steps before it. Raises as `execute`; a plan that `continues` another
+        is not computed again row by row, since the host does not know its tokens yet.
+        """
+        if not self._stays_on_device(plan):
+            return Launched(plan, result=self.execute(plan))
+        plan = self.replica.lead(plan, self.graphs)
+        try:
+            logits = self.forward(plan)
+            with self.clock.stage("sampling"):
+                requests, num_tokens = zip(
+                    *((row.request, row.start + row.num_tokens) for row in plan.rows), strict=True
+                )
+                drawn = self.sampler.draw(logits, requests, num_tokens, unread=self._taken)
+        except FAULTS as error:
+            if plan.continues is not None or not self.replica.is_alone:
+                raise
+            return Launched(plan, result=self._repeated(plan, error))
+        self._yielded = drawn.ids
+        self._count(plan)
+        return Launched(plan, drawn)
+
+    @torch.inference_mode()
+    def collect(self, step: Launched, *, is_last: bool) -> StepResult:
+        """Wait for the tokens of a launched step. `is_last`: no other has been launched behind it."""
+        if step.result is not None:
+            return step.result
+        booked = _stage_of(step.plan) if self.device.computes_behind else None
+        try:
+            with self.clock.stage("sampling", booked):
+                sampled = step.drawn.read(in_place=is_last)
+        except FAULTS as error:
+            if not self.replica.is_alone:
+                raise
+            return replace(self._repeated(step.plan, error), void=step.void)
+        void = sampled.void | step.void
+        if not sampled.failures and not sampled.has_logprobs and not void:
+            return StepResult([[token_id] for token_id in sampled.token_ids])
+        result = self._result(step.plan, list(range(len(step.plan.rows))), sampled, {})
+        return replace(result, void=void)
+
+    def _stays_on_device(self, plan: Plan) -> bool:
+        """Whether every row yields one token that can be chosen without the host."""
+        return (
+            bool(plan.rows)
+            and all(row.max_yield == 1 and not row.scored for row in plan.rows)
+            and self.sampler.draws_ahead([row.request for row in plan.rows])
+        )
+
+    def _repeated(self, plan: Plan, error: BaseException) -> StepResult:
+        logger.warning("a step failed and is computed again row by row: %s", describe(error), exc_info=error)
+        return replace(self._row_by_row(plan), is_repeated=True)
 
     def _count(self, plan: Plan) -> None:
         if not plan.rows:
@@ -140,13 +242,12 @@ class Runner:
         plan: Plan,
         logits: Tensor,
         requests: Sequence[Request],
-        num_tokens: Sequence[int] | None = None,
-        ahead: Sequence[tuple[int, ...]] | None = None,
+        drafts: Drafts | None = None,
     ) -> Sampled:
         # Of a device that computes behind the host's back, the step's tokens are waited for in here.
         booked = _stage_of(plan) if self.device.computes_behind else None
         with self.clock.stage("sampling", booked):
-            return self.sampler.sample(logits, requests, num_tokens, ahead)
+            return self.sampler.sample(logits, requests, drafts=drafts)
 
     def _computed(self, plan: Plan) -> StepResult:
         if plan.is_decode:
@@ -183,14 +284,8 @@ class Runner:
 
         The noise of a place is its own, so what is chosen there is what would have been without drafts.
         """
-        requests, num_before, ahead = [], [], []
-        for row in plan.rows:
-            if row.max_yield:
-                for count in range(len(row.draft_ids) + 1):
-                    requests.append(row.request)
-                    num_before.append(row.request.num_tokens + count)
-                    ahead.append(row.draft_ids[:count])
-        sampled = self._sample(plan, logits, requests, num_before, ahead)
+        yielding = [row for row in plan.rows if row.max_yield]
+        sampled = self._sample(plan, logits, [row.request for row in yielding], [row.draft_ids for row in yielding])
         token_ids: list[list[int]] = []
         chosen: list[list[int]] = []
         result, at = StepResult(token_ids, prompt_logprobs=prompt_logprobs), 0
@@ -199,22 +294,26 @@ class Runner:
             found = sampled.token_ids[at : at + count]
             chosen.append(found)
             num_kept = num_right(row.draft_ids, found) + 1 if count else 0
-            failed = next((place for place in range(num_kept) if at + place in sampled.failures), None)
-            if failed == 0:
-                result.failures[number] = sampled.failures[at]
-            if failed is not None:  # behind a token that was found the next step meets the fault again
-                num_kept = failed
+            if sampled.failures:
+                failed = next((place for place in range(num_kept) if at + place in sampled.failures), num_kept)
+                if failed == 0 and count:
+                    result.failures[number] = sampled.failures[at]
+                num_kept = failed  # behind a token that was found the next step meets the fault again
             token_ids.append(found[:num_kept])
-            logprobs = [each for each in sampled.logprobs[at : at + num_kept] if each is not None]
-            if logprobs:
-                result.logprobs[number] = logprobs
+            if num_kept and sampled.logprobs[at] is not None:
+                result.logprobs[number] = sampled.logprobs[at : at + num_kept]
             at += count
         if self.speculator is not None:
             self.speculator.observe(plan, chosen, token_ids)
         return result
 
     def _row_by_row(self, plan: Plan) -> StepResult:
-        """The step again, each media item and each row by itself. Rows write to their own slots: it harms nobody."""
+        """The step again, each media item and each row by itself and without drafts.
+
+        Rows write to their own slots: it harms nobody.
+        """
+        if plan.load:
+            self.disk_cache.load(plan.load)
         for digest in plan.release:
             self.features.pop(digest, None)
         unreadable: dict[bytes, str] = {}
@@ -227,8 +326,11 @@ class Runner:
         for number, row in enumerate(plan.rows):
             alone, reason = StepResult([[]]), _unreadable(row, unreadable)
             try:
-                if reason is None:
-                    alone = self._computed(replace(plan, rows=(row,), encode=(), release=()))
+                if reason is None and not row.request.finished:  # its blocks may be others'
+                    one = row._replace(draft_ids=())
+                    alone = self._computed(
+                        replace(plan, rows=(one,), encode=(), release=(), load=(), keep=(), continues=None)
+                    )
                     reason = alone.failures.get(0)
             except FAULTS as error:
                 reason = f"its step failed: {describe(error)}"
@@ -245,7 +347,7 @@ class Runner:
         """After the last plan: help the other replicas until they have ended as well; yields between two steps."""
         nothing = Plan(())
         while not self._has_assisted:
-            plan = self.replica.lead(nothing, self._is_captured(nothing), more=False)
+            plan = self.replica.lead(nothing, self.graphs, more=False)
             if plan is None:
                 self._has_assisted = True
                 return
@@ -253,8 +355,10 @@ class Runner:
             yield
 
     def dismiss(self) -> None:
-        """After `assist`: let this replica's other ranks go."""
+        """After `assist`: let this replica's other ranks go, and have written what is to outlive the process."""
         self.end_profile()
+        if self.disk_cache is not None:
+            self.disk_cache.flush()
         if self.replica.leads and not self._has_dismissed:
             self._has_dismissed = True
             self.replica.dismiss()
@@ -263,6 +367,8 @@ class Runner:
         """`dismiss`, and drop all embeddings."""
         self.dismiss()
         self.features.clear()
+        if self.disk_cache is not None:
+            self.disk_cache.close()
 
     def follow(self) -> None:
         """Run the leader's plans until it ends."""
@@ -287,27 +393,34 @@ class Runner:
         if self.profile is not None:
             self.profile.end()
 
-    def _is_captured(self, plan: Plan) -> bool:
-        return self.graphs is not None and self.graphs.takes(plan.rows)
+    def compute(self, plan: Plan) -> Tensor:
+        """`forward`, of a runner that takes part in no other rank's steps: in a graph where there is one for it."""
+        assert self.replica.is_alone, "ranks in step agree first: execute"
+        return self.forward(self.replica.lead(plan, self.graphs))
 
     @torch.inference_mode()
     def forward(self, plan: Plan, scores: PromptScores | None = None) -> Tensor:
         """Logits of the rows that yield a token, fp32 [R, V]. Those of the prompt tokens that a plan scores go to
         `scores`; every rank computes its part of them."""
+        if plan.keep:
+            self.disk_cache.keep(plan.keep)
+        if plan.load:
+            self.disk_cache.load(plan.load)
         for digest in plan.release:
             self.features.pop(digest, None)
         if plan.encode:
             self._tell_meanwhile()
             with self.clock.stage("vision"):
                 self.encode(plan.encode)
-        if plan.in_graph:
-            computation = partial(self.graphs, plan.rows, plan.padded_tokens)
+        self._taken = token_ids = None if plan.continues is None else self._continued(plan.continues)
+        if plan.graph is not None:
+            computation = partial(self.graphs, plan.rows, plan.graph, token_ids)
         elif not plan.rows:
             with self.clock.stage("decode"):
                 self.model.help(plan.padded_tokens)
             return torch.empty(0, self.model.config.text.vocab_size)
         else:
-            inputs = self.decode_inputs(plan.rows) if plan.is_decode else self._inputs(plan.rows)
+            inputs = self.decode_inputs(plan.rows, token_ids) if plan.is_decode else self._inputs(plan.rows)
             computation = partial(self._eager, plan, inputs, scores)
         if not self.device.computes_behind:
             self._tell_meanwhile()
@@ -316,6 +429,17 @@ class Runner:
         if self.device.computes_behind:  # Python's lock is free when all is launched
             self._tell_meanwhile()
         return logits
+
+    def _continued(self, places: Sequence[int]) -> Tensor:
+        """int64 [R]: what the rows at these places of the step before yield; on every rank of the replica."""
+        if self.replica.leads:
+            token_ids = self._yielded
+            if len(places) < len(token_ids):
+                token_ids = token_ids[self.device.send(np.array(places))]
+            token_ids = token_ids.clamp(min=0)  # a row without a token: this one is computed in vain
+        else:
+            token_ids = torch.empty(len(places), dtype=torch.int64, device=self.device.device)
+        return self.replica.parallel.text.broadcast(token_ids, 0)
 
     def _eager(self, plan: Plan, inputs: tuple[Any, ...], scores: PromptScores | None) -> Tensor:
         num_scored = 0 if plan.is_decode else sum(len(row.scored) for row in plan.rows)
@@ -335,7 +459,11 @@ class Runner:
 
     @torch.inference_mode()
     def encode(self, media: Sequence[MediaItem]) -> None:
-        """Encode all items, those of this rank, and keep the embeddings of all, each item's in storage of its own."""
+        """Encode all items, those of this rank, and keep the embeddings of all, each item's in storage of its own.
+
+        Those that the cache on disk has at hand are taken from there.
+        """
+        media = [item for item in media if not self._recall(item)]
         group, owners = self.replica.parallel.pictures, self.replica.owners(media)
         local = [item for item, owner in zip(media, owners, strict=True) if owner == group.rank]
         encoded = iter(
@@ -349,11 +477,22 @@ class Runner:
                 shape = item.num_tokens, 1 + self.model.num_taps, width
                 features = torch.empty(shape, dtype=self.dtype, device=self.device.device)
             self.features[item.digest] = group.broadcast(features, owner)
+            if self.disk_cache is not None:
+                self.disk_cache.keep_features(item, self.features[item.digest])
+
+    def _recall(self, item: MediaItem) -> bool:
+        features = None if self.disk_cache is None else self.disk_cache.features(item)
+        if features is None:
+            return False
+        self.features[item.digest] = features
+        return True
 
     def forget(self, request: Request) -> None:
         """Drop what is kept for a request that has ended."""
         self.sampler.forget(request.id)
         self.decode_inputs.forget()
+        if self.graphs is not None:
+            self.graphs.forget()
         self.replica.forget(request)
         if self.speculator is not None:
             self.speculator.forget(request)
@@ -383,8 +522,8 @@ class Runner:
         host = _HostInputs(
             np.empty(total, dtype=np.int64), np.empty((3, total), dtype=np.int64), np.empty(total, dtype=np.int64)
         )
-        at = self._gather_decode(host, rows)
-        for row in rows[at:]:
+        num_rows, at = self._gather_decode(host, rows)
+        for row in rows[num_rows:]:
             end = at + row.num_inputs
             host.token_ids[at : at + row.num_tokens] = row.request.token_ids(row.start, row.start + row.num_tokens)
             host.token_ids[at + row.num_tokens : end] = row.draft_ids
@@ -398,27 +537,36 @@ class Runner:
             at = end
         return host
 
-    def _gather_decode(self, host: _HostInputs, rows: Sequence[Row]) -> int:
-        """The rows in front that have one token, which the answer ended with; how many these are."""
+    def _gather_decode(self, host: _HostInputs, rows: Sequence[Row]) -> tuple[int, int]:
+        """The rows in front that have one token, which the answer ended with, and drafts behind it; how many rows these
+        are, and tokens."""
         size = self.block_size
-        token_ids, positions, slots = [], [], []
+        token_ids: list[int] = []
+        starts, counts, deltas, blocks, num_blocks = [], [], [], [], []
         for request, start, num_tokens, max_yield, _, draft_ids in rows:
             prompt, output = request.prompt, request.output_token_ids
-            if (
-                num_tokens != 1
-                or draft_ids
-                or not max_yield
-                or start + 1 != len(prompt.token_ids) + len(output)
-                or not output
-            ):
+            if num_tokens != 1 or not max_yield or start + 1 != len(prompt.token_ids) + len(output) or not output:
                 break
             token_ids.append(output[-1])
-            positions.append(start + prompt.position_delta)
-            slots.append(request.block_ids[start // size] * size + start % size)
-        count = len(token_ids)
-        host.token_ids[:count], host.positions[:, :count], host.slots[:count] = token_ids, positions, slots
-        host.select.extend(range(count))
-        return count
+            token_ids += draft_ids
+            starts.append(start)
+            counts.append(1 + len(draft_ids))
+            deltas.append(prompt.position_delta)
+            of_row = request.block_ids[start // size : (start + len(draft_ids)) // size + 1]
+            blocks += of_row
+            num_blocks.append(len(of_row))
+        total = len(token_ids)
+        if not total:
+            return 0, 0
+        # Of each token the number of its row: then all of it is arithmetic on arrays.
+        starts, counts = np.array(starts), np.array(counts)
+        row_of = np.repeat(np.arange(len(starts)), counts)
+        places = np.arange(total) + (starts - np.cumsum(counts) + counts)[row_of]
+        first_block = np.cumsum(num_blocks) - num_blocks - starts // size
+        host.token_ids[:total], host.positions[:, :total] = token_ids, places + np.array(deltas)[row_of]
+        host.slots[:total] = np.array(blocks)[places // size + first_block[row_of]] * size + places % size
+        host.select.extend(range(total))
+        return len(starts), total
 
     def _slots(self, row: Row) -> np.ndarray | int:
         if row.num_inputs == 1:

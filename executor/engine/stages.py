@@ -5,6 +5,7 @@ vision    the encoder's passes over pictures and videos
 prefill   the text model, in steps in which some prompt has more than one token
 decode    the text model, in the other steps
 sampling  from logits to tokens on the host
+draft     making drafts of the next tokens: where they are looked up, or all that a draft model computes
 host      what else the thread of the steps does: planning, gathering inputs, bookkeeping, texts and events
 
 Stages of the steps' thread do not overlap: a stage inside another one takes its time from it, so that all but media add
@@ -22,8 +23,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import astuple, dataclass
 from typing import Literal
 
-Stage = Literal["media", "vision", "prefill", "decode", "sampling", "host"]
-STAGES: tuple[Stage, ...] = ("media", "vision", "prefill", "decode", "sampling", "host")
+Stage = Literal["media", "vision", "prefill", "decode", "sampling", "draft", "host"]
+STAGES: tuple[Stage, ...] = ("media", "vision", "prefill", "decode", "sampling", "draft", "host")
 
 Span = Callable[[str], AbstractContextManager]
 """Makes what is entered for the time of a stage, by its name: torch.profiler.record_function."""
@@ -38,6 +39,7 @@ class StageTimes:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     sampling_s: float = 0.0
+    draft_s: float = 0.0
     host_s: float = 0.0
     num_prefill_steps: int = 0
     num_decode_steps: int = 0

@@ -30,7 +30,7 @@ def cache_scales(model: nn.Module) -> list[KVScales]:
 
 
 class ModelStep(nn.Module):
-    """A model over its cache. `decode` is `forward` for one token a row, with everything in tensors of fixed shape."""
+    """A model over its cache. `decode` is `forward` for rows of one length, all in tensors of fixed shape."""
 
     def __init__(self, model: nn.Module, kv: list[KVLayer], block_size: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -88,11 +88,13 @@ class ModelStep(nn.Module):
         block_table: Tensor,
         q_outs: Sequence[Tensor],
     ) -> Tensor:
-        """One token of each of R rows: `[R]` each, `block_table` int32 `[R, blocks]` -> fp32 logits `[R, V]`.
+        """The last T / R tokens of each of R rows: `token_ids`, `positions`, `slots` `[T]`, `kv_lens` `[R]`,
+        `block_table` int32 `[R, blocks]` -> fp32 logits `[T, V]`.
 
-        `q_outs`: for each layer `[R, H * D]`, scratch that stays in place; one for all would be copied between layers.
+        `q_outs`: for each layer `[T, H * D]`, scratch that stays in place; one for all would be copied between layers.
         """
-        attention = ops.bound().static_attention(kv_lens, block_table, self.block_size)
+        q_len = len(token_ids) // len(block_table)
+        attention = ops.bound().static_attention(q_len, kv_lens, block_table, self.block_size)
         kv = [KVLayer(layer.k, layer.v, q_out, layer.scales) for layer, q_out in zip(self.kv, q_outs, strict=True)]
         cos, sin = self.model.rope(positions, self.dtype)
         return self.model(self.model.embed(token_ids), ForwardMeta(cos, sin, slots, attention, kv, None))

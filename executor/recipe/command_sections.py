@@ -70,6 +70,9 @@ class PlanSection(Section):
     """Tokens of an answer."""
     users: Positive | None = None
     """Requests under way at once. null: scheduler_config.max_num_seqs."""
+    acceptance_probability: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Of a draft to be right where all before it were: what speculative_config's drafts gain is predicted by it. null:
+    as without drafts."""
     demand: str | None = None
     """What must hold, as "32 users, 4 pictures of 1080p, 8k context, TPOT 50 ms": the cheapest recipes that hold it are
     named."""

@@ -2,7 +2,8 @@
 
 Process + weights + KV cache + peak of a step, the worst that the recipe allows: every request full of pictures, the
 encoder cache full, a full pass of the encoder and a full prefill step. The peak stands in executor/recipe/peak.py.
-On an NPU the decode graphs and the buffers of communicators besides.
+On an NPU the decode graphs and the buffers of communicators besides. A draft model counts on every rank, and the
+replica's leader alone has it: the other ranks keep in step with its KV cache.
 The estimate decides how many KV blocks there are on a CPU, and refuses what cannot fit. A device that can measure
 its peak after loading corrects it. Knows sizes and degrees, no tensor. A test holds it against a measured peak.
 """
@@ -14,7 +15,8 @@ from executor.errors import UserError
 from executor.host.env import environment
 from executor.quant.sizes import FLOAT_BYTES, weight_bytes
 from executor.recipe.communicators import buffer_bytes
-from executor.recipe.peak import Peak, graph_bytes, padding_blocks, peak_of, pixel_bytes
+from executor.recipe.draft import Draft
+from executor.recipe.peak import Peak, draft_step_bytes, graph_bytes, padding_blocks, peak_of, pixel_bytes
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
 
@@ -23,6 +25,12 @@ TORCH_BYTES = 240 << 20
 LIBRARY_BYTES = 40 << 20
 """What a process has once it has imported torch and the engine, and what it takes after that for the tokenizer, threads
 and code that runs the first time: measured with torch 2.13 for CPUs."""
+
+
+STAGED_BYTES = 512 << 20
+QUEUED_BYTES = 256 << 20
+"""Of a prefix cache on disk at most: what is read ahead of requests, in host memory, and what waits to be written, in
+the device's; each no more than the KV cache."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +42,31 @@ class MemoryEstimate:
     peak_bytes: int  # of a step: activations, encoder cache, pictures in waiting, logits
     budget_bytes: int  # memory_fraction of what the process may have in all
     num_blocks: int
-    block_bytes: int
+    block_bytes: int  # with the draft model's
     process_bytes: int = 0  # Python, torch and libraries, where they lie in the same memory
     loading_bytes: int = 0  # beside the weights while the last of them take the device's layout
     graph_bytes: int = 0  # decode graphs of an NPU, with the block that their padding rows write to
     communication_bytes: int = 0  # buffers of an NPU's communicators
     step: Peak | None = None  # what peak_bytes is made of, the pictures of running requests left out
+    draft_weights_bytes: int = 0
+    draft_kv_bytes: int = 0
+    draft_step_bytes: int = 0  # of the draft model's steps, beyond what the model's own take
+    disk_cache_bytes: int = 0  # on its way from and to a prefix cache on disk
+
+    @property
+    def all_weights_bytes(self) -> int:
+        """With the draft model's."""
+        return self.weights_bytes + self.draft_weights_bytes
+
+    @property
+    def _working_bytes(self) -> int:
+        """What is taken once all weights are loaded."""
+        return self.kv_bytes + self.peak_bytes + self.draft_kv_bytes + self.draft_step_bytes
 
     @property
     def total_bytes(self) -> int:
-        beside = self.process_bytes + self.graph_bytes + self.communication_bytes
-        return beside + self.weights_bytes + max(self.kv_bytes + self.peak_bytes, self.loading_bytes)
+        beside = self.process_bytes + self.graph_bytes + self.communication_bytes + self.disk_cache_bytes
+        return beside + self.all_weights_bytes + max(self._working_bytes, self.loading_bytes)
 
     @property
     def fits(self) -> bool:
@@ -58,12 +80,16 @@ class MemoryEstimate:
             "process": self.process_bytes,
             "weights": self.weights_bytes,
             "kv_cache": self.kv_bytes,
+            "draft_weights": self.draft_weights_bytes,
+            "draft_kv_cache": self.draft_kv_bytes,
+            "draft_step": self.draft_step_bytes,
             "step": phase,
             "encoder_cache": cache,
             "pictures": self.peak_bytes - phase - cache,
             "graphs": self.graph_bytes,
             "communication": self.communication_bytes,
-            "loading": max(0, self.loading_bytes - self.kv_bytes - self.peak_bytes),
+            "disk_cache": self.disk_cache_bytes,
+            "loading": max(0, self.loading_bytes - self._working_bytes),
         }
 
     def __str__(self) -> str:
@@ -73,9 +99,16 @@ class MemoryEstimate:
         process = f"process {gib(self.process_bytes)} + " if self.process_bytes else ""
         graphs = f" + decode graphs {gib(self.graph_bytes)}" if self.graph_bytes else ""
         buffers = f" + communication {gib(self.communication_bytes)}" if self.communication_bytes else ""
+        buffers += f" + cache on disk {gib(self.disk_cache_bytes)}" if self.disk_cache_bytes else ""
+        draft = ""
+        if self.draft_weights_bytes:
+            draft = (
+                f" + draft model {gib(self.draft_weights_bytes)}, its KV cache {gib(self.draft_kv_bytes)}, its steps "
+                f"{gib(self.draft_step_bytes)}"
+            )
         return (
             f"memory per rank, estimated: {process}weights {gib(self.weights_bytes)} + KV cache {gib(self.kv_bytes)} "
-            f"({self.num_blocks} blocks) + peak of a step {gib(self.peak_bytes)}{graphs}{buffers} "
+            f"({self.num_blocks} blocks) + peak of a step {gib(self.peak_bytes)}{draft}{graphs}{buffers} "
             f"= {gib(self.total_bytes)} of {gib(self.budget_bytes)} allowed"
         )
 
@@ -136,6 +169,7 @@ def estimate(
     process_bytes: int = 0,
     copies_head: bool = True,
     stored: StoredSizes | None = None,
+    draft: Draft | None = None,
 ) -> MemoryEstimate:
     """The memory of one rank that may take `memory_fraction` of `free_bytes`. `recipe` is resolved: no auto, no null.
 
@@ -143,7 +177,7 @@ def estimate(
     that of the weights. `picture_tokens`: of the largest picture; None: as large as a prompt can be.
     `process_bytes`: what the process has of this memory now, not part of `free_bytes`; 0 where its own memory is
     another than the device's. `copies_head`: whether a tied output head is made a copy of the embedding.
-    `stored`: see weights_bytes.
+    `stored`: see weights_bytes. `draft`: the recipe's draft model.
     KV blocks: what the recipe names, else what max_num_seqs requests of max_model_len use, as far as the memory goes.
     Raises UserError when weights, peak and one request of full length do not fit.
     """
@@ -156,9 +190,10 @@ def estimate(
         process_bytes=process_bytes,
         copies_head=copies_head,
         stored=stored,
+        draft=draft,
     )
     if not found.fits:
-        weights_alone = found.process_bytes + found.weights_bytes > found.budget_bytes
+        weights_alone = found.process_bytes + found.all_weights_bytes > found.budget_bytes
         raise UserError(f"{shapes.name} does not fit: {found}. {advice(recipe, weights_alone)}")
     return found
 
@@ -173,6 +208,7 @@ def account(
     process_bytes: int = 0,
     copies_head: bool = True,
     stored: StoredSizes | None = None,
+    draft: Draft | None = None,
     num_blocks: int | None = None,
     held_bytes: int | None = None,
 ) -> MemoryEstimate:
@@ -190,17 +226,26 @@ def account(
     blocks_of_one = -(-scheduler.max_model_len // scheduler.block_size)
     pixels = pixel_bytes(recipe, shapes, scheduler.block_size)  # of the pictures whose tokens a block holds
     graphs, buffers = _graph_and_buffer_bytes(recipe, shapes, block, compute_bytes)
-    affordable = (budget - process - weights - peak - graphs - buffers) // (block + pixels)
-    num_blocks = (
-        num_blocks
-        or named_blocks(recipe, block, blocks_of_one)
-        or min(scheduler.max_num_seqs * blocks_of_one, max(affordable, blocks_of_one))
-    )
-    peak += min(num_blocks, scheduler.max_num_seqs * blocks_of_one) * pixels
     loading = loading_bytes(recipe, shapes, copies_head)
+    draft_weights = draft_block = draft_step = 0
+    if draft is not None:
+        alone = draft.recipe.model_copy(update={"scheduler": scheduler})
+        draft_weights = weights_bytes(alone, draft.shapes, draft.stored)
+        draft_block = kv_block_bytes(alone, draft.shapes, compute_bytes)
+        draft_step = draft_step_bytes(alone, draft.shapes, step, picture_tokens, compute_bytes)
+        graphs += _graph_and_buffer_bytes(alone, draft.shapes, draft_block, compute_bytes)[0]
+        loading = max(loading, loading_bytes(alone, draft.shapes, copies_head))
+    block_bytes = block + draft_block
+    named = num_blocks or named_blocks(recipe, block_bytes, blocks_of_one)
+    disk_cache = disk_cache_bytes(recipe, (named or scheduler.max_num_seqs * blocks_of_one) * block)
+    taken = process + weights + draft_weights + peak + draft_step + graphs + buffers + disk_cache
+    affordable = (budget - taken) // (block_bytes + pixels)
+    num_blocks = named or min(scheduler.max_num_seqs * blocks_of_one, max(affordable, blocks_of_one))
+    peak += min(num_blocks, scheduler.max_num_seqs * blocks_of_one) * pixels
     return MemoryEstimate(
-        weights, num_blocks * block, peak, budget, num_blocks, block, process, loading, graphs, buffers, step
-    )
+        weights, num_blocks * block, peak, budget, num_blocks, block_bytes, process, loading, graphs, buffers, step,
+        draft_weights, num_blocks * draft_block, draft_step, disk_cache,
+    )  # fmt: skip
 
 
 def _graph_and_buffer_bytes(
@@ -212,6 +257,14 @@ def _graph_and_buffer_bytes(
     own_mb = environment().get("HCCL_BUFFSIZE", "")
     buffers = buffer_bytes(recipe.parallel.world_size, recipe.attn_tp_size, int(own_mb) if own_mb.isdigit() else None)
     return graph_bytes(recipe, shapes, compute_bytes) + padding_blocks(recipe) * block_bytes, buffers
+
+
+def disk_cache_bytes(recipe: Recipe, kv_bytes: int) -> int:
+    """Of the device's memory what a prefix cache on disk takes for entries on their way, beside so large a KV cache."""
+    if recipe.scheduler.prefix_cache_path is None:
+        return 0
+    queued, staged = min(QUEUED_BYTES, kv_bytes), min(STAGED_BYTES, kv_bytes)
+    return queued if recipe.model.device == "npu" else queued + staged
 
 
 def named_blocks(recipe: Recipe, block_bytes: int, blocks_of_one: int) -> int | None:
@@ -236,10 +289,17 @@ def advice(recipe: Recipe, weights_alone: bool) -> str:
     """What to change in a recipe that does not fit."""
     if weights_alone:
         narrower = "model_config.dtype: bfloat16, " if recipe.model.dtype == "float32" else ""
-        return f"The weights alone are too many: use {narrower}a smaller model, a quantized checkpoint or more ranks."
+        smaller = (
+            "a smaller draft model, or none (speculative_config), " if recipe.speculative.method == "draft" else ""
+        )
+        return (
+            f"The weights alone are too many: use {narrower}{smaller}a smaller model, a quantized checkpoint or more "
+            "ranks."
+        )
     knobs = "scheduler_config.max_model_len, encoder_cache_tokens, max_num_batched_tokens or max_num_seqs"
     if recipe.scheduler.kv_cache_gb:
         knobs = f"scheduler_config.kv_cache_gb ({recipe.scheduler.kv_cache_gb:g}), or {knobs}"
     if recipe.scheduler.num_blocks:
         knobs = f"scheduler_config.num_blocks ({recipe.scheduler.num_blocks}), or {knobs}"
-    return f"Lower {knobs}, or data_config.max_pixels, or free memory."
+    smaller = "take a smaller speculative_config.model_path, or " if recipe.speculative.method == "draft" else ""
+    return f"Lower {knobs}, or data_config.max_pixels, or {smaller}free memory."

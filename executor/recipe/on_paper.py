@@ -7,6 +7,7 @@ Nothing is downloaded, no weight is read, and no device need be there.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from executor.checkpoint.description import Description, read_description
@@ -14,10 +15,11 @@ from executor.checkpoint.folder import local_checkpoint
 from executor.checkpoint.settings import read_max_pixels, read_min_pixels
 from executor.checkpoint.stored import StoredSizes, read_sizes
 from executor.errors import UserError, nearest
+from executor.recipe.draft import KEY, Draft, draft_recipe, folder_findings, of_draft, section_findings, size_findings
 from executor.recipe.kv_cache import has_cache_scales
 from executor.recipe.schema import Recipe
 from executor.recipe.schemes import word_findings
-from executor.recipe.settle import check_chip, check_recipe, read_folder, refuse, resolve
+from executor.recipe.settle import check_chip, check_recipe, chip_findings, read_folder, refuse, resolve
 from executor.recipe.sizes import ModelShapes
 from models.published import published_config, published_name, published_pixels, published_shapes
 from models.registry import read_shapes
@@ -38,6 +40,7 @@ class OnPaper:
     pixels: tuple[int, int]
     stored: StoredSizes | None = field(default=None, repr=False)  # of quantized weights that are here
     description: Description | None = field(default=None, repr=False)  # theirs
+    draft: Draft | None = None
 
     @property
     def largest_picture_tokens(self) -> int:
@@ -66,7 +69,33 @@ def settle_on_paper(recipe: Recipe, command: str) -> OnPaper:
         least, most = read_min_pixels(folder) or least, read_max_pixels(folder) or most
     pixels = recipe.data.min_pixels or least, recipe.data.max_pixels or most
     stored = read_sizes(folder, shapes.tied_embeddings) if description else None
-    return OnPaper(recipe, shapes, config, pixels, stored, description)
+    return OnPaper(recipe, shapes, config, pixels, stored, description, _draft(recipe, folder, shapes, command))
+
+
+def _draft(recipe: Recipe, folder: Path | None, shapes: ModelShapes, command: str) -> Draft | None:
+    """The draft model of a settled recipe that has one. Raises UserError as settle_on_paper does."""
+    refuse(section_findings(recipe.speculative))
+    if recipe.speculative.method != "draft":
+        return None
+    alone = draft_recipe(recipe)
+    path = alone.model.model_path
+    draft_folder = local_checkpoint(path, recipe.model.hub)
+    if draft_folder is None and path.rpartition("/")[2] not in published_shapes():
+        raise UserError(f"{KEY}: {path} is not on this machine, and is none of {', '.join(published_shapes())}")
+    try:
+        config, quantization, draft_shapes = find_config(alone.replace(model={"quantization": "none"}), command)
+        description = None if draft_folder is None else read_description(draft_folder)
+        alone = draft_recipe(recipe, quantization)
+        alone = resolve(alone, draft_shapes, quantization, has_scales=has_cache_scales(description))
+        refuse([*word_findings(alone.model), *chip_findings(alone)])
+    except UserError as error:
+        raise UserError(of_draft(str(error))) from error
+    findings = size_findings(shapes, draft_shapes)
+    if folder is not None and draft_folder is not None:
+        findings = findings or folder_findings(folder, draft_folder, draft_shapes.name)
+    refuse(findings)
+    stored = read_sizes(draft_folder, draft_shapes.tied_embeddings) if description else None
+    return Draft(alone, draft_shapes, config, draft_folder, description, stored)
 
 
 def find_config(recipe: Recipe, command: str) -> tuple[Mapping[str, Any], str, ModelShapes]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from executor.device.table import INT8_READ_TOKENS
 from executor.quant.sizes import FLOAT_BYTES
-from executor.recipe.graph_sizes import graph_sizes, spare_blocks
+from executor.recipe.graph_sizes import graph_shapes, most_inputs, spare_blocks
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
 
@@ -65,9 +65,9 @@ def peak_of(
     step_tokens = min(limits.max_num_batched_tokens, most_tokens)
     vision = pass_tokens * vision_token_bytes(recipe, shapes, size)
     text = step_tokens * text_token_bytes(recipe, shapes, size) + attention_scratch_bytes(recipe, shapes, size)
-    # Logits as the head gives them and as float32, and the logprobs of all rows; or, beside the rows' logits, those of
-    # scored prompt tokens, with their logprobs and what is counted for their ranks.
-    rows = limits.max_num_seqs
+    # Logits of all rows and their drafts as the head gives them and as float32, and their logprobs; or, beside these
+    # logits, those of scored prompt tokens, with their logprobs and what is counted for their ranks.
+    rows = min(limits.max_num_seqs * most_inputs(recipe), step_tokens)
     logits = max(rows * (8 + size % 4), rows * 4 + SCORED_ROWS * (9 + size % 4)) * shapes.vocab_size
     text_heap = vision_heap = 0.0
     if on_host:
@@ -88,20 +88,40 @@ def peak_bytes(
     return peak_of(recipe, shapes, picture_tokens, compute_bytes).total_bytes
 
 
+def draft_step_bytes(
+    recipe: Recipe,
+    shapes: ModelShapes,
+    step: Peak,
+    picture_tokens: int | None = None,
+    compute_bytes: int | None = None,
+) -> int:
+    """Of a draft model, what its steps take beyond a phase of the model's own, `step`: they are phases like others.
+
+    `recipe`, `shapes`: the draft model's. Embeddings of its own encoder are there for a step's tokens, and for the
+    picture that the step's last tokens are a part of.
+    """
+    limits, size = recipe.scheduler, compute_bytes or FLOAT_BYTES[recipe.model.dtype]
+    own = peak_of(recipe, shapes, picture_tokens, compute_bytes)
+    item_tokens = min(picture_tokens or limits.max_model_len, limits.max_model_len)
+    step_tokens = min(limits.max_num_batched_tokens, limits.max_num_seqs * limits.max_model_len)
+    features = (step_tokens + item_tokens) * shapes.hidden_size * (1 + shapes.vision.num_taps) * size
+    return round(max(0.0, own.phase_bytes - step.phase_bytes) + features)
+
+
 def graph_bytes(recipe: Recipe, shapes: ModelShapes, compute_bytes: int | None = None) -> int:
     """Of the decode graphs, each with memory of its own for one layer's values and its logits, the attention's outputs
     that all of them share."""
-    size, sizes = compute_bytes or FLOAT_BYTES[recipe.model.dtype], graph_sizes(recipe)
-    if not sizes:
+    size, tokens = compute_bytes or FLOAT_BYTES[recipe.model.dtype], [each.num_tokens for each in graph_shapes(recipe)]
+    if not tokens:
         return 0
     queries = shapes.num_heads * shapes.head_dim / recipe.attn_tp_size
     row = text_token_bytes(recipe, shapes, size) + shapes.vocab_size * (4 + size)
-    return round(sum(sizes) * row + shapes.num_layers * max(sizes) * queries * size)
+    return round(sum(tokens) * row + shapes.num_layers * max(tokens) * queries * size)
 
 
 def padding_blocks(recipe: Recipe) -> int:
-    """KV blocks that padding rows of decode graphs write to, beside the scheduler's."""
-    return spare_blocks(graph_sizes(recipe), recipe.scheduler.block_size)
+    """KV blocks that padding of decode graphs is written to, beside the scheduler's."""
+    return spare_blocks(graph_shapes(recipe), recipe.scheduler.block_size)
 
 
 def pixel_bytes(recipe: Recipe, shapes: ModelShapes, num_tokens: int) -> int:

@@ -113,6 +113,11 @@ class SchedulerSection(Section):
     """Split long prompts over several steps."""
     enable_prefix_caching: bool = True
     """Keep the blocks of finished prompts and reuse them for equal beginnings (pictures included)."""
+    prefix_cache_path: NonEmpty | None = None
+    """Folder on a local disk for a prefix cache that outlives the process: KV blocks and encoded pictures.
+    docs/prefix_cache.md. null: none."""
+    prefix_cache_gb: Annotated[float, Field(gt=0)] = 10.0
+    """GB (2^30 bytes) that this folder may hold; the least recently used go first."""
     encoder_cache_tokens: Positive = 16384
     """Embeddings of pictures and videos kept between steps."""
     graph_batch_sizes: Annotated[tuple[Positive, ...], Field(strict=False), BeforeValidator(as_list)] | None = None

@@ -23,6 +23,7 @@ from executor.device.table import BACKENDS, CHIP_BYTES, DeviceSettings, having, 
 from executor.errors import UserError
 from executor.host.limits import host_memory_bytes, process_memory_bytes
 from executor.quant.sizes import FLOAT_BYTES
+from executor.recipe.draft import Draft, draft_recipe, folder_findings, of_draft, section_findings, size_findings
 from executor.recipe.kv_cache import cache_findings, has_cache_scales, scales_finding
 from executor.recipe.memory import MemoryEstimate, estimate
 from executor.recipe.schema import ModelSection, Recipe
@@ -53,6 +54,7 @@ class Prepared:
     generation_config: dict[str, Any] = field(repr=False)  # generation_config.json, {} without one
     description: Description | None = field(default=None, repr=False)  # of quantized weights
     stored: StoredSizes | None = field(default=None, repr=False)  # theirs
+    draft: Draft | None = None
 
 
 def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
@@ -62,9 +64,9 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     keeps it from starting and can be known at once, a line each; what the device must be there for comes last.
     """
     recipe = resolve_device(recipe)
-    findings = [*chip_findings(recipe), *release_findings(recipe)]
+    findings = [*chip_findings(recipe), *release_findings(recipe), *section_findings(recipe.speculative)]
     missing = device_finding(recipe)
-    found = _checkpoint(recipe, findings, may_download=not missing)
+    found, draft = _checkpoint(recipe, findings, may_download=not missing), None
     if found:
         folder, config, quantization, shapes, description = found
         types = description.samples if description else {}
@@ -77,6 +79,7 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
         findings += degree_findings(recipe, shapes)
         compressed = size_finding(folder, quantization == "w8a8sc", recipe.attn_tp_size)
         findings += [compressed] if compressed else []
+        draft = _draft(recipe, folder, shapes, findings, may_download=not missing)
         missing = [finding + _too_large_for_cpu(recipe, shapes) for finding in missing]
     refuse([*findings, *missing])
     assert found, "without a checkpoint there is a finding"
@@ -93,9 +96,36 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
         process_bytes=process_bytes,
         copies_head=copies_head(recipe),
         stored=stored,
+        draft=draft,
     )
     generation_config = read_generation_config(folder)
-    return Prepared(recipe, folder, shapes, memory, picture_tokens, config, generation_config, description, stored)
+    return Prepared(
+        recipe, folder, shapes, memory, picture_tokens, config, generation_config, description, stored, draft
+    )
+
+
+def _draft(recipe: Recipe, folder: Path, shapes: ModelShapes, findings: list[str], may_download: bool) -> Draft | None:
+    """The draft model of a recipe that has one, settled and judged beside the recipe's own in `folder`.
+
+    None, and findings, where it cannot draft, or where the recipe is not settled.
+    """
+    if recipe.speculative.method != "draft" or recipe.speculative.model_path is None or findings:
+        return None
+    found = _checkpoint(draft_recipe(recipe), findings, may_download)
+    if not found:
+        findings[:] = map(of_draft, findings)
+        return None
+    draft_folder, config, quantization, draft_shapes, description = found
+    alone, types = draft_recipe(recipe, quantization), description.samples if description else {}
+    faults = [*size_findings(shapes, draft_shapes), *map(of_draft, type_findings(alone.model, types))]
+    try:
+        alone = resolve(alone, draft_shapes, quantization, types, has_cache_scales(description))
+        faults += chip_findings(alone)
+    except UserError as error:
+        faults.append(of_draft(str(error)))
+    findings += faults or folder_findings(folder, draft_folder, draft_shapes.name)
+    stored = read_sizes(draft_folder, draft_shapes.tied_embeddings) if description else None
+    return Draft(alone, draft_shapes, config, draft_folder, description, stored)
 
 
 def _memory_bytes(recipe: Recipe, local_ranks: int) -> int:
@@ -328,7 +358,7 @@ def resolve(
     refuse([*findings, *_size_findings(recipe, shapes, settled["scheduler"].get("max_model_len"))])
     values = ", ".join(f"{key} {value}" for part in settled.values() for key, value in part.items())
     if values:
-        logger.info("settled by the checkpoint: %s", values)
+        logger.info("settled by the checkpoint %s: %s", shapes.name, values)
     return recipe.replace(**{section: fields for section, fields in settled.items() if fields})
 
 
@@ -346,10 +376,32 @@ def _size_findings(recipe: Recipe, shapes: ModelShapes, default_len: int | None)
             f"scheduler_config.max_num_batched_tokens: got {scheduler.max_num_batched_tokens}; without chunked "
             f"prefill a prompt is one step, so it must be at least max_model_len ({longest})"
         )
+    findings += _disk_cache_findings(recipe)
     if scheduler.kv_cache_gb is not None and scheduler.num_blocks is not None:
         findings.append(
             f"scheduler_config.kv_cache_gb: got {scheduler.kv_cache_gb:g} beside num_blocks {scheduler.num_blocks}; "
             "both give the size of the KV cache: set one of them to null"
+        )
+    return findings
+
+
+def _disk_cache_findings(recipe: Recipe) -> list[str]:
+    """What keeps a recipe from having its prefix cache on disk."""
+    scheduler, findings = recipe.scheduler, []
+    if scheduler.prefix_cache_path is None:
+        return []
+    key = f"scheduler_config.prefix_cache_path: got {scheduler.prefix_cache_path!r}"
+    if not scheduler.enable_prefix_caching:
+        findings.append(f"{key} beside enable_prefix_caching: false; set that to true, or the path to null")
+    if recipe.attn_tp_size > 1:
+        findings.append(
+            f"{key} with an attn_tp_size of {recipe.attn_tp_size}: the ranks of a replica do not agree yet on what "
+            "each has on its disk; set parallel_config.attn_tp_size: 1, or the path to null"
+        )
+    if recipe.model.soc == "atlas_300i_duo":
+        findings.append(
+            f"{key} on atlas_300i_duo, whose KV cache lies in a storage format that is not cut into blocks here; set "
+            "it to null"
         )
     return findings
 

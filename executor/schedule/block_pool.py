@@ -125,6 +125,10 @@ class BlockPool:
             block_ids.append(block_id)
         return block_ids
 
+    def knows(self, digest: bytes) -> bool:
+        """Whether some block holds this; from any thread, true for the moment."""
+        return digest in self._block_of
+
     def num_unreferenced(self, block_ids: Iterable[int]) -> int:
         """How many of these would leave `num_free` when acquired."""
         return sum(1 for block_id in block_ids if not self._num_holders[block_id])

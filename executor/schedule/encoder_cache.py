@@ -43,6 +43,10 @@ class EncoderCache:
     def num_tokens(self) -> int:
         return self._held_tokens + self._idle_tokens
 
+    def knows(self, digest: bytes) -> bool:
+        """Whether these embeddings are there or on their way; from any thread, true for the moment."""
+        return digest in self._held or digest in self._idle
+
     def take(self, request_id: str, media: Sequence[tuple[int, MediaItem]], *, may_exceed: bool) -> bool:
         """Hold the embeddings of all these (number, media) for a request, or of none when there is no room.
 

@@ -12,13 +12,28 @@ import array
 import bisect
 import hashlib
 import struct
+from collections.abc import Collection
+from typing import Protocol
 
 import numpy as np
 
-from executor.schedule.request import Request, Span
+from executor.schedule.request import Prompt, Request, Span
 
 _DIGEST_BYTES = 16
 _INT_BYTES = 8
+
+
+class BlockStore(Protocol):
+    """What the scheduler asks of a cache behind the pool of blocks. No answer takes time."""
+
+    def staged(self, prompt: Prompt) -> Collection[bytes]:
+        """Digests of blocks that a plan may load for a prompt's requests, until `release`."""
+
+    def release(self, prompt: Prompt) -> None:
+        """What is staged for the prompt is in the pool, or not needed."""
+
+    def wants(self, digest: bytes) -> bool:
+        """Whether a block of this name is worth keeping."""
 
 
 class BlockDigests:

@@ -14,6 +14,7 @@ request asks for more than the whole pool. Not for several threads at once.
 Knows nothing of tensors, text or models; stop strings are found elsewhere and reported by `finish`.
 """
 
+import itertools
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +22,8 @@ from dataclasses import dataclass, field
 from executor.errors import UserError
 from executor.schedule.block_pool import BlockPool
 from executor.schedule.encoder_cache import EncoderCache, MediaReads
-from executor.schedule.plan import Plan, Row
-from executor.schedule.prefix_cache import BlockDigests
+from executor.schedule.plan import BlockToKeep, BlockToLoad, Plan, Row
+from executor.schedule.prefix_cache import BlockDigests, BlockStore
 from executor.schedule.request import FinishReason, Prompt, Request, SamplingParams, Status
 from executor.schedule.waiting import Waiting
 
@@ -42,6 +43,7 @@ class _Record:
     num_registered_blocks: int = 0
     next_full_tokens: int = 0  # so many computed tokens fill a block that is not registered yet
     claimed: range = range(0)
+    loads: tuple[BlockToLoad, ...] = ()  # of its blocks, those that its next row finds loaded
 
 
 @dataclass(slots=True)
@@ -53,6 +55,7 @@ class _OpenPlan:
     in_flight: set[bytes] = field(default_factory=set)  # digests of the blocks this step will fill
     admits: bool = True  # no longer once a request had to give way
     takes_media: bool = True  # no longer once an older row has to wait for the encoder cache
+    loads: list[BlockToLoad] = field(default_factory=list)
 
 
 class Scheduler:
@@ -61,7 +64,8 @@ class Scheduler:
     `max_num_batched_tokens` bounds the tokens of a step, `max_model_len` prompt plus answer, `encoder_cache_tokens`
     the vision embeddings kept. Without chunked prefill a prompt is computed in one step; only the recomputation of a
     preempted request that has outgrown `max_num_batched_tokens` is still split. `max_yield`: new tokens that a decode
-    row may bring; the budget of a step counts all but the first of them as tokens.
+    row may bring; the budget of a step counts all but the first of them as tokens. `store`: blocks that are in no
+    memory, set by whoever has one; plans say what to load from it and what it may keep.
     """
 
     def __init__(
@@ -90,10 +94,27 @@ class Scheduler:
         self._running: list[Request] = []  # in order of admission
         self._records: dict[str, _Record] = {}
         self.num_preemptions = 0
+        self.store: BlockStore | None = None
+        self.num_store_queries = 0  # tokens of admitted requests that no block in memory held
+        self.num_store_hits = 0  # and those that were loaded
+        self._to_keep: dict[bytes, BlockToKeep] = {}
 
     @property
     def has_work(self) -> bool:
         return bool(self._records)
+
+    @property
+    def has_to_keep(self) -> bool:
+        """Whether the next plan has blocks for the store."""
+        return bool(self._to_keep)
+
+    def num_known_blocks(self, digests: Sequence[bytes]) -> int:
+        """How many of the first of these are in memory; from any thread, true for the moment."""
+        return sum(1 for _ in itertools.takewhile(self.pool.knows, digests))
+
+    def knows_media(self, digest: bytes) -> bool:
+        """Whether the embeddings of this media are in memory; from any thread, true for the moment."""
+        return self._encoder.knows(digest)
 
     @property
     def encoder_queries(self) -> tuple[int, int]:
@@ -160,7 +181,7 @@ class Scheduler:
         request.stop_reason = stop_reason
 
     def schedule(self) -> Plan:
-        """The next step; without rows only when there is no work."""
+        """The next step; without rows only when there is no work, and then maybe with blocks to keep."""
         open_plan = _OpenPlan(self.max_num_batched_tokens)
         under_way = self._schedule_decode(open_plan)
         num_decode_rows = len(open_plan.rows)
@@ -169,12 +190,49 @@ class Scheduler:
         self._schedule_prefill(under_way, open_plan)
         self._admit(open_plan)
         assert open_plan.rows or not self.has_work, "nothing was scheduled although there is work"
+        keep = self._drained_keep()
         if not open_plan.rows:
-            return Plan(())
+            return Plan((), keep=keep)
         is_decode = len(open_plan.rows) == num_decode_rows
         if not is_decode:
             open_plan.rows.sort(key=lambda row: row.num_tokens > 1)  # the end of a prefill may be a single token too
-        return Plan(tuple(open_plan.rows), *self._encoder.drain(), is_decode=is_decode)
+        encode, release = self._encoder.drain()
+        loads = tuple(open_plan.loads)
+        return Plan(tuple(open_plan.rows), encode, release, is_decode=is_decode, load=loads, keep=keep)
+
+    def schedule_ahead(self, plan: Plan) -> Plan | None:
+        """What `schedule` will give behind `plan`, whose tokens are not known yet, if none of them ends an answer.
+
+        None where that is not certain, or needs the tokens: a prompt is not at its end, a request could be admitted, a
+        block is missing, a row may yield several tokens. Requests that reach their last possible token with `plan` are
+        left out. `update` takes both plans in their order; of the later one it passes over what the earlier has ended,
+        and whoever has `void` rows in the earlier one leaves them out of the later one (`Plan.without`).
+        """
+        if self.max_yield > 1 or len(plan.rows) < len(self._running):
+            return None
+        places = {row.request: place for place, row in enumerate(plan.rows)}
+        going_on: list[tuple[Request, int, int]] = []
+        for request in self._running:
+            place = places.get(request)
+            if place is None or not plan.rows[place].max_yield:
+                return None
+            if len(request.output_token_ids) + 1 < self._records[request.id].max_output_tokens:
+                row = plan.rows[place]
+                going_on.append((request, row.start + row.num_tokens, place))
+        if not going_on or len(going_on) > self.max_num_batched_tokens:
+            return None
+        if self._waiting and (len(going_on) < len(self._running) or self._could_admit()):
+            return None
+        size = self.pool.block_size
+        rows = []
+        for request, start, _ in going_on:
+            if len(request.block_ids) * size <= start:
+                if not self.pool.num_free:
+                    return None
+                request.block_ids += self.pool.allocate(1, after=request.block_ids[-1])
+            rows.append(Row(request, start, 1, 1))
+        continues = tuple(place for _, _, place in going_on)
+        return Plan(tuple(rows), is_decode=True, keep=self._drained_keep(), continues=continues)
 
     def update(
         self, plan: Plan, token_ids: Sequence[Sequence[int]], missing: Collection[bytes] = ()
@@ -196,6 +254,9 @@ class Scheduler:
                 f"request '{request.id}': {len(new)} tokens of a row that may yield {max_yield}"
             )
             record = self._records[request.id]
+            if record.loads:
+                record.loads = ()
+                self.store.release(request.prompt)
             kept, end = new, None
             output = request.output_token_ids
             if len(new) == 1 and new[0] not in record.end_ids and len(output) + 1 < record.max_output_tokens:
@@ -223,7 +284,7 @@ class Scheduler:
 
         Admitted requests stay admitted, with nothing computed; the next plans compute it.
         """
-        if plan.rows:
+        if plan.rows and plan.continues is None:
             self._encoder.undo()
 
     def forget(self) -> None:
@@ -277,6 +338,11 @@ class Scheduler:
                 f"the prompt has {num_prompt} tokens, a step at most {self.max_num_batched_tokens} and chunked prefill "
                 "is off; raise scheduler_config.max_num_batched_tokens or set scheduler_config.enable_chunked_prefill"
             )
+
+    def _drained_keep(self) -> tuple[BlockToKeep, ...]:
+        keep = tuple(self._to_keep.values())
+        self._to_keep.clear()
+        return keep
 
     def _schedule_decode(self, open_plan: _OpenPlan) -> list[Request]:
         """Rows of the running requests that go on token by token; returns the others."""
@@ -357,28 +423,41 @@ class Scheduler:
             request = self._waiting.first
             record = self._records[request.id]
             cached = self._find_prefix(request, record)
-            num_cached_tokens = len(cached) * size
+            staged = self._find_staged(request, record, len(cached))
+            num_cached_tokens = (len(cached) + len(staged)) * size
             if short_tokens is not None:  # media may have to wait for embeddings that those under way hold
                 short_tokens -= request.num_tokens - num_cached_tokens
                 if short_tokens < 0 or request.prompt.media:
                     return
-            if self._is_worth_waiting(request, record, len(cached), open_plan):
+            if self._is_worth_waiting(request, record, len(cached), staged, open_plan):
                 return
-            num_needed = self.pool.num_blocks_for(request.num_tokens) - len(cached)
-            # A block to spare for each running request, else the newcomer may be preempted a moment later.
-            num_left = self.pool.num_free - self.pool.num_unreferenced(cached) - len(self._running)
-            if num_needed > num_left:
+            num_needed = self._missing_blocks(request, cached)
+            if num_needed is None:
                 return
             num_tokens = self._chunk_tokens(request, num_cached_tokens, open_plan)
             if not num_tokens:
                 return
-            self._take_blocks(request, record, cached, num_needed)
+            self._take_blocks(request, record, cached, staged, num_needed)
             self._running.append(self._waiting.pop_first())
             request.status = Status.RUNNING
             request.num_computed_tokens = num_cached_tokens
             if not request.num_preemptions:
                 request.num_cached_tokens = num_cached_tokens
             self._add_prefill_row(request, num_tokens, open_plan)
+
+    def _could_admit(self) -> bool:
+        """Whether whoever waits first would find a place and blocks."""
+        if len(self._running) >= self.max_num_seqs:
+            return False
+        request = self._waiting.first
+        return self._missing_blocks(request, self._find_prefix(request, self._records[request.id])) is not None
+
+    def _missing_blocks(self, request: Request, cached: Sequence[int]) -> int | None:
+        """How many blocks a request beside its cached ones needs to be admitted; None where these are not there."""
+        num_needed = self.pool.num_blocks_for(request.num_tokens) - len(cached)
+        # A block to spare for each running request, else the newcomer may be preempted a moment later.
+        num_left = self.pool.num_free - self.pool.num_unreferenced(cached) - len(self._running)
+        return num_needed if num_needed <= num_left else None
 
     def _find_prefix(self, request: Request, record: _Record) -> list[int]:
         """Blocks that hold the beginning of the request. The last token is always computed, for its logits; so is the
@@ -388,10 +467,24 @@ class Scheduler:
         num_tokens = request.num_tokens - 1
         return self.pool.lookup(record.digests.extend(num_tokens)[: num_tokens // self.pool.block_size])
 
-    def _is_worth_waiting(self, request: Request, record: _Record, num_cached: int, open_plan: _OpenPlan) -> bool:
-        """Whether this very step fills at least half of what the request still needs: then it starts one step later."""
+    def _find_staged(self, request: Request, record: _Record, num_cached: int) -> list[bytes]:
+        """Digests of the blocks behind those in memory that the store has at hand."""
+        if self.store is None or not self.pool.enable_prefix_caching or request.awaits_prompt_logprobs:
+            return []
+        staged, last = self.store.staged(request.prompt), (request.num_tokens - 1) // self.pool.block_size
+        found = record.digests.digests[num_cached:last] if staged else []
+        return list(itertools.takewhile(staged.__contains__, found))
+
+    def _is_worth_waiting(
+        self, request: Request, record: _Record, num_cached: int, staged: list[bytes], open_plan: _OpenPlan
+    ) -> bool:
+        """Whether this very step fills at least half of what the request still needs, or any block that it would load:
+        then it starts one step later."""
         if request.awaits_prompt_logprobs:
             return False
+        if not open_plan.in_flight.isdisjoint(staged):
+            return True
+        num_cached += len(staged)
         num_coming = 0
         for digest in record.digests.digests[num_cached:] if open_plan.in_flight else ():
             if digest not in open_plan.in_flight:
@@ -400,7 +493,9 @@ class Scheduler:
         num_remaining = request.num_tokens - num_cached * self.pool.block_size
         return 2 * num_coming * self.pool.block_size >= num_remaining
 
-    def _take_blocks(self, request: Request, record: _Record, cached: list[int], num_needed: int) -> None:
+    def _take_blocks(
+        self, request: Request, record: _Record, cached: list[int], staged: list[bytes], num_needed: int
+    ) -> None:
         pool = self.pool
         num_final_blocks = pool.num_blocks_for(len(request.prompt.token_ids) + record.max_output_tokens)
         room = max(0, num_final_blocks - pool.num_blocks_for(request.num_tokens))
@@ -410,16 +505,27 @@ class Scheduler:
         record.claimed = pool.claim(fresh[-1] + 1, room)
         record.num_registered_blocks = len(cached)
         record.next_full_tokens = (len(cached) + 1) * pool.block_size
+        if self.store is not None and pool.enable_prefix_caching:
+            record.loads = tuple(map(BlockToLoad, fresh, staged))
+            self._offer(request, record, range(len(cached)))  # what the store has lost, or never had
+            if not staged:
+                self.store.release(request.prompt)
+            if not request.num_preemptions:
+                self.num_store_queries += request.num_tokens - len(cached) * pool.block_size
+                self.num_store_hits += len(staged) * pool.block_size
 
     def _add_prefill_row(self, request: Request, num_tokens: int, open_plan: _OpenPlan) -> None:
         start = request.num_computed_tokens
         end = start + num_tokens
         is_last = int(end == request.num_tokens)
+        record = self._records[request.id]
         open_plan.rows.append(Row(request, start, num_tokens, is_last, _scored(request, start, end)))
         open_plan.budget_tokens -= num_tokens
+        open_plan.loads += record.loads
         if self.pool.enable_prefix_caching:
             size = self.pool.block_size
-            open_plan.in_flight.update(self._records[request.id].digests.extend(end)[start // size : end // size])
+            open_plan.in_flight.update(record.digests.extend(end)[start // size : end // size])
+            open_plan.in_flight.update(load.digest for load in record.loads)
 
     def _chunk_tokens(self, request: Request, start: int, open_plan: _OpenPlan) -> int:
         """How many tokens from `start` on this step computes; takes the embeddings that they read."""
@@ -441,7 +547,17 @@ class Scheduler:
         digests = record.digests.extend(request.num_computed_tokens)
         for index in range(record.num_registered_blocks, num_full):
             self.pool.register(request.block_ids[index], digests[index])
+        if self.store is not None:
+            self._offer(request, record, range(record.num_registered_blocks, num_full))
         record.num_registered_blocks = num_full
+
+    def _offer(self, request: Request, record: _Record, places: range) -> None:
+        """Have the next plan keep those of a request's full blocks that the store has not."""
+        digests = record.digests.digests
+        for place in places:
+            if digests[place] not in self._to_keep and self.store.wants(digests[place]):
+                parent = digests[place - 1] if place else b""
+                self._to_keep[digests[place]] = BlockToKeep(request.block_ids[place], digests[place], parent, place)
 
     def _append(
         self, request: Request, record: _Record, token_ids: Sequence[int]
@@ -479,6 +595,7 @@ class Scheduler:
         self.pool.unclaim(record.claimed)
         record.media.give_back(request.num_tokens)
         record.claimed = range(0)
+        record.loads = ()
         record.num_registered_blocks = record.next_full_tokens = 0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from executor.engine.speculation.counts import SpeculationCounts
 from executor.schedule.request import SamplingParams
 
 
@@ -124,6 +125,15 @@ class EngineStats:
     num_preemptions: int = 0
     num_encoder_queries: int = 0
     num_encoder_hits: int = 0
+    num_store_queries: int = 0  # tokens of prompts that no block in memory held
+    num_store_hits: int = 0  # and those that the cache on disk held
+    num_disk_media_queries: int = 0  # from here on executor.engine.disk_cache.cache.DiskCacheStats
+    num_disk_media_hits: int = 0
+    disk_read_bytes: int = 0
+    disk_written_bytes: int = 0
+    disk_stored_bytes: int = 0
+    num_disk_damaged: int = 0
+    num_disk_dropped: int = 0
     media_s: float = 0.0  # from here on executor.engine.stages.StageTimes
     vision_s: float = 0.0
     prefill_s: float = 0.0
@@ -132,6 +142,7 @@ class EngineStats:
     host_s: float = 0.0
     num_prefill_steps: int = 0
     num_decode_steps: int = 0
+    speculation: SpeculationCounts = field(default_factory=SpeculationCounts)
 
     def __add__(self, other: "EngineStats") -> "EngineStats":
         return EngineStats(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Protocol
 
+from executor.engine.disk_cache.cache import DiskCacheStats
 from executor.engine.engine import Question
 from executor.engine.handle import Event as LoopEvent
 from executor.engine.handle import Handle
@@ -70,6 +71,8 @@ class EngineBackend:
         scheduler, clock = self.loop.engine.scheduler, self.loop.engine.runner.clock
         num_running = scheduler.num_running
         queries, hits = scheduler.encoder_queries
+        disk_cache = self.loop.engine.runner.disk_cache
+        disk = DiskCacheStats() if disk_cache is None else disk_cache.stats()
         return EngineStats(
             num_running=num_running,
             num_waiting=max(0, self.num_unfinished - num_running),
@@ -78,7 +81,17 @@ class EngineBackend:
             num_preemptions=scheduler.num_preemptions,
             num_encoder_queries=queries,
             num_encoder_hits=hits,
+            num_store_queries=scheduler.num_store_queries,
+            num_store_hits=scheduler.num_store_hits,
+            num_disk_media_queries=disk.num_media_queries,
+            num_disk_media_hits=disk.num_media_hits,
+            disk_read_bytes=disk.read_bytes,
+            disk_written_bytes=disk.written_bytes,
+            disk_stored_bytes=disk.stored_bytes,
+            num_disk_damaged=disk.num_damaged,
+            num_disk_dropped=disk.num_dropped,
             **asdict(clock.times()),
+            speculation=self.loop.engine.speculation,
         )
 
     def ask(self, ask: Ask) -> Feed:

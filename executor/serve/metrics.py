@@ -60,7 +60,9 @@ class Metrics:
         )  # fmt: skip
         self._finished = {reason: success.labels(**self._labels, finished_reason=reason) for reason in FINISHED}
         self._ttft = self._histogram("vllm:time_to_first_token_seconds", "From arrival to first token.", FIRST_TOKEN_S)
-        self._itl = self._histogram("vllm:inter_token_latency_seconds", "From token to token.", TOKEN_S)
+        self._itl = self._histogram(
+            "vllm:inter_token_latency_seconds", "From token to token; those of one step come together.", TOKEN_S
+        )
         self._tpot = self._histogram(
             "vllm:request_time_per_output_token_seconds", "Of each request: mean time of a token after the first.",
             TOKEN_S,
@@ -84,14 +86,16 @@ class Metrics:
         def observe(event: Event) -> None:
             nonlocal last, is_first
             if isinstance(event, Delta):
-                now = time.monotonic()
-                if is_first and event.token_ids:
+                now, num_tokens = time.monotonic(), len(event.token_ids)
+                gaps_s = [now - last] + [0.0] * (num_tokens - 1) if num_tokens else []
+                if is_first and gaps_s:
                     is_first = False
                     self._ttft.observe(now - started)
-                elif event.token_ids:
-                    self._itl.observe(now - last)
+                    del gaps_s[0]
+                for gap_s in gaps_s:
+                    self._itl.observe(gap_s)
                 last = now
-                self._generation_tokens.inc(len(event.token_ids))
+                self._generation_tokens.inc(num_tokens)
             elif isinstance(event, Done):
                 self._request_ended(event, time.monotonic() - started)
             else:
@@ -118,6 +122,7 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """What the engines hold, for prometheus_client."""
         stats = self._backend.stats()
+        drafts = stats.speculation
         names, values = tuple(self._labels), tuple(self._labels.values())
         for name, words, value in (
             ("vllm:num_requests_running", "Requests that are being computed.", stats.num_running),
@@ -126,6 +131,7 @@ class Metrics:
                 "vllm:kv_cache_usage_perc", "Share of the KV cache that is in use; 1 is all.",
                 stats.num_used_blocks / max(1, stats.num_blocks),
             ),
+            ("qwenvl:disk_cache_bytes", "Prefix cache on disk, of all that share its folder.", stats.disk_stored_bytes),
         ):  # fmt: skip
             gauge = GaugeMetricFamily(name, words, labels=names)
             gauge.add_metric(values, value)
@@ -138,14 +144,45 @@ class Metrics:
                 stats.num_encoder_queries,
             ),
             ("vllm:mm_cache_hits", "Pictures and videos found there.", stats.num_encoder_hits),
-            ("vllm:spec_decode_num_draft_tokens", "Guessed tokens.", 0),
-            ("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that were right.", 0),
+            (
+                "vllm:external_prefix_cache_queries",
+                "Prompt tokens that no block in memory held, where there is a prefix cache on disk.",
+                stats.num_store_queries,
+            ),
+            ("vllm:external_prefix_cache_hits", "Those that it held.", stats.num_store_hits),
+            (
+                "qwenvl:disk_cache_media_queries",
+                "Pictures and videos of prompts that were looked for on disk.",
+                stats.num_disk_media_queries,
+            ),
+            ("qwenvl:disk_cache_media_hits", "Those that were found there.", stats.num_disk_media_hits),
+            ("qwenvl:disk_cache_read_bytes", "Read from disk and checked.", stats.disk_read_bytes),
+            ("qwenvl:disk_cache_written_bytes", "Written to disk.", stats.disk_written_bytes),
+            ("qwenvl:disk_cache_damaged", "Entries that were wrong, and dropped.", stats.num_disk_damaged),
+            (
+                "qwenvl:disk_cache_dropped",
+                "Entries that were not written, for lack of time or room.",
+                stats.num_disk_dropped,
+            ),
+            ("vllm:spec_decode_num_drafts", "Times that a request had drafts in a step.", drafts.num_drafts),
+            ("vllm:spec_decode_num_draft_tokens", "Drafted tokens.", drafts.num_draft_tokens),
+            ("vllm:spec_decode_num_accepted_tokens", "Drafted tokens that were right.", drafts.num_accepted_tokens),
+            ("qwenvl:spec_decode_verify_seconds", "Time of steps with drafts.", drafts.verify_s),
+            ("qwenvl:spec_decode_plain_seconds", "What their tokens would take without drafts.", drafts.plain_s),
             ("qwenvl:prefill_steps", "Steps with a prompt in them.", stats.num_prefill_steps),
             ("qwenvl:decode_steps", "Steps of one token a request.", stats.num_decode_steps),
         ):
             counter = CounterMetricFamily(name, words, labels=names)
             counter.add_metric(values, value)
             yield counter
+        accepted = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Drafted tokens that were right, by their place in the draft.",
+            labels=(*names, "position"),
+        )
+        for position, count in enumerate(drafts.num_accepted_per_pos):
+            accepted.add_metric((*values, str(position)), count)
+        yield accepted
         stages = CounterMetricFamily(
             "qwenvl:stage_seconds", "Time of the engine's stages on the host.", labels=(*names, "stage")
         )

@@ -43,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--model")
+    parser.add_argument("--draft", help="folder of a draft model")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--vision_layers", type=int)
     parser.add_argument("--untied", action="store_true", help="a head of its own, whatever the model has")
@@ -66,7 +67,10 @@ def main() -> None:
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     sizes = {name: getattr(args, name) for name in SIZES}
     model = {"model_path": str(folder), "device": "cpu", "dtype": args.dtype}
-    recipe = build_recipe({"model_config": model, "scheduler_config": sizes | {"enable_prefix_caching": False}})
+    tree = {"model_config": model, "scheduler_config": sizes | {"enable_prefix_caching": False}}
+    if args.draft:
+        tree["speculative_config"] = {"method": "draft", "model_path": args.draft, "adaptive": False}
+    recipe = build_recipe(tree)
     prepared = prepare(recipe)
     engine = build_engine(prepared.recipe)
     loaded = peak_memory_bytes()
@@ -82,6 +86,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "weights_bytes": memory.weights_bytes,
         "kv_bytes": memory.kv_bytes,
         "peak_bytes": memory.peak_bytes,
+        "draft_bytes": memory.draft_weights_bytes + memory.draft_kv_bytes + memory.draft_step_bytes,
         "high_water_after_loading_bytes": loaded,
     }
 

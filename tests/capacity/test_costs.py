@@ -72,6 +72,17 @@ def test_operations_of_a_decode_step_are_those_of_the_model(family, contexts):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_operations_of_a_step_that_verifies_drafts_are_those_of_the_model(family):
+    """Three drafts behind each of two requests' tokens; every place is sampled from."""
+    config, shapes = tiny(family)
+    with ready_model(config) as model:
+        products, attention = counted(*flat(step_of(model, [4, 4], [27, 27], range(8))))
+    cost = decode_cost(recipe_of(family), shapes, 2, 24, drafts=3)
+    assert split(cost, "attention") == (products, attention * (4 * 23 + 4 * 5 / 2) / (4 * 27))
+    assert cost.kv_bytes == pytest.approx(decode_cost(recipe_of(family), shapes, 2, 24).kv_bytes * (27 + 4) / (24 + 1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_operations_of_a_prefill_step_are_those_of_the_model(family):
     """Its last layer computes the sampled tokens alone. The counter takes a causal square for a whole one."""
     config, shapes = tiny(family)

@@ -105,6 +105,38 @@ def test_tokens_a_second_are_those_of_the_steps():
     assert found.tpot_host_ms == pytest.approx(1e3 * seconds / 400)
 
 
+def drafting(rate: float | None, num_drafts: int = 7, workload=Workload(), **options) -> Prediction:
+    speculative = {"method": "ngram", "num_speculative_tokens": num_drafts}
+    recipe = on_a3(**options).replace(speculative=speculative, plan={"acceptance_probability": rate})
+    return predict(recipe, SHAPES, A3, workload)
+
+
+def test_drafts_are_predicted_by_how_often_they_are_right():
+    plain, none, never, often, always = predicted(Workload()), *(drafting(rate) for rate in (None, 0.0, 0.8, 1.0))
+    assert replace(none, step=plain.step, decode=plain.decode) == plain, "no rate, no gain and no cost"
+    assert (never.step_tokens, often.step_tokens, always.step_tokens) == (1, pytest.approx(4.16, abs=0.01), 8)
+    assert never.step == often.step == always.step == decode_cost(on_a3(), SHAPES, 8, 700, drafts=7)
+    assert always.tpot_ms < plain.tpot_ms < never.tpot_ms, "all are verified, few are kept"
+    assert never.tpot_ms == pytest.approx(8 * always.tpot_ms)
+    seconds = 400 * (often.decode.total_s / often.step_tokens + 8 * HOST_ROW_S) + 8 * often.prefill.total_s
+    assert often.tokens_per_s == pytest.approx(8 * 400 / seconds)
+
+
+def test_few_tokens_of_a_step_cost_no_more_than_one():
+    """A request alone: weights are read once, for one token or for eight."""
+    one, eight = predicted(Workload(users=1)).decode.total_s, drafting(0.5, workload=Workload(users=1)).decode.total_s
+    assert one < eight < 1.02 * one
+
+
+def test_drafts_that_no_graph_holds_are_verified_eagerly():
+    """More tokens than the largest graph has, and attention over an int8 cache."""
+    in_graph, large, odd = drafting(0.5), drafting(0.5, 15), drafting(0.5, graph_batch_sizes=(4,))
+    assert in_graph.step.kernels == predicted(Workload()).step.kernels
+    assert in_graph.decode.launching_s == pytest.approx(in_graph.step.kernels * calibrated().constants.node_s)
+    assert large.decode.launching_s == in_graph.decode.launching_s, "8 x 16 tokens are 128"
+    assert odd.decode.launching_s == pytest.approx(odd.step.kernels * calibrated().constants.call_s)
+
+
 def test_a_converted_step_takes_the_place_of_the_counted_one():
     recipe, workload, asked = on_a3(), Workload(), []
 

@@ -23,6 +23,10 @@ CONFIGS = sorted(path.name for path in (REPO / "config").glob("*.yaml"))
 CONTRACT = {"command", "device", "memory_bytes", "max_num_seqs", "max_model_len", "predicted", "calibration_error"}
 
 
+RATE = "plan_config.acceptance_probability=0.8"
+NGRAM = ("speculative_config.method=ngram",)
+
+
 def planned(config: str, *words: str) -> dict:
     """The document of a command line; the exit status is always 0."""
     arguments = parse([str(REPO / "config" / config), "plan", *words])
@@ -123,6 +127,17 @@ def test_what_does_not_fit_is_an_answer(capsys):
         ("quickstart.yaml", ["--from-graph"], ["from_graph", "no graph to convert", "--chip 910b4"]),
         ("qwen3_vl_8b_300i_duo.yaml", ["--from-graph"], ["310P3", "decodes eagerly and has no graph", "leave it out"]),
         ("qwen3_vl_8b.yaml", ["--from-graph", "--set", "model_config.exe_mode=eager"], ["is eager", "set ge_graph"]),
+        (
+            "qwen3_vl_8b.yaml",
+            ["--set", RATE],
+            ["acceptance_probability", "makes no drafts"],
+        ),
+        (
+            "qwen3_vl_8b.yaml",
+            ["--set", RATE, *NGRAM, "--from-graph"],
+            ["acceptance_", "given beside from_graph"],
+        ),
+        ("qwen3_vl_8b.yaml", ["--set", RATE, *NGRAM, "--table"], ["acceptance_probability", "given beside table"]),
     ],
 )
 def test_what_contradicts_itself_is_refused(config, words, parts):
@@ -277,6 +292,22 @@ def test_a_mistake_ends_with_status_2_and_its_line(capsys):
 def test_mistakes_are_refused_in_words(words, part):
     with pytest.raises(UserError, match=re.escape(part)):
         planned("qwen3_vl_8b.yaml", *words)
+
+
+def test_what_drafts_gain_is_predicted_where_their_acceptance_is_named(capsys):
+    one_user = "plan_config.users=1"
+    plain, silent = (
+        planned("qwen3_vl_8b.yaml", "--set", one_user),
+        planned("qwen3_vl_8b.yaml", "--set", one_user, *NGRAM),
+    )
+    assert plain["predicted"]["drafts"] == 0 and plain["predicted"]["tokens_per_step"] == 1
+    assert silent["predicted"] == plain["predicted"]
+    assert "drafts of which" not in capsys.readouterr().out
+    found = planned("qwen3_vl_8b.yaml", "--set", one_user, *NGRAM, RATE)["predicted"]
+    assert found["drafts"] == 7 and found["tokens_per_step"] == pytest.approx(4.161, abs=1e-3)
+    assert 3 < found["tokens_per_s_per_user"] / plain["predicted"]["tokens_per_s_per_user"] < found["tokens_per_step"]
+    shown = capsys.readouterr().out
+    assert "with 7 drafts of which 80% are right" in shown and "each of 8 tokens" in shown and NOT_MEASURED in shown
 
 
 def test_millions_of_requests_and_endless_ones_are_answered():

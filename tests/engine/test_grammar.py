@@ -531,10 +531,10 @@ def test_either_a_call_or_an_answer_of_the_form(engine):
 def test_a_grammar_that_dies_is_that_requests_fault_alone(engine, alone, monkeypatch):
     taken = Matcher.take
 
-    def dies(self, token_id):
+    def dies(self, token_ids):
         if self._params.seed == 77:
             raise GrammarFault("the library fails")
-        return taken(self, token_id)
+        return taken(self, token_ids)
 
     monkeypatch.setattr(Matcher, "take", dies)
     bad = replace(MIX["regex, sampled"], seed=77)

@@ -11,10 +11,31 @@ from executor.host.env import environment
 REPO = Path(__file__).resolve().parents[2]
 
 
-def case(family: str, world_size: int = 1, *, prompt_logprobs: int | None = None, **parallel: Any) -> dict[str, Any]:
-    """A recipe of a tiny model that answers the default questions, and whether their prompts are scored as well."""
+def case(
+    family: str,
+    world_size: int = 1,
+    *,
+    prompt_logprobs: int | None = None,
+    num_drafts: int = 0,
+    draft: str | None = None,
+    overlaps: bool = False,
+    **parallel: Any,
+) -> dict[str, Any]:
+    """A recipe of a tiny model that answers the default questions, and whether their prompts are scored as well.
+
+    `num_drafts`: tokens that are drafted and verified in a step at most, by the tiny model `draft`; None: looked up.
+    `overlaps`: steps are queued before the last one's tokens are read, also where the device is the host.
+    """
+    drafts: dict[str, Any] = {}
+    if num_drafts:
+        drafts = {"method": "ngram", "num_speculative_tokens": num_drafts, "adaptive": False}
+    if draft is not None:
+        assert num_drafts, "a draft model makes some"
+        drafts |= {"method": "draft", "model_path": f"models/tiny/{draft}"}
     return {
+        "speculative_config": drafts,
         "prompt_logprobs": prompt_logprobs,
+        "overlaps": overlaps,
         "model_config": {"model_path": f"models/tiny/{family}", "device": "cpu", "dtype": "float32"},
         "parallel_config": {"world_size": world_size, **parallel},
         "scheduler_config": {"block_size": 16, "max_num_seqs": 3, "max_model_len": 512, "max_num_batched_tokens": 96},

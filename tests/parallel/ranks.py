@@ -39,7 +39,7 @@ def run(case: dict[str, Any]) -> dict[str, Any] | None:
     """What rank 0 saw of one case; None on the other ranks."""
     if before := case.pop("before", None):
         _put(Path(before["file"]), Path(before["as"]))
-    watched = Watched(case.pop("prompt_logprobs", None))
+    watched = Watched(case.pop("prompt_logprobs", None), case.pop("overlaps", False))
     recipe = build_recipe(case)
     document, status = generate.run(recipe, build=watched.build, out=io.StringIO())
     if "outputs" not in document:
@@ -94,10 +94,12 @@ def _anonymous_bytes() -> int:
 class Watched:
     """An engine whose steps and loading are counted; every request may be asked for its prompt's logprobs as well."""
 
-    def __init__(self, num_prompt_logprobs: int | None) -> None:
+    def __init__(self, num_prompt_logprobs: int | None, overlaps: bool) -> None:
         self.num_prompt_logprobs = num_prompt_logprobs
+        self.overlaps = overlaps
         self.prompt_logprobs: dict[str, list[float]] = {}  # prompt -> behind its first token
-        self.steps: list[list[int]] = []  # of every decode step of rank 0: collectives, rows
+        # Of every decode step of rank 0: collectives, rows, drafts, its graph's q_len, whether it continues another.
+        self.steps: list[list[int]] = []
         self.loads: list[list[int]] = []  # of every rank: bytes read, bytes estimated, growth of its memory
 
     def build(self, prepared: Any, device: Any, parallel: Any) -> Any:
@@ -122,6 +124,7 @@ class Watched:
             self.loads = [None] * parallel.job.size
             dist.all_gather_object(self.loads, mine, group=parallel.job.handle)
         self._count(engine.runner)
+        engine.overlaps |= self.overlaps
         if self.num_prompt_logprobs is not None:
             self._score(engine)
         return engine
@@ -149,7 +152,10 @@ class Watched:
             before = sum(group.traffic.collectives for group in groups)
             logits = forward(plan, *scores)
             if plan.rows and all(row.num_tokens == 1 and not row.scored for row in plan.rows):
-                self.steps.append([sum(group.traffic.collectives for group in groups) - before, len(plan.rows)])
+                num_drafts = sum(len(row.draft_ids) for row in plan.rows)
+                collectives = sum(group.traffic.collectives for group in groups) - before
+                q_len, continues = plan.graph.q_len if plan.graph else 0, plan.continues is not None
+                self.steps.append([collectives, len(plan.rows), num_drafts, q_len, int(continues)])
             return logits
 
         runner.forward = counted

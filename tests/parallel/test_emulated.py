@@ -20,6 +20,13 @@ CASES = {
         "atlas_800i_a3",
         {"exe_mode": "ge_graph", "strict_graph": True},
     ),
+    # Each replica has drafts when it has them: both replay the graph that holds the longest row of either.
+    "a3_graph_drafts_moe_dp2": (
+        "qwen3_vl_moe",
+        {"attn_tp_size": 1, "num_drafts": 5},
+        "atlas_800i_a3",
+        {"exe_mode": "ge_graph", "strict_graph": True},
+    ),
     "duo_tp2": ("qwen3_vl", {"vision_parallel": "data"}, "atlas_300i_duo", {}),
     # Its routing knows no range of experts: each rank counts its own from 0.
     "duo_moe_ep2": ("qwen3_vl_moe", {"moe_ep_size": 2}, "atlas_300i_duo", {}),
@@ -36,6 +43,8 @@ def emulated(family: str, parallel: dict[str, Any], soc: str, model: dict[str, A
     told["model_config"] |= {"device": "npu_emulated", "soc": soc, "dtype": "auto", **model}
     told["scheduler_config"] |= {"block_size": 128, "max_num_batched_tokens": 512}
     told["generation_config"]["ignore_eos"] = False
+    if told["speculative_config"]:
+        told["scheduler_config"]["graph_batch_sizes"] = [3]
     return told
 
 
@@ -71,4 +80,11 @@ def test_two_emulated_ranks_answer_as_the_cpu(name, answers) -> None:
     equal = [ours == theirs for ours, theirs in zip(found["answers"], wanted, strict=True)]
     # Half precision may move one box by a pixel.
     assert found["status"] == 0 and len(equal) == 6 and sum(equal) >= 5, found["answers"]
-    assert found["steps"]
+    lengths = {length for *_, length, _ in found["steps"]}
+    drafts = CASES[name][1].get("num_drafts")
+    in_graph = CASES[name][3].get("exe_mode") == "ge_graph"
+    # Steps in which some prompt is read are eager (0), and decode rows among them.
+    assert lengths - {0} == ({1, 1 + drafts} if drafts else {1} if in_graph else set())
+    if drafts:
+        with_drafts = {length for *_, num_drafts, length, _ in found["steps"] if num_drafts}
+        assert with_drafts - {0} == {1 + drafts} and sum(num_drafts for *_, num_drafts, _, _ in found["steps"]) > drafts

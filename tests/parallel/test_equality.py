@@ -18,6 +18,29 @@ TWO_RANKS = {
     "moe_ep2": ("qwen3_vl_moe", {"moe_ep_size": 2}, 2 * LAYERS + 2),
     "moe_dp2_ep2": ("qwen3_vl_moe", {"moe_ep_size": 2, "attn_tp_size": 1}, 2 * LAYERS),
     "moe_dp2_tp_experts": ("qwen3_vl_moe", {"attn_tp_size": 1}, 2 * LAYERS),
+    "drafts_tp2": ("qwen2_5_vl", {"num_drafts": 7}, 2 * LAYERS + 2),
+    "drafts_moe_dp2_ep2": ("qwen3_vl_moe", {"num_drafts": 7, "moe_ep_size": 2, "attn_tp_size": 1}, 2 * LAYERS),
+}
+# With a draft model, beside the case without: the leader alone runs it, in none of the model's collectives.
+DRAFTING = {
+    "draft_tp2": ("qwen3_vl", {"num_drafts": 7, "draft": "qwen3_vl"}, "qwen3_vl_tp2"),
+    "draft_dense_replicas": (
+        "qwen2_5_vl",
+        {"attn_tp_size": 1, "num_drafts": 7, "draft": "qwen2_5_vl"},
+        "dense_replicas",
+    ),
+    "draft_moe_ep2": ("qwen3_vl_moe", {"moe_ep_size": 2, "num_drafts": 7, "draft": "qwen3_vl_moe"}, "moe_ep2"),
+    "draft_moe_dp2_ep2": (
+        "qwen3_vl_moe",
+        {"moe_ep_size": 2, "attn_tp_size": 1, "num_drafts": 7, "draft": "qwen3_vl_moe"},
+        "moe_dp2_ep2",
+    ),
+}
+TWO_RANKS |= {name: (family, degrees, TWO_RANKS[twin][2]) for name, (family, degrees, twin) in DRAFTING.items()}
+# And the tokens' broadcast, in a step whose tokens the host has not read, where a replica has several ranks.
+OVERLAPPED = {
+    "tp2": ("qwen3_vl", {"overlaps": True}, 2 * LAYERS + 2),
+    "moe_dp2_ep2": ("qwen3_vl_moe", {"overlaps": True, "moe_ep_size": 2, "attn_tp_size": 1}, 2 * LAYERS),
 }
 # The tiny encoders have two heads: four ranks take whole pictures.
 FOUR_RANKS = {
@@ -54,6 +77,11 @@ def four(tmp_path_factory) -> Found:
 
 
 def _check(found: dict[str, Any], wanted: dict[str, Any], num_ranks: int, collectives: int) -> None:
+    _check_answers(found, wanted, num_ranks)
+    assert found["steps"] and {count for count, *_ in found["steps"]} == {collectives}
+
+
+def _check_answers(found: dict[str, Any], wanted: dict[str, Any], num_ranks: int) -> None:
     assert found["status"] == wanted["status"] == 0
     assert found["answers"] == wanted["answers"]
     assert found["token_ids"] == wanted["token_ids"]
@@ -63,7 +91,6 @@ def _check(found: dict[str, Any], wanted: dict[str, Any], num_ranks: int, collec
     for prompt, scores in found["prompt_logprobs"].items():
         assert scores == pytest.approx(wanted["prompt_logprobs"][prompt], abs=1e-4) and len(scores) > 10
     assert len(found["loads"]) == num_ranks
-    assert found["steps"] and {count for count, _ in found["steps"]} == {collectives}
     for read, estimated, _ in found["loads"]:
         assert read <= 1.05 * estimated / 2, "the files hold bfloat16, the estimate is of float32"
 
@@ -72,7 +99,25 @@ def _check(found: dict[str, Any], wanted: dict[str, Any], num_ranks: int, collec
 def test_two_ranks(name, two, alone) -> None:
     family, _, collectives = TWO_RANKS[name]
     _check(two[name], alone[family], 2, collectives)
+    assert any(num_drafts for *_, num_drafts, _, _ in two[name]["steps"]) == name.startswith("draft")
     assert bool(two[name]["prompt_logprobs"]) == (name == "prompts_scored")
+
+
+@pytest.mark.parametrize("name", DRAFTING)
+def test_a_draft_model_saves_steps(name, two) -> None:
+    """It is the model itself, and right: each step of a request yields eight tokens."""
+    _, _, twin = DRAFTING[name]
+    assert len(two[name]["steps"]) < len(two[twin]["steps"]) / 4
+
+
+def test_two_ranks_whose_next_step_is_queued_before_the_tokens_are_read(tmp_path, alone) -> None:
+    for name, found in _run(2, OVERLAPPED, tmp_path).items():
+        family, _, collectives = OVERLAPPED[name]
+        _check_answers(found, alone[family], 2)
+        num_more = int(name == "tp2")
+        for count, *_, continues in found["steps"]:
+            assert count == collectives + continues * num_more
+        assert 2 * sum(continues for *_, continues in found["steps"]) > len(found["steps"])
 
 
 @pytest.mark.parametrize("name", FOUR_RANKS)

@@ -251,6 +251,17 @@ def test_preemption_changes_nothing(family, answered):
     engine.scheduler.check()
 
 
+def test_blocks_come_back_from_disk(family, answered, tmp_path):
+    for life in range(2):
+        with engine_over(family.folder, prefix_cache_path=str(tmp_path)) as engine:
+            assert {layer.k.dtype for layer in engine.runner.kv} == {torch.int8}
+            assert tokens_of(engine, family.prompts) == answered[1]
+            assert (engine.scheduler.num_store_hits > 0) == (life == 1)
+    with engine_over(family.folder, model={"kv_cache_dtype": "float"}, prefix_cache_path=str(tmp_path)) as engine:
+        tokens_of(engine, family.prompts[:1])
+        assert engine.scheduler.num_store_hits == 0
+
+
 def test_float_leaves_the_scales(family):
     engine = engine_over(family.folder, model={"kv_cache_dtype": "float"})
     assert {layer.k.dtype for layer in engine.runner.kv} == {torch.float32}

@@ -19,8 +19,9 @@ from executor.device.table import BACKENDS, DeviceSettings
 from executor.parallel.groups import groups
 from executor.quant.choose import choose_schemes
 from executor.recipe.communicators import SUMS_MB, buffer_bytes
+from executor.recipe.graph_sizes import graph_shapes
 from executor.recipe.memory import GIB, LIBRARY_BYTES, TORCH_BYTES, estimate, weights_bytes
-from executor.recipe.peak import ENCODE_TOKENS, peak_bytes, pixel_bytes, vision_token_bytes
+from executor.recipe.peak import ENCODE_TOKENS, padding_blocks, peak_bytes, pixel_bytes, vision_token_bytes
 from executor.recipe.schema import build_recipe
 from executor.recipe.settle import prepare, resolve
 from models.published import published_config
@@ -31,7 +32,7 @@ from tests.reference import FAMILIES, REPO
 SIZES = {"max_num_seqs": 2, "turns": 1}
 
 
-def measured(folder: str, **sizes: int) -> tuple[dict, str]:
+def measured(folder: str, **sizes: int | str) -> tuple[dict, str]:
     """What a process of its own found, and what it logged."""
     options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
     done = subprocess.run(
@@ -58,6 +59,14 @@ def test_the_estimate_is_the_measured_peak(family):
     both = found["process_bytes"] + found["weights_bytes"] + found["kv_bytes"]
     assert 0.7 <= found["peak_bytes"] / (found["measured_bytes"] - both) <= 1.35, found
     assert f"process {found['process_bytes'] / 2**30:.2f} GiB + weights" in log
+
+
+def test_the_estimate_with_a_draft_model_is_the_measured_peak():
+    """With answers that are long enough for it to draft, and a draft model as large as the model itself."""
+    folder = "models/tiny/qwen3_vl"
+    found, log = measured(folder, **SIZES, new_tokens=48, draft=folder)
+    assert 0.85 <= found["estimated_bytes"] / found["measured_bytes"] <= 1.15, found
+    assert found["draft_bytes"] > 0.05 * found["measured_bytes"] and "draft model" in log
 
 
 def test_the_estimate_of_a_quantized_model_is_near_its_peak(msmodelslim):
@@ -206,6 +215,19 @@ def test_decode_graphs_and_communicators_count_on_a_chip():
     assert in_graph.total_bytes - plain.total_bytes == in_graph.graph_bytes > in_graph.block_bytes
     two = alone.replace(parallel={"world_size": 2, "attn_tp_size": 2})
     assert estimate(two, shapes, 64 << 30).communication_bytes == 2 * SUMS_MB << 20
+
+
+def test_graphs_that_verify_drafts_count_with_what_their_padding_writes_to():
+    recipe, shapes = resolved("Qwen3-VL-8B-Instruct", device="npu", max_model_len=4096)
+    recipe = recipe.replace(model={"exe_mode": "ge_graph"}, scheduler={"block_size": 16, "max_num_seqs": 16})
+    verifying = recipe.replace(speculative={"method": "ngram", "num_speculative_tokens": 7})
+    assert (padding_blocks(recipe), padding_blocks(verifying)) == (1, 8)
+    plain, more = (estimate(each, shapes, 64 << 30) for each in (recipe, verifying))
+    all_tokens = [sum(shape.num_tokens for shape in graph_shapes(each)) for each in (recipe, verifying)]
+    grown = (more.graph_bytes - 8 * more.block_bytes) / (plain.graph_bytes - plain.block_bytes)
+    assert 128 / 16 < grown < all_tokens[1] / all_tokens[0], "shared by all by the largest, of each by its tokens"
+    int8 = verifying.replace(model={"kv_cache_dtype": "int8"})
+    assert graph_shapes(int8) == graph_shapes(recipe)
 
 
 def test_communication_takes_the_users_own_buffers(monkeypatch):

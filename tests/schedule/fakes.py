@@ -112,6 +112,32 @@ class Fault(Exception):
     """A step that fails."""
 
 
+class FakeStore:
+    """Blocks as hashes by digest. What is staged for a prompt is what was there when it was fetched.
+
+    `loses`: how likely a block is not found, or not wanted.
+    """
+
+    def __init__(self, rng: random.Random, loses: float = 0.1) -> None:
+        self._rng, self._loses = rng, loses
+        self.blocks: dict[bytes, np.ndarray] = {}
+        self.at_hand: dict[Prompt, dict[bytes, np.ndarray]] = {}
+        self.num_loaded = 0
+
+    def fetch(self, prompt: Prompt, digests: Sequence[bytes]) -> None:
+        found = {digest: self.blocks[digest] for digest in digests if digest in self.blocks}
+        self.at_hand[prompt] = {x: block for x, block in found.items() if self._rng.random() >= self._loses}
+
+    def staged(self, prompt: Prompt) -> dict[bytes, np.ndarray]:
+        return self.at_hand.get(prompt, {})
+
+    def release(self, prompt: Prompt) -> None:
+        self.at_hand.pop(prompt, None)
+
+    def wants(self, digest: bytes) -> bool:
+        return digest not in self.blocks and self._rng.random() >= self._loses
+
+
 class FakeRunner:
     """Executes plans on a memory of `num_blocks * block_size` hashes and checks each of them on the way.
 
@@ -128,10 +154,23 @@ class FakeRunner:
         self.num_encoded: dict[bytes, int] = {}
         self.max_embedded_tokens = 0
         self._truths: dict[Request, Truth] = {}
+        self._unread: dict[Request, list[int]] = {}
 
-    def execute(self, plan: Plan, unreadable: Collection[bytes] = ()) -> list[list[int]]:
-        """The new tokens of each row. `unreadable`: media that cannot be encoded; rows that read them yield nothing."""
+    def _tokens(self, request: Request) -> list[int]:
+        return request.token_ids(0, request.num_tokens) + self._unread.get(request, [])
+
+    def execute(
+        self, plan: Plan, unreadable: Collection[bytes] = (), before: Sequence[Sequence[int]] = ()
+    ) -> list[list[int]]:
+        """The new tokens of each row. `unreadable`: media that cannot be encoded; rows that read them yield nothing.
+
+        `before`: of a plan that continues another, what that one's rows have yielded; nobody else knows it yet.
+        """
+        assert (plan.continues is None) == (not before)
+        places = plan.continues or ()
+        self._unread = {row.request: list(before[place]) for row, place in zip(plan.rows, places, strict=bool(places))}
         self._check(plan)
+        self._exchange(plan)
         self._encode(plan, unreadable)
         rows = [row for row in plan.rows if not self.reads(row, unreadable)]
         for row in rows:  # of all rows first: what a step reads was written by earlier steps
@@ -142,6 +181,8 @@ class FakeRunner:
     def fail(self, plan: Plan, rng: random.Random) -> NoReturn:
         """Raise Fault before, within or after the encoding, or after some rows have been written."""
         self._check(plan)
+        if rng.random() < 0.5:
+            self._exchange(plan)
         self.doubtful |= {*plan.release, *(item.digest for item in plan.encode)}
         if rng.random() < 0.7:
             for item in plan.encode[: rng.randint(0, len(plan.encode))]:
@@ -151,6 +192,19 @@ class FakeRunner:
             for row in plan.rows[: rng.randint(0, len(plan.rows))]:
                 self.memory[self._slots(row, row.start, row.start + row.num_tokens)] = -7
         raise Fault
+
+    def _exchange(self, plan: Plan) -> None:
+        """With the store: first what it keeps, then what is loaded."""
+        size, store = self.block_size, self.scheduler.store
+        for block in plan.keep:
+            content = self.memory[block.block_id * size : (block.block_id + 1) * size].copy()
+            assert (content > 0).all(), "a block that is not full"
+            known = store.blocks.setdefault(block.digest, content)
+            assert (known == content).all(), "two contents of one name"
+        for block in plan.load:
+            content = next(found[block.digest] for found in store.at_hand.values() if block.digest in found)
+            self.memory[block.block_id * size : (block.block_id + 1) * size] = content
+            store.num_loaded += 1
 
     @staticmethod
     def reads(row: Row, digests: Collection[bytes]) -> bool:
@@ -186,7 +240,7 @@ class FakeRunner:
         assert is_long == sorted(is_long), "rows of one token come first"
         for row in plan.rows:
             assert row.num_tokens > 0
-            assert (row.max_yield > 0) == (row.start + row.num_tokens == row.request.num_tokens)
+            assert (row.max_yield > 0) == (row.start + row.num_tokens == len(self._tokens(row.request)))
             assert row.max_yield <= (scheduler.max_yield if row.num_tokens == 1 else 1)
             whole = not scheduler.enable_chunked_prefill and row.request.num_tokens <= scheduler.max_num_batched_tokens
             assert row.max_yield or not whole, "a prompt was split although chunked prefill is off"
@@ -213,7 +267,7 @@ class FakeRunner:
     def _check_context(self, row: Row) -> None:
         request = row.request
         truth = self._truths.setdefault(request, Truth(request.prompt))
-        chain = truth.extend(request.token_ids(0, request.num_tokens))
+        chain = truth.extend(self._tokens(request))
         context = self.memory[self._slots(row, 0, row.start)]
         assert context.tolist() == chain[: row.start], f"request {request.id} reads what is not its own"
         for span in request.prompt.spans:
@@ -229,7 +283,7 @@ class FakeRunner:
             assert holders == (not request.finished), (
                 "writes into a block of others"
             )  # finished: aborted since the plan
-        tokens = request.token_ids(row.start, row.start + row.num_tokens)
+        tokens = self._tokens(request)[row.start : row.start + row.num_tokens]
         for index, (slot, token_id) in enumerate(zip(slots, tokens, strict=True), start=row.start):
             previous = link(previous, *self._truths[request].inputs(index, token_id))
             self.memory[slot] = previous

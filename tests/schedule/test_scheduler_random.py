@@ -1,5 +1,6 @@
 """A thousand random steps: nothing lost, nobody starved, no spin, and every answer as if asked alone."""
 
+import copy
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -7,9 +8,11 @@ from collections.abc import Callable
 import pytest
 
 from executor.errors import UserError
+from executor.schedule.plan import Plan
+from executor.schedule.prefix_cache import BlockDigests
 from executor.schedule.request import FinishReason, Request, SamplingParams
 from executor.schedule.scheduler import Scheduler
-from tests.schedule.fakes import EOS, FakeRunner, Fault, answer_alone, media, prompt, request, run
+from tests.schedule.fakes import EOS, FakeRunner, FakeStore, Fault, answer_alone, media, prompt, request, run
 
 NUM_STEPS = 1000
 ENDED_FROM_OUTSIDE = (FinishReason.ABORT, FinishReason.ERROR)
@@ -81,15 +84,21 @@ class Soak:
         self.rng = random.Random(seed)
         self.scheduler = Scheduler(**self.options)
         self.runner = FakeRunner(self.scheduler, random.Random(seed))
+        self.store: FakeStore | None = None
         self.arrivals = Arrivals(self.rng)
         self.unfinished: dict[Request, int] = {}  # and the step they arrived in
         self.done: list[Request] = []
         self.num_refused = 0
         self.num_yielded: Counter[int] = Counter()
         self.num_steps = 0
+        self.under_way: tuple[Plan, list[list[int]], set[int]] | None = None
+        self.num_ahead = self.num_void = self.num_in_vain = 0
 
     def add(self) -> None:
         arrival = self.arrivals.next()
+        if self.store is not None:
+            digests = BlockDigests(arrival, self.options["block_size"]).extend(arrival.num_tokens - 1)
+            self.store.fetch(arrival.prompt, digests)
         try:
             self.scheduler.add(arrival)
         except UserError:
@@ -147,6 +156,50 @@ class Soak:
             self.num_yielded[len(kept)] += 1
         self.collect()
 
+    def step_ahead(self, load: bool) -> None:
+        """`step`, with the next plan made and computed before this one's tokens are told, where that may be."""
+        if load:
+            self.sometimes(0.5 if len(self.unfinished) < 12 else 0, self.add)
+            self.sometimes(0.02, self.abort)
+        self.num_steps += 1
+        if self.under_way is None:
+            plan = self.scheduler.schedule()
+            self.scheduler.check()
+            if not plan.rows:
+                return
+            self.under_way = plan, self.runner.execute(plan), set()
+        plan, tokens, void = self.under_way
+        following, next_void = None, set()
+        if not void:
+            ahead = self.scheduler.schedule_ahead(plan)
+            self.scheduler.check()
+            if ahead is not None:
+                self.check_ahead(plan, ahead)
+                following = self.runner.execute(ahead, before=tokens)
+                self.num_ahead += 1
+                void = {n for n in range(len(plan.rows)) if load and self.rng.random() < 0.02}
+                gone = {plan.rows[number].request for number in void}
+                next_void = {n for n, row in enumerate(ahead.rows) if row.request in gone}
+        if load:
+            self.sometimes(0.05, self.abort)
+            self.sometimes(0.05, self.add)
+        kept = [each for number, each in enumerate(tokens) if number not in void]
+        updated = self.scheduler.update(plan.without(void), kept)
+        self.scheduler.check()
+        self.num_void += len(void)
+        self.num_in_vain += following is not None and any(r.finished for r, _ in updated)
+        self.collect()
+        self.under_way = None if following is None else (ahead, following, next_void)
+
+    def check_ahead(self, plan: Plan, ahead: Plan) -> None:
+        """What must hold of a plan that is made before the tokens of the one before it are known."""
+        assert ahead.is_decode and len(ahead.continues) == len(ahead.rows) > 0
+        assert [row.request for row in ahead.rows] == [plan.rows[place].request for place in ahead.continues]
+        for row, place in zip(ahead.rows, ahead.continues, strict=True):
+            before = plan.rows[place]
+            assert (row.start, row.num_tokens, row.max_yield) == (before.start + before.num_tokens, 1, 1)
+            assert len(row.request.output_token_ids) + 1 < row.request.params.max_new_tokens
+
     def collect(self) -> None:
         for finished in [r for r in self.unfinished if r.finished]:
             self.done.append(finished)
@@ -188,6 +241,50 @@ def test_a_thousand_random_steps(case, seed):
 
 
 @pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("case", ["tiny", "roomy", "one_token_a_step", "whole_prompts", "hardly_any_blocks"])
+def test_plans_made_before_the_tokens_of_the_last_are_known(case, seed):
+    """Every answer is as if asked alone; rows computed in vain, and void ones, harm nobody."""
+    soak = Soak(seed, CASES[case])
+    for _ in range(NUM_STEPS):
+        soak.step_ahead(load=True)
+    while soak.scheduler.has_work:
+        soak.step_ahead(load=False)
+        assert soak.num_steps < NUM_STEPS + 1500, "does not drain"
+    assert not soak.unfinished and soak.scheduler.pool.num_free == soak.options["num_blocks"]
+    for answered in soak.done:
+        check_answer(answered, soak.options)
+    if case != "one_token_a_step":
+        assert soak.num_ahead > 50 and soak.num_void > 3 and soak.num_in_vain > 5 and len(soak.done) > 30
+
+
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 200}, {"num_blocks": 10, "max_num_seqs": 8}])
+def test_a_plan_ahead_is_the_one_that_would_be_made(options):
+    """Of a copy of the scheduler that is told the tokens first, wherever nothing has ended there but by its length."""
+    soak, num_equal = Soak(5, options), 0
+    for _ in range(300):
+        if len(soak.unfinished) < 6:
+            soak.add()
+        plan = soak.scheduler.schedule()
+        if not plan.rows:
+            continue
+        tokens = soak.runner.execute(plan)
+        told, told_plan = copy.deepcopy((soak.scheduler, plan))
+        ahead = soak.scheduler.schedule_ahead(plan)
+        soak.scheduler.update(plan, tokens)
+        soak.collect()
+        told.update(told_plan, tokens)
+        usual = told.schedule()
+        if ahead is not None and not any(row.request.finished for row in ahead.rows):
+            assert described(ahead) == described(usual)
+            num_equal += 1
+    assert num_equal > 30
+
+
+def described(plan: Plan) -> list[tuple[str, int, int, int, int]]:
+    return [(r.request.id, r.start, r.num_tokens, r.max_yield, len(r.request.block_ids)) for r in plan.rows]
+
+
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("case", ["tiny", "several_tokens_a_row", "hardly_any_embeddings"])
 def test_steps_that_fail_and_media_that_cannot_be_encoded_harm_nobody_else(case, seed):
     soak = Soak(seed, CASES[case], faults=0.2)
@@ -201,6 +298,50 @@ def test_steps_that_fail_and_media_that_cannot_be_encoded_harm_nobody_else(case,
         check_answer(answered, soak.options)
     reasons = Counter(answered.finish_reason for answered in soak.done)
     assert reasons[FinishReason.ERROR] > 3 and reasons[FinishReason.LENGTH] + reasons[FinishReason.STOP] > 30
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("case", ["tiny", "roomy", "whole_prompts", "hardly_any_blocks", "several_tokens_a_row"])
+def test_blocks_of_a_store_are_those_that_were_computed(case, seed):
+    """It outlives the scheduler, loses blocks, and steps fail beside it."""
+    blocks, num_loaded = {}, 0
+    for life in range(3):
+        soak = Soak(seed + 10 * (life == 1), CASES[case], faults=0.1)
+        soak.store = soak.scheduler.store = FakeStore(soak.rng)
+        soak.store.blocks = blocks
+        for _ in range(250):
+            soak.step(load=True)
+        while soak.scheduler.has_work:
+            soak.step(load=False)
+        assert not soak.unfinished and soak.scheduler.pool.num_free == soak.options["num_blocks"]
+        for answered in soak.done:
+            check_answer(answered, soak.options)
+        assert 0 < soak.scheduler.num_store_hits < soak.scheduler.num_store_queries
+        num_loaded += soak.store.num_loaded
+    assert num_loaded > 50
+
+
+def test_what_a_store_has_is_loaded_once_and_then_shared():
+    store = FakeStore(random.Random(0), loses=0.0)
+    for life in range(2):
+        scheduler = Scheduler(**(TINY | {"max_num_batched_tokens": 64, "num_blocks": 200}))
+        scheduler.store = store
+        runner = FakeRunner(scheduler)
+        requests = [request(f"r{index}", [3, 4, 5] * 7, max_new_tokens=3, ignore_eos=True) for index in range(3)]
+        for each in requests:
+            store.fetch(each.prompt, BlockDigests(each, 4).extend(20))
+            scheduler.add(each)
+        plans = []
+        while scheduler.has_work:
+            plans.append(scheduler.schedule())
+            scheduler.update(plans[-1], runner.execute(plans[-1]))
+        for each in requests:
+            check_answer(each, TINY | {"num_blocks": 200})
+        # The others find in memory what the first has computed or loaded.
+        assert [len(plan.rows) for plan in plans[:2]] == [1, 3]
+        assert store.num_loaded == (0, 5)[life] and not store.at_hand
+        assert scheduler.num_store_queries == 21 + 2 * 1 and scheduler.num_store_hits == (0, 20)[life]
+        assert [len(plan.keep) for plan in plans[:2]] == [0, (5, 0)[life]]
 
 
 def test_several_tokens_a_step_are_fewer_steps_for_the_same_answers():

@@ -9,8 +9,9 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from executor.engine.stages import STAGES
+from tests.engines import engine_over
 from tests.reference import REPO
-from tests.serve.conftest import Running
+from tests.serve.conftest import TINY, Running, start
 
 NAMES = {
     *("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"),
@@ -18,20 +19,22 @@ NAMES = {
     *("vllm:mm_cache_queries_total", "vllm:mm_cache_hits_total", "vllm:prompt_tokens_total"),
     *("vllm:generation_tokens_total", "vllm:request_success_total", "vllm:time_to_first_token_seconds_count"),
     *("vllm:inter_token_latency_seconds_count", "vllm:e2e_request_latency_seconds_count"),
-    *("vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode_num_accepted_tokens_total"),
+    *("vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_draft_tokens_total"),
+    *("vllm:spec_decode_num_accepted_tokens_total", "qwenvl:spec_decode_verify_seconds_total"),
     *("vllm:num_preemptions_total", "vllm:request_prompt_tokens_sum", "vllm:request_generation_tokens_sum"),
     *("qwenvl:prepare_seconds_count", "qwenvl:stage_seconds_total", "process_resident_memory_bytes"),
 }
+LABELS = ("finished_reason", "stage", "position")
 
 
 def samples(server: Running) -> dict[str, float]:
-    """Name (and what tells its reason or stage) -> value."""
+    """Name (and what tells its reason, stage or position) -> value."""
     reply = server.http.get("/metrics")
     assert reply.status_code == 200 and reply.headers["content-type"].startswith("text/plain")
     found = {}
     for family in text_string_to_metric_families(reply.text):
         for sample in family.samples:
-            label = sample.labels.get("finished_reason") or sample.labels.get("stage")
+            label = next((sample.labels[name] for name in LABELS if name in sample.labels), None)
             if "le" not in sample.labels:
                 found[f"{sample.name} {label}" if label else sample.name] = sample.value
     return found
@@ -88,3 +91,17 @@ def test_the_dashboard_asks_for_metrics_that_are_there(server: Running) -> None:
     asked = {name for query in queries for name in re.findall(r"(?:vllm:|qwenvl:|process_)\w+", query)}
     given = {line.split("{")[0].split(" ")[0] for line in server.http.get("/metrics").text.splitlines()}
     assert len(asked) > 12 and asked <= given
+
+
+def test_drafts_are_counted_as_vllm_counts_them() -> None:
+    engine = engine_over(TINY, speculative={"method": "ngram", "ngram_min": 1, "adaptive": False})
+    for server in start(engine):
+        body = {"prompt": "a b a b a b a b", "max_tokens": 32, "ignore_eos": True}
+        assert server.http.post("/v1/completions", json=body).status_code == 200
+        found, counts = samples(server), engine.speculation
+        assert 0 < counts.num_accepted_tokens < counts.num_draft_tokens
+        for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+            assert found[f"vllm:spec_decode_{name}_total"] == getattr(counts, name)
+        by_position = [found[f"vllm:spec_decode_num_accepted_tokens_per_pos_total {place}"] for place in range(7)]
+        assert tuple(by_position) == counts.num_accepted_per_pos
+        assert found["qwenvl:decode_steps_total"] <= 32 - counts.num_accepted_tokens

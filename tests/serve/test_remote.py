@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from executor.engine.speculation.counts import SpeculationCounts
 from executor.errors import UserError
 from executor.schedule.request import Grammar, SamplingParams
 from executor.serve import wire
@@ -58,7 +59,7 @@ def test_events_travel_as_they_are() -> None:
         (3, Failure("late", "words")),
     ]
     assert wire.events_from_tree(wire.unpack(wire.pack(wire.events_to_tree(events))[8:])) == events
-    stats = EngineStats(num_running=1, vision_s=0.5)
+    stats = EngineStats(num_running=1, vision_s=0.5, speculation=SpeculationCounts(1, 3, 2, (1, 1, 0), 0.5, 0.75))
     assert wire.stats_from_tree(wire.unpack(wire.pack(wire.stats_to_tree(stats))[8:])) == stats
 
 

@@ -80,7 +80,8 @@ class Measuring:
         self.replicas.begin()
         restart_peak_memory()
         self.engine.runner.device.restart_peak()
-        before, age_s, started_s = self.engine.runner.clock.times(), process_age_s(), time.perf_counter()
+        before, drafts_before = self.engine.runner.clock.times(), self.engine.speculation
+        age_s, started_s = process_age_s(), time.perf_counter()
         self.engine.watch = steps
         results = drive(self.loop, questions, self.params)
         self.engine.watch = None
@@ -98,6 +99,7 @@ class Measuring:
             stages_s=dict(times.by_stage()),
             model_tpot_s=model_tpot_s(times),
             peak_memory_bytes=peak or None,
+            beside=self.engine.speculation.since(drafts_before).figures(),
         )
 
     def _judge(self, run: PlannedRun, num_asked: int, steps: StepLog) -> None:

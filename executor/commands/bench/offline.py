@@ -4,6 +4,7 @@ Every run begins with empty caches. Rank 0 measures and reports; the first ranks
 each run, and all others follow theirs.
 """
 
+import logging
 from functools import partial
 from typing import Any, TextIO
 
@@ -24,6 +25,8 @@ from executor.recipe.schema import Recipe
 from executor.recipe.settle import Prepared, prepare
 from executor.schedule.request import SamplingParams
 
+logger = logging.getLogger(__name__)
+
 TURN_S = 0.002  # for which a replica waits for a request before it looks for the others
 
 
@@ -34,6 +37,9 @@ def measure(recipe: Recipe, out: TextIO) -> tuple[dict[str, Any], int]:
     """
     place, created = rank_place(), now()
     recipe = with_fixed_lengths(recipe)
+    if recipe.scheduler.prefix_cache_path is not None:
+        logger.info("scheduler_config.prefix_cache_path is left out: every run is to begin with nothing")
+        recipe = recipe.replace(scheduler={"prefix_cache_path": None})
     dataset = None if place.rank else load_dataset(recipe.data, recipe)
     prepared = prepare(recipe, place.local_world_size)
     recipe, params = prepared.recipe, _checked_params(prepared)

@@ -126,7 +126,7 @@ def opened(recipe: Recipe) -> Iterator[tuple[Any, dict[str, Any]]]:
     from executor.commands.build import engine_of, open_rank
     from executor.quant.choose import schemes_of
 
-    prepared = prepare(recipe)
+    prepared = prepare(recipe.replace(scheduler={"prefix_cache_path": None}))  # all is to be computed
     with engine_of(prepared, *open_rank(prepared)) as engine:
         yield (
             engine,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, TextIO
+from typing import Any, NamedTuple, Protocol, TextIO
 
 from dataset.sample import Dataset
 from executor.commands.generate.loop import answer_all
@@ -19,6 +19,7 @@ from executor.commands.generate.results import ResultsFile, check_place, setting
 from executor.commands.generate.rows import Row, check_drawing
 from executor.commands.generate.taking import Taking
 from executor.engine.params import check_params
+from executor.engine.speculation.counts import SpeculationCounts
 from executor.host.env import environment, rank_place
 from executor.prompt.chat import check_template_kwargs
 from executor.recipe.generation import sampling_params
@@ -36,6 +37,7 @@ class Answers:
     outputs: list[Row]
     before: frozenset[int]
     seconds: float  # that answering the others took, without the start of the engine
+    speculation: SpeculationCounts  # of drafts for them, as far as this job's first replica made them
 
     @property
     def num_failed(self) -> int:
@@ -45,6 +47,13 @@ class Answers:
     def status(self) -> int:
         """The command's exit status."""
         return 2 if self.num_failed else 0
+
+
+class Filled(NamedTuple):
+    """How the missing rows came about: since when, in monotonic seconds, and with which drafts."""
+
+    started_s: float
+    speculation: SpeculationCounts
 
 
 class Work(Protocol):
@@ -86,7 +95,7 @@ def run_work(work: Work, recipe: Recipe, build: Callable[..., Any] | None, out: 
     prepared = prepare(recipe, place.local_world_size)
     params = _checked_params(prepared)
 
-    def fill(rows: dict[int, Row], results: ResultsFile | None) -> float:
+    def fill(rows: dict[int, Row], results: ResultsFile | None) -> Filled:
         return _answer_missing(work, prepared, params, dataset, rows, results, build, out)
 
     return answered(work, prepared.recipe, dataset, out, fill)
@@ -105,12 +114,12 @@ def answered(
     recipe: Recipe,
     dataset: Dataset,
     out: TextIO,
-    fill: Callable[[dict[int, Row], ResultsFile | None], float | None],
+    fill: Callable[[dict[int, Row], ResultsFile | None], Filled | None],
 ) -> tuple[Row, int]:
     """The JSON document and the exit status of a settled recipe, when `fill` has answered what was not answered before.
 
-    `fill` gets the rows that there are and the file that rows go to; it may return when it began to answer, in
-    monotonic seconds. It is called for nothing where other ranks wait for this one.
+    `fill` gets the rows that there are and the file that rows go to. It is called for nothing where other ranks wait
+    for this one.
     """
     opened = nullcontext()
     if recipe.data.results_path:
@@ -121,15 +130,16 @@ def answered(
         before = frozenset(rows)
         if rows:
             logger.info("%d of %d answers are in %s already", len(rows), len(dataset), recipe.data.results_path)
-        started = time.monotonic()
+        filled = Filled(time.monotonic(), SpeculationCounts())
         if len(rows) < len(dataset) or recipe.parallel.world_size > 1:  # the other ranks wait for this one
             try:
-                started = fill(rows, results) or started
+                filled = fill(rows, results) or filled
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(_what_is_saved(rows, len(dataset), recipe.data.results_path)) from None
         if results:
             results.sort(rows)
-    answers = Answers([rows[index] for index in sorted(rows)], before, time.monotonic() - started)
+    seconds = time.monotonic() - filled.started_s
+    answers = Answers([rows[index] for index in sorted(rows)], before, seconds, filled.speculation)
     return work.report(recipe, answers, out), answers.status
 
 
@@ -152,11 +162,9 @@ def _answer_missing(
     results: ResultsFile | None,
     build: Callable[..., Any] | None,
     out: TextIO,
-) -> float:
-    """Fill `rows` with an answer (or an error) for every sample that has none, printing and saving each.
-
-    Returns when the engine was ready, in monotonic seconds.
-    """
+) -> Filled:
+    """Fill `rows` with an answer (or an error) for every sample that has none, printing and saving each; since the
+    engine was ready."""
     from executor.commands.build import open_rank  # loads torch: only when there is work for it
     from executor.commands.generate.spread import Spread
 
@@ -164,7 +172,7 @@ def _answer_missing(
     spread = Spread(parallel, dataset)
     if not spread.start([index for index in range(len(dataset)) if index not in rows]):
         parallel.disconnect()
-        return time.monotonic()
+        return Filled(time.monotonic(), SpeculationCounts())
     engine = _build(prepared, device, parallel, build)
     ready = time.monotonic()
     with Taking(work, dataset, rows, results, out) as take:
@@ -173,7 +181,7 @@ def _answer_missing(
             spread.receive(take)
             spread.wait()
     parallel.disconnect()
-    return ready
+    return Filled(ready, engine.speculation)
 
 
 def _checked_params(prepared: Prepared) -> SamplingParams:

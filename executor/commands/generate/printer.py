@@ -59,12 +59,14 @@ def _shorten(text: str) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text)} characters)"
 
 
-def print_summary(outputs: list[Row], before: Collection[int], seconds: float, out: TextIO) -> None:
-    """How many of the rows were answered now, and how many `before` (their indices); tokens and time are of now."""
+def print_summary(outputs: list[Row], before: Collection[int], seconds: float, drafts: str, out: TextIO) -> None:
+    """How many of the rows were answered now, and how many `before` (their indices); tokens and time are of now.
+    `drafts`: a few words of them, or none."""
     new = [row for row in outputs if row["index"] not in before]
     num_failed = sum(row["error"] is not None for row in new)
     answered = f"{len(new) - num_failed} answered"
     answered += f" now, {len(outputs) - len(new)} before" if before else ""
     failed = f", {num_failed} failed" if num_failed else ""
     tokens = sum(row["completion_tokens"] or 0 for row in new)
-    print(f"{answered}{failed}, {tokens} tokens, {seconds:.1f} s", file=out, flush=True)
+    drafts = f"; {drafts}" if drafts else ""
+    print(f"{answered}{failed}, {tokens} tokens, {seconds:.1f} s{drafts}", file=out, flush=True)

@@ -41,11 +41,13 @@ class Printed:
         return ""
 
     def report(self, recipe: Recipe, answers: Answers, out: TextIO) -> Row:
-        print_summary(answers.outputs, answers.before, answers.seconds, out)
+        print_summary(answers.outputs, answers.before, answers.seconds, answers.speculation.words, out)
+        drafts = answers.speculation.figures()
         return {
             "command": self.command,
             "model": recipe.model.model_path,
             "device": recipe.model.device,
             "exe_mode": recipe.model.exe_mode,
+            **({"drafts": drafts} if drafts else {}),
             "outputs": answers.outputs,
         }

@@ -37,6 +37,7 @@ def run(recipe: Recipe) -> tuple[Document, int]:
         for other in others:
             if getattr(plan, key) and getattr(plan, other):
                 raise UserError(f"plan_config.{key}: it is given beside {other}; leave out one of them")
+    _check_drafts(recipe)
     if plan.table:
         return _table(recipe), 0
     if plan.demand is not None:
@@ -53,6 +54,26 @@ def run(recipe: Recipe) -> tuple[Document, int]:
     if recipe.plan.plot:
         document["plots"] = [str(path) for path in charts.of_plan(found)]
     return document, 0
+
+
+def _check_drafts(recipe: Recipe) -> None:
+    """UserError where plan_config.acceptance_probability is of nothing that is predicted."""
+    plan, method = recipe.plan, recipe.speculative.method
+    if plan.acceptance_probability is None:
+        return
+    if method is None:
+        raise UserError(
+            "plan_config.acceptance_probability: this recipe makes no drafts; name one of speculative_config.method, "
+            "or leave it out"
+        )
+    if method == "draft":
+        raise UserError(
+            "plan_config.acceptance_probability: what the steps of a draft model take is not predicted; leave it out, "
+            "or ask of ngram or lookahead"
+        )
+    for other in ("table", "from_graph"):
+        if getattr(plan, other):
+            raise UserError(f"plan_config.acceptance_probability: it is given beside {other}; leave out one of them")
 
 
 @contextmanager
@@ -121,6 +142,9 @@ def _predicted(predicted: Prediction) -> Document:
         "tokens_per_s": round(predicted.tokens_per_s, 1),
         "ttft_all_ms": round(predicted.ttft_all_ms, 2),
         "tpot_host_ms": round(predicted.tpot_host_ms, 3),
+        "tokens_per_s_per_user": round(1e3 / predicted.tpot_host_ms, 1),
+        "drafts": predicted.drafts,
+        "tokens_per_step": round(predicted.step_tokens, 3),
     }
 
 

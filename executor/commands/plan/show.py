@@ -15,11 +15,15 @@ PARTS = {
     "process": "process (Python, torch, libraries)",
     "weights": "weights",
     "kv_cache": "KV cache of the requests",
+    "draft_weights": "draft model: weights",
+    "draft_kv_cache": "draft model: KV cache",
+    "draft_step": "draft model: its steps",
     "step": "peak of a step",
     "encoder_cache": "encoder cache",
     "pictures": "pictures in waiting",
     "graphs": "decode graphs",
     "communication": "communication buffers",
+    "disk_cache": "on its way to and from the disk",
     "loading": "second layout while loading",
 }
 LIMITS = {
@@ -133,7 +137,12 @@ def speed(found: Answer) -> list[str]:
         ("TPOT, the model's decode step", milliseconds(predicted.tpot_ms)),
         ("TPOT, with the host and the prefills of others", milliseconds(predicted.tpot_host_ms)),
         ("output tokens a second, all requests", f"{predicted.tokens_per_s:.0f}"),
+        ("output tokens a second, one request", f"{1e3 / predicted.tpot_host_ms:.1f}"),
     ]
+    if predicted.drafts:
+        accepted = found.deployment.recipe.plan.acceptance_probability
+        drafted = f"tokens of a step, with {predicted.drafts} drafts of which {accepted:.0%} are right where they count"
+        rows.append((drafted, f"{predicted.step_tokens:.2f}"))
     return [NOT_MEASURED, columns(("speed", "predicted"), rows), _step(predicted), f"  {COUNTS[found.counts_from]}"]
 
 
@@ -144,6 +153,7 @@ def _step(predicted: Prediction) -> str:
     integers = f" and {step.int8_flops / 1e9:.1f} of integers" if step.int8_flops else ""
     moved = f"{amount(step.weight_bytes)} of weights and {amount(step.kv_bytes)} of cache"
     done = f"{step.flops / 1e9:.1f} GFLOP{integers}"
+    rows += f", each of {1 + predicted.drafts} tokens," if predicted.drafts else ""
     return f"  a decode step of {rows} on one rank: {step.kernels} kernels{messages}, {moved}, {done}"
 
 

@@ -7,7 +7,8 @@ Cache layout: [blocks, block_size, K, D]; a row whose blocks are consecutive is 
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,8 @@ _TILE_ELEMENTS = 1 << 17
 _FEW_QUERIES = 32  # of a row behind cached tokens; up to here reading keys and values takes longer than the products
 
 
-class _Row(NamedTuple):
+@dataclass(slots=True)
+class _Row:
     """One row's place in the step and in the cache."""
 
     start: int
@@ -196,6 +198,21 @@ class CpuOps(Ops):
             rows.append(_Row(start, q_len, kv_len, first_slot, None if together else torch.tensor(blocks), mask))
             start += q_len
         return rows
+
+    def advance_attention(
+        self, prepared: list[_Row], kv_lens: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int,
+        entered: Sequence[int],
+    ) -> list[_Row]:  # fmt: skip
+        for row in prepared:
+            row.kv_len += 1
+        for place in entered:
+            row, blocks = prepared[place], block_tables[place]
+            last = (row.kv_len - 1) // block_size
+            if row.first_slot < 0:
+                row.blocks = torch.tensor(blocks[: last + 1])
+            elif blocks[last] * block_size != row.first_slot + last * block_size:
+                row.first_slot, row.blocks = -1, torch.tensor(blocks[: last + 1])
+        return prepared
 
     def paged_attention(self, q: Tensor, cache: KVLayer, prepared: list[_Row], scale: float) -> Tensor:
         num_tokens, num_heads, dim = q.shape

@@ -17,10 +17,11 @@ import torchair
 from torch import Tensor
 
 from executor.device.npu import int8_cache, layout
-from executor.device.ops import HeadNorms, Heads, KVLayer
+from executor.device.ops import HeadNorms, Heads, KVLayer, Send
 
 _FUSED_ROWS = 4096  # requests (or packed segments) of one npu_fused_infer_attention_score call
 _ATB_ROWS = 2000
+_ROOM_BLOCKS = 4  # that a decode step's table has to spare
 _TILE = 16  # rows of the 300I DUO's tiles
 
 
@@ -50,11 +51,14 @@ def prepare(
     kv_lens: Sequence[int],
     block_tables: Sequence[Sequence[int]],
     block_size: int,
-    device: torch.device,
+    send: Send,
 ) -> Step:
     """The step of these rows; each has its own number of blocks, the rest of the table is block 0."""
     needed = [-(-kv_len // block_size) for kv_len in kv_lens]
-    table = np.zeros((len(needed), max(needed, default=1)), dtype=np.int32)
+    decodes = all(q_len == 1 for q_len in q_lens)
+    # Decode steps go on in the same table: with room for more blocks it seldom has to be made anew.
+    width = max(needed, default=1) + (_ROOM_BLOCKS if decodes else 0)
+    table = np.zeros((len(needed), width), dtype=np.int32)
     for row, count, blocks in zip(table, needed, block_tables, strict=True):
         assert len(blocks) >= count, (
             f"{len(blocks)} blocks of {block_size} for {count}"
@@ -63,21 +67,42 @@ def prepare(
     return Step(
         q_ends=list(accumulate(q_lens)),
         kv_lens=list(kv_lens),
-        block_table=torch.from_numpy(table).to(device),
+        block_table=send(table),
         block_size=block_size,
-        decodes=all(q_len == 1 for q_len in q_lens),
+        decodes=decodes,
         host_table=table,
     )
 
 
-def static(kv_lens: Tensor | Sequence[int], block_table: Tensor, block_size: int) -> Step:
-    """The step of a decode graph, one token a row: lengths are a tensor (GE), or numbers a replay updates (ACL)."""
-    rows = block_table.shape[0]
+def advanced(
+    step: Step,
+    kv_lens: Sequence[int],
+    block_tables: Sequence[Sequence[int]],
+    entered: Sequence[int],
+    send: Send,
+) -> Step:
+    """A decode step's rows one token further; the table is sent again only where rows have `entered` a block."""
+    step = replace(step, kv_lens=list(kv_lens))
+    if not entered:
+        return step
+    size, table = step.block_size, step.host_table
+    width = max(-(-kv_lens[row] // size) for row in entered)
+    if width > table.shape[1]:
+        table = np.pad(table, ((0, 0), (0, width - table.shape[1] + _ROOM_BLOCKS)))
+    for row in entered:
+        last = (kv_lens[row] - 1) // size
+        table[row, last] = block_tables[row][last]
+    return replace(step, block_table=send(table), host_table=table)
+
+
+def static(q_len: int, kv_lens: Tensor | Sequence[int], block_table: Tensor, block_size: int) -> Step:
+    """Of a decode graph, `q_len` tokens a row; lengths are a tensor (GE), or numbers a replay updates (ACL)."""
+    stop = q_len * block_table.shape[0] + 1
     if isinstance(kv_lens, Tensor):
-        q_ends = torch.arange(1, rows + 1, device=block_table.device)
+        q_ends = torch.arange(q_len, stop, q_len, device=block_table.device)
     else:
-        q_ends = list(range(1, rows + 1))
-    return Step(q_ends, kv_lens, block_table, block_size, decodes=True)
+        q_ends = list(range(q_len, stop, q_len))
+    return Step(q_ends, kv_lens, block_table, block_size, decodes=q_len == 1)
 
 
 class FusedAttention:
@@ -89,6 +114,9 @@ class FusedAttention:
 
     def complete(self, step: Step, q_lens: Sequence[int], kv_lens: Sequence[int]) -> Step:
         """Nothing is missing: the mask is one for all steps."""
+        return step
+
+    def advanced(self, step: Step) -> Step:
         return step
 
     def caches(self, *sizes: int, dtype: torch.dtype, form: str) -> list[KVLayer]:
@@ -204,6 +232,10 @@ class AtbAttention:
             kv_lens_device=torch.tensor(kv_lens, dtype=torch.int32).to(self.device),
             mask=layout.rows_nz(q_lens, kv_lens, self.device) if by_rows else None,
         )
+
+    def advanced(self, step: Step) -> Step:
+        """A completed decode step whose rows are a token further."""
+        return replace(step, kv_lens_device=step.kv_lens_device + 1)
 
     def caches(self, *sizes: int, dtype: torch.dtype, form: str) -> list[KVLayer]:
         assert form == "NZ", f"this chip's caches are NZ, got {form}"

@@ -76,7 +76,7 @@ def ge_graph(decode: Callable[..., Tensor], folder: Path) -> Callable[..., Tenso
     config = torchair.CompilerConfig()
     configure(config)
     compiled = torchair.inference.cache_compile(
-        _named(decode, folder.name), config=config, dynamic=False, cache_dir=str(folder), ge_cache=True
+        _named(decode, folder), config=config, dynamic=False, cache_dir=str(folder), ge_cache=True
     )
 
     def run(*tensors: Any) -> Tensor:
@@ -86,13 +86,13 @@ def ge_graph(decode: Callable[..., Tensor], folder: Path) -> Callable[..., Tenso
     return run
 
 
-def acl_graph(decode: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+def acl_graph(decode: Callable[..., Tensor], folder: Path) -> Callable[..., Tensor]:
     """The same captured as an ACL graph: lengths are numbers on the host that every replay updates."""
     config = torchair.CompilerConfig()
     config.mode = "npugraph_ex"
     backend = torchair.get_npu_backend(compiler_config=config)
     # Numbers must stay symbols, else every length would be a graph of its own; tensors have one shape.
-    compiled = torch.compile(_named(decode, name), backend=backend, fullgraph=True, dynamic=True)
+    compiled = torch.compile(_named(decode, folder), backend=backend, fullgraph=True, dynamic=True)
 
     def run(token_ids: Tensor, positions: Tensor, slots: Tensor, _: Tensor, *rest: Any) -> Tensor:
         block_table, q_outs, lengths = rest
@@ -103,9 +103,10 @@ def acl_graph(decode: Callable[..., Tensor], name: str) -> Callable[..., Tensor]
     return run
 
 
-def _named(method: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
-    """A copy under a name of its own: torchair keeps what it compiled by the method's name and code."""
-    function = method.__func__
+def _named(method: Callable[..., Tensor], folder: Path) -> Callable[..., Tensor]:
+    """A copy under a name of its own, which no graph of another size, nor of another model in the process, has: by a
+    method's name and code torch.compile knows what it has compiled, and torchair what is to be kept."""
+    function, name = method.__func__, "_".join((folder.name, *folder.parts[-3:-1]))  # the key's folder, the rank's
     code = function.__code__.replace(co_name=name)
     copy = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
     return types.MethodType(copy, method.__self__)

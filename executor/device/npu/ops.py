@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torch_npu
@@ -49,6 +50,7 @@ class NpuOps(Ops):
     """
 
     name = "npu"
+    overlaps_steps = True
     takes_cache_offsets = False
 
     def __init__(
@@ -76,6 +78,29 @@ class NpuOps(Ops):
             self.attention = attention.AtbAttention(device, self.calls["chunk_attention"])
         else:
             self.attention = attention.FusedAttention(device)
+
+    def send(self, array: np.ndarray, into: Tensor | None = None) -> Tensor:
+        if self.device.type == "cpu":
+            return super().send(array, into)
+        # From other memory the copy would be waited for. torch reuses pinned memory when copies from it have ended.
+        pinned = torch.from_numpy(array).pin_memory()
+        if into is None:
+            return pinned.to(self.device, non_blocking=True)
+        return into.copy_(pinned, non_blocking=True)
+
+    def read_back(self, x: Tensor) -> Callable[[], Tensor]:
+        if self.device.type == "cpu":
+            return super().read_back(x)
+        copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        copy.copy_(x, non_blocking=True)
+        copied = torch_npu.npu.Event()
+        copied.record()
+
+        def wait() -> Tensor:
+            copied.synchronize()
+            return copy
+
+        return wait
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return forms.RMS_NORM[self.calls["rms_norm"]](x, weight, eps)
@@ -235,14 +260,22 @@ class NpuOps(Ops):
     def prepare_attention(
         self, q_lens: Sequence[int], kv_lens: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int
     ) -> attention.Step:
-        step = attention.prepare(q_lens, kv_lens, block_tables, block_size, self.device)
+        step = attention.prepare(q_lens, kv_lens, block_tables, block_size, self.send)
         return self.attention.complete(step, q_lens, kv_lens)
 
-    def static_attention(self, kv_lens: Tensor | Sequence[int], block_table: Tensor, block_size: int) -> attention.Step:
-        return attention.static(kv_lens, block_table, block_size)
+    def advance_attention(
+        self, prepared: attention.Step, kv_lens: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int,
+        entered: Sequence[int],
+    ) -> attention.Step:  # fmt: skip
+        return self.attention.advanced(attention.advanced(prepared, kv_lens, block_tables, entered, self.send))
+
+    def static_attention(
+        self, q_len: int, kv_lens: Tensor | Sequence[int], block_table: Tensor, block_size: int
+    ) -> attention.Step:
+        return attention.static(q_len, kv_lens, block_table, block_size)
 
     def capture(self, decode: Callable[..., Tensor], mode: str, folder: Path) -> Callable[..., Tensor]:
-        return graph.ge_graph(decode, folder) if mode == "ge_graph" else graph.acl_graph(decode, folder.name)
+        return graph.ge_graph(decode, folder) if mode == "ge_graph" else graph.acl_graph(decode, folder)
 
     def paged_attention(self, q: Tensor, cache: KVLayer, prepared: attention.Step, scale: float) -> Tensor:
         return self.attention.paged(q, cache, prepared, scale)

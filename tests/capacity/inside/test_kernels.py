@@ -21,7 +21,6 @@ from executor.capacity.kernels import (
     block_kernels,
     counts_eager,
     counts_in_graph,
-    decode_rows,
     prefill_kernels,
     vision_kernels,
 )
@@ -36,6 +35,7 @@ from executor.device.npu.ops import NpuOps
 from executor.device.npu.soc import soc_of
 from executor.errors import UserError
 from executor.quant.choose import assume_schemes
+from executor.recipe.graph_sizes import decode_tokens
 from executor.recipe.schema import load_recipe
 from executor.recipe.sizes import ModelShapes
 from models.registry import family_runner
@@ -66,7 +66,7 @@ def traced(soc: str, name: str, quantization: str, degrees: Degrees) -> Iterator
     mode = "eager" if soc == DUO else "ge_graph"
     recipe = recipe_of(name, quantization, degrees, soc=soc, exe_mode=mode)
     dtype = getattr(torch, recipe.model.dtype)
-    device = NpuOps(soc_of(soc), torch.device("meta"), decode_rows=decode_rows(recipe), dtype=dtype)
+    device = NpuOps(soc_of(soc), torch.device("meta"), decode_rows=decode_tokens(recipe), dtype=dtype)
     ops.bind(device)
 
     with fake_ranks(recipe) as parallel:

@@ -156,3 +156,18 @@ def test_what_cannot_be_measured_is_refused_at_once(recipe, monkeypatch, bench_s
     monkeypatch.setattr(offline, "engine_of", lambda *arguments: pytest.fail("nothing is loaded for it"))
     with pytest.raises(UserError, match=words):
         bench.run(recipe.replace(bench=bench_section, generation=generation), io.StringIO())
+
+
+def test_drafts_are_told_of_each_run(recipe):
+    speculative = {"method": "ngram", "ngram_min": 1, "adaptive": False}
+    recipe = recipe.replace(speculative=speculative, generation={"max_new_tokens": 40}, bench={"mode": "latency"})
+    document, status, printed = measured(recipe.replace(bench={"batch_sizes": (1, 2), "repetitions": 1}))
+    assert status == 0
+    for point in document["points"]:
+        beside = point["beside"]
+        assert 0 < beside["accepted_draft_tokens"] <= beside["draft_tokens"]
+        assert beside["acceptance_rate"] == pytest.approx(
+            beside["accepted_draft_tokens"] / beside["draft_tokens"], abs=1e-4
+        )
+        assert 1 < beside["acceptance_length"] <= 8
+    assert printed.count("Acceptance length:") == 2 and "Server and Client" not in printed

@@ -58,6 +58,17 @@ def rows_file(path: Path, rows: list[dict]) -> dict:
     return {"dataset": "jsonl", "dataset_path": str(path)}
 
 
+def test_drafts_are_told_in_the_last_line_and_the_document():
+    sections = {"speculative": {"method": "ngram", "ngram_min": 1, "adaptive": False}}
+    sections["generation"] = {"max_new_tokens": 40, "ignore_eos": True}
+    out = io.StringIO()
+    document, status = generate.run(recipe_of(data=own("a b a b a b a b"), **sections), out=out)
+    drafts = document["drafts"]
+    assert status == 0 and 0 < drafts["accepted_draft_tokens"] <= drafts["draft_tokens"]
+    last = out.getvalue().splitlines()[-1]
+    assert f"; drafts: {drafts['accepted_draft_tokens']:.0f} of {drafts['draft_tokens']:.0f} tokens right" in last
+
+
 def test_own_question_about_a_picture_and_a_video():
     rows, status, printed = answers(recipe_of(data=own("What do you see?", MEDIA / "objects.png", MEDIA / "clip.mp4")))
     (row,) = rows

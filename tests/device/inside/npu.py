@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from executor.checkpoint.description import Description
 from executor.checkpoint.load import build_on_meta, load_model
 from executor.checkpoint.pull import finalize
 from executor.checkpoint.weights import Checkpoint
-from executor.commands.build import join
+from executor.commands.build import join, load_draft
 from executor.device import ops
 from executor.device.cpu.capability import Capability
 from executor.device.cpu.ops import CpuOps
@@ -36,6 +37,7 @@ from models.published import published_config
 from models.registry import family_runner
 
 A2, A3, DUO = SOCS
+BATCH, MOST_INPUTS = 8, 16  # of steps at true size: requests, and tokens of each at most
 WHOLLY_STATIC = "w8a8, down_proj as well"
 # The reference computes in the type it is asked for, on every CPU; the products are those of fast_products.
 CPU = CpuOps(Capability(isa="other", vectors="", reorders=frozenset(), packs_fp16=False))
@@ -65,13 +67,21 @@ def backend(soc: str, **options: Any) -> NpuOps:
 
 
 def engine_on(
-    device: Ops, folder: Path, dtype: torch.dtype, *, model: dict[str, Any] | None = None, **scheduler: Any
+    device: Ops,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    model: dict[str, Any] | None = None,
+    speculative: dict[str, Any] | None = None,
+    **scheduler: Any,
 ) -> Engine:
-    """An engine on any backend in any dtype: past the recipe's own checks of the two. `model`: keys of model_config."""
+    """An engine on any backend in any dtype: past the recipe's own checks of the two. `model`: keys of model_config,
+    `speculative` of speculative_config."""
     fast_products()
     settings = {"max_model_len": 2048, "block_size": 16, "max_num_seqs": 8, "num_blocks": 256} | scheduler
     start = {"model_path": str(folder), "device": "cpu", "dtype": "float32"}
-    prepared = prepare(build_recipe({"model_config": start, "scheduler_config": settings}))
+    sections = {"model_config": start, "scheduler_config": settings, "speculative_config": speculative or {}}
+    prepared = prepare(build_recipe(sections))
     recipe = prepared.recipe.replace(model=model or {})
     ops.bind(device)
     family = family_runner(prepared.config)
@@ -85,7 +95,12 @@ def engine_on(
         lambda model: _choose(model, checkpoint, prepared.description, recipe.model.kv_cache_dtype == "int8"),
     )
     replica = Replica(SINGLE, loaded.visual.cost, shares_experts=False)
-    return join(recipe, prepared.memory.num_blocks, loaded, processor, device, dtype, replica)
+    draft, drafting = prepared.draft, None
+    if draft is not None:
+        draft = replace(draft, recipe=draft.recipe.replace(model=model or {}))
+        drafting = load_draft(draft, device, SINGLE, family)
+    num_blocks = prepared.memory.num_blocks
+    return join(recipe, num_blocks, loaded, processor, device, dtype, replica, drafting=drafting)
 
 
 def _choose(model: Any, checkpoint: Checkpoint, description: Description | None, int8: bool) -> list[str]:
@@ -131,7 +146,7 @@ def true_size(
     """
     activate(soc)
     dtype = dtype or SOCS[soc].dtypes[0]
-    device = NpuOps(SOCS[soc], torch.device("meta"), dtype=dtype)
+    device = NpuOps(SOCS[soc], torch.device("meta"), dtype=dtype, decode_rows=BATCH * MOST_INPUTS)
     device.calls |= calls or {}
     ops.bind(device)
     config = published_config(name)
@@ -140,7 +155,7 @@ def true_size(
         parallel = groups(world_size, tp, ep, "tp", rank=0) if world_size > 1 else SINGLE
         model = build_on_meta(lambda: _built(config, parallel, layers, quantization, int8_cache), dtype)
         finalize(model)
-        yield Traces(model, device, dtype, batch=8, blocks=32, block_size=128)
+        yield Traces(model, device, dtype, batch=BATCH, blocks=32, block_size=128)
 
 
 def _built(config: Any, parallel: Any, layers: int, quantization: str, int8_cache: bool) -> torch.nn.Module:

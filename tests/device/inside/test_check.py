@@ -28,10 +28,10 @@ ON_HOST = {"LocalScalarDense", "Where", "NonZero", "Unique2", "MaskedSelect"}  #
 
 
 @functools.cache
-def decode_graph(name: str, soc: str, layers: int, *, tp: int, ep: int = 1, replicas: int = 1) -> Graph:
+def decode_graph(name: str, soc: str, layers: int, *, tp: int, ep: int = 1, replicas: int = 1, q_len: int = 1) -> Graph:
     """The decode graph of the first layers in the chip's own type; several tests look at the same one."""
     with true_size(name, soc, tp=tp, ep=ep, replicas=replicas) as traces:
-        return traces.decode_graph(layers)
+        return traces.decode_graph(layers, q_len=q_len)
 
 
 @pytest.mark.parametrize("soc", [A2, A3])
@@ -47,6 +47,34 @@ def test_nodes_of_a_decode_layer(soc, name, tp, most) -> None:
     collectives = Counter({kind: layer[kind] for kind in layer if kind in two.collectives})
     assert collectives.total() == (2 if tp > 1 else 0), collectives
     assert (two.collectives - collectives - collectives).total() == (2 if tp > 1 else 0), "embedding and logits"
+
+
+@pytest.mark.parametrize("soc", [A2, A3])
+@pytest.mark.parametrize("name, tp", [(QWEN2_5, 1), (QWEN3, 1), (MOE, 1), (QWEN2_5, 2), (QWEN3, 2), (MOE, 2)])
+def test_verifying_drafts_adds_no_node(soc, name, tp) -> None:
+    """A row's tokens are rows to all but attention, whose lengths are inputs or constants: the nodes are the same."""
+    ones, twos = ([decode_graph(name, soc, layers, tp=tp, q_len=q_len) for q_len in (1, 8)] for layers in (1, 2))
+    decode, verify = (per_layer(one, two) for one, two in zip(ones, twos, strict=True))
+    assert verify == decode
+    assert twos[1].kernels == twos[0].kernels, "outside of layers as well"
+
+
+@pytest.mark.parametrize("q_len", [2, 16])
+@pytest.mark.parametrize("name, soc, replicas", [(QWEN2_5, A2, 1), (QWEN3, A3, 1), (MOE, A3, 2), (MOE, A2, 2)])
+def test_nodes_do_not_depend_on_how_many_drafts_there_are(name, soc, replicas, q_len) -> None:
+    kernels = [decode_graph(name, soc, 2, tp=2, replicas=replicas, q_len=each).kernels for each in (1, q_len)]
+    assert kernels[1] == kernels[0]
+
+
+@pytest.mark.parametrize("soc", [A2, A3])
+@pytest.mark.parametrize("name", [QWEN2_5, QWEN3, MOE])
+@pytest.mark.parametrize("quantization", ["w8a8", "w8a8_dynamic", "w8a8_mix", "w8a16"])
+def test_verifying_drafts_adds_no_node_to_quantized_layers(soc, name, quantization) -> None:
+    """One scale for all rows, or one for each: what a decode step has, a step with drafts has as well."""
+    with true_size(name, soc, tp=2, quantization=quantization) as traces:
+        assert traces.decode_calls(tensors=True, q_len=8).violations == []
+        decode, verify = (traces.decode_graph(2, q_len=q_len).kernels for q_len in (1, 8))
+    assert verify == decode
 
 
 @pytest.mark.parametrize("name, quantization, tp, most", INT8)
@@ -182,6 +210,35 @@ def test_the_document_of_the_eager_chip() -> None:
     assert document.keys() >= KEYS and document["ok"] and document["dtype"] == "float16"
     assert document["ops_per_layer"]["atb::_npu_paged_attention"] == 1
     assert document["decode_from"] == "traced step"
+
+
+VERIFY = "speculative_config.method=ngram", "speculative_config.num_speculative_tokens=7"
+
+
+def test_check_converts_the_steps_that_verify_drafts(capsys) -> None:
+    document = checked("qwen3_vl_2b.yaml", "parallel_config.world_size=1", "model_config.soc=atlas_800i_a3", *VERIFY)
+    assert document["ok"] and document["verify"].keys() == {"8"}
+    verify = document["verify"]["8"]
+    assert verify["from"] == "ge_graph" and verify["ops_per_layer"] == document["ops_per_layer"]
+    assert verify["kernel_nodes_per_layer"] == 9 and verify["kernel_nodes_fixed"] == document["kernel_nodes_fixed"]
+    assert "8 tokens of a request: 9 kernels per layer" in capsys.readouterr().out
+    assert "verify_8" in document["calls"]
+
+
+def test_check_traces_the_steps_that_verify_drafts_eagerly() -> None:
+    """300I DUO has no graphs; and no graph reads an int8 cache with several tokens of a request."""
+    document = checked("qwen3_vl_2b_300i_duo.yaml", *VERIFY)
+    verify = document["verify"]["8"]
+    assert document["ok"] and verify["from"] == "traced step"
+    assert verify["kernel_nodes_per_layer"] == document["kernel_nodes_per_layer"]
+    assert verify["ops_per_layer"]["atb::_npu_paged_attention_splitfuse_v2"] == 1
+
+
+def test_a_layer_that_gains_a_node_is_not_ok() -> None:
+    decode, same, more = ({"kernel_nodes_per_layer": n, "from": "ge_graph"} for n in (9, 9, 10))
+    assert check._grown_layers(decode, {4: same, 8: more}) == [
+        "graph of 8 tokens of a request: 10 kernels per layer, a decode step has 9"
+    ]
 
 
 def test_what_a_chip_cannot_do_is_listed() -> None:

@@ -66,13 +66,13 @@ def test_one_after_another(family, tmp_path) -> None:
 
 def count_calls(graphs) -> list[int]:
     """How often the graphs are replayed from now on."""
-    count, run = [0], graphs._run
+    count, fill = [0], graphs._fill
 
-    def counted(rows, size):
+    def counted(rows, shape, *given):
         count[0] += 1
-        return run(rows, size)
+        return fill(rows, shape, *given)
 
-    graphs._run = counted
+    graphs._fill = counted
     return count
 
 
@@ -86,7 +86,7 @@ def test_only_token_ids_come_back(family, tmp_path, monkeypatch) -> None:
             engine.add(prompt, GREEDY)
         engine.step(), engine.step()
         logits, given = torch.zeros(8, engine.vocab_size), []
-        engine.runner.graphs._graphs[8] = lambda *inputs: given.append(inputs) or logits
+        engine.runner.graphs._graphs[8, 1] = lambda *inputs: given.append(inputs) or logits
         for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "cpu"):
             plain = getattr(torch.Tensor, name)
             monkeypatch.setattr(
@@ -110,7 +110,7 @@ def test_nodes_of_the_engines_own_graph(family, tmp_path) -> None:
         model={"exe_mode": "ge_graph", "output_path": str(tmp_path)},
         graph_batch_sizes=(4,),
     )
-    made = graph.convert(engine.runner.step.decode, *engine.runner.graphs._inputs[4], configure=configure)
+    made = graph.convert(engine.runner.step.decode, *engine.runner.graphs._inputs[4, 1], configure=configure)
     layers = len(engine.runner.kv)
     kernels = made.kernels
     assert kernels["FusedInferAttentionScore"] == layers

@@ -1,5 +1,6 @@
 """The int8 KV cache on emulated chips: ops against the CPU's, engines against the CPU's engine, the decode graph."""
 
+import logging
 from collections import Counter
 
 import pytest
@@ -15,6 +16,7 @@ from executor.device.table import INT8_READ_TOKENS
 from executor.schedule.request import SamplingParams
 from tests.device.inside.npu import A2, A3, CPU, backend, engine_on, exact, true_size
 from tests.device.inside.test_ops import ROWS
+from tests.device.inside.test_verify import RaggedOracle, counted
 from tests.emulator.helpers import close, rand
 from tests.models.test_generation import CASES
 from tests.quant.c8 import add_scales, observed
@@ -114,6 +116,28 @@ def test_graph_tokens_are_the_cpus(family, tmp_path) -> None:
         )  # fmt: skip
         assert tokens_of(engine, prompts) == wanted
     assert engine.runner.graphs is not None
+
+
+@pytest.mark.parametrize("mode", ["eager", "ge_graph"])
+def test_drafts_are_verified_eagerly(family, tmp_path, caplog, mode) -> None:
+    """Rows with drafts are read as prompts are, among rows without, which decode; graphs have one token a row."""
+    folder, prompts, wanted = family
+    model = {"exe_mode": mode, "strict_graph": True, "output_path": str(tmp_path)}
+    drafts = {"method": "ngram", "num_speculative_tokens": 5, "adaptive": False}
+    with exact(), caplog.at_level(logging.INFO):
+        engine = engine_on(
+            backend(A3), folder, torch.float32, model=model, speculative=drafts, block_size=BLOCK_SIZE, num_blocks=64,
+            graph_batch_sizes=(4,),
+        )  # fmt: skip
+        told = [r.getMessage() for r in caplog.records if "steps that verify drafts run eagerly" in r.getMessage()]
+        assert len(told) == (mode == "ge_graph")
+        known = {tuple(prompt.token_ids): answer for prompt, answer in zip(prompts, wanted, strict=True)}
+        oracle = engine.runner.speculator.proposer = RaggedOracle(known)
+        steps = counted(engine)
+        assert tokens_of(engine, prompts) == wanted
+    assert oracle.observed and {graph for graph, has_drafts, _ in steps if has_drafts} == {None}
+    if mode == "ge_graph":
+        assert {graph for graph, has_drafts, _ in steps if not has_drafts} == {(4, 1)}
 
 
 def test_acl_graphs_update_the_lengths_of_int8_attention(family, tmp_path, monkeypatch) -> None:

@@ -75,7 +75,7 @@ def test_decode_graphs_of_quantized_folders(msmodelslim, tmp_path, name) -> None
     folder = msmodelslim(name)
     engine = engine_of(folder, A3, exe_mode="ge_graph", strict_graph=True, output_path=str(tmp_path))
     holds(engine, folder)
-    made = graph.convert(engine.runner.step.decode, *engine.runner.graphs._inputs[2], configure=configure)
+    made = graph.convert(engine.runner.step.decode, *engine.runner.graphs._inputs[2, 1], configure=configure)
     assert {kind: n for kind, n in made.kernels.items() if any(part in kind for part in PARTS)} == COUNTS[name]
     assert not {"Transpose", "TensorMove", "Fill"} & set(made.kernels)
 

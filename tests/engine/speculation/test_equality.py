@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from executor.engine.speculation.speculator import Speculator
+from executor.engine.speculation.speculator import Proposer, Speculator
 from executor.schedule.request import SamplingParams
 from tests.engines import engine_over
 from tests.reference import REPO
@@ -14,7 +14,7 @@ GREEDY = SamplingParams(max_new_tokens=40)
 NOISY = SamplingParams(max_new_tokens=40, temperature=1.5, seed=3)
 
 
-class Oracle:
+class Oracle(Proposer):
     """Knows the answers, and is wrong at random places."""
 
     def __init__(self, answers, share_right=0.7, seed=0):
@@ -27,15 +27,12 @@ class Oracle:
             answer = self.answers[tuple(row.request.prompt.token_ids)]
             at = len(row.request.output_token_ids)
             right = answer[at : at + count] if count else ()
-            drafts.append(tuple(t if self.random.random() < self.share_right else t + 1 for t in right))
+            drafts.append(tuple(t if self.random.random() < self.share_right else t ^ 1 for t in right))
         return drafts
 
     def observe(self, row, chosen):
         assert len(chosen) == len(row.draft_ids) + 1
         self.observed.append(row)
-
-    def forget(self, request):
-        pass
 
 
 def with_drafts(engine, monkeypatch, proposer, num_tokens=7):
@@ -61,7 +58,8 @@ def test_answers_are_the_same(engine, monkeypatch, params, share_right):
     speculator = with_drafts(engine, monkeypatch, Oracle(answers, share_right))
     found = engine.generate(prompts, params)
     assert [each.token_ids for each in found] == [each.token_ids for each in wanted]
-    assert speculator.num_drafts > 0
-    assert (speculator.num_accepted == speculator.num_drafts) == (share_right == 1.0)
+    counts = speculator.counts
+    assert counts.num_draft_tokens > 0
+    assert (counts.num_accepted_tokens == counts.num_draft_tokens) == (share_right == 1.0)
     if share_right == 0.0:
-        assert not speculator.num_accepted
+        assert not counts.num_accepted_tokens

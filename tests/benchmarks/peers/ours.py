@@ -1,0 +1,42 @@
+"""This project's engine, by its Python interface. Forms: a type of weights, or a scheme of int8."""
+
+from pathlib import Path
+
+from executor.commands.build import build_engine
+from executor.recipe.schema import load_recipe
+from executor.schedule.request import SamplingParams
+from tests.benchmarks.peers.timing import MAX_LENGTH, Question, Tick, measure
+from tests.reference import REPO
+
+
+class Ours:
+    def __init__(self, folder: Path, form: str) -> None:
+        settings = [
+            f"model_config.model_path={folder}",
+            "model_config.dtype=bfloat16",
+            f"scheduler_config.max_model_len={MAX_LENGTH}",
+            "scheduler_config.max_num_seqs=8",
+        ]
+        if form == "wint8":
+            settings.append("model_config.quantization=wint8")
+        else:
+            assert form in ("bfloat16", "w8a8_dynamic"), form  # what the folder holds
+        self.engine = build_engine(load_recipe(REPO / "config/quickstart_qwen2_5_vl.yaml", settings))
+
+    def answer(self, questions: list[Question], num_tokens: int, tick: Tick) -> list[int]:
+        params = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True, temperature=0)
+        for each in questions:
+            content = [{"type": "text", "text": each.message}]
+            if each.picture:
+                content.insert(0, {"type": "image", "image": each.picture})
+            self.engine.add([{"role": "user", "content": content}], params)
+        lengths: dict[str, int] = {}
+        while self.engine.has_work:
+            outputs = self.engine.step()
+            tick(sum(len(output.token_ids) for output in outputs))
+            lengths |= {output.request_id: len(output.request.prompt.token_ids) for output in outputs}
+        return list(lengths.values())
+
+
+if __name__ == "__main__":
+    measure(Ours, ("torch", "transformers"))
