@@ -158,7 +158,7 @@ def test_everything_that_can_be_known_is_told_at_once(model, parallel, scheduler
     [
         (NPU | {"exe_mode": "ge_graph", "dtype": "float16"}, {"world_size": 8, "attn_tp_size": 4, "moe_ep_size": 2}),
         ({"device": "cpu", "soc": "atlas_300i_duo", "dtype": "float16"}, {}),
-        ({"device": "cuda", "exe_mode": "ge_graph", "quantization": "w8a8sc"}, {"world_size": 2}),
+        ({"device": "cuda", "exe_mode": "npugraph_ex", "quantization": "w8a8sc"}, {"world_size": 2}),
     ],
 )
 def test_the_advice_of_a_refusal_is_not_refused(model, parallel, monkeypatch):

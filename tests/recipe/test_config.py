@@ -59,7 +59,9 @@ def test_nothing_changes_later(write):
 
 
 def test_a_replacement_is_checked(write):
-    assert "one of eager" in said(lambda: load_recipe(write(LEAST)).replace(model={"exe_mode": "fast"}))
+    for mode in ("fast", "compile"):
+        error = said(lambda mode=mode: load_recipe(write(LEAST)).replace(model={"exe_mode": mode}))
+        assert "one of eager, ge_graph, npugraph_ex" in error
 
 
 @pytest.mark.parametrize(
