@@ -83,8 +83,11 @@ def test_two_emulated_ranks_answer_as_the_cpu(name, answers) -> None:
     lengths = {length for *_, length, _ in found["steps"]}
     drafts = CASES[name][1].get("num_drafts")
     in_graph = CASES[name][3].get("exe_mode") == "ge_graph"
-    # Steps in which some prompt is read are eager (0), and decode rows among them.
-    assert lengths - {0} == ({1, 1 + drafts} if drafts else {1} if in_graph else set())
-    if drafts:
+    # Steps in which some prompt is read are eager (0), and decode rows among them. Which requests a replica has, and
+    # what the other one does beside a step with drafts, is a matter of time: their lengths are the graphs' at most.
+    known = {1, 1 + drafts} if drafts else {1} if in_graph else set()
+    is_alone = "attn_tp_size" not in CASES[name][1]
+    assert lengths - {0} == known if is_alone else lengths - {0} <= known
+    if drafts and is_alone:
         with_drafts = {length for *_, num_drafts, length, _ in found["steps"] if num_drafts}
         assert with_drafts - {0} == {1 + drafts} and sum(num_drafts for *_, num_drafts, _, _ in found["steps"]) > drafts
