@@ -226,12 +226,13 @@ VERIFY = "speculative_config.method=ngram", "speculative_config.num_speculative_
 
 def test_check_converts_the_steps_that_verify_drafts(capsys) -> None:
     document = checked("qwen3_vl_2b.yaml", "parallel_config.world_size=1", "model_config.soc=atlas_800i_a3", *VERIFY)
-    assert document["ok"] and document["verify"].keys() == {"8"}
-    verify = document["verify"]["8"]
-    assert verify["from"] == "ge_graph" and verify["ops_per_layer"] == document["ops_per_layer"]
-    assert verify["kernel_nodes_per_layer"] == 9 and verify["kernel_nodes_fixed"] == document["kernel_nodes_fixed"]
-    assert "8 tokens of a request: 9 kernels per layer" in capsys.readouterr().out
-    assert "verify_8" in document["calls"]
+    assert document["ok"] and document["verify"].keys() == {"2", "4", "8"}
+    printed = capsys.readouterr().out
+    for q_len, verify in document["verify"].items():
+        assert verify["from"] == "ge_graph" and verify["ops_per_layer"] == document["ops_per_layer"]
+        assert verify["kernel_nodes_per_layer"] == 9 and verify["kernel_nodes_fixed"] == document["kernel_nodes_fixed"]
+        assert f"{q_len} tokens of a request: 9 kernels per layer" in printed
+        assert f"verify_{q_len}" in document["calls"]
 
 
 def test_check_traces_the_steps_that_verify_drafts_eagerly() -> None:
