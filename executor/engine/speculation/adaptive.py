@@ -4,8 +4,9 @@ What a step of so many tokens takes is measured (executor.engine.speculation.cos
 right is estimated from its latest ones: how often the first is, and how often one is behind others that were. Drafts
 are then taken in the order of their chances, as long as the step's tokens by its seconds grow.
 A request whose drafts do not pay has none. Where drafts cost nothing to make they are made now and then all the same
-and held against what the answer turns out to be, so that a request comes back without having paid for it. Other drafts
-are tried again when steps without drafts have saved up for it (TRIAL_SHARE of their time).
+and held against what the answer turns out to be, so that a request comes back without having paid for it; and none is
+computed before one of some request was right so. Other drafts are tried again when steps without drafts have saved up
+for it (TRIAL_SHARE of their time), and so is what a step costs with tokens behind the drafts, which are seldom right.
 The bound: where no draft is ever right, an answer takes at most 1 / 0.97 of the time that it takes without drafts
 (tests/engine/speculation/test_adaptive.py, on tables of costs).
 
@@ -21,6 +22,7 @@ from executor.schedule.request import Request
 
 MARGIN = 1.02  # drafts must be expected to bring so much more
 HELD_STEPS = 4  # a request without drafts has some made every so many steps, and held against the answer
+HELD_AT_FIRST = 16  # steps in which it has some made every time
 HELD_TOKENS = 4
 TRIAL_SHARE = 0.01
 TRIAL_TOKENS = 2
@@ -29,6 +31,7 @@ TRAILING_SHARE = 0.01  # of a step's time: what tokens behind the drafts may cos
 MEMORY = 0.85  # of what has been seen, after another draft
 PRIOR_WEIGHT = 2.0  # tries that the rate of all requests counts for, when a request begins
 FIRST_RATE = 0.5  # of all requests, before anything has been seen
+UNSEEN_RATE = 0.01  # of first drafts, before anything has been seen, where they can be held against answers for nothing
 ALL_MEMORY = 0.98
 LEAST_CHANCE = 0.02  # of a draft that is considered
 
@@ -87,7 +90,7 @@ class Adaptive:
     def __init__(self, costs: StepCosts, *, is_free: bool) -> None:
         self._costs = costs
         self._is_free = is_free
-        self._all = Acceptance(FIRST_RATE, FIRST_RATE, ALL_MEMORY)
+        self._all = Acceptance(UNSEEN_RATE if is_free else FIRST_RATE, FIRST_RATE, ALL_MEMORY)
         self._states: dict[str, _State] = {}
         self._saved_s = 0.0  # for trials
         self._is_trial = False
@@ -129,12 +132,20 @@ class Adaptive:
 
     def room(self, num_rows: int, num_drafts: int, num_more: int) -> int:
         """How many more tokens, of `num_more` that will hardly be right, a step takes hardly longer with."""
-        if self._costs.plain(num_rows) is None:
+        costs = self._costs
+        plain_s = costs.plain(num_rows)
+        if plain_s is None:
             return 0
-        count = min(num_more, self._costs.most_drafts(num_rows) - num_drafts)
-        without_s = self._costs.verifying(num_rows, num_drafts)
-        is_cheap = count > 0 and self._costs.verifying(num_rows, num_drafts + count) <= without_s * (1 + TRAILING_SHARE)
-        return count if is_cheap else 0
+        known = min(num_more, costs.most_measured(num_rows) - num_drafts)
+        if known > 0:
+            without_s = costs.verifying(num_rows, num_drafts)
+            if costs.verifying(num_rows, num_drafts + known) > without_s * (1 + TRAILING_SHARE):
+                return 0
+        count = min(num_more, costs.most_drafts(num_rows))
+        if count > known and not num_drafts and self._saved_s >= costs.bound(num_rows, count) - plain_s:
+            self._is_trial = True
+            return count
+        return max(known, 0)
 
     def num_to_hold(self, request: Request) -> int:
         """Drafts to make of a request that computes none in this step, for `hold`."""
@@ -142,7 +153,8 @@ class Adaptive:
             return 0
         state = self._state(request)
         state.num_idle += 1
-        return HELD_TOKENS if state.num_idle % HELD_STEPS == 1 else 0
+        is_due = state.num_idle <= HELD_AT_FIRST or state.num_idle % HELD_STEPS == 1
+        return HELD_TOKENS if is_due else 0
 
     def hold(self, request: Request, draft_ids: tuple[int, ...]) -> None:
         """Drafts that the step does not compute. Those before them are held against the answer."""

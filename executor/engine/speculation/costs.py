@@ -95,6 +95,15 @@ class StepCosts:
         """That a step may be tried with."""
         return 2 * max(num_rows, self._verifying.largest) - num_rows
 
+    def most_measured(self, num_rows: int) -> int:
+        """Drafts of the largest step that was measured."""
+        return max(0, self._verifying.largest - num_rows)
+
+    def bound(self, num_rows: int, num_drafts: int) -> float:
+        """What a step takes where it costs as much by the token as the largest one that was measured."""
+        largest = num_rows + self.most_measured(num_rows)
+        return self.verifying(num_rows, largest - num_rows) * max(1.0, (num_rows + num_drafts) / largest)
+
     def verifying(self, num_rows: int, num_drafts: int) -> float:
         """Of rows whose cost without drafts is known; never less than that."""
         plain = self._plain.at(num_rows)

@@ -152,15 +152,32 @@ def test_the_time_of_the_proposer_counts():
 
 
 def test_tokens_behind_the_drafts_must_cost_nothing():
-    class Trailing(Table):
-        num_trailing = 3
-
-        def trailing(self, row, draft_ids, count):
-            return (WRONG,) * count
-
     for cost, is_worth in ((steep, False), (lambda rows, drafts: 0.1, True)):
-        gain, speculator = run(Trailing(lambda request, place: 0.0), cost, 300)
-        assert gain > 0.97 and (speculator.counts.num_draft_tokens > 300) == is_worth
+        gain, speculator = run(Trailing(lambda request, place: 0.0), cost, 1500)
+        assert gain > 0.97 and (speculator.counts.num_draft_tokens > 1500) == is_worth
+
+
+class Trailing(Table):
+    num_trailing = 7
+
+    def trailing(self, row, draft_ids, count):
+        return (WRONG,) * count
+
+
+@pytest.mark.parametrize("cost", [steep, flat, stepped, dear])
+@pytest.mark.parametrize("kind", [Table, Trailing])
+@pytest.mark.parametrize("num_tokens", [16, 64])
+def test_the_first_short_answer_pays_nothing_for_what_is_not_known_yet(cost, kind, num_tokens):
+    """Drafts that cost nothing to make are held against the answer before a step computes one, and a token that will
+    hardly be right is not computed to find out what it costs, before steps have saved up for it."""
+    gain, speculator = run(kind(lambda request, place: 0.0), cost, num_tokens)
+    assert gain > 0.99 and not speculator.counts.num_draft_tokens
+
+
+def test_an_answer_that_copies_begins_to_gain_within_a_few_tokens():
+    for num_tokens, least in ((16, 1.2), (64, 2.2)):
+        gain, _ = run(Table(lambda request, place: 1.0), lambda rows, drafts: 0.1 + 0.001 * drafts, num_tokens)
+        assert gain > least
 
 
 def test_a_slow_first_step_of_a_size_is_not_held_against_it():
