@@ -118,7 +118,7 @@ class CpuOps(Ops):
         return lambda x: group.all_reduce(multiply(x))
 
     def prepare_tied_head(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        """Read where the embedding has it; FBGEMM's panels are worth a copy, as plain weights are far slower there."""
+        """Read where the embedding has it, unless that is far slower than a copy (Capability.copies_tied_head)."""
         if self.copies_tied_head(weight.dtype):
             return self.prepare_linear(weight, None)
         return Shared(weight.detach())
@@ -222,22 +222,28 @@ class CpuOps(Ops):
         scales: Int8Cache | None = cache.scales
         if scales is not None:
             q = scales.scaled_queries(q)
+        singles = q.unflatten(1, (num_kv_heads, group))
+        answers = out.view(num_tokens, num_kv_heads, group, dim)
         for row in prepared:
             k, v = _rows_of(cache.k, row), _rows_of(cache.v, row)  # [1, K, L, D]
             if scales is not None:
                 k, v = scales.widened(k, v)
+            if row.q_len == 1:
+                # The query heads of one KV head stand as query rows: its keys are read once for all of them.
+                y = F.scaled_dot_product_attention(singles[row.start : row.start + 1], k, v, scale=scale)
+                answers[row.start].copy_(y[0])
+                continue
             queries = q[row.start : row.start + row.q_len].unflatten(1, (num_kv_heads, group))
             target = out[row.start : row.start + row.q_len].view(row.q_len, num_kv_heads, group, dim)
-            if row.q_len > _FEW_QUERIES or (row.q_len > 1 and row.mask is None):
+            if row.q_len > _FEW_QUERIES or row.mask is None:
                 y = F.scaled_dot_product_attention(
                     queries.flatten(1, 2).transpose(0, 1).unsqueeze(0), k, v, attn_mask=row.mask,
                     is_causal=row.mask is None, scale=scale, enable_gqa=True,
                 )  # fmt: skip
                 target.copy_(y[0].unflatten(0, (num_kv_heads, group)).permute(2, 0, 1, 3))
                 continue
-            # The query heads of one KV head stand as query rows: its keys are read once for all of them.
             rows = queries.permute(1, 2, 0, 3).reshape(1, num_kv_heads, group * row.q_len, dim)
-            mask = None if row.mask is None else row.mask.expand(group, -1, -1).flatten(0, 1)
+            mask = row.mask.expand(group, -1, -1).flatten(0, 1)
             y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
             target.copy_(y.view(num_kv_heads, group, row.q_len, dim).permute(2, 0, 1, 3))
         return out if scales is None else scales.scaled_values(out)
@@ -287,7 +293,10 @@ def copies_head(settings: DeviceSettings) -> bool:
 def _rows_of(cache: Tensor, row: _Row) -> Tensor:
     """The row's keys or values `[1, K, kv_len, D]`: a view where its blocks are consecutive."""
     if row.first_slot >= 0:
-        flat = cache.flatten(0, 1)[row.first_slot : row.first_slot + row.kv_len]
-    else:
-        flat = cache.index_select(0, row.blocks).flatten(0, 1)[: row.kv_len]
+        heads, dim = cache.shape[2:]
+        width = heads * dim  # one call, as this runs for every row of every layer
+        return cache.as_strided(
+            (1, heads, row.kv_len, dim), (0, dim, width, 1), cache.storage_offset() + row.first_slot * width
+        )
+    flat = cache.index_select(0, row.blocks).flatten(0, 1)[: row.kv_len]
     return flat.transpose(0, 1).unsqueeze(0)

@@ -1,5 +1,7 @@
-"""This project's engine, by its Python interface. Forms: bfloat16, wint8, or a scheme of `quantize`, whose folder is made
-once beside the checkpoint, by largest values alone (no smoothing: times do not depend on it)."""
+"""This project's engine, by its Python interface. Forms: bfloat16, wint8, or a scheme of `quantize`.
+
+The folder of a scheme is made once, beside the checkpoint, without smoothing, on which times do not depend.
+"""
 
 import subprocess
 import sys
