@@ -50,8 +50,18 @@ class Capability:
         return torch.float32 if self.form(dtype) == PACKED_FP16 else dtype
 
     def copies_tied_head(self, dtype: torch.dtype) -> bool:
-        """Whether an output head is worth a copy of the embedding in this form: plain panels are far slower."""
-        return self.form(dtype) == PACKED_FP16
+        """Whether an output head is worth a copy of the embedding in this form: plain panels are far slower.
+
+        int8 weights are always a copy.
+        """
+        return dtype is torch.int8 or self.form(dtype) == PACKED_FP16
+
+    @property
+    def rounds_head(self) -> bool:
+        """Whether a large head of int8 weights is worth making: values made float32 at every call are slower than 16
+        bits, 3 times at one row and more at several (151936 x 2048).
+        """
+        return self.int8 != EXPANDED
 
     def describe(self, dtype: torch.dtype) -> str:
         """For the log: what is used, and what that means for `dtype`."""
