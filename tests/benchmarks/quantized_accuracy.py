@@ -5,9 +5,9 @@
     python -m tests.benchmarks.quantized_accuracy models/tiny/qwen3_vl --load wint8
 
 The first folder is the float one, which all others are compared with, computed in the same type. --make quantizes it
-here, with --words handed on to the command; --load makes it while the first folder is loaded once more. Logits are those of the last prompt token, in float32; their error is
-|quantized - float| / |float| over all samples. Calibration is 32 pictures with a question each of another seed.
-Greedy. Prints JSON, a line a folder.
+here, with --words handed on to the command; --load makes it while the first folder is loaded once more. Logits are
+those of the last prompt token, in float32; their error is |quantized - float| / |float| over all samples. Calibration
+is 32 pictures with a question each of another seed. Greedy. Prints JSON, a line a form.
 """
 
 import argparse
