@@ -12,10 +12,11 @@ from executor.capacity.products import held_bytes
 from executor.capacity.workload import Workload, replicas_of
 from executor.device.table import CHIP_BYTES
 from executor.host.limits import host_memory_bytes, process_memory_bytes
+from executor.recipe.device import compute_bytes, copies_head
 from executor.recipe.memory import GIB, MemoryEstimate, account, advice, named_blocks
 from executor.recipe.on_paper import OnPaper
 from executor.recipe.schema import Recipe
-from executor.recipe.settle import compute_bytes, copies_head, degree_findings
+from executor.recipe.settle import degree_findings
 
 MOST_SEQUENCES = 4096
 WORLDS = (1, 2, 4, 8, 16, 32)

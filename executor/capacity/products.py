@@ -13,6 +13,7 @@ from executor.checkpoint.description import FLOAT_TYPE
 from executor.quant.assumed import assumed_type
 from executor.quant.sizes import FLOAT_BYTES, MADE_AT_LOAD
 from executor.quant.w8a8sc import index_bytes
+from executor.recipe.device import takes_int8_head
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
 
@@ -179,7 +180,8 @@ def experts(recipe: Recipe, shapes: ModelShapes, types: TypeOf) -> Experts:
 def head(recipe: Recipe, shapes: ModelShapes) -> Product:
     """The output head's part of the vocabulary, its own weight or the embedding's."""
     size, vocab = FLOAT_BYTES[recipe.model.dtype], shapes.vocab_size // recipe.attn_tp_size
-    return Product("lm_head", FLOAT_TYPE, shapes.hidden_size, (vocab,), 1, False, size)
+    kind = WINT8 if takes_int8_head(recipe, shapes.vocab_size) else FLOAT_TYPE
+    return Product("lm_head", kind, shapes.hidden_size, (vocab,), 1, False, size)
 
 
 def vision_products(
@@ -227,7 +229,7 @@ def held_bytes(recipe: Recipe, shapes: ModelShapes, types: TypeOf | None = None)
     vision_bytes = sum(each.weight_bytes * each.count for group in vision.values() for each in group)
     parts = {
         "text": sum(each.weight_bytes * each.count for each in linears) + norms * size,
-        "vocabulary": embedding + (0 if shapes.tied_embeddings else out.weight_bytes),
+        "vocabulary": embedding + (0 if shapes.tied_embeddings and out.kind == FLOAT_TYPE else out.weight_bytes),
         "vision": vision_bytes + vision_norm_parameters(shapes) * size,
     }
     if shapes.num_experts:

@@ -71,7 +71,7 @@ def load_model(
     with early:
         # Drained: pulls hold the plain weights, which every layer gives up.
         report = load_weights(drained(pulls), checkpoint, ignore=ignore, filled=early.filled)
-    if model.lm_head.tied and device.copies_tied_head(dtype):
+    if model.lm_head.tied and device.copies_tied_head(dtype if model.lm_head.own is None else torch.int8):
         _leave_in_file(model.language_model.embed_tokens, checkpoint)
     finalize(model, done=early.prepared)
     return model.eval(), report
@@ -83,7 +83,7 @@ def in_files(pulls: Iterable[Pull], checkpoint: Checkpoint) -> list[Pull]:
 
 
 def _leave_in_file(embedding: nn.Module, checkpoint: Checkpoint) -> None:
-    """Look tokens up in the checkpoint's own file: the head is about to have the device's copy, the only one in memory.
+    """Look tokens up in the checkpoint's own file: the only copy in memory is the head's, made already or about to be.
 
     Not where the file has another type: rows would be rounded at every lookup.
     """

@@ -45,11 +45,12 @@ from executor.media.media import MediaLimits
 from executor.parallel.groups import Group, Parallel
 from executor.prompt.options import media_options
 from executor.quant.choose import MADE, choose_cache, choose_schemes, make_schemes
+from executor.recipe.device import compute_bytes, device_settings, takes_int8_head
 from executor.recipe.draft import Draft
 from executor.recipe.graph_sizes import decode_tokens, graph_shapes, most_inputs, spare_blocks
 from executor.recipe.memory import GIB, estimate
 from executor.recipe.schema import Recipe, SpeculativeSection
-from executor.recipe.settle import Prepared, compute_bytes, device_settings, prepare
+from executor.recipe.settle import Prepared, prepare
 from executor.schedule.plan import GraphShape
 from executor.schedule.scheduler import Scheduler
 from models.registry import family_runner
@@ -187,7 +188,8 @@ def _disk_cache(recipe: Recipe, root: Path, checkpoint: Checkpoint, runner: Runn
 def _choose(model: Any, recipe: Recipe, checkpoint: Checkpoint, description: Description | None) -> list[str]:
     """Schemes that are made of float weights, or those of the folder's description."""
     if recipe.model.quantization in MADE:
-        left = make_schemes(model, recipe.model.quantization)
+        rounds_head = takes_int8_head(recipe, model.config.text.vocab_size)
+        left = make_schemes(model, recipe.model.quantization, rounds_head)
     else:
         left = choose_schemes(model, checkpoint.catalog, description)
     return left + choose_cache(model, checkpoint.catalog, description, recipe.model.kv_cache_dtype == "int8")

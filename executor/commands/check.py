@@ -25,6 +25,7 @@ from executor.device import ops
 from executor.errors import UserError
 from executor.parallel.groups import SINGLE, Parallel, groups
 from executor.quant.choose import MADE, assume_schemes, choose_cache, choose_schemes, schemes_of
+from executor.recipe.device import takes_int8_head
 from executor.recipe.graph_sizes import batch_sizes, decode_tokens, graph_sizes, most_inputs, verify_shapes
 from executor.recipe.on_paper import settle_on_paper
 from executor.recipe.schema import Recipe
@@ -191,7 +192,7 @@ def _quantized(recipe: Recipe, model: torch.nn.Module) -> torch.nn.Module:
     """The model with its schemes: by the folder's description, or the vendor's choice where the folder is not here."""
     folder = local_checkpoint(recipe.model.model_path, recipe.model.hub)
     if folder is None or recipe.model.quantization in MADE:
-        assume_schemes(model, recipe.model.quantization)
+        assume_schemes(model, recipe.model.quantization, takes_int8_head(recipe, model.config.text.vocab_size))
     if folder is not None:
         catalog = open_checkpoint(folder, 0, recipe.attn_tp_size).catalog
         description = read_description(folder)

@@ -154,7 +154,9 @@ class Ops(ABC):
         return self.prepare_linear(weight, None)
 
     def copies_tied_head(self, dtype: torch.dtype) -> bool:
-        """Whether prepare_tied_head makes a copy of a weight of `dtype` in host memory, which could stand alone."""
+        """Whether a tied head of `dtype` is a copy in host memory, which could stand alone: one that prepare_tied_head
+        makes, or int8 weights made of the embedding's tensor.
+        """
         return False
 
     def prepare_summed_linear(

@@ -40,6 +40,8 @@ class Backend:
     opener: str
     compute_dtype: str | None = None  # "module:function" of DeviceSettings, where it is not the weights' own type
     copies_head: str | None = None  # the same, where a tied output head is not always a copy of the embedding
+    rounds_head: str | None = None  # the same, where not every output head is worth int8 weights
+    most_int8_outputs: int | None = None  # of one product by int8 weights; None: any number
     package: str | None = None
     is_npu: bool = False
     is_emulated: bool = False
@@ -70,18 +72,31 @@ class Backend:
         """Whether an output head that is the embedding is made a copy of it. Raises UserError as computes_in."""
         return _function(self.copies_head)(settings) if self.copies_head else True
 
+    def takes_int8_head(self, settings: DeviceSettings, vocab_size: int) -> bool:
+        """Whether an output head made int8 is one product here, and faster than 16 bits. Raises UserError as
+        computes_in.
+
+        By the whole vocabulary, however many ranks share it, so that the model is the same on any number of them.
+        """
+        if self.most_int8_outputs is not None and vocab_size > self.most_int8_outputs:
+            return False
+        return _function(self.rounds_head)(settings) if self.rounds_head else True
+
 
 def _function(place: str) -> Any:
     module, name = place.split(":")
     return getattr(importlib.import_module(module), name)
 
 
+MOST_INT8_OUTPUTS = 65535
+"""Of one product by int8 weights on a chip, by the pages of npu_quant_matmul and npu_weight_quant_batchmatmul."""
 _NPU = {
     "exe_modes": ("eager", "ge_graph", "npugraph_ex"),
     "quantization": ("none", "w8a8", "w8a8s", "w8a8sc", "w8a8_dynamic", "w8a8_mix", "w8a16", "wint8", "w4a8_dynamic"),
     "opener": "executor.device.npu.ops:open_chip",
     "package": "torch_npu",
     "is_npu": True,
+    "most_int8_outputs": MOST_INT8_OUTPUTS,
 }
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
@@ -94,6 +109,7 @@ BACKENDS: dict[str, Backend] = {
             opener="executor.device.cpu.ops:open_cpu",
             compute_dtype="executor.device.cpu.ops:computes_in",
             copies_head="executor.device.cpu.ops:copies_head",
+            rounds_head="executor.device.cpu.ops:rounds_head",
         ),
         # Which of them a chip has stands in executor/device/npu/soc.py.
         Backend("npu", ("bfloat16", "float16"), **_NPU),

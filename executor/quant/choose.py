@@ -12,6 +12,7 @@ from executor.checkpoint.description import FLOAT_TYPE, Description
 from executor.checkpoint.pull import Catalog
 from executor.errors import UserError, folded
 from executor.layers.attention import Attention
+from executor.layers.embedding import Head
 from executor.layers.linear import Linear
 from executor.layers.moe import Experts
 from executor.layers.norm import RMSNorm
@@ -111,18 +112,19 @@ def _has(name: str, catalog: Catalog, description: Description) -> bool:
     return name in catalog
 
 
-def make_schemes(model: nn.Module, quantization: str) -> list[str]:
-    """Hand text linears and experts a scheme of MADE; vision, routers, embedding and head stay float.
+def make_schemes(model: nn.Module, quantization: str, rounds_head: bool) -> list[str]:
+    """Hand text linears, experts and, if `rounds_head`, the output head a scheme of MADE; vision, routers and embedding
+    stay float.
 
     Gives what `choose_schemes` does: float checkpoints leave no tensor.
     """
     scheme = MADE[quantization]
     for _ in model.pulls({}):
         pass  # from here on layers know their names
-    for layer in model.modules():
+    for layer in list(model.modules()):
         if isinstance(layer, Linear) and _TEXT.search(layer.prefix):
             layer.take(scheme, layer.share.has_bias)
-        elif isinstance(layer, Experts):
+        elif isinstance(layer, Experts) or (rounds_head and isinstance(layer, Head)):
             layer.take(scheme)
     return []
 
@@ -196,15 +198,16 @@ def _refuse(names: list[str], scheme: Scheme, catalog: Catalog, description: Des
 _BIAS = "experts have no biases here; quantize them without shifting activations (smoothing with symmetric: True)"
 
 
-def assume_schemes(model: nn.Module, quantization: str) -> None:
+def assume_schemes(model: nn.Module, quantization: str, rounds_head: bool = False) -> None:
     """The same where there is no folder: what the vendor quantizes by default under a recipe's `quantization`.
 
+    `rounds_head`: see make_schemes.
     Raises UserError for a type that this release has no scheme for.
     """
     if quantization == "none":
         return
     if quantization in MADE:
-        make_schemes(model, quantization)
+        make_schemes(model, quantization, rounds_head)
         return
     for _ in model.pulls({}):
         pass  # from here on layers know their names

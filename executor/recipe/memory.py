@@ -15,6 +15,7 @@ from executor.errors import UserError
 from executor.host.env import environment
 from executor.quant.sizes import FLOAT_BYTES, weight_bytes
 from executor.recipe.communicators import buffer_bytes
+from executor.recipe.device import takes_int8_head
 from executor.recipe.draft import Draft
 from executor.recipe.peak import Peak, draft_step_bytes, graph_bytes, padding_blocks, peak_of, pixel_bytes
 from executor.recipe.schema import Recipe
@@ -27,6 +28,7 @@ LIBRARY_BYTES = 40 << 20
 and code that runs the first time: measured with torch 2.13 for CPUs."""
 
 
+SCALE_BYTES = 4  # of a row of int8 weights
 STAGED_BYTES = 512 << 20
 QUEUED_BYTES = 256 << 20
 """Of a prefix cache on disk at most: what is read ahead of requests, in host memory, and what waits to be written, in
@@ -136,8 +138,12 @@ def weights_bytes(recipe: Recipe, shapes: ModelShapes, stored: StoredSizes | Non
     attention = (shapes.attention_parameters - shapes.kv_parameters - whole) / tp + shapes.kv_parameters / kv_tp + whole
     linears = shapes.num_layers * attention + shapes.mlp_parameters / tp
     linears += shapes.expert_parameters / recipe.parallel.world_size
-    plain = shapes.vocabulary_parameters / tp + shapes.router_parameters + shapes.norm_parameters
-    return round(linears * linear_size + plain * size + vision_bytes(shapes.vision_parameters * size))
+    table = shapes.vocab_size * shapes.hidden_size
+    vocabulary = shapes.vocabulary_parameters * size
+    if takes_int8_head(recipe, shapes.vocab_size):  # a tied one's table counts as well: it goes when all is loaded
+        vocabulary = table * size + table * linear_size + shapes.vocab_size * SCALE_BYTES
+    plain = shapes.router_parameters + shapes.norm_parameters
+    return round(linears * linear_size + plain * size + vocabulary / tp + vision_bytes(shapes.vision_parameters * size))
 
 
 def kv_block_bytes(recipe: Recipe, shapes: ModelShapes, compute_bytes: int | None = None) -> int:
@@ -155,8 +161,12 @@ def loading_bytes(recipe: Recipe, shapes: ModelShapes, copies_head: bool = True)
     tp = recipe.attn_tp_size
     mlp = 2 * shapes.hidden_size * shapes.intermediate_size
     experts = shapes.expert_parameters / shapes.num_layers / recipe.parallel.world_size
-    head = shapes.vocab_size * shapes.hidden_size if copies_head or not shapes.tied_embeddings else 0
-    return round(max(head / tp, mlp / tp, experts) * FLOAT_BYTES[recipe.model.dtype])
+    size, head_size, head = FLOAT_BYTES[recipe.model.dtype], 0.0, shapes.vocab_size * shapes.hidden_size
+    if takes_int8_head(recipe, shapes.vocab_size):
+        head_size = weight_bytes(recipe.model.quantization, recipe.model.dtype)
+    elif copies_head or not shapes.tied_embeddings:
+        head_size = size
+    return round(max(head * head_size / tp, mlp * size / tp, experts * size))
 
 
 def estimate(

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 
 from executor.device.table import INT8_READ_TOKENS
 from executor.quant.sizes import FLOAT_BYTES
+from executor.recipe.device import takes_int8_head
 from executor.recipe.graph_sizes import graph_shapes, most_inputs, spare_blocks
 from executor.recipe.schema import Recipe
 from executor.recipe.sizes import ModelShapes
 
 ENCODE_TOKENS = 4096
 """Visual tokens that the encoder takes at a time; a single frame of more is encoded alone. The runner holds to it."""
+HEAD_ROWS = 64
+"""Tokens at most whose digits an int8 output head multiplies at a time on a CPU (executor/device/cpu/int8.py)."""
 SCORED_ROWS = 32
 """Tokens whose logits exist at a time where a prompt's logprobs are wanted. The runner holds to it."""
 LOOK_AHEAD = 2  # prompts that are ready beyond those being answered
@@ -69,6 +72,9 @@ def peak_of(
     # logits, those of scored prompt tokens, with their logprobs and what is counted for their ranks.
     rows = min(limits.max_num_seqs * most_inputs(recipe), step_tokens)
     logits = max(rows * (8 + size % 4), rows * 4 + SCORED_ROWS * (9 + size % 4)) * shapes.vocab_size
+    if recipe.model.device == "cpu" and takes_int8_head(recipe, shapes.vocab_size):
+        digits = 3 if size == FLOAT_BYTES["float32"] else 2  # each a float32 result, of which logits are added up
+        logits += min(max(rows, SCORED_ROWS), HEAD_ROWS) * digits * FLOAT_BYTES["float32"] * shapes.vocab_size
     text_heap = vision_heap = 0.0
     if on_host:
         # What is freed in small blocks stays with the allocator, beside the other phase's.

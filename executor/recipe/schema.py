@@ -53,8 +53,9 @@ class ModelSection(Section):
     strict_graph: bool = False
     """true: a graph that cannot be captured is an error, not a warning and eager steps."""
     quantization: Quantization = "auto"
-    """Scheme of the weights. auto: what the checkpoint's own description says. wint8: text layers in int8, made of
-    float weights while they are loaded. Another word must be what the checkpoint calls itself, or a type in it."""
+    """Scheme of the weights. auto: what the checkpoint's own description says. wint8: text layers in int8, and the
+    output head where the device gains by it, made of float weights while they are loaded. Another word must be what the
+    checkpoint calls itself, or a type in it."""
     kv_cache_dtype: KVCacheDtype = "auto"
     """How keys and values are kept. int8: with the checkpoint's scales (C8), half the memory or less. float: in the
     type that the device computes in. auto: int8 where the checkpoint has scales for it."""

@@ -19,10 +19,10 @@ from executor.checkpoint.head import settle_head
 from executor.checkpoint.parts import size_finding
 from executor.checkpoint.settings import read_max_pixels
 from executor.checkpoint.stored import StoredSizes, read_sizes
-from executor.device.table import BACKENDS, CHIP_BYTES, DeviceSettings, having, named
+from executor.device.table import BACKENDS, CHIP_BYTES, having, named
 from executor.errors import UserError
 from executor.host.limits import host_memory_bytes, process_memory_bytes
-from executor.quant.sizes import FLOAT_BYTES
+from executor.recipe.device import compute_bytes, copies_head
 from executor.recipe.draft import (
     Draft,
     draft_recipe,
@@ -34,7 +34,7 @@ from executor.recipe.draft import (
 )
 from executor.recipe.kv_cache import cache_findings, has_cache_scales, scales_finding
 from executor.recipe.memory import MemoryEstimate, estimate
-from executor.recipe.schema import ModelSection, Recipe
+from executor.recipe.schema import Recipe
 from executor.recipe.schemes import agrees, disagreement, float_twin, has_scheme, type_findings, word_findings
 from executor.recipe.sizes import ModelShapes
 from models.registry import parse_config, read_shapes
@@ -149,28 +149,6 @@ def largest_picture_tokens(recipe: Recipe, shapes: ModelShapes, folder: Path) ->
     found = recipe.data.max_pixels or read_max_pixels(folder)
     token_pixels = (shapes.vision.patch_size * shapes.vision.merge_size) ** 2
     return max(1, found // token_pixels) if found else None
-
-
-def device_settings(model: ModelSection, index: int = 0) -> DeviceSettings:
-    """What a settled recipe says about its device; `index`: which of this machine's chips."""
-    return DeviceSettings(
-        model.dtype,
-        soc=model.soc,
-        emulated=BACKENDS[model.device].is_emulated,
-        weight_nz=model.enable_weight_nz,
-        cpu_isa=model.cpu_isa,
-        index=index,
-    )
-
-
-def compute_bytes(recipe: Recipe) -> int:
-    """Of a number of the activations and of the KV cache. Raises UserError for a CPU that the recipe forces in vain."""
-    return FLOAT_BYTES[BACKENDS[recipe.model.device].computes_in(device_settings(recipe.model))]
-
-
-def copies_head(recipe: Recipe) -> bool:
-    """Whether a tied output head is made a copy of the embedding. Raises UserError as compute_bytes."""
-    return BACKENDS[recipe.model.device].copies_tied_head(device_settings(recipe.model))
 
 
 def refuse(findings: Sequence[str]) -> None:

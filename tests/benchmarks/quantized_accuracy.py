@@ -2,11 +2,12 @@
 
     python -m tests.benchmarks.quantized_accuracy models/tiny/qwen3_vl QUANTIZED ... [--num 500] [--dtype bfloat16]
     python -m tests.benchmarks.quantized_accuracy models/tiny/qwen3_vl --make w8a8 w8a8_dynamic [--words "--smooth 0.7"]
+    python -m tests.benchmarks.quantized_accuracy models/tiny/qwen3_vl --load wint8
 
 The first folder is the float one, which all others are compared with, computed in the same type. --make quantizes it
-here, with --words handed on to the command. Logits are those of the last prompt token, in float32; their error is
-|quantized - float| / |float| over all samples. Calibration is 32 pictures with a question each of another seed.
-Greedy. Prints JSON, a line a folder.
+here, with --words handed on to the command; --load makes it while the first folder is loaded once more. Logits are
+those of the last prompt token, in float32; their error is |quantized - float| / |float| over all samples. Calibration
+is 32 pictures with a question each of another seed. Greedy. Prints JSON, a line a form.
 """
 
 import argparse
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="*")
     parser.add_argument("--make", nargs="+", default=[])
     parser.add_argument("--words", default="")
+    parser.add_argument("--load", nargs="+", default=[])
     parser.add_argument("--num", type=int, default=500)
     parser.add_argument("--seed", type=int, default=2000)
     parser.add_argument("--dtype", default="bfloat16")
@@ -45,11 +47,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         made = [make(args.source, scheme, shlex.split(args.words), Path(scratch)) for scheme in args.make]
         base = None
-        for folder in (args.source, *args.folders, *made):
-            score, logits = measure(folder, args, Path(scratch))
+        forms = [(folder, "auto") for folder in (args.source, *args.folders, *made)]
+        for folder, word in (*forms, *((args.source, word) for word in args.load)):
+            score, logits = measure(folder, word, args, Path(scratch))
             base = logits if base is None else base
             error = float((logits - base).norm() / base.norm())
-            print(json.dumps({"folder": Path(folder).name, **score, "logits_error": round(error, 5)}), flush=True)
+            name = {"folder": Path(folder).name, "quantization": word}
+            print(json.dumps({**name, **score, "logits_error": round(error, 5)}), flush=True)
 
 
 def make(source: str, scheme: str, words: Sequence[str], scratch: Path) -> str:
@@ -63,9 +67,9 @@ def make(source: str, scheme: str, words: Sequence[str], scratch: Path) -> str:
     return str(out)
 
 
-def measure(folder: str, args: argparse.Namespace, scratch: Path) -> tuple[dict, torch.Tensor]:
+def measure(folder: str, quantization: str, args: argparse.Namespace, scratch: Path) -> tuple[dict, torch.Tensor]:
     """Scores in per cent, by kind of question where they are not 100, and the logits `[num, V]`."""
-    model = {"model_path": folder, "device": "cpu", "dtype": args.dtype}
+    model = {"model_path": folder, "device": "cpu", "dtype": args.dtype, "quantization": quantization}
     limits = {"max_num_seqs": 32, "max_model_len": 2048, "block_size": 16, "num_blocks": 2048}
     engine = build_engine(build_recipe({"model_config": model, "scheduler_config": limits}))
     samples = world.held_out(args.seed, args.num)

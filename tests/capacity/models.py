@@ -10,6 +10,7 @@ from executor.checkpoint.load import build_on_meta, default_dtype
 from executor.checkpoint.pull import finalize
 from executor.device import ops
 from executor.device.cpu.ops import CpuOps
+from executor.device.table import BACKENDS, DeviceSettings
 from executor.engine.step import ModelStep
 from executor.parallel.groups import groups
 from executor.quant.choose import assume_schemes
@@ -55,14 +56,16 @@ def published(name: str, layers: int | None = None) -> tuple[dict[str, Any], Mod
 
 
 def model_on_meta(config: dict[str, Any], quantization: str, degrees: Degrees, dtype: torch.dtype) -> Any:
-    """Rank 0's model, without memory, its linears in the types that the vendor chooses."""
+    """Rank 0's model, without memory, its linears in the types that the vendor chooses, as a CPU takes them."""
     world, tp, ep, vision = degrees
     rank = groups(world, tp, ep, vision, rank=0, new_group=lambda ranks, buffer_mb: None)
     ops.bind(CpuOps())
 
     def build() -> Any:
         model = family_runner(config).build_model(config, rank)
-        assume_schemes(model, quantization)
+        settings = DeviceSettings(str(dtype).removeprefix("torch."))
+        rounds_head = BACKENDS["cpu"].takes_int8_head(settings, model.config.text.vocab_size)
+        assume_schemes(model, quantization, rounds_head)
         return model
 
     return build_on_meta(build, dtype)

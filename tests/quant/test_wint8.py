@@ -1,21 +1,33 @@
 """wint8: which layers are int8, what they hold on any number of ranks and of any form of file, and in what memory."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from executor.capacity.products import head as head_product
+from executor.checkpoint.load import EMBEDDING, default_dtype
+from executor.checkpoint.pull import finalize
 from executor.checkpoint.weights import check_complete
 from executor.commands.build import build_engine
 from executor.device import ops
+from executor.device.cpu import ops as cpu_ops
+from executor.device.cpu.capability import capability
+from executor.device.cpu.int8_products import DIGITS, EXPANDED, ONE_CALL
 from executor.device.cpu.ops import CpuOps
+from executor.device.table import BACKENDS, DeviceSettings
 from executor.errors import UserError
+from executor.layers.embedding import Embedding, Head
 from executor.layers.moe import Experts
 from executor.parallel.groups import SINGLE, Group, Parallel
 from executor.quant import wint8
 from executor.quant.choose import MADE, schemes_of
 from executor.quant.sizes import MADE_AT_LOAD
+from executor.recipe.device import takes_int8_head
+from executor.recipe.memory import weights_bytes
 from executor.recipe.schema import build_recipe
 from executor.recipe.settle import prepare
 from tests.engines import engine_over
@@ -23,7 +35,7 @@ from tests.msmodelslim.folders import expected, family_of
 from tests.quant.test_msmodelslim import answered
 from tests.reference import REPO
 
-E, N, INNER = 4, 24, 16
+E, N, INNER, V = 4, 24, 16, 300
 
 
 def recipe_of(folder, **model: str):
@@ -40,8 +52,8 @@ def test_text_layers_are_int8_and_answers_stay(msmodelslim, name):
     held = schemes_of(engine.runner.model)
     layers = {linear.removeprefix("language_model.layers.") for linear in held["wint8"]}
     mlp = {"mlp.experts"} if "moe" in name else {"mlp.gate_up_proj", "mlp.down_proj"}
-    assert layers == {"self_attn.qkv_proj", "self_attn.o_proj", *mlp}
-    assert all(linear.startswith(("visual.", "lm_head")) or linear.endswith("mlp.gate") for linear in held["none"])
+    assert layers == {"self_attn.qkv_proj", "self_attn.o_proj", *mlp, "lm_head"}
+    assert all(linear.startswith("visual.") or linear.endswith("mlp.gate") for linear in held["none"])
     plain, cases = engine_over(folder, num_blocks=64), expected(msmodelslim(name))["cases"]
     for case in cases:
         wanted, said = answered(plain, case, 16)
@@ -54,11 +66,108 @@ def test_float_checkpoints_only(msmodelslim):
     assert tuple(MADE) == MADE_AT_LOAD
     with pytest.raises(UserError, match="wint8 is made of float weights, and the checkpoint .* is w8a16; set quantiz"):
         prepare(recipe_of(msmodelslim("qwen3_vl_w8a16")))
-    folder = REPO / "models" / "tiny" / "qwen3_vl"
+
+
+@pytest.mark.parametrize("family, tied", [("qwen2_5_vl", True), ("qwen3_vl", False)])
+def test_the_estimate_counts_a_tied_heads_copy(family, tied):
+    """Its table stays; a head of its own has fewer bytes."""
+    folder = REPO / "models" / "tiny" / family
     narrow, wide = (prepare(recipe_of(folder, quantization=word)).memory.weights_bytes for word in ("wint8", "none"))
     shapes = prepare(recipe_of(folder)).shapes
     linears = shapes.num_layers * shapes.attention_parameters + shapes.mlp_parameters
-    assert wide - narrow == 3 * linears
+    head = shapes.vocab_size * shapes.hidden_size
+    assert shapes.tied_embeddings is tied
+    assert wide - narrow == 3 * linears + (-head if tied else 3 * head) - 4 * shapes.vocab_size
+
+
+class Whole(Group):
+    """One of several ranks, whose logits the test joins itself."""
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x
+
+
+def head_of(tensors: dict[str, Tensor], tied: bool, group: Group, dtype: torch.dtype) -> tuple[Embedding, Head]:
+    """A rank's table and head as they are loaded from `tensors`, the head int8."""
+    with default_dtype(dtype):
+        table = Embedding(V, N, group)
+        head = Head(V, N, group, table if tied else None)
+        for _ in head.pulls({}, "lm_head"):
+            pass
+        head.take(MADE["wint8"])
+    pulls = [*table.pulls({}, EMBEDDING), *head.pulls({}, "lm_head")]
+    check_complete(nn.ModuleList([table, head]), pulls)
+    for pull in pulls:
+        x = tensors[pull.name][pull.file_index]
+        pull.into.copy_(x if pull.convert is None else pull.convert(x))
+    finalize(head)
+    return table, head
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", ["avx512", "avx2"])
+def test_logits_are_those_of_rounded_rows_on_any_ranks(tied, isa, dtype):
+    """Tied or not; the table that tokens are looked up in keeps its values."""
+    if capability().isa not in ("avx512", isa):
+        pytest.skip(f"this CPU has no {isa} path")
+    torch.manual_seed(0)
+    ops.bind(CpuOps(capability(isa)))
+    tensors = {f"{EMBEDDING}.weight": torch.randn(V, N).to(dtype), "lm_head.weight": torch.randn(V, N).to(dtype)}
+    weight = tensors[f"{EMBEDDING}.weight" if tied else "lm_head.weight"]
+    values, scale = scaled(weight.float())
+    x = torch.randn(70, N).to(ops.bound().compute_dtype(dtype))
+    wanted = x.double() @ (values.double() * scale.double().unsqueeze(-1)).t()
+    table, head = head_of(tensors, tied, Group(), dtype)
+    assert (head.own.scheme.name, head.own.prefix) == ("wint8", "lm_head")
+    assert torch.equal(table.weight, tensors[f"{EMBEDDING}.weight"])
+    parts = [head_of(tensors, tied, Whole(rank, 2), dtype)[1] for rank in (0, 1)]
+    for rows in (1, 8, 70):
+        logits = head(x[:rows])
+        assert logits.dtype is torch.float32 and logits.shape == (rows, V)
+        atol = 2e-3 if x.dtype is torch.float32 else 0.06
+        torch.testing.assert_close(logits.double(), wanted[:rows], atol=atol, rtol=0.01)
+        torch.testing.assert_close(torch.cat([part(x[:rows]) for part in parts], -1), logits, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_tied_table_stays_in_a_file_of_its_type(dtype, caplog):
+    """The int8 copy is all that is in memory then; the table has the file's values either way."""
+    folder = REPO / "models" / "tiny" / "qwen2_5_vl"
+    with caplog.at_level("INFO"):
+        model = build_engine(recipe_of(folder, dtype=dtype)).runner.model
+    assert ("token embeddings are looked up in" in caplog.text) is (dtype == "bfloat16")
+    assert model.lm_head.tied and not list(model.lm_head.parameters())
+    stored = load_file(folder / "model.safetensors")
+    (table,) = (x for name, x in stored.items() if name.endswith("embed_tokens.weight"))
+    assert torch.equal(model.language_model.embed_tokens.weight, table.to(getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("form, rounds", [(ONE_CALL, True), (DIGITS, True), (EXPANDED, False)])
+def test_a_cpu_without_int8_products_keeps_the_head(form, rounds, monkeypatch):
+    """Values made float32 at every call would take several times as long as 16 bits."""
+    folder = REPO / "models" / "tiny" / "qwen3_vl"
+    found = replace(capability(), int8=form)
+    monkeypatch.setattr(cpu_ops, "capability", lambda isa="auto": found)
+    prepared = prepare(recipe_of(folder))
+    shapes = prepared.shapes
+    assert takes_int8_head(prepared.recipe, shapes.vocab_size) is rounds
+    assert head_product(prepared.recipe, shapes).kind == ("WINT8" if rounds else "FLOAT")
+    more = prepared.memory.weights_bytes - weights_bytes(prepared.recipe, replace(shapes, vocab_size=0))
+    table = shapes.vocab_size * shapes.hidden_size
+    assert more == 4 * table + (table + 4 * shapes.vocab_size if rounds else 4 * table)
+    if form != DIGITS:
+        assert ("lm_head" in schemes_of(build_engine(recipe_of(folder)).runner.model)["wint8"]) is rounds
+
+
+def test_a_chip_keeps_a_head_that_is_no_one_product():
+    """By the whole vocabulary: 65535 outputs are the most, and two ranks' halves must be the same model."""
+    settings = DeviceSettings("bfloat16", soc="atlas_800i_a2")
+    for name in ("npu", "npu_emulated"):
+        assert BACKENDS[name].takes_int8_head(settings, 65535)
+        assert not BACKENDS[name].takes_int8_head(settings, 151936)
+    none = recipe_of(REPO / "models" / "tiny" / "qwen3_vl", quantization="none")
+    assert not takes_int8_head(none, 512)
 
 
 def scaled(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,10 +54,18 @@ class Capability:
         """Whether an output head is worth a copy of the embedding in this form: plain weights are far slower.
 
         Source: 151936 x 2048 in bfloat16, plain and reordered. With AMX the same; without (an AMD Zen 5, two threads)
-        34 and 9 ms for one row, 31 and 13 ms for eight.
+        34 and 9 ms for one row, 31 and 13 ms for eight. int8 weights are always a copy.
         """
         form = self.form(dtype)
-        return form == PACKED_FP16 or (form == REORDERED and dtype.itemsize == 2 and not self.has_tiles)
+        is_slow = form == PACKED_FP16 or (form == REORDERED and dtype.itemsize == 2 and not self.has_tiles)
+        return dtype is torch.int8 or is_slow
+
+    @property
+    def rounds_head(self) -> bool:
+        """Whether a large head of int8 weights is worth making: values made float32 at every call are slower than 16
+        bits, 3 times at one row and more at several (151936 x 2048).
+        """
+        return self.int8 != EXPANDED
 
     def describe(self, dtype: torch.dtype) -> str:
         """For the log: what is used, and what that means for `dtype`."""

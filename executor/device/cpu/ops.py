@@ -290,6 +290,11 @@ def copies_head(settings: DeviceSettings) -> bool:
     return capability(settings.cpu_isa).copies_tied_head(getattr(torch, settings.dtype))
 
 
+def rounds_head(settings: DeviceSettings) -> bool:
+    """Whether an output head may be made int8. Raises UserError as open_cpu."""
+    return capability(settings.cpu_isa).rounds_head
+
+
 def _rows_of(cache: Tensor, row: _Row) -> Tensor:
     """The row's keys or values `[1, K, kv_len, D]`: a view where its blocks are consecutive."""
     if row.first_slot >= 0:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from executor.device.npu import layout
 from executor.device.npu.linear import SummedLinear, frozen
+from executor.device.table import MOST_INT8_OUTPUTS
 from executor.device.weights import (
     WORDS,
     DynamicInt8,
@@ -26,7 +27,7 @@ from executor.device.weights import (
 )
 from executor.errors import UserError
 
-MOST_COLUMNS = 65535  # outputs of one product
+MOST_COLUMNS = MOST_INT8_OUTPUTS  # of one product
 _TILE = 16  # divides both dims of a weight that the 300I DUO quantizes activations for
 _GROUP = 32  # divides the inputs that share a scale
 _STATIC, _DYNAMIC = 0, 1  # quant_mode of npu_dequant_swiglu_quant

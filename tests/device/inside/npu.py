@@ -26,6 +26,7 @@ from executor.device.cpu.ops import CpuOps
 from executor.device.npu.ops import NpuOps
 from executor.device.npu.soc import SOCS
 from executor.device.ops import Ops
+from executor.device.table import BACKENDS, DeviceSettings
 from executor.engine.engine import Engine
 from executor.engine.replica import Replica
 from executor.parallel.groups import SINGLE, groups
@@ -138,11 +139,12 @@ def true_size(
     calls: dict[str, str] | None = None,
     int8_cache: bool = False,
     quantization: str = "none",
+    vocab_size: int | None = None,
 ) -> Iterator[Traces]:
     """A published model's first layers on a chip, traced as rank 0 of `tp * replicas` ranks, on meta tensors.
 
     `calls`: ops that another call of the table serves. `quantization`: a recipe's word, for the vendor's choice of
-    layers; WHOLLY_STATIC: every linear of the layers is static.
+    layers; WHOLLY_STATIC: every linear of the layers is static. `vocab_size`: None: the published one.
     """
     activate(soc)
     dtype = dtype or SOCS[soc].dtypes[0]
@@ -150,6 +152,8 @@ def true_size(
     device.calls |= calls or {}
     ops.bind(device)
     config = published_config(name)
+    if vocab_size is not None:
+        config.get("text_config", config)["vocab_size"] = vocab_size
     world_size = tp * replicas
     with fake_world(world_size) if world_size > 1 else contextlib.nullcontext():
         parallel = groups(world_size, tp, ep, "tp", rank=0) if world_size > 1 else SINGLE
@@ -161,7 +165,9 @@ def true_size(
 def _built(config: Any, parallel: Any, layers: int, quantization: str, int8_cache: bool) -> torch.nn.Module:
     model = family_runner(config).build_model(config, parallel)
     model.language_model.layers = model.language_model.layers[:layers]
-    assume_schemes(model, "w8a8" if quantization == WHOLLY_STATIC else quantization)
+    settings = DeviceSettings(str(torch.get_default_dtype()).removeprefix("torch."))
+    rounds_head = BACKENDS["npu"].takes_int8_head(settings, model.config.text.vocab_size)
+    assume_schemes(model, "w8a8" if quantization == WHOLLY_STATIC else quantization, rounds_head)
     if quantization == WHOLLY_STATIC:
         for layer in model.language_model.layers:
             layer.mlp.down_proj.take(SCHEMES["W8A8"], False)

@@ -99,6 +99,27 @@ def test_nodes_of_a_quantized_decode_layer(name, quantization, tp, most) -> None
     assert layer["QuantBatchMatmulV3"] + layer["WeightQuantBatchMatmulV2"] == 4 - plain
 
 
+TIED = "Qwen2.5-VL-3B-Instruct"
+
+
+@pytest.mark.parametrize("name", [TIED, QWEN3])
+@pytest.mark.parametrize("vocab_size, product", [(65535, "WeightQuantBatchMatmulV2"), (None, "MatMul")])
+def test_a_head_made_int8_adds_no_node(name, vocab_size, product) -> None:
+    """Tied or not. One product has 65535 outputs at the most: a larger head would be several, put side by side, and
+    stays float.
+    """
+    fixed = {}
+    for quantization in ("none", "wint8"):
+        with true_size(name, A3, quantization=quantization, vocab_size=vocab_size) as traces:
+            assert traces.decode_calls(tensors=True).violations == []
+            one, two = traces.decode_graph(1), traces.decode_graph(2)
+        fixed[quantization] = Counter(one.kernels)
+        fixed[quantization].subtract(per_layer(one, two))
+    products = ("MatMul", "WeightQuantBatchMatmulV2")
+    assert {kind: fixed["wint8"][kind] for kind in products if fixed["wint8"][kind]} == {product: 1}
+    assert fixed["wint8"].total() == fixed["none"].total()
+
+
 EXPERTS = [("w8a8", 2, 17), ("w4a8_dynamic", 2, 21)]
 
 

@@ -9,10 +9,16 @@ import torch_npu
 
 from emulator.formats import is_nz
 from emulator.record import Recorder
+from executor.checkpoint.load import EMBEDDING, default_dtype
+from executor.checkpoint.pull import finalize
+from executor.device import ops
 from executor.device.npu import quant
 from executor.device.npu.soc import COMPOSED, SOCS
 from executor.device.weights import DynamicInt4, DynamicInt8, MixedInt8, StaticInt8, WeightInt8
 from executor.errors import UserError
+from executor.layers.embedding import Embedding, Head
+from executor.parallel.groups import SINGLE
+from executor.quant.choose import MADE
 from tests.device.inside.npu import A2, A3, CPU, DUO, backend
 from tests.emulator.helpers import close, rand
 
@@ -90,6 +96,29 @@ def test_linears_are_the_formula_and_the_cpu(npu, kind, bias) -> None:
             if kind != "mixed":  # the CPU tells steps of many rows by the layer
                 near(got, cpu(x).double(), weight)
         assert linear(x[:0]).shape == (0, m)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_made_int8_is_the_formula(npu, tied) -> None:
+    """A copy of the table, which keeps its values, or a weight of its own."""
+    ops.bind(npu)
+    with default_dtype(npu.dtype):
+        table = Embedding(48, 64, SINGLE.text)
+        head = Head(48, 64, SINGLE.text, table if tied else None)
+        head.take(MADE["wint8"])
+    stored = {f"{EMBEDDING}.weight": rand(48, 64, dtype=npu.dtype), "lm_head.weight": rand(48, 64, dtype=npu.dtype)}
+    for pull in (*table.pulls({}, EMBEDDING), *head.pulls({}, "lm_head")):
+        x = stored[pull.name]
+        pull.into.copy_(x if pull.convert is None else pull.convert(x))
+    finalize(head)
+    assert torch.equal(table.weight, stored[f"{EMBEDDING}.weight"])
+    weight = stored[f"{EMBEDDING}.weight" if tied else "lm_head.weight"].float()
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    rounded = WeightInt8((weight / scale).round().to(torch.int8), scale)
+    x = rand(5, 64, dtype=npu.dtype, seed=3)
+    logits = head(x)
+    assert logits.dtype is torch.float32
+    near(logits.to(npu.dtype), formula(x, rounded, None), rounded)
 
 
 @pytest.mark.parametrize("soc", [A2, A3])
