@@ -43,6 +43,54 @@ def test_paged_attention_of_mixed_rows(tables):
     torch.testing.assert_close(got, torch.cat(wanted).float(), atol=1e-5, rtol=1e-5)
 
 
+def filled(cache, tables, lengths, block_size):
+    """Keys and values of rows, written to a cache whose other slots are not numbers."""
+    for each in (cache.k, cache.v):
+        each.fill_(float("nan"))
+    shape = cache.k.shape[2:]
+    keys, values = ([torch.randn(length, *shape) for length in lengths] for _ in range(2))
+    for table, length, k, v in zip(tables, lengths, keys, values, strict=True):
+        places = torch.arange(length)
+        slots = torch.tensor(table)[places // block_size] * block_size + places % block_size
+        OPS.kv_write(k, v, cache, slots)
+    return keys, values
+
+
+@pytest.mark.parametrize("order", ["consecutive", "spread"])
+@pytest.mark.parametrize(
+    ("q_lens", "kv_lens", "num_together"),
+    [
+        ([1] * 6, [3, 40, 17, 64, 1, 64], [6]),
+        ([1] * 5, [20] * 5, [5]),
+        ([1] * 3, [20] * 3, []),
+        ([1] * 12, [250] * 12, [8, 4]),
+        ([1] * 10, [250] * 10, [8]),
+        ([1, 1, 7, 1, 300, 1, 1, 1], [9, 30, 7, 400, 300, 12, 1, 256], [5]),
+    ],
+)
+def test_short_decode_rows_are_attended_together(order, q_lens, kv_lens, num_together):
+    """Each reads its own tokens, whatever lies in the cache behind them; as a step further on, and as one made anew."""
+    torch.manual_seed(0)
+    block_size, heads, kv_heads, dim = 16, 6, 2, 24
+    sizes = [length // block_size + 1 for length in kv_lens]
+    blocks = list(range(sum(sizes))) if order == "consecutive" else torch.randperm(sum(sizes)).tolist()
+    tables = [[blocks.pop(0) for _ in range(size)] for size in sizes]
+    (cache,) = OPS.kv_cache(1, sum(sizes), block_size, kv_heads, dim, torch.float32)
+    keys, values = filled(cache, tables, kv_lens, block_size)
+    q = torch.randn(sum(q_lens), heads, dim)
+    wanted = torch.cat([naive_causal(*x, 0.2) for x in zip(q.split(q_lens), keys, values, strict=True)]).float()
+    step = OPS.prepare_attention(q_lens, kv_lens, tables, block_size)
+    assert [some.shape[0] for some in step.together] == num_together
+    torch.testing.assert_close(OPS.paged_attention(q, cache, step, 0.2), wanted, atol=1e-5, rtol=1e-5)
+    if set(q_lens) == {1}:
+        before = [length - 1 for length in kv_lens]
+        if min(before):
+            entered = [row for row, length in enumerate(before) if length % block_size == 0]
+            step = OPS.prepare_attention(q_lens, before, tables, block_size)
+            step = OPS.advance_attention(step, kv_lens, tables, block_size, entered)
+            torch.testing.assert_close(OPS.paged_attention(q, cache, step, 0.2), wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [4, 4, 7, 1, 7, 7]])
 def test_varlen_attention_stays_inside_segments(lengths):
     torch.manual_seed(0)

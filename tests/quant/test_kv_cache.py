@@ -47,13 +47,16 @@ def random_scales(heads: int, dim: int, offsets: bool) -> KVScales:
 
 @pytest.mark.parametrize("offsets", [False, True])
 @pytest.mark.parametrize("tables", [[[0, 1, 2], [3], [4, 5]], [[5, 0, 3], [2], [4, 1]]], ids=["consecutive", "spread"])
-def test_the_cpu_computes_the_formula(tables, offsets):
-    """Written numbers and attention over them against float64; a decode row, a prompt and a chunk in one step."""
+@pytest.mark.parametrize(("q_lens", "kv_lens"), [([1, 9, 11], [40, 9, 30]), ([1] * 6, [40, 9, 30, 40, 9, 30])])
+def test_the_cpu_computes_the_formula(tables, q_lens, kv_lens, offsets):
+    """Written numbers and attention over them against float64; a decode row, a prompt and a chunk in one step, and
+    decode rows that are attended together."""
     torch.manual_seed(0)
     block_size, heads, kv_heads, dim = 16, 6, 2, 24
-    q_lens, kv_lens = [1, 9, 11], [40, 9, 30]
+    tables = tables + [[block + 6 for block in table] for table in tables]
+    tables = tables[: len(q_lens)]
     scales = random_scales(kv_heads, dim, offsets)
-    (cache,) = OPS.kv_cache(1, 6, block_size, kv_heads, dim, torch.float32, scales=[scales])
+    (cache,) = OPS.kv_cache(1, 12, block_size, kv_heads, dim, torch.float32, scales=[scales])
     assert cache.k.dtype == cache.v.dtype == torch.int8
     wide = [x.double() for x in (scales.k_scale, scales.k_offset, scales.v_scale, scales.v_offset)]
     keys, values = [], []

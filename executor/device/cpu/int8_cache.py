@@ -25,7 +25,7 @@ class RowBuffer:
     memory: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def filled(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x [1, K, L, D]`, int8, in `dtype`; valid until the next call."""
+        """`x [rows, K, L, D]`, int8, in `dtype`; valid until the next call."""
         if self.memory.numel() < x.numel() or self.memory.dtype != dtype:
             self.memory = torch.empty(x.numel(), dtype=dtype)
         _, heads, length, dim = x.shape
@@ -58,9 +58,9 @@ class Int8Cache:
         return grouped.flatten(1, 2).to(self.dtype)
 
     def widened(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """A row's keys and values `[1, K, L, D]` as whole numbers in the type that attention computes in.
+        """Keys and values `[rows, K, L, D]` as whole numbers in the type that attention computes in.
 
-        Valid until the next row's.
+        Valid until the next call.
         """
         k, v = (buffer.filled(x, self.dtype) for buffer, x in zip(self.buffers, (k, v), strict=True))
         return k, v if self.v_offset is None else v.sub_(self.v_offset)

@@ -1,20 +1,18 @@
 """The CPU backend: the reference that defines every op, and a full backend in its own right.
 
 How linear weights are kept depends on what the CPU can do (capability.py, linear.py); the plain copy is dropped by the
-caller.
-Cache layout: [blocks, block_size, K, D]; a row whose blocks are consecutive is attended through a view.
+caller. Attention over the KV cache: attention.py.
 """
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from executor.device.cpu import int8
+from executor.device.cpu import attention, int8
 from executor.device.cpu.capability import PACKED_FP16, REORDERED, Capability, capability
 from executor.device.cpu.int8_cache import Int8Cache, RowBuffer
 from executor.device.cpu.linear import Expanded, PackedFp16, Plain, Reordered, Scratch, Shared, exact_scale
@@ -26,19 +24,6 @@ from executor.device.weights import Weight, expert_form, experts_of
 logger = logging.getLogger(__name__)
 
 _TILE_ELEMENTS = 1 << 17
-_FEW_QUERIES = 32  # of a row behind cached tokens; up to here reading keys and values takes longer than the products
-
-
-@dataclass(slots=True)
-class _Row:
-    """One row's place in the step and in the cache."""
-
-    start: int
-    q_len: int
-    kv_len: int
-    first_slot: int  # of the row's consecutive blocks; -1 where they must be gathered
-    blocks: Tensor | None  # int64, set where first_slot is -1
-    mask: Tensor | None  # bool [q_len, kv_len], set where 1 < q_len < kv_len
 
 
 class CpuOps(Ops):
@@ -184,69 +169,18 @@ class CpuOps(Ops):
 
     def prepare_attention(
         self, q_lens: Sequence[int], kv_lens: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int
-    ) -> list[_Row]:
-        rows, start = [], 0
-        for q_len, kv_len, blocks in zip(q_lens, kv_lens, block_tables, strict=True):
-            count, first = -(-kv_len // block_size), blocks[0]
-            if len(blocks) > count:
-                blocks = blocks[:count]
-            together = blocks[-1] - first == count - 1 and blocks == list(range(first, first + count))
-            mask = None
-            if 1 < q_len < kv_len:
-                mask = torch.ones(q_len, kv_len, dtype=torch.bool).tril_(kv_len - q_len)
-            first_slot = first * block_size if together else -1
-            rows.append(_Row(start, q_len, kv_len, first_slot, None if together else torch.tensor(blocks), mask))
-            start += q_len
-        return rows
+    ) -> attention.Step:
+        return attention.prepare(q_lens, kv_lens, block_tables, block_size)
 
     def advance_attention(
-        self, prepared: list[_Row], kv_lens: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int,
+        self, prepared: attention.Step, kv_lens: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int,
         entered: Sequence[int],
-    ) -> list[_Row]:  # fmt: skip
-        for row in prepared:
-            row.kv_len += 1
-        for place in entered:
-            row, blocks = prepared[place], block_tables[place]
-            last = (row.kv_len - 1) // block_size
-            if row.first_slot < 0:
-                row.blocks = torch.tensor(blocks[: last + 1])
-            elif blocks[last] * block_size != row.first_slot + last * block_size:
-                row.first_slot, row.blocks = -1, torch.tensor(blocks[: last + 1])
+    ) -> attention.Step:  # fmt: skip
+        prepared.advance(block_tables, entered)
         return prepared
 
-    def paged_attention(self, q: Tensor, cache: KVLayer, prepared: list[_Row], scale: float) -> Tensor:
-        num_tokens, num_heads, dim = q.shape
-        num_kv_heads = cache.k.shape[2]
-        group = num_heads // num_kv_heads
-        out = torch.empty(num_tokens, num_heads * dim, dtype=q.dtype)
-        scales: Int8Cache | None = cache.scales
-        if scales is not None:
-            q = scales.scaled_queries(q)
-        singles = q.unflatten(1, (num_kv_heads, group))
-        answers = out.view(num_tokens, num_kv_heads, group, dim)
-        for row in prepared:
-            k, v = _rows_of(cache.k, row), _rows_of(cache.v, row)  # [1, K, L, D]
-            if scales is not None:
-                k, v = scales.widened(k, v)
-            if row.q_len == 1:
-                # The query heads of one KV head stand as query rows: its keys are read once for all of them.
-                y = F.scaled_dot_product_attention(singles[row.start : row.start + 1], k, v, scale=scale)
-                answers[row.start].copy_(y[0])
-                continue
-            queries = q[row.start : row.start + row.q_len].unflatten(1, (num_kv_heads, group))
-            target = out[row.start : row.start + row.q_len].view(row.q_len, num_kv_heads, group, dim)
-            if row.q_len > _FEW_QUERIES or row.mask is None:
-                y = F.scaled_dot_product_attention(
-                    queries.flatten(1, 2).transpose(0, 1).unsqueeze(0), k, v, attn_mask=row.mask,
-                    is_causal=row.mask is None, scale=scale, enable_gqa=True,
-                )  # fmt: skip
-                target.copy_(y[0].unflatten(0, (num_kv_heads, group)).permute(2, 0, 1, 3))
-                continue
-            rows = queries.permute(1, 2, 0, 3).reshape(1, num_kv_heads, group * row.q_len, dim)
-            mask = row.mask.expand(group, -1, -1).flatten(0, 1)
-            y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
-            target.copy_(y.view(num_kv_heads, group, row.q_len, dim).permute(2, 0, 1, 3))
-        return out if scales is None else scales.scaled_values(out)
+    def paged_attention(self, q: Tensor, cache: KVLayer, prepared: attention.Step, scale: float) -> Tensor:
+        return attention.attend(q, cache, prepared, scale)
 
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
         out, start, index = torch.empty_like(q), 0, 0
@@ -293,15 +227,3 @@ def copies_head(settings: DeviceSettings) -> bool:
 def rounds_head(settings: DeviceSettings) -> bool:
     """Whether an output head may be made int8. Raises UserError as open_cpu."""
     return capability(settings.cpu_isa).rounds_head
-
-
-def _rows_of(cache: Tensor, row: _Row) -> Tensor:
-    """The row's keys or values `[1, K, kv_len, D]`: a view where its blocks are consecutive."""
-    if row.first_slot >= 0:
-        heads, dim = cache.shape[2:]
-        width = heads * dim  # one call, as this runs for every row of every layer
-        return cache.as_strided(
-            (1, heads, row.kv_len, dim), (0, dim, width, 1), cache.storage_offset() + row.first_slot * width
-        )
-    flat = cache.index_select(0, row.blocks).flatten(0, 1)[: row.kv_len]
-    return flat.transpose(0, 1).unsqueeze(0)
