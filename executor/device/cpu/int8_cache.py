@@ -28,8 +28,8 @@ class RowBuffer:
         """`x [rows, K, L, D]`, int8, in `dtype`; valid until the next call."""
         if self.memory.numel() < x.numel() or self.memory.dtype != dtype:
             self.memory = torch.empty(x.numel(), dtype=dtype)
-        _, heads, length, dim = x.shape
-        return self.memory[: x.numel()].view(1, length, heads, dim).transpose(1, 2).copy_(x)
+        rows, heads, length, dim = x.shape
+        return self.memory[: x.numel()].view(rows, length, heads, dim).transpose(1, 2).copy_(x)
 
 
 @dataclass(frozen=True, eq=False)
