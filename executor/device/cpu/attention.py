@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from executor.device.cpu.int8_cache import Int8Cache
+from executor.device.cpu.tiled_attention import LEAST_KEYS, LEAST_QUERIES, tiled_attention
 from executor.device.ops import KVLayer
 
 _FEW_QUERIES = 32  # of a row behind cached tokens; up to here reading keys and values takes longer than the products
@@ -138,8 +139,8 @@ def prepare(
     return Step(rows, block_size)
 
 
-def attend(q: Tensor, cache: KVLayer, step: Step, scale: float) -> Tensor:
-    """See Ops.paged_attention: `[T, H, D] -> [T, H * D]`."""
+def attend(q: Tensor, cache: KVLayer, step: Step, scale: float, tiles: bool = False) -> Tensor:
+    """See Ops.paged_attention: `[T, H, D] -> [T, H * D]`. `tiles`: many bfloat16 queries by tiled_attention.py."""
     num_tokens, num_heads, dim = q.shape
     num_kv_heads = cache.k.shape[2]
     group = num_heads // num_kv_heads
@@ -162,6 +163,9 @@ def attend(q: Tensor, cache: KVLayer, step: Step, scale: float) -> Tensor:
         own = slice(row.start, row.start + row.q_len)
         if row.q_len == 1:
             answers[own].copy_(F.scaled_dot_product_attention(queries[own], k, v, scale=scale))
+        elif tiles and row.q_len >= LEAST_QUERIES and row.kv_len >= LEAST_KEYS and q.dtype is torch.bfloat16:
+            y = tiled_attention(queries[own].permute(1, 2, 0, 3), k[0], v[0], scale, causal=True)
+            answers[own].copy_(y.permute(2, 0, 1, 3))
         elif row.q_len > _FEW_QUERIES or row.mask is None:
             y = F.scaled_dot_product_attention(
                 queries[own].flatten(1, 2).transpose(0, 1).unsqueeze(0), k, v, attn_mask=row.mask,

@@ -61,6 +61,13 @@ class Capability:
         return dtype is torch.int8 or is_slow
 
     @property
+    def tiles_attention(self) -> bool:
+        """Whether attention of many bfloat16 queries is made of large products (tiled_attention.py). With AMX torch's
+        own kernel packs keys and has not been compared.
+        """
+        return self.isa == "avx512" and not self.has_tiles
+
+    @property
     def rounds_head(self) -> bool:
         """Whether a large head of int8 weights is worth making: values made float32 at every call are slower than 16
         bits, 3 times at one row and more at several (151936 x 2048).

@@ -17,6 +17,7 @@ from executor.device.cpu.capability import PACKED_FP16, REORDERED, Capability, c
 from executor.device.cpu.int8_cache import Int8Cache, RowBuffer
 from executor.device.cpu.linear import Expanded, PackedFp16, Plain, Reordered, Scratch, Shared, exact_scale
 from executor.device.cpu.threads import let_idle_threads_sleep
+from executor.device.cpu.tiled_attention import LEAST_KEYS, tiled_attention
 from executor.device.ops import KVLayer, KVScales, Ops
 from executor.device.table import DeviceSettings
 from executor.device.weights import Weight, expert_form, experts_of
@@ -180,7 +181,7 @@ class CpuOps(Ops):
         return prepared
 
     def paged_attention(self, q: Tensor, cache: KVLayer, prepared: attention.Step, scale: float) -> Tensor:
-        return attention.attend(q, cache, prepared, scale)
+        return attention.attend(q, cache, prepared, scale, self.capability.tiles_attention)
 
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
         out, start, index = torch.empty_like(q), 0, 0
@@ -190,6 +191,14 @@ class CpuOps(Ops):
             while index + count < len(lengths) and lengths[index + count] == length:
                 count += 1
             end = start + count * length
+            if self.capability.tiles_attention and length >= LEAST_KEYS and q.dtype is torch.bfloat16:
+                for first in range(start, end, length):
+                    own = slice(first, first + length)
+                    heads = (x[own].transpose(0, 1) for x in (k, v))
+                    y = tiled_attention(q[own].transpose(0, 1).unsqueeze(1), *heads, scale, causal=False)
+                    out[own].copy_(y.squeeze(1).transpose(0, 1))
+                start, index = end, index + count
+                continue
             batch = (x[start:end].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
             y = F.scaled_dot_product_attention(*batch, scale=scale)
             out[start:end].unflatten(0, (count, length)).copy_(y.transpose(1, 2))
