@@ -18,7 +18,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from queue import SimpleQueue
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from executor.device.ops import KVLayer, Ops
 from executor.engine.disk_cache.folder import EntryFolder
+from executor.engine.disk_cache.stats import DiskCacheStats
 from executor.engine.prepare import NICENESS
 from executor.recipe.memory import GIB, QUEUED_BYTES, STAGED_BYTES
 from executor.schedule.plan import BlockToKeep, BlockToLoad
@@ -47,19 +47,6 @@ class Staged:
 
     def __init__(self, content: Tensor) -> None:
         self.content = content
-
-
-@dataclass(frozen=True, slots=True)
-class DiskCacheStats:
-    """What a cache has done since its start."""
-
-    num_media_queries: int = 0  # media that prompts needed and that were not in memory
-    num_media_hits: int = 0
-    read_bytes: int = 0
-    written_bytes: int = 0
-    stored_bytes: int = 0  # below the root now, as far as this process knows
-    num_damaged: int = 0
-    num_dropped: int = 0  # entries that were not written
 
 
 class DiskCache:
