@@ -85,7 +85,7 @@ class DiskCache:
         self._queued_bytes = 0
         self._accounts = threading.Lock()  # of the two above and those below
         self._written_bytes = self._num_dropped = 0
-        self._has_warned = False
+        self._warned: set[str] = set()
         self._resting_until_s = 0.0
         self._writer = threading.Thread(target=self._write_queued, name="disk cache", daemon=True)
         self._writer.start()
@@ -285,18 +285,36 @@ class DiskCache:
             if isinstance(task, threading.Event):
                 task.set()
                 continue
-            names, num_bytes, stamps_ns, rows = task
+            self._write_all(*task)
+            del task  # its memory, until the next one comes
+
+    def _write_all(self, names: list[str], num_bytes: int, stamps_ns: list[int], rows: Tensor) -> None:
+        """What was queued together; a fault ends no more than that."""
+        num_left = len(names)
+        try:
             rows = rows.cpu()  # waits for a device that computes behind the host's back; no step does
             for name, stamp_ns, row in zip(names, stamps_ns, rows, strict=True):
                 self._write(name, row, stamp_ns)
-                self._queued.discard(name)
-            with self._accounts:
-                self._queued_bytes -= num_bytes * len(names)
-            del task, rows, row  # their memory, until the next one comes
+                num_left -= 1
+        except (RuntimeError, MemoryError) as error:
+            self._drop(num_left)
+            self._warn_once("copied", f"entries cannot be copied to the host ({error}); they are not kept")
+        with self._accounts:
+            self._queued.difference_update(names)
+            self._queued_bytes -= num_bytes * len(names)
+
+    def _drop(self, count: int) -> None:
+        with self._accounts:
+            self._num_dropped += count
+
+    def _warn_once(self, kind: str, words: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning("%s: %s", self.folder.path, words)
 
     def _write(self, name: str, row: Tensor, stamp_ns: int) -> None:
         if time.monotonic() < self._resting_until_s:
-            self._num_dropped += 1
+            self._drop(1)
             return
         if self.folder.has(name):  # another process has been faster
             return
@@ -304,13 +322,12 @@ class DiskCache:
             self.folder.write(name, memoryview(row.contiguous().view(-1).view(torch.uint8).numpy()), stamp_ns)
         except OSError as error:
             self._resting_until_s = time.monotonic() + RETRY_S
-            self._num_dropped += 1
-            if not self._has_warned:
-                self._has_warned = True
-                logger.warning(
-                    "%s: cannot be written to (%s); the engine goes on without new entries on disk, and tries again "
-                    "every %.0f s", self.folder.path, error.strerror or error, RETRY_S,
-                )  # fmt: skip
+            self._drop(1)
+            self._warn_once(
+                "written",
+                f"cannot be written to ({error.strerror or error}); the engine goes on without new entries on disk, "
+                f"and tries again every {RETRY_S:.0f} s",
+            )
             return
         self._written_bytes += row.nbytes
 

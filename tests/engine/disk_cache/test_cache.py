@@ -462,6 +462,31 @@ def test_lack_of_memory_for_copies_harms_no_step(tmp_path, wanted, caplog, monke
     assert entries(tmp_path, "kv")
 
 
+class Lost:
+    """Rows of a device that has lost them."""
+
+    def cpu(self):
+        raise RuntimeError("device lost")
+
+
+def test_what_cannot_be_copied_to_the_host_is_dropped_and_the_next_is_written(tmp_path, wanted, caplog, monkeypatch):
+    with opened(tmp_path) as engine:
+        cache = engine.runner.disk_cache
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "_copied", lambda block_ids: Lost())
+            engine.generate([message(LONG)], GREEDY)
+            cache.flush()
+        num_lost = cache.stats().num_dropped
+        assert num_lost > 1 and not entries(tmp_path)
+        assert not cache._queued and not cache._queued_bytes
+        assert caplog.text.count("device lost") == 1
+        engine.scheduler.forget()
+        assert same(answers(engine), wanted[0])
+    assert cache.stats().num_dropped == num_lost
+    with opened(tmp_path) as engine:
+        assert same(answers(engine), wanted[1]), "all of it is there"
+
+
 def test_two_pictures_that_are_alike_are_read_once(tmp_path):
     picture = {"type": "image", "image": Image.effect_noise((128, 128), 60).convert("RGB")}
     asked = [[{"role": "user", "content": [picture, picture, {"type": "text", "text": text}]}] for text in ("A", "B")]
