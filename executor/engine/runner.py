@@ -308,12 +308,11 @@ class Runner:
         return result
 
     def _row_by_row(self, plan: Plan) -> StepResult:
-        """The step again, each media item and each row by itself and without drafts.
+        """The step again, each media item and each row by itself, with the blocks that it finds loaded, and without
+        drafts.
 
         Rows write to their own slots: it harms nobody.
         """
-        if plan.load:
-            self.disk_cache.load(plan.load)
         for digest in plan.release:
             self.features.pop(digest, None)
         unreadable: dict[bytes, str] = {}
@@ -327,9 +326,10 @@ class Runner:
             alone, reason = StepResult([[]]), _unreadable(row, unreadable)
             try:
                 if reason is None and not row.request.finished:  # its blocks may be others'
-                    one = row._replace(draft_ids=())
+                    one, blocks = row._replace(draft_ids=()), set(row.request.block_ids)
+                    load = tuple(each for each in plan.load if each.block_id in blocks)
                     alone = self._computed(
-                        replace(plan, rows=(one,), encode=(), release=(), load=(), keep=(), continues=None)
+                        replace(plan, rows=(one,), encode=(), release=(), load=load, keep=(), continues=None)
                     )
                     reason = alone.failures.get(0)
             except FAULTS as error:

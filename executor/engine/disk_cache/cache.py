@@ -6,7 +6,7 @@ What steps compute is copied beside the model and written by a thread of this mo
 are dropped. A block is written only behind the one before it: without that nobody would find it.
 
 Bytes come back as they were in the cache, so answers are those that blocks kept in memory give.
-Invariants: `load` never fails for what is `staged`; no step reads or writes a file.
+Invariants: `load` finds all that is `staged`, and fails for lack of memory only; no step reads or writes a file.
 Knows nothing of the order of requests, nor of models.
 Legend: L layers, M visual tokens of a media item, n hidden size.
 """

@@ -44,6 +44,11 @@ def answers(engine, params=GREEDY, asked=None):
     return engine.generate(asked or questions(), params)
 
 
+def cached_digests(engine, prompt):
+    """Names of the blocks of a prompt that a request of it can take over."""
+    return BlockDigests(Request("", prompt, GREEDY), 16).extend(len(prompt.token_ids) - 1)
+
+
 def same(found, wanted) -> bool:
     return [(x.token_ids, x.logprobs) for x in found] == [(x.token_ids, x.logprobs) for x in wanted]
 
@@ -284,6 +289,25 @@ def test_a_step_that_fails_loads_again(path, wanted, monkeypatch):
                 tokens[output.request_id] += output.token_ids
         assert not faults
         assert [tuple(tokens[x]) for x in ids] == [x.token_ids[0] for x in wanted[1]]
+
+
+def test_a_load_that_fails_ends_its_request_alone(path, wanted, monkeypatch):
+    with opened(path) as engine:
+        cache, load = engine.runner.disk_cache, engine.runner.disk_cache.load
+        lost = cached_digests(engine, engine.prompt(message(LONG)))[-1]
+
+        def failing(blocks):
+            if lost in {block.digest for block in blocks}:
+                raise RuntimeError("no memory for copies")
+            load(blocks)
+
+        monkeypatch.setattr(cache, "load", failing)
+        found = answers(engine)
+        assert "no memory for copies" in found[1].error
+        assert same([found[0], found[2]], [wanted[1][0], wanted[1][2]])
+        engine.scheduler.check()
+        monkeypatch.undo()
+        assert same(answers(engine), wanted[1]), "nothing of it has been taken for loaded"
 
 
 def test_requests_that_leave_early_keep_nothing(path):
