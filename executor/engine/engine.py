@@ -355,7 +355,8 @@ class Engine:
         if plan is None:
             return None, True
         try:
-            return self.runner.launch(plan), False
+            with self._undone(plan):
+                return self.runner.launch(plan), False
         except FAULTS:
             if not self.replica.is_alone:
                 raise
@@ -385,7 +386,9 @@ class Engine:
         for number in failed:
             self._emit(self._answers[plan.rows[number].request.id], (), text="")
         if self.scheduler.has_to_keep and not self.scheduler.has_work:  # there may be no further step
-            self.runner.execute(self.scheduler.schedule())
+            plan = self.scheduler.schedule()
+            with self._undone(plan):
+                self.runner.execute(plan)
 
     def _follow_grammar(self, request: Request, token_ids: list[int]) -> None:
         """The answer ends where its grammar must, and fails where that cannot be followed.

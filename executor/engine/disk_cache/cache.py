@@ -109,6 +109,10 @@ class DiskCache:
         self._of_prompt.pop(prompt, None)
         self._fetched.discard(prompt)
 
+    def drop(self, prompt: Prompt) -> None:
+        self.release(prompt)
+        self._media_of_prompt.pop(prompt, None)
+
     def wants(self, digest: bytes) -> bool:
         name = _block_name(digest)
         return name not in self.folder.names and name not in self._queued and time.monotonic() >= self._resting_until_s
