@@ -89,7 +89,10 @@ def _draft(recipe: Recipe, folder: Path | None, shapes: ModelShapes, command: st
         return None
     alone = draft_recipe(recipe)
     path = alone.model.model_path
-    draft_folder = local_checkpoint(path, recipe.model.hub)
+    try:
+        draft_folder = local_checkpoint(path, recipe.model.hub)
+    except UserError as error:
+        raise UserError(of_draft(str(error))) from error
     if draft_folder is None and path.rpartition("/")[2] not in published_shapes():
         raise UserError(f"{KEY}: {path} is not on this machine, and is none of {', '.join(published_shapes())}")
     try:

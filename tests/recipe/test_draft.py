@@ -232,6 +232,18 @@ def test_fewer_blocks_are_left_beside_a_draft_model():
     )
 
 
+def test_a_file_is_no_draft_model(tmp_path):
+    """Nor a model: `plan` says so, as what runs it does, instead of looking for one of that name."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"x")
+    is_file = f"model_path: {file} is a file; it must be the folder of a checkpoint"
+    for settled in (prepare, lambda recipe: settle_on_paper(recipe, "plan")):
+        with pytest.raises(UserError, match=f"^speculative_config.{is_file}$"):
+            settled(recipe_of(file))
+        with pytest.raises(UserError, match=f"^model_config.{is_file}$"):
+            settled(recipe_of(None, method=None, model={"model_path": str(file)}))
+
+
 def test_a_draft_model_that_is_not_here_has_a_published_name():
     with pytest.raises(UserError, match="speculative_config.model_path: Qwen/Qwen3-VL-1B is not on this machine, and"):
         on_chip("Qwen/Qwen3-VL-1B")
