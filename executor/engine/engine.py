@@ -55,7 +55,8 @@ class Engine:
         self.vocab_size = vocab_size
         self.overlaps = runner.device.overlaps_steps
         self.matchers = Matchers(processor.tokenizer, vocab_size, processor.eos_token_ids)
-        self.watch: Callable[[Plan], None] | None = None  # told of every plan that was computed
+        # Told of every plan that was computed, and of each row how many tokens of it have come to its answer.
+        self.watch: Callable[[Plan, Sequence[int]], None] | None = None
         self._answers: dict[str, Answer] = {}
         self._answers_of: dict[str, dict[str, Answer]] = {}  # the same, by the id that their `n` share
         self._pieces: deque[Piece] = deque()  # of requests that were `add`ed: for the next `step`
@@ -365,15 +366,17 @@ class Engine:
 
     def _take(self, plan: Plan, result: StepResult) -> None:
         """A step's tokens into answers."""
-        if self.watch is not None:
-            self.watch(plan)
         failed = [number for number in result.failures if not plan.rows[number].request.finished]
         for number in failed:
             self.scheduler.fail(plan.rows[number].request, result.failures[number])
         for number, scores in result.prompt_logprobs.items():
             plan.rows[number].request.prompt_logprobs += scores
         logprobs = {plan.rows[number].request.id: new for number, new in result.logprobs.items()}
-        for request, token_ids in self.scheduler.update(plan, result.token_ids, result.missing):
+        updated = self.scheduler.update(plan, result.token_ids, result.missing)
+        if self.watch is not None:
+            num_kept = {request: len(token_ids) for request, token_ids in updated}
+            self.watch(plan, [num_kept.get(row.request, 0) for row in plan.rows])
+        for request, token_ids in updated:
             answer = self._answers[request.id]
             if answer.is_plain and request.finish_reason is None:
                 answer.pieces.append(Piece(answer, tuple(token_ids)))
