@@ -90,9 +90,14 @@ def _fill(
     found.stages_s = {name.removeprefix(prefix): value for name, value in grown.items() if name.startswith(prefix)}
     found.model_tpot_s = _model_tpot_s(found.stages_s, grown)
     found.others = {told: grown[name] for name, told in COUNTERS.items() if name in grown}
-    drafts = {told: grown[name] for name, told in DRAFTS.items() if name in grown}
+    drafts = {told: _whole(told, grown[name]) for name, told in DRAFTS.items() if name in grown}
     found.others |= SpeculationCounts(**drafts).figures()
     found.others |= {GAUGES[name]: value for name, value in most.items()}
+
+
+def _whole(told: str, value: float) -> float:
+    """/metrics writes counts as floats."""
+    return round(value) if told.startswith("num_") else value
 
 
 def _model_tpot_s(stages_s: Mapping[str, float], grown: Mapping[str, float]) -> float | None:

@@ -37,7 +37,7 @@ class SpeculationCounts(Totals):
         """How many times as fast the steps with drafts were."""
         return self.plain_s / self.verify_s if self.verify_s else None
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, int | float]:
         """Those that are known, by name; none where there were no drafts."""
         if not self.num_drafts:
             return {}
@@ -49,7 +49,7 @@ class SpeculationCounts(Totals):
             "acceptance_length": self.acceptance_length,
             "drafting_gain": self.gain,
         }
-        return {name: float(value) for name, value in found.items() if value is not None}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def words(self) -> str:
