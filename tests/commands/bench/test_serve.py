@@ -284,7 +284,8 @@ def test_every_figure_is_that_of_the_rows(recipe_of):
 
 @pytest.fixture(scope="module")
 def real() -> Iterator[Running]:
-    yield from start(engine_over(TINY))
+    with start(engine_over(TINY)) as running:
+        yield running
 
 
 def test_our_server_counts_what_was_asked_for(recipe_of, real):
