@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from executor.engine.ahead import Launched
 from executor.engine.bad_words import BadWords
 from executor.engine.detokenize import Detokenizer
 from executor.engine.grammar import GrammarFault
@@ -26,7 +27,8 @@ from executor.engine.noise import child_seed
 from executor.engine.outputs import Collector, Completion, Output
 from executor.engine.params import check_params, type_of, with_seed
 from executor.engine.replica import Replica
-from executor.engine.runner import FAULTS, Launched, Runner, StepResult, without_void
+from executor.engine.results import StepResult, without_void
+from executor.engine.runner import FAULTS, Runner
 from executor.engine.speculation.counts import SpeculationCounts
 from executor.engine.writing import Answer, Piece, unreadable
 from executor.errors import UserError
