@@ -23,6 +23,7 @@ LOOK_AHEAD = 2  # prompts that are ready beyond those being answered
 HEAP_BYTES = 32 << 20
 """glibc keeps freed blocks up to this size for itself: those of one phase then lie beside those of the next."""
 _NPU_HEADS = (64, 128)  # what vision heads are widened to there
+_OVERLAPPING = tuple(name for name, backend in BACKENDS.items() if backend.overlaps_steps)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def peak_of(
     rows = min(limits.max_num_seqs * most_inputs(recipe), step_tokens)
     logits = max(rows * (8 + size % 4), rows * 4 + SCORED_ROWS * (9 + size % 4)) * shapes.vocab_size
     # A step that is queued behind another has one token of each request.
-    overlaps = BACKENDS[recipe.model.device].overlaps_steps and most_inputs(recipe) == 1
+    overlaps = recipe.model.device in _OVERLAPPING and most_inputs(recipe) == 1
     unread = rows * (4 + size % 4) * shapes.vocab_size if overlaps else 0
     text_heap = vision_heap = 0.0
     if on_host:
