@@ -6,6 +6,7 @@ compared with its duration, so that the host's work, waiting and a schedule that
 several ranks one rank's part; of several replicas the first one's. Types of quantized linears are the vendor's choice.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,22 +71,37 @@ class Gauge:
 
 
 class StepLog:
-    """What the steps of one run compute; is called with the plan of each."""
+    """What the steps of one run compute; is called with the plan of each, and of each row how many tokens it gave.
+
+    Where drafts are verified a row gives several: the floor is of computing those that were right, with the one that
+    the step gives anyway.
+    """
 
     def __init__(self) -> None:
-        self._decodes: dict[tuple[int, int], int] = {}  # (rows, tokens of context of all) -> steps
+        # (rows, tokens of context of all, drafts that were right) -> steps
+        self._decodes: dict[tuple[int, int, int], int] = {}
+        self._num_yielding = self._num_kept = 0  # of the same steps: rows that gave tokens, and tokens
         self._prefills: list[tuple[Row, ...]] = []
         self._encoded: list[tuple[Grid, ...]] = []
         self.most_rows = 0
 
-    def __call__(self, plan: Plan) -> None:
+    @property
+    def tokens_per_row(self) -> float:
+        """Of a decode step, on average; 1 without drafts."""
+        return self._num_kept / self._num_yielding if self._num_yielding else 1.0
+
+    def __call__(self, plan: Plan, num_kept: Sequence[int]) -> None:
         if plan.encode:
             self._encoded.append(tuple(item.grid_thw for item in plan.encode))
         if not plan.rows:
             return
         self.most_rows = max(self.most_rows, len(plan.rows))
         if plan.rows[-1].num_tokens == 1:  # the longer rows come last
-            key = len(plan.rows), sum(row.start for row in plan.rows) + len(plan.rows)
+            num_yielding = sum(count > 0 for count in num_kept)
+            num_right = sum(num_kept) - num_yielding
+            self._num_yielding += num_yielding
+            self._num_kept += sum(num_kept)
+            key = len(plan.rows), sum(row.start for row in plan.rows) + len(plan.rows), num_right
             self._decodes[key] = self._decodes.get(key, 0) + 1
         else:
             self._prefills.append(tuple(Row(row.num_tokens, row.start, row.max_yield > 0) for row in plan.rows))
@@ -93,21 +109,24 @@ class StepLog:
     def floors(self, recipe: Recipe, shapes: ModelShapes, speeds: Speeds) -> "Floors":
         """Of all steps; `recipe` is settled."""
         decode_s, num_decodes = 0.0, 0
-        for (rows, context), steps in self._decodes.items():
-            decode_s += steps * speeds.floor_s(decode_cost(recipe, shapes, rows, context / rows))
+        for (rows, context, right), steps in self._decodes.items():
+            cost = decode_cost(recipe, shapes, rows, context / rows, drafts=right / rows)
+            decode_s += steps * speeds.floor_s(cost)
             num_decodes += steps
         prefill_s = sum(speeds.floor_s(prefill_cost(recipe, shapes, rows)) for rows in self._prefills)
         vision_s = sum(speeds.floor_s(vision_cost(recipe, shapes, grids)) for grids in self._encoded)
-        return Floors(prefill_s + vision_s, decode_s, num_decodes)
+        return Floors(prefill_s + vision_s, decode_s, num_decodes, self.tokens_per_row)
 
 
 @dataclass(frozen=True)
 class Floors:
-    """`prompts_s`: of the steps with prompts and of the encoder's passes. `decode_s`: of all other steps."""
+    """`prompts_s`: of the steps with prompts and of the encoder's passes. `decode_s`: of all other steps, in which a
+    row gave `tokens_per_row`."""
 
     prompts_s: float
     decode_s: float
     num_decodes: int
+    tokens_per_row: float
 
     @property
     def total_s(self) -> float:
@@ -121,5 +140,5 @@ class Floors:
             speeds.bytes_per_s,
             speeds.flops_per_s,
             ttft_s=self.prompts_s if is_one_batch else None,
-            tpot_s=self.decode_s / self.num_decodes if self.num_decodes else None,
+            tpot_s=self.decode_s / self.num_decodes / self.tokens_per_row if self.num_decodes else None,
         )

@@ -55,7 +55,7 @@ class Run:
     duration_s: Annotated[float, Field(gt=0)]
     requests: tuple[RequestResult, ...]
     stages_s: Mapping[str, float] = field(default_factory=dict)  # stage -> seconds; empty where it cannot be seen
-    model_tpot_s: float | None = None  # of a decode step in the model alone, without the host's work around it
+    model_tpot_s: float | None = None  # of a token of a decode step in the model alone, without the host's work
     peak_memory_bytes: int | None = None
     floor_s: float | None = None  # what its steps take at the least, see Floor
     beside: Mapping[str, float] = field(default_factory=dict)  # what else is known of server and client, by name
@@ -72,7 +72,7 @@ class Floor:
     bytes_per_s: float
     flops_per_s: float
     ttft_s: float | None = None  # of the last prompt of a batch
-    tpot_s: float | None = None  # of a decode step, on average over the run's
+    tpot_s: float | None = None  # of a token of a decode step, on average over the run's
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ FIRST_SAMPLE_S, SAMPLE_S = 0.1, 1.0
 """When gauges are looked at during a run, and how often then: a look costs the server about a millisecond."""
 STAGE_SECONDS = "qwenvl:stage_seconds_total"
 DECODE_STEPS = "qwenvl:decode_steps_total"
+TOKENS, FIRST_TOKENS = "vllm:generation_tokens_total", "vllm:time_to_first_token_seconds_count"
+RIGHT_DRAFTS = "vllm:spec_decode_num_accepted_tokens_total"
 COUNTERS = {  # counter -> its growth in a run
     "vllm:prefix_cache_hits_total": "prefix_cache_hit_tokens",
     "vllm:prefix_cache_queries_total": "prefix_cache_query_tokens",
@@ -30,7 +32,7 @@ COUNTERS = {  # counter -> its growth in a run
 DRAFTS = {  # counter -> its field of SpeculationCounts
     "vllm:spec_decode_num_drafts_total": "num_drafts",
     "vllm:spec_decode_num_draft_tokens_total": "num_draft_tokens",
-    "vllm:spec_decode_num_accepted_tokens_total": "num_accepted_tokens",
+    RIGHT_DRAFTS: "num_accepted_tokens",
     "qwenvl:spec_decode_verify_seconds_total": "verify_s",
     "qwenvl:spec_decode_plain_seconds_total": "plain_s",
 }
@@ -48,7 +50,7 @@ class ServerFigures:
     """Of one run. Empty where the server says nothing."""
 
     stages_s: dict[str, float] = field(default_factory=dict)
-    decode_step_s: float | None = None  # of the text model, on average
+    model_tpot_s: float | None = None  # of a token of a decode step in the text model, on average
     others: dict[str, float] = field(default_factory=dict)  # named by COUNTERS, GAUGES and SpeculationCounts.figures
 
 
@@ -86,12 +88,30 @@ def _fill(
     grown = {name: value for name, value in grown.items() if value >= 0}  # a server that was started again counts anew
     prefix = f"{STAGE_SECONDS}/"
     found.stages_s = {name.removeprefix(prefix): value for name, value in grown.items() if name.startswith(prefix)}
-    if "decode" in found.stages_s and grown.get(DECODE_STEPS):
-        found.decode_step_s = found.stages_s["decode"] / grown[DECODE_STEPS]
+    found.model_tpot_s = _model_tpot_s(found.stages_s, grown)
     found.others = {told: grown[name] for name, told in COUNTERS.items() if name in grown}
-    drafts = {told: grown[name] for name, told in DRAFTS.items() if name in grown}
+    drafts = {told: _whole(told, grown[name]) for name, told in DRAFTS.items() if name in grown}
     found.others |= SpeculationCounts(**drafts).figures()
     found.others |= {GAUGES[name]: value for name, value in most.items()}
+
+
+def _whole(told: str, value: float) -> float:
+    """/metrics writes counts as floats."""
+    return round(value) if told.startswith("num_") else value
+
+
+def _model_tpot_s(stages_s: Mapping[str, float], grown: Mapping[str, float]) -> float | None:
+    """A decode step's time, shared by the tokens that a row got of it: one, and the drafts that were right.
+
+    Answers' tokens but their first are those that rows got. None where it is not known.
+    """
+    if "decode" not in stages_s or not grown.get(DECODE_STEPS):
+        return None
+    step_s, num_right = stages_s["decode"] / grown[DECODE_STEPS], grown.get(RIGHT_DRAFTS, 0)
+    if not num_right:
+        return step_s
+    num_tokens = grown.get(TOKENS, 0) - grown.get(FIRST_TOKENS, 0)
+    return step_s * (num_tokens - num_right) / num_tokens if num_tokens > num_right else None
 
 
 async def _look(client: Client, most: dict[str, float]) -> None:

@@ -29,8 +29,8 @@ class Row:
     samples: its last token's logits are wanted. visual: how many of the new tokens are pictures'.
     """
 
-    new: int
-    cached: float = 0  # a whole number, or an average
+    new: float  # a whole number, or an average
+    cached: float = 0
     samples: bool = True
     visual: int = 0
 
@@ -44,19 +44,19 @@ class Row:
 class _Text:
     """A text step's numbers: all that its cost depends on."""
 
-    tokens: int
-    sampled: int
+    tokens: float
+    sampled: float
     pairs: float
     read_tokens: float  # cached keys that are read, with the new ones
     visual: int
 
 
 def decode_cost(
-    recipe: Recipe, shapes: ModelShapes, batch: int, context: float, types: TypeOf | None = None, drafts: int = 0
+    recipe: Recipe, shapes: ModelShapes, batch: int, context: float, types: TypeOf | None = None, drafts: float = 0
 ) -> StepCost:
     """A decode step of `batch` requests of one replica, each with `context` tokens, the new one among them.
 
-    `drafts`: tokens behind it that are verified in the same step, of every request.
+    `drafts`: tokens behind it that are verified in the same step, of every request, or on average.
     """
     row = Row(1 + drafts, context - 1)
     tokens = batch * row.new

@@ -26,8 +26,7 @@ def find_checkpoint(model_path: str, hub: str) -> Path:
     folder = find_path(model_path)
     if folder.is_dir():
         return folder
-    if folder.exists():
-        raise UserError(f"model_config.model_path: {model_path} is a file; it must be the folder of a checkpoint")
+    _refuse_file(model_path, folder)
     if not _HUB_ID.match(model_path):
         raise UserError(
             f"model_config.model_path: there is no folder {model_path}{_neighbours(folder)}; give the folder of a "
@@ -42,10 +41,14 @@ def is_hub_id(model_path: str) -> bool:
 
 
 def local_checkpoint(model_path: str, hub: str) -> Path | None:
-    """The folder if it is on this machine, whole or with its config.json at least; nothing is downloaded."""
+    """The folder if it is on this machine, whole or with its config.json at least; nothing is downloaded.
+
+    Raises UserError for what is no folder.
+    """
     folder = find_path(model_path)
     if folder.is_dir():
         return folder
+    _refuse_file(model_path, folder)
     if not _HUB_ID.match(model_path) or hub == "modelscope":
         return None
     from huggingface_hub import snapshot_download
@@ -56,6 +59,11 @@ def local_checkpoint(model_path: str, hub: str) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     return cached if (cached / "config.json").is_file() else None
+
+
+def _refuse_file(model_path: str, found: Path) -> None:
+    if found.exists():
+        raise UserError(f"model_config.model_path: {model_path} is a file; it must be the folder of a checkpoint")
 
 
 def read_json(folder: Path, name: str, *, required: bool = True) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def _build(
     options = replace(media_options(recipe), limits=limits or media_limits(recipe))
     runner = runner or family_runner(prepared.config)
     path = recipe.scheduler.prefix_cache_path
-    root = None if path is None else make_root(path, "scheduler_config.prefix_cache_path")
+    root = None if path is None else make_root(path)
     ops.bind(device)
     free_bytes = device.free_bytes()
     memory = prepared.memory

@@ -45,6 +45,7 @@ class Backend:
     package: str | None = None
     is_npu: bool = False
     is_emulated: bool = False
+    overlaps_steps: bool = False  # a decode step is queued before the host has read the tokens of the one before
 
     @property
     def is_installed(self) -> bool:
@@ -94,6 +95,7 @@ _NPU = {
     "exe_modes": ("eager", "ge_graph", "npugraph_ex"),
     "quantization": ("none", "w8a8", "w8a8s", "w8a8sc", "w8a8_dynamic", "w8a8_mix", "w8a16", "wint8", "w4a8_dynamic"),
     "opener": "executor.device.npu.ops:open_chip",
+    "overlaps_steps": True,
     "package": "torch_npu",
     "is_npu": True,
     "most_int8_outputs": MOST_INT8_OUTPUTS,

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from executor.engine.ahead import Launched
 from executor.engine.bad_words import BadWords
 from executor.engine.detokenize import Detokenizer
 from executor.engine.grammar import GrammarFault
@@ -26,7 +27,8 @@ from executor.engine.noise import child_seed
 from executor.engine.outputs import Collector, Completion, Output
 from executor.engine.params import check_params, type_of, with_seed
 from executor.engine.replica import Replica
-from executor.engine.runner import FAULTS, Launched, Runner, StepResult, without_void
+from executor.engine.results import StepResult, without_void
+from executor.engine.runner import FAULTS, Runner
 from executor.engine.speculation.counts import SpeculationCounts
 from executor.engine.writing import Answer, Piece, unreadable
 from executor.errors import UserError
@@ -55,7 +57,8 @@ class Engine:
         self.vocab_size = vocab_size
         self.overlaps = runner.device.overlaps_steps
         self.matchers = Matchers(processor.tokenizer, vocab_size, processor.eos_token_ids)
-        self.watch: Callable[[Plan], None] | None = None  # told of every plan that was computed
+        # Told of every plan that was computed, and of each row how many tokens of it have come to its answer.
+        self.watch: Callable[[Plan, Sequence[int]], None] | None = None
         self._answers: dict[str, Answer] = {}
         self._answers_of: dict[str, dict[str, Answer]] = {}  # the same, by the id that their `n` share
         self._pieces: deque[Piece] = deque()  # of requests that were `add`ed: for the next `step`
@@ -355,7 +358,8 @@ class Engine:
         if plan is None:
             return None, True
         try:
-            return self.runner.launch(plan), False
+            with self._undone(plan):
+                return self.runner.launch(plan), False
         except FAULTS:
             if not self.replica.is_alone:
                 raise
@@ -364,15 +368,17 @@ class Engine:
 
     def _take(self, plan: Plan, result: StepResult) -> None:
         """A step's tokens into answers."""
-        if self.watch is not None:
-            self.watch(plan)
         failed = [number for number in result.failures if not plan.rows[number].request.finished]
         for number in failed:
             self.scheduler.fail(plan.rows[number].request, result.failures[number])
         for number, scores in result.prompt_logprobs.items():
             plan.rows[number].request.prompt_logprobs += scores
         logprobs = {plan.rows[number].request.id: new for number, new in result.logprobs.items()}
-        for request, token_ids in self.scheduler.update(plan, result.token_ids, result.missing):
+        updated = self.scheduler.update(plan, result.token_ids, result.missing)
+        if self.watch is not None:
+            num_kept = {request: len(token_ids) for request, token_ids in updated}
+            self.watch(plan, [num_kept.get(row.request, 0) for row in plan.rows])
+        for request, token_ids in updated:
             answer = self._answers[request.id]
             if answer.is_plain and request.finish_reason is None:
                 answer.pieces.append(Piece(answer, tuple(token_ids)))
@@ -385,7 +391,9 @@ class Engine:
         for number in failed:
             self._emit(self._answers[plan.rows[number].request.id], (), text="")
         if self.scheduler.has_to_keep and not self.scheduler.has_work:  # there may be no further step
-            self.runner.execute(self.scheduler.schedule())
+            plan = self.scheduler.schedule()
+            with self._undone(plan):
+                self.runner.execute(plan)
 
     def _follow_grammar(self, request: Request, token_ids: list[int]) -> None:
         """The answer ends where its grammar must, and fails where that cannot be followed.

@@ -8,7 +8,7 @@ Legend: T tokens of the step, M visual tokens of a media item, n hidden size.
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,17 +19,18 @@ from torch import Tensor, nn
 
 from executor.checkpoint.settings import PixelSettings
 from executor.device.ops import KVLayer, Ops
+from executor.engine.ahead import Launched, TokensAhead
 from executor.engine.decode_inputs import DecodeInputs
 from executor.engine.disk_cache.cache import DiskCache
 from executor.engine.encode import encode_items
 from executor.engine.graphs import DecodeGraphs
-from executor.engine.logprobs import PromptScores, TokenLogprobs
+from executor.engine.logprobs import PromptScores
 from executor.engine.places import Drafts
 from executor.engine.profile import Profile
 from executor.engine.replica import Replica
-from executor.engine.sampler import Drawn, Sampled, Sampler
+from executor.engine.results import StepResult, result_of, verified
+from executor.engine.sampler import Sampled, Sampler
 from executor.engine.speculation.speculator import Speculator
-from executor.engine.speculation.verify import num_right
 from executor.engine.stages import Stage, StageClock
 from executor.engine.step import ModelStep, Visual
 from executor.recipe.peak import ENCODE_TOKENS, SCORED_ROWS
@@ -41,51 +42,6 @@ logger = logging.getLogger(__name__)
 FAULTS = (RuntimeError, MemoryError, ValueError, ArithmeticError, LookupError)
 """What a request can bring about: a kernel's refusal, lack of memory, numbers out of range. An AssertionError is not
 among them: a defect of ours is nobody's request's."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a plan's rows have yielded: tokens, in the rows' order.
-
-    `logprobs`: row -> those of its tokens, where they were asked for. `prompt_logprobs`: row -> those of the prompt
-    tokens that it scores. `failures`: row -> why its request cannot go on; such a row has no tokens. `missing`: digests
-    of media that could not be encoded.
-    """
-
-    token_ids: list[list[int]]
-    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    failures: dict[int, str] = field(default_factory=dict)
-    missing: frozenset[bytes] = frozenset()
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    void: frozenset[int] = frozenset()  # rows that are to be computed again, as if they had not been in the plan
-    is_repeated: bool = False  # what was launched behind the step has read tokens that do not count
-
-
-@dataclass(frozen=True)
-class Launched:
-    """A step whose work is queued. `drawn` has its tokens; without, it has been waited for: its `result` is known."""
-
-    plan: Plan
-    drawn: Drawn | None = None
-    result: StepResult | None = None
-    void: frozenset[int] = frozenset()  # rows behind void ones of the step before: void as well
-
-    def without(self, requests: Collection[Request]) -> "Launched":
-        """The step with the rows of these void."""
-        numbers = frozenset(number for number, row in enumerate(self.plan.rows) if row.request in requests)
-        return replace(self, void=numbers) if numbers else self
-
-
-def without_void(plan: Plan, result: StepResult) -> tuple[Plan, StepResult]:
-    """Both without the rows that are to be computed again."""
-    if not result.void:
-        return plan, result
-    kept = [number for number in range(len(plan.rows)) if number not in result.void]
-    logprobs, failures = (
-        {place: by_row[number] for place, number in enumerate(kept) if number in by_row}
-        for by_row in (result.logprobs, result.failures)
-    )
-    return plan.without(result.void), StepResult([result.token_ids[number] for number in kept], logprobs, failures)
 
 
 @dataclass
@@ -136,10 +92,7 @@ class Runner:
         self.speculator: Speculator | None = None  # of a leader, set by whoever wants drafts
         self.disk_cache: DiskCache | None = None  # set by whoever has one
         self.decode_inputs = DecodeInputs(device, block_size)
-        # On the device, int64 [R]: the tokens that the step launched last yields, and those that it took from a step
-        # before it; None: it had its tokens from the host.
-        self._yielded: Tensor | None = None
-        self._taken: Tensor | None = None
+        self.ahead = TokensAhead(device, sampler, replica)
         self._has_assisted = self._has_dismissed = False
 
     @torch.inference_mode()
@@ -178,21 +131,17 @@ class Runner:
         `collect` its result, after those of the steps before it. Raises as `execute`; a plan that `continues` another
         is not computed again row by row, since the host does not know its tokens yet.
         """
-        if not self._stays_on_device(plan):
+        if not self.ahead.can_draw(plan):
             return Launched(plan, result=self.execute(plan))
         plan = self.replica.lead(plan, self.graphs)
         try:
             logits = self.forward(plan)
             with self.clock.stage("sampling"):
-                requests, num_tokens = zip(
-                    *((row.request, row.start + row.num_tokens) for row in plan.rows), strict=True
-                )
-                drawn = self.sampler.draw(logits, requests, num_tokens, unread=self._taken)
+                drawn = self.ahead.draw(plan, logits)
         except FAULTS as error:
             if plan.continues is not None or not self.replica.is_alone:
                 raise
             return Launched(plan, result=self._repeated(plan, error))
-        self._yielded = drawn.ids
         self._count(plan)
         return Launched(plan, drawn)
 
@@ -212,16 +161,8 @@ class Runner:
         void = sampled.void | step.void
         if not sampled.failures and not sampled.has_logprobs and not void:
             return StepResult([[token_id] for token_id in sampled.token_ids])
-        result = self._result(step.plan, list(range(len(step.plan.rows))), sampled, {})
+        result = result_of(step.plan, list(range(len(step.plan.rows))), sampled, {})
         return replace(result, void=void)
-
-    def _stays_on_device(self, plan: Plan) -> bool:
-        """Whether every row yields one token that can be chosen without the host."""
-        return (
-            bool(plan.rows)
-            and all(row.max_yield == 1 and not row.scored for row in plan.rows)
-            and self.sampler.draws_ahead([row.request for row in plan.rows])
-        )
 
     def _repeated(self, plan: Plan, error: BaseException) -> StepResult:
         logger.warning("a step failed and is computed again row by row: %s", describe(error), exc_info=error)
@@ -254,66 +195,27 @@ class Runner:
             sampled = self._sample(plan, self.forward(plan), [row.request for row in plan.rows])
             if not sampled.failures and not sampled.has_logprobs:
                 return StepResult([[token_id] for token_id in sampled.token_ids])
-            return self._result(plan, list(range(len(plan.rows))), sampled, {})
+            return result_of(plan, list(range(len(plan.rows))), sampled, {})
         scores = PromptScores(plan.rows) if any(row.scored for row in plan.rows) else None
         logits = self.forward(plan) if scores is None else self.forward(plan, scores)
         prompt_logprobs = {} if scores is None else scores.by_row()
         if any(row.draft_ids for row in plan.rows):
-            return self._verified(plan, logits, prompt_logprobs)
+            rows = [row for row in plan.rows if row.max_yield]
+            sampled = self._sample(plan, logits, [row.request for row in rows], [row.draft_ids for row in rows])
+            result, chosen = verified(plan, sampled, prompt_logprobs)
+            if self.speculator is not None:
+                self.speculator.observe(plan, chosen, result.token_ids)
+            return result
         yielding = [number for number, row in enumerate(plan.rows) if row.max_yield]
         sampled = self._sample(plan, logits, [plan.rows[number].request for number in yielding])
-        return self._result(plan, yielding, sampled, prompt_logprobs)
-
-    def _result(
-        self, plan: Plan, yielding: list[int], sampled: Sampled, prompt_logprobs: dict[int, list[TokenLogprobs]]
-    ) -> StepResult:
-        token_ids: list[list[int]] = [[] for _ in plan.rows]
-        for number, token_id in zip(yielding, sampled.token_ids, strict=True):
-            token_ids[number].append(token_id)
-        failures = {yielding[place]: reason for place, reason in sampled.failures.items()}
-        for number in failures:
-            token_ids[number].clear()
-        logprobs = {}
-        if sampled.has_logprobs:
-            pairs = zip(yielding, sampled.logprobs, strict=True)
-            logprobs = {number: [each] for number, each in pairs if each is not None and number not in failures}
-        return StepResult(token_ids, logprobs, failures, prompt_logprobs=prompt_logprobs)
-
-    def _verified(self, plan: Plan, logits: Tensor, prompt_logprobs: dict[int, list[TokenLogprobs]]) -> StepResult:
-        """Of rows with drafts: the model's choice at every place, kept up to the first that the draft did not foresee.
-
-        The noise of a place is its own, so what is chosen there is what would have been without drafts.
-        """
-        yielding = [row for row in plan.rows if row.max_yield]
-        sampled = self._sample(plan, logits, [row.request for row in yielding], [row.draft_ids for row in yielding])
-        token_ids: list[list[int]] = []
-        chosen: list[list[int]] = []
-        result, at = StepResult(token_ids, prompt_logprobs=prompt_logprobs), 0
-        for number, row in enumerate(plan.rows):
-            count = len(row.draft_ids) + 1 if row.max_yield else 0
-            found = sampled.token_ids[at : at + count]
-            chosen.append(found)
-            num_kept = num_right(row.draft_ids, found) + 1 if count else 0
-            if sampled.failures:
-                failed = next((place for place in range(num_kept) if at + place in sampled.failures), num_kept)
-                if failed == 0 and count:
-                    result.failures[number] = sampled.failures[at]
-                num_kept = failed  # behind a token that was found the next step meets the fault again
-            token_ids.append(found[:num_kept])
-            if num_kept and sampled.logprobs[at] is not None:
-                result.logprobs[number] = sampled.logprobs[at : at + num_kept]
-            at += count
-        if self.speculator is not None:
-            self.speculator.observe(plan, chosen, token_ids)
-        return result
+        return result_of(plan, yielding, sampled, prompt_logprobs)
 
     def _row_by_row(self, plan: Plan) -> StepResult:
-        """The step again, each media item and each row by itself and without drafts.
+        """The step again, each media item and each row by itself, with the blocks that it finds loaded, and without
+        drafts.
 
         Rows write to their own slots: it harms nobody.
         """
-        if plan.load:
-            self.disk_cache.load(plan.load)
         for digest in plan.release:
             self.features.pop(digest, None)
         unreadable: dict[bytes, str] = {}
@@ -327,9 +229,10 @@ class Runner:
             alone, reason = StepResult([[]]), _unreadable(row, unreadable)
             try:
                 if reason is None and not row.request.finished:  # its blocks may be others'
-                    one = row._replace(draft_ids=())
+                    one, blocks = row._replace(draft_ids=()), set(row.request.block_ids)
+                    load = tuple(each for each in plan.load if each.block_id in blocks)
                     alone = self._computed(
-                        replace(plan, rows=(one,), encode=(), release=(), load=(), keep=(), continues=None)
+                        replace(plan, rows=(one,), encode=(), release=(), load=load, keep=(), continues=None)
                     )
                     reason = alone.failures.get(0)
             except FAULTS as error:
@@ -412,7 +315,7 @@ class Runner:
             self._tell_meanwhile()
             with self.clock.stage("vision"):
                 self.encode(plan.encode)
-        self._taken = token_ids = None if plan.continues is None else self._continued(plan.continues)
+        token_ids = self.ahead.take(plan)
         if plan.graph is not None:
             computation = partial(self.graphs, plan.rows, plan.graph, token_ids)
         elif not plan.rows:
@@ -429,17 +332,6 @@ class Runner:
         if self.device.computes_behind:  # Python's lock is free when all is launched
             self._tell_meanwhile()
         return logits
-
-    def _continued(self, places: tuple[int, ...]) -> Tensor:
-        """int64 [R]: what the rows at these places of the step before yield; on every rank of the replica."""
-        if self.replica.leads:
-            token_ids = self._yielded
-            if places != tuple(range(len(token_ids))):
-                token_ids = token_ids[self.device.send(np.array(places))]
-            token_ids = token_ids.clamp(min=0)  # a row without a token: this one is computed in vain
-        else:
-            token_ids = torch.empty(len(places), dtype=torch.int64, device=self.device.device)
-        return self.replica.parallel.text.broadcast(token_ids, 0)
 
     def _eager(self, plan: Plan, inputs: tuple[Any, ...], scores: PromptScores | None) -> Tensor:
         num_scored = 0 if plan.is_decode else sum(len(row.scored) for row in plan.rows)

@@ -20,8 +20,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Literal
+
+from executor.engine.totals import Totals
 
 Stage = Literal["media", "vision", "prefill", "decode", "sampling", "draft", "host"]
 STAGES: tuple[Stage, ...] = ("media", "vision", "prefill", "decode", "sampling", "draft", "host")
@@ -31,7 +33,7 @@ Span = Callable[[str], AbstractContextManager]
 
 
 @dataclass(frozen=True, slots=True)
-class StageTimes:
+class StageTimes(Totals):
     """Seconds in each stage since the engine was made, and how many steps there were. See the module."""
 
     media_s: float = 0.0
@@ -43,10 +45,6 @@ class StageTimes:
     host_s: float = 0.0
     num_prefill_steps: int = 0
     num_decode_steps: int = 0
-
-    def since(self, before: "StageTimes") -> "StageTimes":
-        """What has come to them after `before` was taken."""
-        return StageTimes(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
     def by_stage(self) -> dict[Stage, float]:
         """Seconds of every stage, in the order of STAGES."""

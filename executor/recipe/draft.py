@@ -4,8 +4,10 @@ It is settled as a deployment by itself, on one rank of the same device: the rep
 Knows sizes and settings, no tensor.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,15 @@ from executor.recipe.sizes import ModelShapes
 from models.published import published_config, published_shapes
 from models.registry import read_shapes
 
+logger = logging.getLogger(__name__)
+
 KEY = "speculative_config.model_path"
+_METHODS = ("ngram", "lookahead", "draft")
+READERS = {  # key of the section -> the methods that read it; one that reads no model_path refuses it
+    **dict.fromkeys(("num_speculative_tokens", "adaptive"), _METHODS),
+    **dict.fromkeys(("ngram_min", "ngram_max"), ("ngram",)),
+    **dict.fromkeys(("level", "window", "guess_set_size"), ("lookahead",)),
+}
 _PATCHES = {
     "patch_size": "patch_size",
     "temporal_patch_size": "temporal_patch_size",
@@ -73,6 +83,24 @@ def section_findings(settings: SpeculativeSection) -> list[str]:
             "model_path: null"
         ]
     return []
+
+
+def warn_of_unused(settings: SpeculativeSection) -> None:
+    """A line for each key that says something to another method than the one that is chosen."""
+    chosen = "without a method" if settings.method is None else f"with method {settings.method}"
+    for key, readers in READERS.items():
+        value = getattr(settings, key)
+        if settings.method not in readers and value != SpeculativeSection.model_fields[key].default:
+            _warn(
+                f"speculative_config.{key}: got {value}, which has no effect {chosen}; what reads it: "
+                f"{', '.join(readers)}"
+            )
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once: a recipe is settled more than once, and `plan` settles many."""
+    logger.warning("%s", message)
 
 
 def size_findings(shapes: ModelShapes, draft: ModelShapes) -> list[str]:

@@ -15,7 +15,16 @@ from executor.checkpoint.folder import local_checkpoint
 from executor.checkpoint.settings import read_max_pixels, read_min_pixels
 from executor.checkpoint.stored import StoredSizes, read_sizes
 from executor.errors import UserError, nearest
-from executor.recipe.draft import KEY, Draft, draft_recipe, folder_findings, of_draft, section_findings, size_findings
+from executor.recipe.draft import (
+    KEY,
+    Draft,
+    draft_recipe,
+    folder_findings,
+    of_draft,
+    section_findings,
+    size_findings,
+    warn_of_unused,
+)
 from executor.recipe.kv_cache import has_cache_scales
 from executor.recipe.schema import Recipe
 from executor.recipe.schemes import word_findings
@@ -74,12 +83,16 @@ def settle_on_paper(recipe: Recipe, command: str) -> OnPaper:
 
 def _draft(recipe: Recipe, folder: Path | None, shapes: ModelShapes, command: str) -> Draft | None:
     """The draft model of a settled recipe that has one. Raises UserError as settle_on_paper does."""
+    warn_of_unused(recipe.speculative)
     refuse(section_findings(recipe.speculative))
     if recipe.speculative.method != "draft":
         return None
     alone = draft_recipe(recipe)
     path = alone.model.model_path
-    draft_folder = local_checkpoint(path, recipe.model.hub)
+    try:
+        draft_folder = local_checkpoint(path, recipe.model.hub)
+    except UserError as error:
+        raise UserError(of_draft(str(error))) from error
     if draft_folder is None and path.rpartition("/")[2] not in published_shapes():
         raise UserError(f"{KEY}: {path} is not on this machine, and is none of {', '.join(published_shapes())}")
     try:

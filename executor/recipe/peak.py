@@ -7,9 +7,9 @@ Knows sizes and degrees, no tensor.
 Legend, in elements per token or patch: n hidden size, H and K query and key heads, D head dim, I intermediate size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from executor.device.table import INT8_READ_TOKENS
+from executor.device.table import BACKENDS, INT8_READ_TOKENS
 from executor.quant.sizes import FLOAT_BYTES
 from executor.recipe.device import takes_int8_head
 from executor.recipe.graph_sizes import graph_shapes, most_inputs, spare_blocks
@@ -26,6 +26,7 @@ LOOK_AHEAD = 2  # prompts that are ready beyond those being answered
 HEAP_BYTES = 32 << 20
 """glibc keeps freed blocks up to this size for itself: those of one phase then lie beside those of the next."""
 _NPU_HEADS = (64, 128)  # what vision heads are widened to there
+_OVERLAPPING = tuple(name for name, backend in BACKENDS.items() if backend.overlaps_steps)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Peak:
     vision_bytes: float  # a pass of the encoder
     text_bytes: float  # a full prefill step
     logits_bytes: float  # of all rows, and sampling
+    unread_bytes: float  # of the step before, its logits until the host has read its tokens
     vision_heap_bytes: float  # of each phase, what the allocator keeps beside the other one's
     text_heap_bytes: float
     encoder_cache_bytes: float
@@ -44,7 +46,9 @@ class Peak:
     def phase_bytes(self) -> float:
         """The widest phase, with what is left of the one before."""
         return max(
-            self.vision_bytes + self.text_heap_bytes, self.text_bytes + self.vision_heap_bytes, self.logits_bytes
+            self.vision_bytes + self.text_heap_bytes,
+            self.text_bytes + self.vision_heap_bytes,
+            self.logits_bytes + self.unread_bytes,
         )
 
     @property
@@ -75,6 +79,9 @@ def peak_of(
     if recipe.model.device == "cpu" and takes_int8_head(recipe, shapes.vocab_size):
         digits = 3 if size == FLOAT_BYTES["float32"] else 2  # each a float32 result, of which logits are added up
         logits += min(max(rows, SCORED_ROWS), HEAD_ROWS) * digits * FLOAT_BYTES["float32"] * shapes.vocab_size
+    # A step that is queued behind another has one token of each request.
+    overlaps = recipe.model.device in _OVERLAPPING and most_inputs(recipe) == 1
+    unread = rows * (4 + size % 4) * shapes.vocab_size if overlaps else 0
     text_heap = vision_heap = 0.0
     if on_host:
         # What is freed in small blocks stays with the allocator, beside the other phase's.
@@ -84,7 +91,7 @@ def peak_of(
     cache_tokens = max(limits.encoder_cache_tokens, min(limits.max_model_len, picture_tokens))
     cache = cache_tokens * shapes.hidden_size * (1 + shapes.vision.num_taps) * size
     pixels = pixel_bytes(recipe, shapes, LOOK_AHEAD * limits.max_model_len)
-    return Peak(vision, text, logits, vision_heap, text_heap, cache, pixels)
+    return Peak(vision, text, logits, unread, vision_heap, text_heap, cache, pixels)
 
 
 def peak_bytes(
@@ -107,7 +114,7 @@ def draft_step_bytes(
     picture that the step's last tokens are a part of.
     """
     limits, size = recipe.scheduler, compute_bytes or FLOAT_BYTES[recipe.model.dtype]
-    own = peak_of(recipe, shapes, picture_tokens, compute_bytes)
+    own = replace(peak_of(recipe, shapes, picture_tokens, compute_bytes), unread_bytes=0.0)  # they are read at once
     item_tokens = min(picture_tokens or limits.max_model_len, limits.max_model_len)
     step_tokens = min(limits.max_num_batched_tokens, limits.max_num_seqs * limits.max_model_len)
     features = (step_tokens + item_tokens) * shapes.hidden_size * (1 + shapes.vision.num_taps) * size

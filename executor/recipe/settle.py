@@ -23,6 +23,7 @@ from executor.device.table import BACKENDS, CHIP_BYTES, having, named
 from executor.errors import UserError
 from executor.host.limits import host_memory_bytes, process_memory_bytes
 from executor.recipe.device import compute_bytes, copies_head
+from executor.recipe.disk_cache import disk_cache_findings, root_findings
 from executor.recipe.draft import (
     Draft,
     draft_recipe,
@@ -30,6 +31,7 @@ from executor.recipe.draft import (
     of_draft,
     section_findings,
     size_findings,
+    warn_of_unused,
     weight_findings,
 )
 from executor.recipe.kv_cache import cache_findings, has_cache_scales, scales_finding
@@ -72,7 +74,9 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     keeps it from starting and can be known at once, a line each; what the device must be there for comes last.
     """
     recipe = resolve_device(recipe)
+    warn_of_unused(recipe.speculative)
     findings = [*chip_findings(recipe), *release_findings(recipe), *section_findings(recipe.speculative)]
+    findings += root_findings(recipe.scheduler.prefix_cache_path)
     missing = device_finding(recipe)
     found, draft = _checkpoint(recipe, findings, may_download=not missing), None
     if found:
@@ -363,32 +367,11 @@ def _size_findings(recipe: Recipe, shapes: ModelShapes, default_len: int | None)
             f"scheduler_config.max_num_batched_tokens: got {scheduler.max_num_batched_tokens}; without chunked "
             f"prefill a prompt is one step, so it must be at least max_model_len ({longest})"
         )
-    findings += _disk_cache_findings(recipe)
+    findings += disk_cache_findings(recipe)
     if scheduler.kv_cache_gb is not None and scheduler.num_blocks is not None:
         findings.append(
             f"scheduler_config.kv_cache_gb: got {scheduler.kv_cache_gb:g} beside num_blocks {scheduler.num_blocks}; "
             "both give the size of the KV cache: set one of them to null"
-        )
-    return findings
-
-
-def _disk_cache_findings(recipe: Recipe) -> list[str]:
-    """What keeps a recipe from having its prefix cache on disk."""
-    scheduler, findings = recipe.scheduler, []
-    if scheduler.prefix_cache_path is None:
-        return []
-    key = f"scheduler_config.prefix_cache_path: got {scheduler.prefix_cache_path!r}"
-    if not scheduler.enable_prefix_caching:
-        findings.append(f"{key} beside enable_prefix_caching: false; set that to true, or the path to null")
-    if recipe.attn_tp_size > 1:
-        findings.append(
-            f"{key} with an attn_tp_size of {recipe.attn_tp_size}: the ranks of a replica do not agree yet on what "
-            "each has on its disk; set parallel_config.attn_tp_size: 1, or the path to null"
-        )
-    if recipe.model.soc == "atlas_300i_duo":
-        findings.append(
-            f"{key} on atlas_300i_duo, whose KV cache lies in a storage format that is not cut into blocks here; set "
-            "it to null"
         )
     return findings
 

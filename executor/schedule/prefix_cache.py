@@ -32,6 +32,9 @@ class BlockStore(Protocol):
     def release(self, prompt: Prompt) -> None:
         """What is staged for the prompt is in the pool, or not needed."""
 
+    def drop(self, prompt: Prompt) -> None:
+        """No request has this prompt any more: as `release`, of its media too."""
+
     def wants(self, digest: bytes) -> bool:
         """Whether a block of this name is worth keeping."""
 

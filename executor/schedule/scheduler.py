@@ -98,6 +98,7 @@ class Scheduler:
         self.num_store_queries = 0  # tokens of admitted requests that no block in memory held
         self.num_store_hits = 0  # and those that were loaded
         self._to_keep: dict[bytes, BlockToKeep] = {}
+        self._leaving: list[Prompt] = []  # of requests that a plan under way may have blocks to load for
 
     @property
     def has_work(self) -> bool:
@@ -171,8 +172,13 @@ class Scheduler:
                 self._running.remove(request)
             else:
                 self._waiting.remove(request)
+            is_loading = bool(self._records[request.id].loads)  # maybe by a plan under way
             self._give_back(request)
             del self._records[request.id]
+            if self.store is not None and not request.output_token_ids:
+                self._leaving.append(request.prompt)
+                if not is_loading and len(self._leaving) == 1:
+                    self._drop_staged()
             request.status = Status.FINISHED
             request.finish_s = time.monotonic()
         elif request.finish_reason is FinishReason.ABORT:
@@ -182,6 +188,7 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """The next step; without rows only when there is no work, and then maybe with blocks to keep."""
+        self._drop_staged()
         open_plan = _OpenPlan(self.max_num_batched_tokens)
         under_way = self._schedule_decode(open_plan)
         num_decode_rows = len(open_plan.rows)
@@ -245,6 +252,7 @@ class Scheduler:
         """
         assert len(token_ids) == len(plan.rows), f"tokens of {len(token_ids)} rows for a plan of {len(plan.rows)}"
         now_s = time.monotonic()
+        self._drop_staged()
         self._encoder.settle(missing)
         updated = []
         for (request, start, num_tokens, max_yield, *_), new in zip(plan.rows, token_ids, strict=True):
@@ -282,8 +290,13 @@ class Scheduler:
     def cancel(self, plan: Plan) -> None:
         """A plan has not been executed, or nobody knows how far: everything is as if it had not been made.
 
-        Admitted requests stay admitted, with nothing computed; the next plans compute it.
+        Admitted requests stay admitted, with nothing computed; the next plans compute it. What it was to keep the next
+        one keeps, as far as blocks still hold it: those that the plan took for its own rows do not.
         """
+        self._drop_staged()
+        for block in plan.keep:
+            for block_id in self.pool.lookup([block.digest]):
+                self._to_keep.setdefault(block.digest, block._replace(block_id=block_id))
         if plan.rows and plan.continues is None:
             self._encoder.undo()
 
@@ -597,6 +610,13 @@ class Scheduler:
         record.claimed = range(0)
         record.loads = ()
         record.num_registered_blocks = record.next_full_tokens = 0
+
+    def _drop_staged(self) -> None:
+        """What is at hand for requests that have ended before their first token; others may have the same prompt."""
+        for prompt in self._leaving:
+            if not any(each.request.prompt is prompt for each in self._records.values()):
+                self.store.drop(prompt)
+        self._leaving.clear()
 
 
 def _scored(request: Request, start: int, end: int) -> range:

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from executor.engine.disk_cache.stats import DiskCacheStats
 from executor.engine.speculation.counts import SpeculationCounts
+from executor.engine.stages import StageTimes
+from executor.engine.totals import Totals
 from executor.schedule.request import SamplingParams
 
 
@@ -115,8 +118,8 @@ Event = Delta | Done | Failure
 
 
 @dataclass(frozen=True, slots=True)
-class EngineStats:
-    """What an engine holds now and has done since its start; those of several engines add up. Times in seconds."""
+class EngineStats(Totals):
+    """What an engine holds now and has done since its start; those of several engines add up."""
 
     num_running: int = 0
     num_waiting: int = 0  # being prepared, or queued
@@ -127,23 +130,6 @@ class EngineStats:
     num_encoder_hits: int = 0
     num_store_queries: int = 0  # tokens of prompts that no block in memory held
     num_store_hits: int = 0  # and those that the cache on disk held
-    num_disk_media_queries: int = 0  # from here on executor.engine.disk_cache.cache.DiskCacheStats
-    num_disk_media_hits: int = 0
-    disk_read_bytes: int = 0
-    disk_written_bytes: int = 0
-    disk_stored_bytes: int = 0
-    num_disk_damaged: int = 0
-    num_disk_dropped: int = 0
-    media_s: float = 0.0  # from here on executor.engine.stages.StageTimes
-    vision_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    sampling_s: float = 0.0
-    draft_s: float = 0.0
-    host_s: float = 0.0
-    num_prefill_steps: int = 0
-    num_decode_steps: int = 0
+    disk_cache: DiskCacheStats = DiskCacheStats()
+    stages: StageTimes = StageTimes()
     speculation: SpeculationCounts = field(default_factory=SpeculationCounts)
-
-    def __add__(self, other: "EngineStats") -> "EngineStats":
-        return EngineStats(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))

@@ -5,11 +5,10 @@ A backend's `ask` returns a Feed at once or raises QueueFull; what goes wrong la
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from typing import Any, Protocol
 
-from executor.engine.disk_cache.cache import DiskCacheStats
+from executor.engine.disk_cache.stats import DiskCacheStats
 from executor.engine.engine import Question
 from executor.engine.handle import Event as LoopEvent
 from executor.engine.handle import Handle
@@ -72,7 +71,6 @@ class EngineBackend:
         num_running = scheduler.num_running
         queries, hits = scheduler.encoder_queries
         disk_cache = self.loop.engine.runner.disk_cache
-        disk = DiskCacheStats() if disk_cache is None else disk_cache.stats()
         return EngineStats(
             num_running=num_running,
             num_waiting=max(0, self.num_unfinished - num_running),
@@ -83,14 +81,8 @@ class EngineBackend:
             num_encoder_hits=hits,
             num_store_queries=scheduler.num_store_queries,
             num_store_hits=scheduler.num_store_hits,
-            num_disk_media_queries=disk.num_media_queries,
-            num_disk_media_hits=disk.num_media_hits,
-            disk_read_bytes=disk.read_bytes,
-            disk_written_bytes=disk.written_bytes,
-            disk_stored_bytes=disk.stored_bytes,
-            num_disk_damaged=disk.num_damaged,
-            num_disk_dropped=disk.num_dropped,
-            **asdict(clock.times()),
+            disk_cache=DiskCacheStats() if disk_cache is None else disk_cache.stats(),
+            stages=clock.times(),
             speculation=self.loop.engine.speculation,
         )
 

@@ -13,7 +13,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
-from executor.engine.stages import STAGES
 from executor.serve.asks import Ask, Delta, Done, Event
 from executor.serve.backends import Backend
 
@@ -122,7 +121,7 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """What the engines hold, for prometheus_client."""
         stats = self._backend.stats()
-        drafts = stats.speculation
+        disk, drafts = stats.disk_cache, stats.speculation
         names, values = tuple(self._labels), tuple(self._labels.values())
         for name, words, value in (
             ("vllm:num_requests_running", "Requests that are being computed.", stats.num_running),
@@ -131,7 +130,7 @@ class Metrics:
                 "vllm:kv_cache_usage_perc", "Share of the KV cache that is in use; 1 is all.",
                 stats.num_used_blocks / max(1, stats.num_blocks),
             ),
-            ("qwenvl:disk_cache_bytes", "Prefix cache on disk, of all that share its folder.", stats.disk_stored_bytes),
+            ("qwenvl:disk_cache_bytes", "Prefix cache on disk, of all that share its folder.", disk.stored_bytes),
         ):  # fmt: skip
             gauge = GaugeMetricFamily(name, words, labels=names)
             gauge.add_metric(values, value)
@@ -153,24 +152,24 @@ class Metrics:
             (
                 "qwenvl:disk_cache_media_queries",
                 "Pictures and videos of prompts that were looked for on disk.",
-                stats.num_disk_media_queries,
+                disk.num_media_queries,
             ),
-            ("qwenvl:disk_cache_media_hits", "Those that were found there.", stats.num_disk_media_hits),
-            ("qwenvl:disk_cache_read_bytes", "Read from disk and checked.", stats.disk_read_bytes),
-            ("qwenvl:disk_cache_written_bytes", "Written to disk.", stats.disk_written_bytes),
-            ("qwenvl:disk_cache_damaged", "Entries that were wrong, and dropped.", stats.num_disk_damaged),
+            ("qwenvl:disk_cache_media_hits", "Those that were found there.", disk.num_media_hits),
+            ("qwenvl:disk_cache_read_bytes", "Read from disk and checked.", disk.read_bytes),
+            ("qwenvl:disk_cache_written_bytes", "Written to disk.", disk.written_bytes),
+            ("qwenvl:disk_cache_damaged", "Entries that were wrong, and dropped.", disk.num_damaged),
             (
                 "qwenvl:disk_cache_dropped",
                 "Entries that were not written, for lack of time or room.",
-                stats.num_disk_dropped,
+                disk.num_dropped,
             ),
             ("vllm:spec_decode_num_drafts", "Times that a request had drafts in a step.", drafts.num_drafts),
             ("vllm:spec_decode_num_draft_tokens", "Drafted tokens.", drafts.num_draft_tokens),
             ("vllm:spec_decode_num_accepted_tokens", "Drafted tokens that were right.", drafts.num_accepted_tokens),
             ("qwenvl:spec_decode_verify_seconds", "Time of steps with drafts.", drafts.verify_s),
             ("qwenvl:spec_decode_plain_seconds", "What their tokens would take without drafts.", drafts.plain_s),
-            ("qwenvl:prefill_steps", "Steps with a prompt in them.", stats.num_prefill_steps),
-            ("qwenvl:decode_steps", "Steps of one token a request.", stats.num_decode_steps),
+            ("qwenvl:prefill_steps", "Steps with a prompt in them.", stats.stages.num_prefill_steps),
+            ("qwenvl:decode_steps", "Steps of one token a request.", stats.stages.num_decode_steps),
         ):
             counter = CounterMetricFamily(name, words, labels=names)
             counter.add_metric(values, value)
@@ -186,8 +185,8 @@ class Metrics:
         stages = CounterMetricFamily(
             "qwenvl:stage_seconds", "Time of the engine's stages on the host.", labels=(*names, "stage")
         )
-        for stage in STAGES:
-            stages.add_metric((*values, stage), getattr(stats, f"{stage}_s"))
+        for stage, seconds in stats.stages.by_stage().items():
+            stages.add_metric((*values, stage), seconds)
         yield stages
 
     def _counter(self, name: str, words: str) -> Counter:

@@ -29,9 +29,9 @@ def test_steps_add_up(prepared):
     recipe, shapes = prepared.recipe, prepared.shapes
     picture = MediaItem("image", b"a", None, (1, 8, 8), 16)
     log = StepLog()
-    log(Plan((PlanRow(None, 9, 1, 1), PlanRow(None, 0, 20, 1), PlanRow(None, 0, 30, 0)), encode=(picture,)))
+    log(Plan((PlanRow(None, 9, 1, 1), PlanRow(None, 0, 20, 1), PlanRow(None, 0, 30, 0)), encode=(picture,)), [1, 1, 0])
     for plan in (decode(10, 20), decode(11, 21), decode(12), Plan(())):
-        log(plan)
+        log(plan, [1] * len(plan.rows))
     floors = log.floors(recipe, shapes, SPEEDS)
     prompts = prefill_cost(recipe, shapes, [Row(1, 9), Row(20), Row(30, samples=False)])
     expected = SPEEDS.floor_s(prompts) + SPEEDS.floor_s(vision_cost(recipe, shapes, [(1, 8, 8)]))
@@ -44,10 +44,23 @@ def test_steps_add_up(prepared):
     assert floors.of_point(SPEEDS, is_one_batch=False).ttft_s is None
 
 
+def test_a_step_with_drafts_gives_the_tokens_that_are_kept(prepared):
+    """Its floor is of computing them, shared by those of a row; a row that is computed in vain has none."""
+    recipe, shapes = prepared.recipe, prepared.shapes
+    log = StepLog()
+    log(decode(10, 20), [4, 1])
+    log(decode(14, 21), [1, 0])
+    assert log.tokens_per_row == 6 / 3
+    steps = [decode_cost(recipe, shapes, 2, 16, drafts=1.5), decode_cost(recipe, shapes, 2, 18.5)]
+    floors = log.floors(recipe, shapes, SPEEDS)
+    assert floors.decode_s == pytest.approx(sum(map(SPEEDS.floor_s, steps)))
+    assert floors.of_point(SPEEDS, is_one_batch=True).tpot_s == pytest.approx(floors.decode_s / 2 / 2)
+
+
 def test_a_decode_step_takes_the_longer_of_reading_and_computing(prepared):
     """At one row the weights' bytes decide, at very slow products these."""
     log = StepLog()
-    log(decode(10))
+    log(decode(10), [1])
     reading = log.floors(prepared.recipe, prepared.shapes, SPEEDS).decode_s
     cost = decode_cost(prepared.recipe, prepared.shapes, 1, 11)
     assert reading == pytest.approx((cost.weight_bytes + cost.kv_bytes) / 1e9)

@@ -20,19 +20,6 @@ DESCRIBE = SamplingParams(max_new_tokens=48)
 NOISY = SamplingParams(max_new_tokens=24, temperature=3.0, seed=11, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def engine():
-    return engine_over(REPO / "models" / "tiny" / "qwen3_vl", max_num_seqs=6)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(engine):
-    yield
-    assert not engine.has_work
-    engine.scheduler.check()
-    engine.runner.sampler.check(())
-
-
 def ask(engine, text: str, *files: str):
     parts = [{"type": "image", "image": str(MEDIA / file)} for file in files]
     return engine.processor.build([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}])

@@ -35,21 +35,6 @@ THING = {
 
 
 @pytest.fixture(scope="module")
-def engine():
-    with engine_over(TINY, max_num_seqs=6) as engine:
-        yield engine
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(request):
-    yield
-    if "engine" in request.fixturenames:
-        engine = request.getfixturevalue("engine")
-        assert not engine.has_work
-        engine.runner.sampler.check(())
-
-
-@pytest.fixture(scope="module")
 def grammars(engine) -> Grammars:
     return engine.matchers.grammars
 

@@ -353,10 +353,11 @@ def test_a_stream_that_is_left_and_an_engine_that_is_closed(answers, engine):
 def test_the_counts_and_the_watch_are_of_what_was_computed(engine, answers, monkeypatch):
     answers()
     watched, before = [], engine.runner.clock.times()
-    engine.watch = watched.append
+    engine.watch = lambda plan, num_kept: watched.append((plan, sum(num_kept)))
     ask(engine)
     engine.watch = None
     times = engine.runner.clock.times().since(before)
     assert times.num_prefill_steps + times.num_decode_steps == len(watched) >= PLAIN.max_new_tokens
-    computed = Counter((row.request.id, row.start) for plan in watched for row in plan.rows if row.max_yield)
+    computed = Counter((row.request.id, row.start) for plan, _ in watched for row in plan.rows if row.max_yield)
     assert set(computed.values()) == {1} and len(computed) == 3 * PLAIN.max_new_tokens
+    assert sum(count for _, count in watched) == 3 * PLAIN.max_new_tokens

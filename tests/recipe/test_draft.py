@@ -1,6 +1,7 @@
 """The draft model of a recipe: what is settled and refused before a weight is read, and its part of the memory."""
 
 import json
+import logging
 import re
 import shutil
 
@@ -10,9 +11,10 @@ from executor.capacity.fits import deployment_on
 from executor.checkpoint.vocabulary import difference, read_vocabulary
 from executor.commands.plan.show import PARTS
 from executor.errors import UserError
+from executor.recipe.draft import READERS, _warn
 from executor.recipe.memory import GIB, account, estimate, kv_block_bytes, weights_bytes
 from executor.recipe.on_paper import settle_on_paper
-from executor.recipe.schema import build_recipe
+from executor.recipe.schema import SpeculativeSection, build_recipe
 from executor.recipe.settle import prepare
 from models.published import published_config
 from models.registry import read_shapes
@@ -60,6 +62,38 @@ def test_bounds_that_leave_no_ngram():
     tree["speculative_config"] = {"method": "ngram", "ngram_min": 5}
     with pytest.raises(UserError, match=r"speculative_config\.ngram_min: got 5, but ngram_max is 4; allowed: 1 to 4"):
         prepare(build_recipe(tree))
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (
+            {"method": "ngram", "level": 3},
+            "level: got 3, which has no effect with method ngram; what reads it: lookahead",
+        ),
+        ({"method": "lookahead", "ngram_max": 9}, "ngram_max: got 9, which has no effect with method lookahead; what"),
+        (
+            {"num_speculative_tokens": 3},
+            "num_speculative_tokens: got 3, which has no effect without a method; what reads",
+        ),
+        ({"method": "ngram", "level": 4, "ngram_max": 9, "adaptive": False}, None),
+        ({}, None),
+    ],
+)
+def test_keys_that_the_method_does_not_read_are_told(settings, words, caplog):
+    tree = {"model_config": {"model_path": str(TARGET), "device": "cpu"}, "speculative_config": settings}
+    for settled in (prepare, lambda recipe: settle_on_paper(recipe, "plan")):
+        _warn.cache_clear()
+        caplog.clear()
+        settled(build_recipe(tree))
+        settled(build_recipe(tree))
+        told = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(told) == (words is not None), told
+        assert words is None or told[0].startswith(f"speculative_config.{words}")
+
+
+def test_every_key_has_its_readers():
+    assert {*READERS, "method", "model_path"} == SpeculativeSection.model_fields.keys()
 
 
 def test_a_draft_folder_that_is_not_whole(tmp_path):
@@ -196,6 +230,18 @@ def test_fewer_blocks_are_left_beside_a_draft_model():
     assert (
         deployment.account(max_num_seqs=4).draft_step_bytes == deployment.account(max_num_seqs=8).draft_step_bytes > 0
     )
+
+
+def test_a_file_is_no_draft_model(tmp_path):
+    """Nor a model: `plan` says so, as what runs it does, instead of looking for one of that name."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"x")
+    is_file = f"model_path: {file} is a file; it must be the folder of a checkpoint"
+    for settled in (prepare, lambda recipe: settle_on_paper(recipe, "plan")):
+        with pytest.raises(UserError, match=f"^speculative_config.{is_file}$"):
+            settled(recipe_of(file))
+        with pytest.raises(UserError, match=f"^model_config.{is_file}$"):
+            settled(recipe_of(None, method=None, model={"model_path": str(file)}))
 
 
 def test_a_draft_model_that_is_not_here_has_a_published_name():

@@ -21,7 +21,7 @@ from executor.quant.choose import choose_schemes
 from executor.recipe.communicators import SUMS_MB, buffer_bytes
 from executor.recipe.graph_sizes import graph_shapes
 from executor.recipe.memory import GIB, LIBRARY_BYTES, TORCH_BYTES, estimate, weights_bytes
-from executor.recipe.peak import ENCODE_TOKENS, padding_blocks, peak_bytes, pixel_bytes, vision_token_bytes
+from executor.recipe.peak import ENCODE_TOKENS, padding_blocks, peak_bytes, peak_of, pixel_bytes, vision_token_bytes
 from executor.recipe.schema import build_recipe
 from executor.recipe.settle import prepare, resolve
 from models.published import published_config
@@ -205,6 +205,19 @@ def test_the_parts_are_the_whole(device):
     assert sum(parts.values()) == found.total_bytes
     assert parts["kv_cache"] == found.num_blocks * found.block_bytes and parts["weights"] == found.weights_bytes
     assert parts["step"] + parts["encoder_cache"] + parts["pictures"] == found.peak_bytes
+
+
+def test_logits_of_the_step_before_count_where_the_next_is_queued_behind_it():
+    """As the head gives them and as float32; with drafts no step is queued behind another, on a CPU never."""
+    sizes = {"max_num_seqs": 1024, "max_num_batched_tokens": 1024, "max_model_len": 256}
+    found, shapes = resolved("Qwen3-VL-8B-Instruct", device="npu", **sizes)
+    step = peak_of(found, shapes, picture_tokens=16)
+    assert step.unread_bytes == 1024 * (4 + 2) * 151936
+    alone = replace(step, unread_bytes=0.0)
+    assert step.phase_bytes - alone.phase_bytes == step.unread_bytes, "here logits are what decides"
+    drafting = found.replace(speculative={"method": "ngram"})
+    on_host, _ = resolved("Qwen3-VL-8B-Instruct", device="cpu", **sizes)
+    assert peak_of(drafting, shapes).unread_bytes == peak_of(on_host, shapes).unread_bytes == 0
 
 
 def test_decode_graphs_and_communicators_count_on_a_chip():

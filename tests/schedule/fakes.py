@@ -134,6 +134,9 @@ class FakeStore:
     def release(self, prompt: Prompt) -> None:
         self.at_hand.pop(prompt, None)
 
+    def drop(self, prompt: Prompt) -> None:
+        self.release(prompt)
+
     def wants(self, digest: bytes) -> bool:
         return digest not in self.blocks and self._rng.random() >= self._loses
 

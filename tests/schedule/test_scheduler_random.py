@@ -103,6 +103,8 @@ class Soak:
             self.scheduler.add(arrival)
         except UserError:
             self.num_refused += 1
+            if self.store is not None:
+                self.store.drop(arrival.prompt)  # it goes, and what is at hand for it
         else:
             self.unfinished[arrival] = self.num_steps
 
@@ -316,6 +318,7 @@ def test_blocks_of_a_store_are_those_that_were_computed(case, seed):
         assert not soak.unfinished and soak.scheduler.pool.num_free == soak.options["num_blocks"]
         for answered in soak.done:
             check_answer(answered, soak.options)
+        assert not soak.store.at_hand, "nothing stays at hand for requests that have ended"
         assert 0 < soak.scheduler.num_store_hits < soak.scheduler.num_store_queries
         num_loaded += soak.store.num_loaded
     assert num_loaded > 50
@@ -342,6 +345,28 @@ def test_what_a_store_has_is_loaded_once_and_then_shared():
         assert store.num_loaded == (0, 5)[life] and not store.at_hand
         assert scheduler.num_store_queries == 21 + 2 * 1 and scheduler.num_store_hits == (0, 20)[life]
         assert [len(plan.keep) for plan in plans[:2]] == [0, (5, 0)[life]]
+
+
+def test_what_a_plan_was_to_keep_is_kept_when_it_is_cancelled():
+    """By the next plan, but for blocks that the cancelled one has taken for its rows."""
+    kept = []
+    for num_blocks in (200, 6):
+        store = FakeStore(random.Random(0), loses=0.0)
+        scheduler = Scheduler(**(TINY | {"max_num_batched_tokens": 64, "num_blocks": num_blocks}))
+        scheduler.store = store
+        runner = FakeRunner(scheduler)
+        scheduler.add(request("first", [3, 4, 5] * 7, max_new_tokens=1))
+        plan = scheduler.schedule()
+        scheduler.update(plan, runner.execute(plan))
+        scheduler.add(request("second", [6, 7, 8] * 5, max_new_tokens=1))
+        cancelled = scheduler.schedule()
+        assert len(cancelled.keep) == 5
+        scheduler.cancel(cancelled)
+        plan = scheduler.schedule()
+        kept.append(len(plan.keep))
+        scheduler.update(plan, runner.execute(plan))
+        assert len(store.blocks) == kept[-1] and not scheduler.has_work
+    assert kept == [5, 2]
 
 
 def test_several_tokens_a_step_are_fewer_steps_for_the_same_answers():

@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,8 +38,9 @@ class Running:
     engine: Engine
 
 
+@contextmanager
 def start(engine: Engine, *, data: dict[str, object] | None = None, **server: object) -> Iterator[Running]:
-    """A generator of one Running; what follows the yield stops it. `server` changes fields of server_config.
+    """A server, until the context is left, however it is left. `server` changes fields of server_config.
 
     `data` changes fields of data_config. The engine reads media within the server's limits for as long as it runs.
     """
@@ -49,19 +51,23 @@ def start(engine: Engine, *, data: dict[str, object] | None = None, **server: ob
     listener = listen(recipe.server)
     port = listener.getsockname()[1]
     event_loop = asyncio.new_event_loop()
-    with EngineLoop(engine, max_unfinished=recipe.server.max_queued_requests) as loop:
-        service = Service(recipe, engine.processor, engine.vocab_size, EngineBackend(loop.start(), event_loop))
-        service.is_ready = True
-        server_ = Server(config_of(build_app(service), recipe.server))
-        thread = threading.Thread(target=event_loop.run_until_complete, args=(server_.serve(sockets=[listener]),))
-        thread.start()
-        url = url_of(recipe.server, port)
-        with httpx.Client(base_url=url, timeout=60, verify=False) as http:
-            yield Running(url, http, service, engine)
-        server_.should_exit = True
-        thread.join()
+    try:
+        with EngineLoop(engine, max_unfinished=recipe.server.max_queued_requests) as loop:
+            service = Service(recipe, engine.processor, engine.vocab_size, EngineBackend(loop.start(), event_loop))
+            service.is_ready = True
+            server_ = Server(config_of(build_app(service), recipe.server))
+            thread = threading.Thread(target=event_loop.run_until_complete, args=(server_.serve(sockets=[listener]),))
+            thread.start()
+            try:
+                url = url_of(recipe.server, port)
+                with httpx.Client(base_url=url, timeout=60, verify=False) as http:
+                    yield Running(url, http, service, engine)
+            finally:
+                server_.should_exit = True
+                thread.join()
+    finally:
         event_loop.close()
-    engine.processor.options = options
+        engine.processor.options = options
 
 
 def named_events(server: Running, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -84,4 +90,5 @@ def tiny_engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def server(tiny_engine: Engine) -> Iterator[Running]:
-    yield from start(tiny_engine)
+    with start(tiny_engine) as running:
+        yield running

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from executor.engine.disk_cache.stats import DiskCacheStats
 from executor.engine.engine import Engine
 from executor.engine.loop import EngineLoop
 from executor.schedule.request import SamplingParams
-from executor.serve.asks import Ask, ChatPrompt, Delta, Done, Event, Failure, TextPrompt, TokenPrompt
+from executor.serve.asks import Ask, ChatPrompt, Delta, Done, EngineStats, Event, Failure, TextPrompt, TokenPrompt
 from executor.serve.backends import EngineBackend
 from tests.reference import REPO
 
@@ -124,3 +125,18 @@ def test_rules_of_single_tokens_hold(answer, tiny_engine):
     end = tiny_engine.processor.eos_token_ids[0]
     (refused,) = answer(ChatPrompt([QUESTION]), replace(SHORT, allowed_token_ids=[end], min_new_tokens=2))
     assert refused.kind == "refused" and "allowed_token_ids holds only tokens" in refused.message
+
+
+def test_stats_are_the_engines_own_parts(answer, tiny_engine):
+    """As they are: a field that a part gets is there, and /metrics has it to show."""
+
+    async def stats() -> EngineStats:
+        with EngineLoop(tiny_engine) as loop:
+            return EngineBackend(loop, asyncio.get_running_loop()).stats()
+
+    answer(ChatPrompt([QUESTION]))
+    found = asyncio.run(stats())
+    assert found.stages == tiny_engine.runner.clock.times() and found.stages.host_s > 0
+    assert found.speculation == tiny_engine.speculation
+    assert found.disk_cache == DiskCacheStats(), "there is none"
+    assert found.num_blocks == tiny_engine.scheduler.pool.num_blocks

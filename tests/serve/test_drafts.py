@@ -50,7 +50,8 @@ def server(engine: Engine, request: pytest.FixtureRequest) -> Iterator[Running]:
     before = speculator.proposer
     if request.param == "recall":
         speculator.proposer = Recall()
-    yield from start(engine)
+    with start(engine) as running:
+        yield running
     speculator.proposer = before
 
 

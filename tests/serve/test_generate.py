@@ -18,7 +18,8 @@ LIMITS = {"max_tokens": 8, "temperature": 0}
 @pytest.fixture(scope="module")
 def server(tiny_engine: Engine) -> Iterator[Running]:
     """One that may read the files of the documents' requests."""
-    yield from start(tiny_engine, allowed_local_media_path=str(MEDIA))
+    with start(tiny_engine, allowed_local_media_path=str(MEDIA)) as running:
+        yield running
 
 
 def data_url(name: str, kind: str) -> str:

@@ -21,9 +21,9 @@ MAX_BODY_BYTES = 300_000
 @pytest.fixture(scope="module")
 def guarded(tiny_engine: Engine) -> Iterator[Running]:
     """With a key, another page's origin, prompts in the log and a small bound on bodies."""
-    yield from start(
-        tiny_engine, api_key=KEY, allowed_origins=[PAGE], log_prompts=True, max_body_bytes=MAX_BODY_BYTES,
-    )  # fmt: skip
+    fields = {"api_key": KEY, "allowed_origins": [PAGE], "log_prompts": True, "max_body_bytes": MAX_BODY_BYTES}
+    with start(tiny_engine, **fields) as running:
+        yield running
 
 
 def bearer(key: str = KEY) -> dict[str, str]:

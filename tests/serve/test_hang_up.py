@@ -137,22 +137,24 @@ def test_while_it_waits(server: Running, watched: Watched, monkeypatch) -> None:
 
 
 def test_when_its_time_is_over(tiny_engine, monkeypatch) -> None:
-    for server in start(tiny_engine, request_timeout_s=0.3):
+    with start(tiny_engine, request_timeout_s=0.3) as server:
         whole = server.http.post(CHAT, json={**asked(1900), "stream": False})
         assert whole.status_code == 504 and "time" in whole.json()["error"]["message"]
         until(lambda: not tiny_engine.has_work)
         tiny_engine.scheduler.check()
-        until(lambda http=server.http: http.post(CHAT, json={**asked(1), "stream": False}).status_code == 200)
+        until(lambda: server.http.post(CHAT, json={**asked(1), "stream": False}).status_code == 200)
 
 
 def test_a_full_queue_says_when_to_come_again(tiny_engine) -> None:
-    for server in start(tiny_engine, max_queued_requests=1):
-        with server.http.stream("POST", CHAT, json=asked(1900)) as reply:
-            lines = reply.iter_lines()  # its end would be the connection's
-            next(lines)
-            refused = server.http.post(CHAT, json=asked(4))
-            assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
-            assert refused.json()["error"]["code"] == "server_busy"
+    with (
+        start(tiny_engine, max_queued_requests=1) as server,
+        server.http.stream("POST", CHAT, json=asked(1900)) as reply,
+    ):
+        lines = reply.iter_lines()  # its end would be the connection's
+        next(lines)
+        refused = server.http.post(CHAT, json=asked(4))
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == "server_busy"
 
 
 def data_url() -> str:

@@ -23,11 +23,10 @@ SEED = 12
 @pytest.fixture(scope="module")
 def guarded(tiny_engine: Engine) -> Iterator[Running]:
     """A server that fetches from some hosts and reads one folder: the rules are asked, and not only their absence."""
-    yield from start(
-        tiny_engine,
-        data={"allowed_media_domains": ["example.org", "localhost"], "fetch_timeout_s": 1.0},
-        allowed_local_media_path=str(MEDIA), max_body_bytes=2_000_000,
-    )  # fmt: skip
+    data = {"allowed_media_domains": ["example.org", "localhost"], "fetch_timeout_s": 1.0}
+    server = {"allowed_local_media_path": str(MEDIA), "max_body_bytes": 2_000_000}
+    with start(tiny_engine, data=data, **server) as running:
+        yield running
 
 
 def exchange(server: Running, hostile: Hostile) -> bytes:

@@ -26,7 +26,7 @@ from executor.serve.service import Service
 from executor.serve.settings import url_of
 from executor.serve.warmup import warm_up
 from tests.reference import REPO
-from tests.serve.conftest import TINY
+from tests.serve.conftest import TINY, start
 
 CHAT = "/v1/chat/completions"
 LIMIT_S = 60
@@ -215,6 +215,22 @@ def test_an_engine_that_ends_is_told_to_everybody_and_ends_the_server(tiny_engin
         until(lambda: ended)
     assert isinstance(ended[0], RuntimeError) and "the engine has ended: out of order" in str(ended[0])
     assert service.backend.fault == "out of order" and not tiny_engine.has_work
+
+
+def test_a_test_that_fails_leaves_no_server_behind(tiny_engine: Engine) -> None:
+    """Of the tests' own servers: the threads of one that is left would keep the process from ending."""
+    threads, options = set(threading.enumerate()), tiny_engine.processor.options
+    with (
+        pytest.raises(ZeroDivisionError),
+        start(tiny_engine, max_media_bytes=1) as server,
+        server.http.stream("POST", CHAT, json=asked(1900)) as reply,
+    ):
+        next(reply.iter_lines())
+        raise ZeroDivisionError
+    left = [each for each in set(threading.enumerate()) - threads if not each.daemon]
+    assert not left and not tiny_engine.has_work and tiny_engine.processor.options is options
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(server.url)
 
 
 def test_health_says_no_from_the_moment_that_the_engine_has_ended(server) -> None:

@@ -96,7 +96,7 @@ def test_the_dashboard_asks_for_metrics_that_are_there(server: Running) -> None:
 
 def test_drafts_are_counted_as_vllm_counts_them() -> None:
     engine = engine_over(TINY, speculative={"method": "ngram", "ngram_min": 1, "adaptive": False})
-    for server in start(engine):
+    with start(engine) as server:
         body = {"prompt": "one two three one two four one two", "max_tokens": 32, "ignore_eos": True}
         assert server.http.post("/v1/completions", json=body).status_code == 200
         found, counts = samples(server), engine.speculation

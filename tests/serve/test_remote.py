@@ -3,10 +3,11 @@
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
+from typing import get_type_hints
 
 import pytest
 
-from executor.engine.speculation.counts import SpeculationCounts
+from executor.engine.totals import Totals
 from executor.errors import UserError
 from executor.schedule.request import Grammar, SamplingParams
 from executor.serve import wire
@@ -59,8 +60,21 @@ def test_events_travel_as_they_are() -> None:
         (3, Failure("late", "words")),
     ]
     assert wire.events_from_tree(wire.unpack(wire.pack(wire.events_to_tree(events))[8:])) == events
-    stats = EngineStats(num_running=1, vision_s=0.5, speculation=SpeculationCounts(1, 3, 2, (1, 1, 0), 0.5, 0.75))
-    assert wire.stats_from_tree(wire.unpack(wire.pack(wire.stats_to_tree(stats))[8:])) == stats
+
+
+def counted(kind: type[Totals], number: float) -> Totals:
+    """Of every field that number, whatever fields there are; halves where a number may be broken."""
+    parts = {int: number, float: number + 0.5, tuple[int, ...]: (number, 0)}
+    hints = get_type_hints(kind)
+    return kind(**{name: parts[each] if each in parts else counted(each, number) for name, each in hints.items()})
+
+
+def test_stats_travel_and_add_up_with_all_their_parts() -> None:
+    stats = counted(EngineStats, 3)
+    assert stats.stages.draft_s == 3.5 and stats.disk_cache.num_dropped == 3
+    travelled = wire.stats_from_tree(wire.unpack(wire.pack(wire.stats_to_tree(stats))[8:]))
+    assert travelled == stats
+    assert travelled + stats == counted(EngineStats, 6) + counted(EngineStats, 0)
 
 
 def joined(test: Callable[[RemoteBackend, FakeBackend, "asyncio.Task[None]", list[Peer]], Awaitable[None]]) -> None:

@@ -49,7 +49,8 @@ def test_all_bodies_come_to_their_end_within_the_bound() -> None:
 @pytest.fixture
 def narrow(tiny_engine):
     """A server with room for hardly more than one large body."""
-    yield from start(tiny_engine, max_held_body_bytes=300_000)
+    with start(tiny_engine, max_held_body_bytes=300_000) as running:
+        yield running
 
 
 def test_a_large_body_waits_for_room_and_a_small_one_does_not(narrow: Running) -> None:

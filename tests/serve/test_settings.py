@@ -44,7 +44,7 @@ def test_the_curl_line_works_as_printed(tiny_engine: Engine, certificate: tuple[
         {"ssl_certfile": cert, "ssl_keyfile": key},
     ]
     for fields in variants:
-        for running in start(tiny_engine, **fields):
+        with start(tiny_engine, **fields) as running:
             lines = list(greeting(running.service, int(running.url.rsplit(":", 1)[1])))
             assert not any(is_warning for _, is_warning in lines)
             line = next(words for words, _ in lines if words.startswith("to try")).partition(": curl ")[2]
@@ -96,7 +96,7 @@ def test_the_address_that_is_told_is_one_to_reach(host: str, url: str) -> None:
 
 
 def test_what_is_told_at_the_start(tiny_engine: Engine) -> None:
-    for running in start(tiny_engine, host="0.0.0.0"):
+    with start(tiny_engine, host="0.0.0.0") as running:
         lines = list(greeting(running.service, 80))
         defaults = next(words for words, _ in lines if "do not say otherwise" in words)
         assert "temperature 0" in defaults and "up to the context's end (2048 tokens)" in defaults

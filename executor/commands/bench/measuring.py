@@ -97,7 +97,7 @@ class Measuring:
             duration_s=max([own_s, *(result.ended_s for result in results)]),
             requests=tuple(results),
             stages_s=dict(times.by_stage()),
-            model_tpot_s=model_tpot_s(times),
+            model_tpot_s=model_tpot_s(times, steps.tokens_per_row),
             peak_memory_bytes=peak or None,
             beside=self.engine.speculation.since(drafts_before).figures(),
         )
@@ -125,6 +125,6 @@ def _made(engine: Any, recipe: Recipe, params: SamplingParams, place: int, sampl
     return asked.prompt, asked.params
 
 
-def model_tpot_s(times: StageTimes) -> float | None:
-    """Of a decode step in the model; None where no step was one."""
-    return times.decode_s / times.num_decode_steps if times.num_decode_steps else None
+def model_tpot_s(times: StageTimes, tokens_per_row: float) -> float | None:
+    """Of a token in the model: a decode step, shared by the tokens that a row got of it; None where no step was one."""
+    return times.decode_s / times.num_decode_steps / tokens_per_row if times.num_decode_steps else None

@@ -145,7 +145,7 @@ class Serving:
             duration_s=duration_s,
             requests=results_of(replies, begun_s),
             stages_s=figures.stages_s,
-            model_tpot_s=figures.decode_step_s,
+            model_tpot_s=figures.model_tpot_s,
             peak_memory_bytes=self.server.peak_memory_bytes() if self.server is not None else None,
             beside=_beside(figures, replies, cpu_s / duration_s),
         )

@@ -109,7 +109,7 @@ def _phases(found: Answer) -> list[str]:
     """The peak of a step is the widest of its phases."""
     step = found.fit.memory.step
     assert step is not None, "an estimate knows what its peak is made of"
-    phases = {"vision": step.vision_bytes, "prefill": step.text_bytes, "logits": step.logits_bytes}
+    phases = {"vision": step.vision_bytes, "prefill": step.text_bytes, "logits": step.logits_bytes + step.unread_bytes}
     return [f"  peak of a step: the widest of {', '.join(f'{name} {amount(size)}' for name, size in phases.items())}"]
 
 

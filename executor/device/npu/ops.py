@@ -31,7 +31,7 @@ from executor.device.npu import (
 from executor.device.npu.profiler import NpuProfiler
 from executor.device.npu.soc import COMPOSED, SOCS, Soc, chip_named, choose, soc_of
 from executor.device.ops import HeadNorms, Heads, KVLayer, KVScales, Ops
-from executor.device.table import DeviceSettings
+from executor.device.table import BACKENDS, DeviceSettings
 from executor.device.weights import CompressedInt8, Weight
 from executor.errors import UserError
 from executor.host.env import environment
@@ -50,7 +50,7 @@ class NpuOps(Ops):
     """
 
     name = "npu"
-    overlaps_steps = True
+    overlaps_steps = BACKENDS["npu"].overlaps_steps
     takes_cache_offsets = False
 
     def __init__(

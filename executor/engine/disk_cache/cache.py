@@ -6,7 +6,7 @@ What steps compute is copied beside the model and written by a thread of this mo
 are dropped. A block is written only behind the one before it: without that nobody would find it.
 
 Bytes come back as they were in the cache, so answers are those that blocks kept in memory give.
-Invariants: `load` never fails for what is `staged`; no step reads or writes a file.
+Invariants: `load` finds all that is `staged`, and fails for lack of memory only; no step reads or writes a file.
 Knows nothing of the order of requests, nor of models.
 Legend: L layers, M visual tokens of a media item, n hidden size.
 """
@@ -18,7 +18,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from queue import SimpleQueue
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from executor.device.ops import KVLayer, Ops
 from executor.engine.disk_cache.folder import EntryFolder
+from executor.engine.disk_cache.stats import DiskCacheStats
 from executor.engine.prepare import NICENESS
 from executor.recipe.memory import GIB, QUEUED_BYTES, STAGED_BYTES
 from executor.schedule.plan import BlockToKeep, BlockToLoad
@@ -47,19 +47,6 @@ class Staged:
 
     def __init__(self, content: Tensor) -> None:
         self.content = content
-
-
-@dataclass(frozen=True, slots=True)
-class DiskCacheStats:
-    """What a cache has done since its start."""
-
-    num_media_queries: int = 0  # media that prompts needed and that were not in memory
-    num_media_hits: int = 0
-    read_bytes: int = 0
-    written_bytes: int = 0
-    stored_bytes: int = 0  # below the root now, as far as this process knows
-    num_damaged: int = 0
-    num_dropped: int = 0  # entries that were not written
 
 
 class DiskCache:
@@ -98,7 +85,7 @@ class DiskCache:
         self._queued_bytes = 0
         self._accounts = threading.Lock()  # of the two above and those below
         self._written_bytes = self._num_dropped = 0
-        self._has_warned = False
+        self._warned: set[str] = set()
         self._resting_until_s = 0.0
         self._writer = threading.Thread(target=self._write_queued, name="disk cache", daemon=True)
         self._writer.start()
@@ -121,6 +108,10 @@ class DiskCache:
     def release(self, prompt: Prompt) -> None:
         self._of_prompt.pop(prompt, None)
         self._fetched.discard(prompt)
+
+    def drop(self, prompt: Prompt) -> None:
+        self.release(prompt)
+        self._media_of_prompt.pop(prompt, None)
 
     def wants(self, digest: bytes) -> bool:
         name = _block_name(digest)
@@ -298,18 +289,36 @@ class DiskCache:
             if isinstance(task, threading.Event):
                 task.set()
                 continue
-            names, num_bytes, stamps_ns, rows = task
+            self._write_all(*task)
+            del task  # its memory, until the next one comes
+
+    def _write_all(self, names: list[str], num_bytes: int, stamps_ns: list[int], rows: Tensor) -> None:
+        """What was queued together; a fault ends no more than that."""
+        num_left = len(names)
+        try:
             rows = rows.cpu()  # waits for a device that computes behind the host's back; no step does
             for name, stamp_ns, row in zip(names, stamps_ns, rows, strict=True):
                 self._write(name, row, stamp_ns)
-                self._queued.discard(name)
-            with self._accounts:
-                self._queued_bytes -= num_bytes * len(names)
-            del task, rows, row  # their memory, until the next one comes
+                num_left -= 1
+        except (RuntimeError, MemoryError) as error:
+            self._drop(num_left)
+            self._warn_once("copied", f"entries cannot be copied to the host ({error}); they are not kept")
+        with self._accounts:
+            self._queued.difference_update(names)
+            self._queued_bytes -= num_bytes * len(names)
+
+    def _drop(self, count: int) -> None:
+        with self._accounts:
+            self._num_dropped += count
+
+    def _warn_once(self, kind: str, words: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning("%s: %s", self.folder.path, words)
 
     def _write(self, name: str, row: Tensor, stamp_ns: int) -> None:
         if time.monotonic() < self._resting_until_s:
-            self._num_dropped += 1
+            self._drop(1)
             return
         if self.folder.has(name):  # another process has been faster
             return
@@ -317,13 +326,12 @@ class DiskCache:
             self.folder.write(name, memoryview(row.contiguous().view(-1).view(torch.uint8).numpy()), stamp_ns)
         except OSError as error:
             self._resting_until_s = time.monotonic() + RETRY_S
-            self._num_dropped += 1
-            if not self._has_warned:
-                self._has_warned = True
-                logger.warning(
-                    "%s: cannot be written to (%s); the engine goes on without new entries on disk, and tries again "
-                    "every %.0f s", self.folder.path, error.strerror or error, RETRY_S,
-                )  # fmt: skip
+            self._drop(1)
+            self._warn_once(
+                "written",
+                f"cannot be written to ({error.strerror or error}); the engine goes on without new entries on disk, "
+                f"and tries again every {RETRY_S:.0f} s",
+            )
             return
         self._written_bytes += row.nbytes
 

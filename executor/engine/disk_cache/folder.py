@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from executor.errors import UserError
 from executor.host import locks
+from executor.recipe.disk_cache import ENTRIES, root_of, unusable
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,7 @@ KEPT_SHARE = 0.9  # of the capacity, left by a trim
 STALE_S = 3600.0  # temporary files older than that are of a process that has died
 _TEMPORARY = ".tmp-"
 _LOCK = "trim.lock"
-_FOLDER = "prefix-"
-_FOLDER_NAME = re.compile(rf"{_FOLDER}[0-9a-f]+")
+_FOLDER_NAME = re.compile(rf"{ENTRIES}[0-9a-f]+")
 _NAME = re.compile(r"[0-9a-f]+\.[a-z]+")
 
 Bytes = bytes | bytearray | memoryview
@@ -51,19 +51,16 @@ class _Found(NamedTuple):
     path: str
 
 
-def make_root(path: str | Path, where: str) -> Path:
-    """The root, made where it is not there. UserError, which names the recipe's key `where`, if it cannot be used."""
-    root = Path(path).expanduser().absolute()
+def make_root(path: str | Path) -> Path:
+    """The root, made where it is not there. UserError, which names the recipe's key, if it cannot be used."""
+    root = root_of(path)
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         trial = root / f"{_TEMPORARY}{secrets.token_hex(8)}"
         os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         trial.unlink()
     except OSError as error:
-        raise UserError(
-            f"{where}: {root} cannot be written to ({error.strerror or error}); name a folder of a local disk that "
-            "this user may write to, or null to keep nothing"
-        ) from error
+        raise UserError(unusable(root, str(error.strerror or error))) from error
     return root
 
 
@@ -73,7 +70,7 @@ class EntryFolder:
     def __init__(self, root: Path, key: str, capacity_bytes: int) -> None:
         self.root = root
         self.key = key
-        self.path = root / f"{_FOLDER}{key}"
+        self.path = root / f"{ENTRIES}{key}"
         self.capacity_bytes = capacity_bytes
         self.total_bytes = 0  # of all keys, as of the last look and what this process has written since
         self.num_damaged = 0

@@ -1,11 +1,12 @@
 """What became of drafts, since the engine was made. Counts of several engines add up."""
 
-from dataclasses import dataclass, fields
-from itertools import zip_longest
+from dataclasses import dataclass
+
+from executor.engine.totals import Totals
 
 
 @dataclass(slots=True)
-class SpeculationCounts:
+class SpeculationCounts(Totals):
     """Under the names that vLLM has for them.
 
     `num_drafts`: times that a request had drafts in a step; `num_draft_tokens` of these, of which
@@ -36,7 +37,7 @@ class SpeculationCounts:
         """How many times as fast the steps with drafts were."""
         return self.plain_s / self.verify_s if self.verify_s else None
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, int | float]:
         """Those that are known, by name; none where there were no drafts."""
         if not self.num_drafts:
             return {}
@@ -48,7 +49,7 @@ class SpeculationCounts:
             "acceptance_length": self.acceptance_length,
             "drafting_gain": self.gain,
         }
-        return {name: float(value) for name, value in found.items() if value is not None}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def words(self) -> str:
@@ -76,20 +77,3 @@ class SpeculationCounts:
         """Of one step."""
         self.verify_s += verify_s
         self.plain_s += plain_s
-
-    def __add__(self, other: "SpeculationCounts") -> "SpeculationCounts":
-        return self._joined(other, 1)
-
-    def since(self, before: "SpeculationCounts") -> "SpeculationCounts":
-        """What has come to them after `before` was copied."""
-        return self._joined(before, -1)
-
-    def _joined(self, other: "SpeculationCounts", sign: int) -> "SpeculationCounts":
-        joined = {}
-        for field in fields(self):
-            ours, others = getattr(self, field.name), getattr(other, field.name)
-            if isinstance(ours, tuple):
-                joined[field.name] = tuple(a + sign * b for a, b in zip_longest(ours, others, fillvalue=0))
-            else:
-                joined[field.name] = ours + sign * others
-        return SpeculationCounts(**joined)

@@ -23,23 +23,22 @@ Knows requests and rows only. Of a request: O(1) a token, at most guess_set_size
 from collections import deque
 from collections.abc import Sequence
 
-from executor.engine.speculation.ngram import PLACEHOLDER, copied, text_of
-from executor.engine.speculation.speculator import Proposer
+from executor.engine.speculation.own_text import PLACEHOLDER, OwnTextProposer, copied, text_of
 from executor.engine.speculation.verify import num_right
-from executor.schedule.plan import Plan, Row
+from executor.schedule.plan import Row
 from executor.schedule.request import Request
 
 SEED_STRIDE = 31  # of places in the text: tokens that the first window begins with
 
 
-class LookaheadProposer(Proposer):
+class LookaheadProposer(OwnTextProposer):
     def __init__(self, level: int, window: int, guess_set_size: int) -> None:
+        super().__init__()
         self.level, self.num_trailing, self.guess_set_size = level, window, guess_set_size
-        self._pools: dict[str, _Pool] = {}
         self._windows: dict[str, _Window] = {}
 
-    def propose(self, plan: Plan, wanted: Sequence[int]) -> list[tuple[int, ...]]:
-        return [self._draft(row.request, count) if count else () for row, count in zip(plan.rows, wanted, strict=True)]
+    def _known(self, prompt: list[int]) -> "_Pool":
+        return _Pool(self.level, self.guess_set_size, prompt)
 
     def trailing(self, row: Row, draft_ids: tuple[int, ...], count: int) -> tuple[int, ...]:
         request = row.request
@@ -55,21 +54,14 @@ class LookaheadProposer(Proposer):
             return
         first = num_right(row.draft_ids, chosen) + 1
         place = row.start + row.num_tokens + first
-        pool = self._pools.get(row.request.id)
+        pool = self._texts.get(row.request.id)
         for ngram in window.update(place, chosen[first:]):
             if pool is not None:
                 pool.add(ngram)
 
     def forget(self, request: Request) -> None:
-        self._pools.pop(request.id, None)
+        super().forget(request)
         self._windows.pop(request.id, None)
-
-    def _draft(self, request: Request, count: int) -> tuple[int, ...]:
-        pool = self._pools.get(request.id)
-        if pool is None:
-            pool = self._pools[request.id] = _Pool(self.level, self.guess_set_size, text_of(request.prompt))
-        pool.extend(request.output_token_ids)
-        return pool.chain(count)
 
 
 class _Pool:
@@ -101,8 +93,7 @@ class _Pool:
         if len(guesses) > self.guess_set_size:
             del guesses[next(iter(guesses))]
 
-    def chain(self, count: int) -> tuple[int, ...]:
-        """Up to `count` tokens that may come next."""
+    def following(self, count: int) -> tuple[int, ...]:
         tokens = self._tokens
         if self._next:
             return copied(tokens, self._next, count)

@@ -1,8 +1,7 @@
 """Drafts from the request's own tokens: what followed when its last tokens came before (prompt lookup).
 
-Of each request an index of its n-grams is made when it is drafted for the first time, grows with its answer and goes
-with it. The prompt's part takes 12 to 20 bytes a token for each size of n-grams, the answer's about 200.
-Placeholders of pictures and videos are no text: no n-gram reaches over one, and none is drafted.
+Of each request there is an index of its n-grams. The prompt's part takes 12 to 20 bytes a token for each size of
+n-grams, the answer's about 200. No n-gram reaches over a placeholder, and none is drafted.
 Knows requests and rows only.
 """
 
@@ -11,50 +10,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from executor.engine.speculation.speculator import Proposer
-from executor.schedule.plan import Plan
-from executor.schedule.request import Prompt, Request
+from executor.engine.speculation.own_text import PLACEHOLDER, OwnTextProposer, copied
 
-PLACEHOLDER = -1  # stands for a placeholder's token
 FACTOR = 0x9E3779B97F4A7C15  # odd, of 64 bits: the golden ratio's, which spreads well
 WORD = 2**64 - 1
 
 
-class NgramProposer(Proposer):
+class NgramProposer(OwnTextProposer):
     """The continuation of the latest earlier place where the last `most` to `least` tokens are the same."""
 
     def __init__(self, least: int, most: int) -> None:
+        super().__init__()
         self.least, self.most = least, most
-        self._indexes: dict[str, _Index] = {}
 
-    def propose(self, plan: Plan, wanted: Sequence[int]) -> list[tuple[int, ...]]:
-        return [self._draft(row.request, count) if count else () for row, count in zip(plan.rows, wanted, strict=True)]
-
-    def forget(self, request: Request) -> None:
-        self._indexes.pop(request.id, None)
-
-    def _draft(self, request: Request, count: int) -> tuple[int, ...]:
-        index = self._indexes.get(request.id)
-        if index is None:
-            index = self._indexes[request.id] = _Index(self.least, self.most, text_of(request.prompt))
-        index.extend(request.output_token_ids)
-        return index.following(count)
-
-
-def text_of(prompt: Prompt) -> list[int]:
-    """The prompt's tokens, PLACEHOLDER where an embedding stands instead of one."""
-    token_ids = list(prompt.token_ids)
-    for span in prompt.spans:
-        token_ids[span.start : span.start + span.num_tokens] = [PLACEHOLDER] * span.num_tokens
-    return token_ids
-
-
-def copied(tokens: list[int], place: int, count: int) -> tuple[int, ...]:
-    """`count` tokens as they follow from a place on, none behind a placeholder. At the text's end they begin again with
-    the first of them: a text that repeats itself goes on so."""
-    found = tokens[place : place + count]
-    found = (found * -(-count // len(found)))[:count]
-    return tuple(found[: found.index(PLACEHOLDER)] if PLACEHOLDER in found else found)
+    def _known(self, prompt: list[int]) -> "_Index":
+        return _Index(self.least, self.most, prompt)
 
 
 class _Index:

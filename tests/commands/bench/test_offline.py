@@ -70,6 +70,18 @@ def test_latency_measures_each_batch_size(recipe):
     assert 0 < report.startup.weights_s <= report.startup.first_token_s
 
 
+def test_tokens_of_a_step_with_drafts_are_counted(recipe):
+    """Of one request: all its tokens but the first share the time of the decode steps, however many a step gave."""
+    speculative = {"method": "ngram", "ngram_min": 1, "adaptive": False}
+    recipe = recipe.replace(speculative=speculative, generation={"max_new_tokens": 40, "ignore_eos": True})
+    document, _, _ = measured(recipe.replace(bench={"mode": "latency", "batch_sizes": (1,), "warmups": 0}))
+    (point,) = load(Path(document["results_path"])).points
+    assert all(run.beside["accepted_draft_tokens"] > 0 for run in point.runs)
+    for run in point.runs:
+        assert run.model_tpot_s == pytest.approx(run.stages_s["decode"] / 39, rel=0.01)
+    assert point.floor.tpot_s * 39 < point.runs[-1].floor_s
+
+
 def test_a_batch_that_is_none_and_answers_that_are_cut_are_told(recipe, caplog):
     """Of three rows the pool has room for two; the context ends answers before their twelve tokens."""
     scheduler = {"max_model_len": 32, "num_blocks": 4, "block_size": 16}

@@ -115,6 +115,8 @@ def test_what_the_server_tells_stands_beside(recipe_of):
             f'qwenvl:stage_seconds_total{{stage="decode",engine="0"}} {2.0 * number}\n'
             f'qwenvl:stage_seconds_total{{stage="prefill",engine="0"}} {1.0 * number}\n'
             f"qwenvl:decode_steps_total{{}} {100.0 * number}\n# HELP x y\n"
+            f"vllm:generation_tokens_total{{}} {46.0 * number}\n"
+            f"vllm:time_to_first_token_seconds_count{{}} {6.0 * number}\n"
             f'vllm:spec_decode_num_drafts_total{{engine="0"}} {5.0 + 10 * number}\n'
             f'vllm:spec_decode_num_draft_tokens_total{{engine="0"}} {7.0 + 40 * number}\n'
             f'vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {1.0 + 30 * number}\n'
@@ -126,7 +128,7 @@ def test_what_the_server_tells_stands_beside(recipe_of):
     scripted.metrics = metrics
     with scripted.in_thread() as server:
         document, _, table = measured(recipe_of(server.url, "bench_config.repetitions=1", "bench_config.warmups=0"))
-    assert document["stages_s"] == {"decode": 2.0, "prefill": 1.0} and document["model_tpot_ms"] == 20.0
+    assert document["stages_s"] == {"decode": 2.0, "prefill": 1.0} and document["model_tpot_ms"] == 5.0
     assert document["beside"]["prefix_cache_hit_tokens"] == 15.0
     assert document["beside"]["most_kv_cache_usage"] == 0.25
     assert document["beside"]["tokens_per_piece"] == 2.0 and 0 < document["beside"]["client_cpu"] < 2
@@ -282,7 +284,8 @@ def test_every_figure_is_that_of_the_rows(recipe_of):
 
 @pytest.fixture(scope="module")
 def real() -> Iterator[Running]:
-    yield from start(engine_over(TINY))
+    with start(engine_over(TINY)) as running:
+        yield running
 
 
 def test_our_server_counts_what_was_asked_for(recipe_of, real):

@@ -66,7 +66,7 @@ def test_drafts_are_told_in_the_last_line_and_the_document():
     drafts = document["drafts"]
     assert status == 0 and 0 < drafts["accepted_draft_tokens"] <= drafts["draft_tokens"]
     last = out.getvalue().splitlines()[-1]
-    assert f"; drafts: {drafts['accepted_draft_tokens']:.0f} of {drafts['draft_tokens']:.0f} tokens right" in last
+    assert f"; drafts: {drafts['accepted_draft_tokens']} of {drafts['draft_tokens']} tokens right" in last
 
 
 def test_own_question_about_a_picture_and_a_video():

@@ -21,7 +21,7 @@ QUESTIONS = [
 def opened(path, soc: str, cache: str):
     engine = engine_on(backend(soc, cache=cache), TINY, torch.float32)
     runner, config = engine.runner, engine.runner.model.config
-    folder = EntryFolder(make_root(path, "prefix_cache_path"), "ab", 10**9)
+    folder = EntryFolder(make_root(path), "ab", 10**9)
     features = 1 + runner.model.num_taps, config.text.hidden_size
     runner.disk_cache = DiskCache(folder, runner.kv, runner.block_size, runner.device, features, runner.dtype)
     engine.scheduler.store = runner.disk_cache

@@ -143,21 +143,12 @@ def test_a_graph_that_fails_is_told_and_eager_steps_go_on(family, tmp_path, monk
             graph_engine(folder, tmp_path, strict=True)
 
 
-def test_acl_graphs_come_as_far_as_the_capture(family, tmp_path, monkeypatch) -> None:
+def test_acl_graphs_come_as_far_as_the_capture(family, tmp_path, acl_updates) -> None:
     """Everything before the chip's own part: one graph, in which the lengths of attention are what a replay updates."""
-    import torchair._acl_concrete_graph.acl_graph as acl
-
     folder, _, _ = family
-    seen = []
-    plain = acl.get_updated_ops_rulers_param
-    monkeypatch.setattr(acl, "get_updated_ops_rulers_param", lambda *a: seen.append(plain(*a)) or seen[-1])
-    for module in ("fx2acl_converter", "graph_pass"):
-        found = __import__(f"torchair._acl_concrete_graph.{module}", fromlist=["x"])
-        if hasattr(found, "get_updated_ops_rulers_param"):
-            monkeypatch.setattr(found, "get_updated_ops_rulers_param", acl.get_updated_ops_rulers_param)
     with exact(), pytest.raises(RuntimeError, match="(?i)capture"):
         graph_engine(folder, tmp_path, mode="npugraph_ex", graph_batch_sizes=(2,))
-    ((rulers, updated),) = seen
+    ((rulers, updated),) = acl_updates
     named = Counter(name.removesuffix("_1")[:38] for name in rulers)
     assert sum(named.values()) > 0 and all("npu_fused_infer_attention_score_v2" in name for name in rulers)
     assert {key for keys in updated.values() for key in keys} >= {"actual_seq_kvlen"}

@@ -5,8 +5,6 @@ from collections import Counter
 
 import pytest
 import torch
-import torchair._acl_concrete_graph.acl_graph as acl
-from torchair._acl_concrete_graph import fx2acl_converter, graph_pass
 
 from emulator.graph import per_layer
 from emulator.record import Recorder
@@ -140,21 +138,16 @@ def test_drafts_are_verified_eagerly(family, tmp_path, caplog, mode) -> None:
         assert {graph for graph, has_drafts, _ in steps if not has_drafts} == {(4, 1)}
 
 
-def test_acl_graphs_update_the_lengths_of_int8_attention(family, tmp_path, monkeypatch) -> None:
+def test_acl_graphs_update_the_lengths_of_int8_attention(family, tmp_path, acl_updates) -> None:
     """As far as the capture, which is the chip's: one graph, in which a replay sets every request's cached tokens."""
     folder, _, _ = family
-    seen = []
-    plain = acl.get_updated_ops_rulers_param
-    for module in (acl, fx2acl_converter, graph_pass):
-        if hasattr(module, "get_updated_ops_rulers_param"):
-            monkeypatch.setattr(module, "get_updated_ops_rulers_param", lambda *a: seen.append(plain(*a)) or seen[-1])
     model = {"exe_mode": "npugraph_ex", "strict_graph": True, "output_path": str(tmp_path)}
     with exact(), pytest.raises(RuntimeError, match="(?i)capture"):
         engine_on(
             backend(A2), folder, torch.float32, model=model, block_size=BLOCK_SIZE, num_blocks=64,
             graph_batch_sizes=(2,),
         )  # fmt: skip
-    ((rulers, updated),) = seen
+    ((rulers, updated),) = acl_updates
     assert rulers and all("npu_fused_infer_attention_score" in name and "_v2" not in name for name in rulers)
     assert {key for keys in updated.values() for key in keys} >= {"actual_seq_lengths_kv"}
 

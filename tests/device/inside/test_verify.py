@@ -7,8 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torchair._acl_concrete_graph.acl_graph as acl
-from torchair._acl_concrete_graph import fx2acl_converter, graph_pass
 
 from executor.device.npu import graph as npu_graph
 from executor.engine.speculation.ngram import NgramProposer
@@ -167,21 +165,16 @@ def test_batches_beyond_all_graphs_are_verified_eagerly(family, tmp_path, monkey
     assert {(graph, has_drafts) for graph, has_drafts, _ in steps} >= {(None, True), ((2, LENGTH), True)}
 
 
-def test_acl_graphs_of_a_length_come_as_far_as_the_capture(family, tmp_path, monkeypatch) -> None:
+def test_acl_graphs_of_a_length_come_as_far_as_the_capture(family, tmp_path, monkeypatch, acl_updates) -> None:
     """Everything before the chip's own part: replays update the cached tokens, the query lengths are the graph's."""
     folder, _, _ = family
-    seen = []
-    plain = acl.get_updated_ops_rulers_param
-    for module in (acl, fx2acl_converter, graph_pass):
-        if hasattr(module, "get_updated_ops_rulers_param"):
-            monkeypatch.setattr(module, "get_updated_ops_rulers_param", lambda *a: seen.append(plain(*a)) or seen[-1])
     only = graph_sizes.graph_shapes
     with exact(), pytest.raises(RuntimeError, match="(?i)capture"):
         monkeypatch.setattr(
             "executor.commands.build.graph_shapes", lambda recipe: [s for s in only(recipe) if s.q_len > 1]
         )
         verifying(A2, folder, tmp_path, sizes=(2,), mode="npugraph_ex")
-    ((rulers, updated),) = seen
+    ((rulers, updated),) = acl_updates
     assert rulers and all("npu_fused_infer_attention_score_v2" in name for name in rulers)
     assert {key for keys in updated.values() for key in keys} >= {"actual_seq_kvlen"}
 

@@ -44,6 +44,11 @@ def answers(engine, params=GREEDY, asked=None):
     return engine.generate(asked or questions(), params)
 
 
+def cached_digests(engine, prompt):
+    """Names of the blocks of a prompt that a request of it can take over."""
+    return BlockDigests(Request("", prompt, GREEDY), 16).extend(len(prompt.token_ids) - 1)
+
+
 def same(found, wanted) -> bool:
     return [(x.token_ids, x.logprobs) for x in found] == [(x.token_ids, x.logprobs) for x in wanted]
 
@@ -286,6 +291,25 @@ def test_a_step_that_fails_loads_again(path, wanted, monkeypatch):
         assert [tuple(tokens[x]) for x in ids] == [x.token_ids[0] for x in wanted[1]]
 
 
+def test_a_load_that_fails_ends_its_request_alone(path, wanted, monkeypatch):
+    with opened(path) as engine:
+        cache, load = engine.runner.disk_cache, engine.runner.disk_cache.load
+        lost = cached_digests(engine, engine.prompt(message(LONG)))[-1]
+
+        def failing(blocks):
+            if lost in {block.digest for block in blocks}:
+                raise RuntimeError("no memory for copies")
+            load(blocks)
+
+        monkeypatch.setattr(cache, "load", failing)
+        found = answers(engine)
+        assert "no memory for copies" in found[1].error
+        assert same([found[0], found[2]], [wanted[1][0], wanted[1][2]])
+        engine.scheduler.check()
+        monkeypatch.undo()
+        assert same(answers(engine), wanted[1]), "nothing of it has been taken for loaded"
+
+
 def test_requests_that_leave_early_keep_nothing(path):
     with opened(path) as engine:
         prompts = [engine.prompt(question) for question in questions()]
@@ -294,9 +318,8 @@ def test_requests_that_leave_early_keep_nothing(path):
         assert cache._staged
         for request_id in ids:
             engine.abort(request_id)
-        del prompts
         engine.step()
-        assert not engine.has_work and not cache._staged
+        assert not engine.has_work and not cache._staged, "although their prompts are still there"
         engine.scheduler.check()
 
 
@@ -460,6 +483,31 @@ def test_lack_of_memory_for_copies_harms_no_step(tmp_path, wanted, caplog, monke
         engine.scheduler.forget()
         assert same(answers(engine), wanted[0])
     assert entries(tmp_path, "kv")
+
+
+class Lost:
+    """Rows of a device that has lost them."""
+
+    def cpu(self):
+        raise RuntimeError("device lost")
+
+
+def test_what_cannot_be_copied_to_the_host_is_dropped_and_the_next_is_written(tmp_path, wanted, caplog, monkeypatch):
+    with opened(tmp_path) as engine:
+        cache = engine.runner.disk_cache
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "_copied", lambda block_ids: Lost())
+            engine.generate([message(LONG)], GREEDY)
+            cache.flush()
+        num_lost = cache.stats().num_dropped
+        assert num_lost > 1 and not entries(tmp_path)
+        assert not cache._queued and not cache._queued_bytes
+        assert caplog.text.count("device lost") == 1
+        engine.scheduler.forget()
+        assert same(answers(engine), wanted[0])
+    assert cache.stats().num_dropped == num_lost
+    with opened(tmp_path) as engine:
+        assert same(answers(engine), wanted[1]), "all of it is there"
 
 
 def test_two_pictures_that_are_alike_are_read_once(tmp_path):

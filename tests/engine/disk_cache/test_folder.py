@@ -24,7 +24,7 @@ def name(number: int) -> str:
 
 
 def opened(root, key=KEY, capacity_bytes=10**9) -> EntryFolder:
-    return EntryFolder(make_root(root, "scheduler_config.prefix_cache_path"), key, capacity_bytes)
+    return EntryFolder(make_root(root), key, capacity_bytes)
 
 
 def read(folder: EntryFolder, number: int, num_bytes: int) -> bytes | None:
@@ -159,7 +159,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 def test_a_root_that_cannot_be_is_said(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"scheduler_config.prefix_cache_path: .*file/below cannot be written to"):
-        make_root(tmp_path / "file" / "below", "scheduler_config.prefix_cache_path")
+        make_root(tmp_path / "file" / "below")
 
 
 def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Counts of drafts: what they are made of, and the figures they give."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,8 @@ def test_figures_are_of_what_was_added():
     assert (counts.num_drafts, counts.num_draft_tokens, counts.num_accepted_tokens) == (3, 8, 5)
     assert counts.num_accepted_per_pos == (2, 2, 1, 0)
     assert (counts.acceptance_rate, counts.acceptance_length) == (5 / 8, 1 + 5 / 3)
+    told = json.dumps(counts.figures())
+    assert told.startswith('{"drafts": 3, "draft_tokens": 8, "accepted_draft_tokens": 5, "acceptance_rate": 0.625, ')
     assert "drafting_gain" not in counts.figures() and "as fast" not in counts.words
     counts.add_time(verify_s=2.0, plain_s=3.0)
     assert counts.figures()["drafting_gain"] == 1.5

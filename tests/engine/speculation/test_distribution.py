@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from executor.engine import runner
+from executor.engine import results
 from executor.engine.speculation.speculator import Proposer, Speculator
 from executor.engine.speculation.verify import num_right
 from executor.schedule.request import SamplingParams
@@ -126,5 +126,5 @@ def keeps_one_more(draft_ids, chosen):
 
 
 def test_a_biased_verifier_is_found_out(engine, prompt, triples, speculator, monkeypatch):
-    monkeypatch.setattr(runner, "num_right", keeps_one_more)
+    monkeypatch.setattr(results, "num_right", keeps_one_more)
     assert p_value(draws(engine, prompt), triples) < WRONG

@@ -19,7 +19,6 @@ from executor.engine.speculation.speculator import Proposer, Speculator
 from executor.schedule.request import THINK_END, FinishReason, Grammar, Request, SamplingParams
 from tests.engine.test_grammar import THING, calls, schema
 from tests.engine.test_sampler import make_request, random_logits
-from tests.engines import engine_over
 from tests.reference import REPO
 
 TINY = REPO / "models" / "tiny" / "qwen3_vl"
@@ -52,22 +51,6 @@ class Oracle(Proposer):
 
     def observe(self, row, chosen):
         assert len(chosen) == len(row.draft_ids) + 1
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with engine_over(TINY, max_num_seqs=6) as engine:
-        yield engine
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(request):
-    yield
-    if "engine" in request.fixturenames:
-        engine = request.getfixturevalue("engine")
-        assert not engine.has_work
-        engine.scheduler.check()
-        engine.runner.sampler.check(())
 
 
 def with_drafts(engine, monkeypatch, completions, prompts, share_right=0.7, seed=0):

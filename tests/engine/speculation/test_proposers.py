@@ -6,7 +6,8 @@ import tracemalloc
 import pytest
 
 from executor.engine.speculation.lookahead import LookaheadProposer
-from executor.engine.speculation.ngram import PLACEHOLDER, NgramProposer, text_of
+from executor.engine.speculation.ngram import NgramProposer
+from executor.engine.speculation.own_text import PLACEHOLDER, text_of
 from executor.schedule.plan import Plan, Row
 from executor.schedule.request import Prompt, Request, SamplingParams, Span
 
@@ -77,7 +78,7 @@ def test_ngram_holds_little_of_a_long_prompt():
     tracemalloc.stop()
     assert held < 80 * len(prompt)
     proposer.forget(request)
-    assert not proposer._indexes
+    assert not proposer._texts
 
 
 def test_ngram_reads_only_new_tokens():
@@ -127,7 +128,7 @@ def test_lookahead_tries_the_ngram_used_last_and_forgets_the_oldest():
     request = request_of([1, 10, 1, 11, 1, 12, 1, 10, 1])
     proposer = LookaheadProposer(level=2, window=1, guess_set_size=2)
     assert draft(proposer, request, 1) == (10,)
-    pool = proposer._pools[request.id]
+    pool = proposer._texts[request.id]
     assert list(pool._sets[1]) == [(12,), (10,)]
 
 
@@ -165,6 +166,6 @@ def test_lookahead_forgets():
     request = request_of([1, 2, 3, 1])
     proposer = LookaheadProposer(4, 5, 5)
     draft(proposer, request, 2), proposer.trailing(row_of(request), (), 2)
-    assert proposer._pools and proposer._windows
+    assert proposer._texts and proposer._windows
     proposer.forget(request)
-    assert not proposer._pools and not proposer._windows
+    assert not proposer._texts and not proposer._windows

@@ -8,7 +8,7 @@ from tests.serve.page.conftest import CLIPBOARD, Open, run_curl
 
 
 def test_the_key_is_asked_for_and_kept_for_the_tab(visit: Open, tiny_engine: Engine, tmp_path: Path) -> None:
-    for running in start(tiny_engine, api_key="open-sesame"):
+    with start(tiny_engine, api_key="open-sesame") as running:
         assert running.http.get("/").status_code == 200
         opened = visit(running, allowed="401", permissions=CLIPBOARD)
         opened.page.locator("#key-dialog").wait_for()

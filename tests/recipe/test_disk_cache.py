@@ -1,0 +1,55 @@
+"""A prefix cache on disk that this user cannot have is told with all other findings, before weights are read."""
+
+import os
+
+import pytest
+
+from executor.errors import UserError
+from executor.recipe.disk_cache import KEY, root_findings
+from executor.recipe.schema import Recipe, build_recipe
+from executor.recipe.settle import prepare
+from tests.reference import REPO
+
+TINY = REPO / "models/tiny/qwen3_vl"
+
+
+def recipe_of(path: object, **parallel: int) -> Recipe:
+    sections = {"scheduler_config": {"prefix_cache_path": str(path)}, "parallel_config": parallel}
+    return build_recipe({"model_config": {"model_path": str(TINY), "device": "cpu"}, **sections})
+
+
+def test_entries_of_another_user_are_told_beside_other_findings(tmp_path, monkeypatch):
+    (tmp_path / "prefix-0a1b").mkdir()
+    prepare(recipe_of(tmp_path))
+    another = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: another)
+    with pytest.raises(UserError) as refused:
+        prepare(recipe_of(tmp_path, moe_ep_size=2))
+    assert f"{KEY}: {tmp_path} cannot be written to (prefix-0a1b in it is a folder of another user)" in str(
+        refused.value
+    )
+    assert "moe_ep_size" in str(refused.value)
+
+
+def test_a_folder_that_this_user_may_not_write_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, rights: path != tmp_path)  # a superuser may write everywhere
+    for path in (tmp_path, tmp_path / "not" / "there"):
+        with pytest.raises(
+            UserError, match=f"{KEY}: {path} cannot be written to .this user may not write to {tmp_path}"
+        ):
+            prepare(recipe_of(path))
+
+
+def test_what_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert f"{tmp_path / 'file'} is no folder" in root_findings(str(path))[0]
+
+
+def test_nothing_is_made_and_what_is_no_entry_is_nobodys_business(tmp_path, monkeypatch):
+    assert root_findings(str(tmp_path / "new" / "folder")) == [] and not list(tmp_path.iterdir())
+    another = os.geteuid() + 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "prefix-0a1b").symlink_to(tmp_path / "other")
+    monkeypatch.setattr(os, "geteuid", lambda: another)
+    assert root_findings(str(tmp_path)) == [] and root_findings(None) == []
