@@ -70,9 +70,9 @@ def test_answers_are_the_cpus(family, soc) -> None:
     assert same >= (0.99 if dtype is torch.float16 else 0.97) * NUM_SAMPLES
 
 
-def test_questions_of_the_repository(family) -> None:
+@pytest.mark.parametrize("name", FAMILIES)
+def test_questions_of_the_repository(name) -> None:
     """The questions about the pictures in dataset/media, greedy, on every chip: word for word the CPU's."""
-    name = family[0]
     cpu = {}
     for soc in SOCS:
         engine = emulated(name, soc)
