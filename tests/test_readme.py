@@ -1,5 +1,6 @@
 """What the README says is so: its commands run, its Python runs, its table of cards is the arithmetic's."""
 
+import functools
 import json
 import os
 import re
@@ -33,11 +34,29 @@ def run(command: str, folder) -> subprocess.CompletedProcess:
 
 
 ENDLESS = ("tests/run.sh", " serve")
+QUICK_STARTS = {  # README's own commands where it has one
+    "qwen3_vl": "bash infer.sh ./config/quickstart.yaml",
+    "qwen2_5_vl": "bash infer.sh ./config/quickstart_qwen2_5_vl.yaml",
+    "qwen3_vl_moe": "bash infer.sh ./config/quickstart_qwen3_vl_moe.yaml "
+    "--set data_config.results_path=output/answers.jsonl",
+}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A command's folder and outcome; several tests look at one."""
+
+    @functools.cache
+    def ran(command):
+        folder = tmp_path_factory.mktemp("ran")
+        return folder, run(command, folder)
+
+    return ran
 
 
 @pytest.mark.parametrize("command", [c for c in commands("bash") if not any(word in c for word in ENDLESS)])
-def test_commands_run_as_written(command, tmp_path):
-    done = run(command, tmp_path)
+def test_commands_run_as_written(command, ran):
+    folder, done = ran(command)
     assert done.returncode == 0, done.stderr[-2000:]
     document = json.loads(done.stdout.strip().splitlines()[-1])
     if document["command"] == "check":
@@ -48,7 +67,7 @@ def test_commands_run_as_written(command, tmp_path):
         return
     if document["command"] == "bench":
         assert document["failed"] == 0 and len(document["points"]) == 2
-        assert list(tmp_path.rglob("*.png"))
+        assert list(folder.rglob("*.png"))
         return
     if document["command"] == "eval":
         assert document["samples"] > 0 and document["failed"] == 0
@@ -123,14 +142,10 @@ def test_links_lead_somewhere():
 @pytest.mark.parametrize(
     "family, convention", [("qwen3_vl", "qwen3"), ("qwen2_5_vl", "qwen2_5"), ("qwen3_vl_moe", "qwen3")]
 )
-def test_the_quick_starts_answer_right(family, convention, tmp_path):
+def test_the_quick_starts_answer_right(family, convention, ran):
     """What the first command of the README says about the sample files is the generator's own truth."""
-    recipe = {
-        "qwen3_vl": "quickstart",
-        "qwen2_5_vl": "quickstart_qwen2_5_vl",
-        "qwen3_vl_moe": "quickstart_qwen3_vl_moe",
-    }
-    done = run(f"bash infer.sh ./config/{recipe[family]}.yaml", tmp_path)
+    assert family == "qwen2_5_vl" or QUICK_STARTS[family] in commands("bash")
+    _, done = ran(QUICK_STARTS[family])
     truth = json.loads((REPO / "dataset" / "media" / "questions.json").read_text())
     for row in json.loads(done.stdout.strip().splitlines()[-1])["outputs"]:
         (media,) = row["media"]

@@ -11,6 +11,7 @@ import torch
 from executor.engine import sampler as sampling
 from executor.engine.sampler import Drawn
 from executor.schedule.request import FinishReason, Prompt, SamplingParams
+from tests.cases import mostly_long
 from tests.engines import engine_over
 from tests.reference import FAMILIES, REPO
 
@@ -121,8 +122,9 @@ def drive(engine, seed: int) -> dict[str, tuple]:
     return {key: (tokens, "".join(texts), logprobs, ends) for key, (tokens, texts, logprobs, ends) in found.items()}
 
 
-@pytest.mark.parametrize("blocks", [256, 14])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(  # the loop knows no family: with few blocks and with many once a family
+    "seed, blocks", mostly_long([(seed, blocks) for seed in range(2) for blocks in (256, 14)], [(0, 256), (1, 14)])
+)
 def test_random_requests_have_the_same_answers(engine, monkeypatch, caplog, seed, blocks):
     """Lengths, stops, aborts, preemptions, cached prefixes, seeds, penalties, logprobs."""
     if blocks < 256:
@@ -263,7 +265,7 @@ def test_what_is_computed_in_vain_changes_no_answer(engine, answers, monkeypatch
     assert launches.num_in_vain
 
 
-@pytest.mark.parametrize("count", [3, 4, 5])
+@pytest.mark.parametrize("count", mostly_long((3, 4, 5), [4]))
 def test_a_step_that_cannot_be_launched_is_begun_again(engine, answers, monkeypatch, count):
     wanted, launches = answers()
     forward, calls = engine.runner.forward, []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import mostly_long
 from tests.launch.jobs import Job
 
 
@@ -18,7 +19,7 @@ def rank_process(job: Job, rank: int) -> int:
     raise LookupError(f"no rank {rank}")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", mostly_long((0, 1), [0]))  # rank 1 is killed in test_one_node.py
 def test_a_rank_killed_between_two_tokens(job, victim) -> None:
     job.start(
         "parallel_config.world_size=2",

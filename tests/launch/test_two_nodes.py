@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from executor.host.env import REPO_ROOT as REPO
+from tests.cases import mostly_long
 from tests.launch.jobs import CONFIG, Job
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -113,7 +114,10 @@ def test_one_document_from_two_nodes(job, nodes, trees):
         assert all(f"rank {rank} has GLOO_SOCKET_IFNAME=cable" in job.log(rank).read_text() for rank in ranks), node
 
 
-@pytest.mark.parametrize("degrees", [(), ("parallel_config.attn_tp_size=1", "parallel_config.moe_ep_size=2")])
+DEGREES = [[], ["parallel_config.attn_tp_size=1", "parallel_config.moe_ep_size=2"]]
+
+
+@pytest.mark.parametrize("degrees", mostly_long(DEGREES, DEGREES[1:]))  # sums over nodes: the test above
 def test_the_answers_of_two_nodes_are_those_of_one(job, nodes, tmp_path, degrees):
     """A model split over the nodes, and one whose replicas share experts: they answer as one process does."""
     whole = [copy_of_repository(tmp_path / f"tree{node}") for node in range(2)]

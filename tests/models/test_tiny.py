@@ -16,7 +16,7 @@ from tests.engines import engine_over
 from tests.reference import FAMILIES, REPO, greedy
 
 CONVENTION = {"qwen2_5_vl": "qwen2_5", "qwen3_vl": "qwen3", "qwen3_vl_moe": "qwen3"}
-NUM_SAMPLES = 500
+NUM_SAMPLES = 250
 HELD_OUT_SEED = 4000
 
 

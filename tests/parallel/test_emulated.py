@@ -43,8 +43,7 @@ def emulated(family: str, parallel: dict[str, Any], soc: str, model: dict[str, A
     told["model_config"] |= {"device": "npu_emulated", "soc": soc, "dtype": "auto", **model}
     told["scheduler_config"] |= {"block_size": 128, "max_num_batched_tokens": 512}
     told["generation_config"]["ignore_eos"] = False
-    if told["speculative_config"]:
-        told["scheduler_config"]["graph_batch_sizes"] = [3]
+    told["scheduler_config"]["graph_batch_sizes"] = [3]  # a conversion for each size, in each rank
     return told
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from tests.cases import mostly_long
 from tests.parallel.jobs import case, run_ranks
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
@@ -52,6 +53,15 @@ FOUR_RANKS = {
     "moe_dp2_tp2_ep4": ("qwen3_vl_moe", {"attn_tp_size": 2, "moe_ep_size": 4}, 3 * LAYERS + 2),
     "moe_dp4_ep4": ("qwen3_vl_moe", {"attn_tp_size": 1, "moe_ep_size": 4}, 2 * LAYERS),
 }
+# Two families less of what four ranks do with every family; drafts with degrees that a case beside them has.
+TWO_ALWAYS = [
+    name
+    for name in TWO_RANKS
+    if name not in ("qwen3_vl_vision_data", "qwen3_vl_moe_vision_data", "draft_dense_replicas", "draft_moe_ep2")
+]
+DRAFTING_ALWAYS = [name for name in DRAFTING if name in TWO_ALWAYS]
+# Each number of groups of experts once, and each family.
+FOUR_ALWAYS = ["qwen2_5_vl_tp4", "qwen3_vl_dp2_tp2", *(name for name in FOUR_RANKS if name.startswith("moe_"))]
 Found = dict[str, dict[str, Any]]
 
 
@@ -61,19 +71,26 @@ def alone(tmp_path_factory) -> Found:
     return dict(zip(FAMILIES, found, strict=True))
 
 
+def _asked(request: pytest.FixtureRequest, cases: dict[str, tuple[str, dict[str, Any], int]]) -> dict[str, Any]:
+    """Those of the cases that some chosen test is about, and what it compares them with."""
+    names = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    names |= {DRAFTING[name][2] for name in names if name in DRAFTING}
+    return {name: each for name, each in cases.items() if name in names}
+
+
 def _run(size: int, cases: dict[str, tuple[str, dict[str, Any], int]], folder: Any) -> Found:
     found = run_ranks(size, [case(family, size, **degrees) for family, degrees, _ in cases.values()], folder)
     return dict(zip(cases, found, strict=True))
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Found:
-    return _run(2, TWO_RANKS, tmp_path_factory.mktemp("two"))
+def two(request, tmp_path_factory) -> Found:
+    return _run(2, _asked(request, TWO_RANKS), tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory) -> Found:
-    return _run(4, FOUR_RANKS, tmp_path_factory.mktemp("four"))
+def four(request, tmp_path_factory) -> Found:
+    return _run(4, _asked(request, FOUR_RANKS), tmp_path_factory.mktemp("four"))
 
 
 def _check(found: dict[str, Any], wanted: dict[str, Any], num_ranks: int, collectives: int) -> None:
@@ -95,7 +112,7 @@ def _check_answers(found: dict[str, Any], wanted: dict[str, Any], num_ranks: int
         assert read <= 1.05 * estimated / 2, "the files hold bfloat16, the estimate is of float32"
 
 
-@pytest.mark.parametrize("name", TWO_RANKS)
+@pytest.mark.parametrize("name", mostly_long(TWO_RANKS, TWO_ALWAYS))
 def test_two_ranks(name, two, alone) -> None:
     family, _, collectives = TWO_RANKS[name]
     _check(two[name], alone[family], 2, collectives)
@@ -103,7 +120,7 @@ def test_two_ranks(name, two, alone) -> None:
     assert bool(two[name]["prompt_logprobs"]) == (name == "prompts_scored")
 
 
-@pytest.mark.parametrize("name", DRAFTING)
+@pytest.mark.parametrize("name", mostly_long(DRAFTING, DRAFTING_ALWAYS))
 def test_a_draft_model_saves_steps(name, two) -> None:
     """It is the model itself, and right: each step of a request yields eight tokens."""
     _, _, twin = DRAFTING[name]
@@ -120,7 +137,7 @@ def test_two_ranks_whose_next_step_is_queued_before_the_tokens_are_read(tmp_path
         assert 2 * sum(continues for *_, continues in found["steps"]) > len(found["steps"])
 
 
-@pytest.mark.parametrize("name", FOUR_RANKS)
+@pytest.mark.parametrize("name", mostly_long(FOUR_RANKS, FOUR_ALWAYS))
 def test_four_ranks(name, four, alone) -> None:
     family, _, collectives = FOUR_RANKS[name]
     _check(four[name], alone[family], 4, collectives)

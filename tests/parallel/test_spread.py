@@ -10,6 +10,7 @@ from dataset.sample import Dataset, Sample
 from executor.commands.generate.spread import Spread
 from executor.errors import UserError
 from executor.parallel.groups import Group, Parallel
+from tests.cases import mostly_long
 from tests.parallel.jobs import REPO, case, run_ranks
 
 SAMPLES = [Sample(f"s{index}", ({"role": "user", "content": f"question {index}"},)) for index in range(9)]
@@ -52,7 +53,10 @@ def test_other_questions_on_another_node_are_refused() -> None:
         second.start()
 
 
-@pytest.mark.parametrize("family, degrees", [("qwen2_5_vl", {}), ("qwen3_vl_moe", {"moe_ep_size": 2})])
+FORMS = [("qwen2_5_vl", {}), ("qwen3_vl_moe", {"moe_ep_size": 2})]
+
+
+@pytest.mark.parametrize("family, degrees", mostly_long(FORMS, FORMS[1:]))  # whose replicas wait for each other
 def test_one_ordered_file_with_a_bad_row_and_a_resume(tmp_path, family, degrees) -> None:
     media, results = REPO / "dataset/media", tmp_path / "answers.jsonl"
     pictures = [*(str(media / name) for name in ("objects.png", "word.png", "number.jpg")), "later.png"] * 3

@@ -3,6 +3,9 @@
 import functools
 import json
 from collections import Counter
+from contextlib import redirect_stdout
+from io import StringIO
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from executor.commands import check
 from executor.device.npu.soc import SOCS
 from executor.errors import UserError
 from executor.recipe.schema import load_recipe
+from tests.cases import mostly_long
 from tests.device.inside.npu import A2, A3, DUO, WHOLLY_STATIC, true_size
 from tests.reference import REPO
 
@@ -21,6 +25,13 @@ FIGURES = [  # model, ranks, most nodes per layer
     (QWEN2_5, 1, 12), (QWEN3, 1, 9), (MOE, 1, 16),
     (QWEN2_5, 2, 14), (QWEN3, 2, 11), (MOE, 2, 17),
     (BIG, 8, 14), (QWEN3, 8, 11), (MOE, 8, 17),
+]  # fmt: skip
+# Two ranks or eight add the same two sums, and every family is asked of both chips: each count of ranks is held once a
+# family, but 8, where the odd head count is alone to be seen.
+ONCE = [
+    (A3, QWEN2_5, 1, 12), (A2, QWEN3, 1, 9), (A3, MOE, 1, 16),
+    (A2, QWEN2_5, 2, 14), (A3, QWEN3, 2, 11), (A2, MOE, 2, 17),
+    (A3, BIG, 8, 14),
 ]  # fmt: skip
 INT8 = [(QWEN3, "w8a8", 1, 10), (QWEN3, WHOLLY_STATIC, 1, 10), (QWEN3, "w8a8_dynamic", 2, 12)]  # two are collectives
 FUSED = {"summed_linear_in_decode": "npu_mm_all_reduce_base"}  # beyond what its page allows
@@ -34,8 +45,9 @@ def decode_graph(name: str, soc: str, layers: int, *, tp: int, ep: int = 1, repl
         return traces.decode_graph(layers, q_len=q_len)
 
 
-@pytest.mark.parametrize("soc", [A2, A3])
-@pytest.mark.parametrize("name, tp, most", FIGURES)
+@pytest.mark.parametrize(
+    "soc, name, tp, most", mostly_long([(soc, *figures) for figures in FIGURES for soc in (A2, A3)], ONCE)
+)
 def test_nodes_of_a_decode_layer(soc, name, tp, most) -> None:
     one, two = (decode_graph(name, soc, layers, tp=tp) for layers in (1, 2))
     layer = per_layer(one, two)
@@ -49,13 +61,12 @@ def test_nodes_of_a_decode_layer(soc, name, tp, most) -> None:
     assert (two.collectives - collectives - collectives).total() == (2 if tp > 1 else 0), "embedding and logits"
 
 
-@pytest.mark.parametrize("soc", [A2, A3])
-@pytest.mark.parametrize(
-    "name, tp",
-    [
-        *((QWEN2_5, 2), (QWEN3, 2), (MOE, 2)),
-        *(pytest.param(name, 1, marks=pytest.mark.long) for name in (QWEN2_5, QWEN3, MOE)),
-    ],
+@pytest.mark.parametrize(  # attention alone sees how many tokens a row has: its form is the family's and the chip's
+    "soc, name, tp",
+    mostly_long(
+        [(soc, name, tp) for tp in (1, 2) for name in (QWEN2_5, QWEN3, MOE) for soc in (A2, A3)],
+        [(A2, QWEN2_5, 2), (A3, QWEN3, 2), (A2, MOE, 2)],
+    ),
 )
 def test_verifying_drafts_adds_no_node(soc, name, tp) -> None:
     """A row's tokens are rows to all but attention, whose lengths are inputs or constants: the nodes are the same."""
@@ -65,18 +76,28 @@ def test_verifying_drafts_adds_no_node(soc, name, tp) -> None:
     assert twos[1].kernels == twos[0].kernels, "outside of layers as well"
 
 
-@pytest.mark.parametrize("q_len", [2, 16])
-@pytest.mark.parametrize("name, soc, replicas", [(QWEN2_5, A2, 1), (QWEN3, A3, 1), (MOE, A3, 2), (MOE, A2, 2)])
+@pytest.mark.parametrize(  # each length once of a family, on the chip whose decode graph another test converts too
+    "q_len, name, soc, replicas",
+    mostly_long(
+        [
+            (q_len, *form)
+            for q_len in (2, 16)
+            for form in ((QWEN2_5, A2, 1), (QWEN3, A3, 1), (MOE, A3, 2), (MOE, A2, 2))
+        ],
+        [(16, QWEN2_5, A2, 1), (2, QWEN3, A3, 1), (16, MOE, A3, 2)],
+    ),
+)
 def test_nodes_do_not_depend_on_how_many_drafts_there_are(name, soc, replicas, q_len) -> None:
     kernels = [decode_graph(name, soc, 2, tp=2, replicas=replicas, q_len=each).kernels for each in (1, q_len)]
     assert kernels[1] == kernels[0]
 
 
-@pytest.mark.parametrize("soc", [pytest.param(A2, marks=pytest.mark.long), A3])
-@pytest.mark.parametrize("name", [pytest.param(QWEN2_5, marks=pytest.mark.long), QWEN3, MOE])
-@pytest.mark.parametrize(
-    "quantization",
-    ["w8a8", "w8a8_dynamic", *(pytest.param(each, marks=pytest.mark.long) for each in ("w8a8_mix", "w8a16"))],
+@pytest.mark.parametrize(  # one scale for all rows with a dense layer, one for each with experts
+    "soc, name, quantization",
+    mostly_long(
+        product((A2, A3), (QWEN2_5, QWEN3, MOE), ("w8a8", "w8a8_dynamic", "w8a8_mix", "w8a16")),
+        [(A3, QWEN3, "w8a8"), (A3, MOE, "w8a8_dynamic")],
+    ),
 )
 def test_verifying_drafts_adds_no_node_to_quantized_layers(soc, name, quantization) -> None:
     """One scale for all rows, or one for each: what a decode step has, a step with drafts has as well."""
@@ -162,8 +183,17 @@ def test_prefill_sums_with_its_products_on_a2_and_decode_does_not() -> None:
     assert vision.counts["npu_mm_all_reduce_base"] >= 2 * blocks and not vision.violations
 
 
-@pytest.mark.parametrize("soc", [A2, A3])
-@pytest.mark.parametrize("tp, replicas, ep", [(2, 1, 2), (4, 1, 4), (8, 1, 8), (4, 2, 2), (4, 2, 8), (8, 2, 16)])
+@pytest.mark.parametrize(  # how many ranks a group has is in no node: experts of one replica, of two, and of both
+    "soc, tp, replicas, ep",
+    mostly_long(
+        [
+            (soc, *degrees)
+            for degrees in ((2, 1, 2), (4, 1, 4), (8, 1, 8), (4, 2, 2), (4, 2, 8), (8, 2, 16))
+            for soc in (A2, A3)
+        ],
+        [(A2, 2, 1, 2), (A3, 4, 2, 2), (A2, 4, 2, 8)],
+    ),
+)
 def test_collectives_of_dealt_experts(soc, tp, replicas, ep) -> None:
     one, two = (decode_graph(MOE, soc, layers, tp=tp, replicas=replicas, ep=ep) for layers in (1, 2))
     layer = per_layer(one, two)
@@ -174,8 +204,10 @@ def test_collectives_of_dealt_experts(soc, tp, replicas, ep) -> None:
     assert layer.total() <= 17 + 2 * (replicas > 1), "dealing adds the gather and own rows only"
 
 
-@pytest.mark.parametrize("soc", [A2, A3])
-@pytest.mark.parametrize("name", [QWEN2_5, QWEN3, MOE])
+@pytest.mark.parametrize(  # where the test above has the graph in bfloat16 already
+    "soc, name",
+    mostly_long(product((A2, A3), (QWEN2_5, QWEN3, MOE)), [(A2, QWEN2_5), (A3, QWEN3), (A2, MOE)]),
+)
 def test_half_precision_has_the_same_graph(soc, name) -> None:
     assert SOCS[soc].dtypes[0] is torch.bfloat16
     with true_size(name, soc, tp=2) as traces:
@@ -204,12 +236,24 @@ KEYS = {
 }  # fmt: skip
 
 
-def test_the_document_of_a_graph_chip(capsys) -> None:
-    document = checked("qwen3_vl_2b.yaml", "parallel_config.world_size=1", "model_config.soc=atlas_800i_a3")
+VERIFY = "speculative_config.method=ngram", "speculative_config.num_speculative_tokens=7"
+
+
+@pytest.fixture(scope="module")
+def of_a_graph_chip() -> tuple[dict, str]:
+    """The document of a recipe with drafts, and what was printed: 28 layers are not converted twice."""
+    with redirect_stdout(StringIO()) as printed:
+        one_rank = "parallel_config.world_size=1", "model_config.soc=atlas_800i_a3"
+        document = checked("qwen3_vl_2b.yaml", *one_rank, *VERIFY)
+    return document, printed.getvalue()
+
+
+def test_the_document_of_a_graph_chip(of_a_graph_chip) -> None:
+    document, printed = of_a_graph_chip
     assert document.keys() >= KEYS and document["ok"] and document["layers"] == 28
     assert document["kernel_nodes_per_layer"] == sum(document["ops_per_layer"].values()) == 9
     assert document["decode_from"] == "ge_graph" and document["weights_bytes"] > 4e9
-    assert "9 kernels per layer" in capsys.readouterr().out
+    assert "9 kernels per layer" in printed
 
 
 def test_the_document_of_a_quantized_recipe(capsys) -> None:
@@ -242,13 +286,9 @@ def test_the_document_of_the_eager_chip() -> None:
     assert document["decode_from"] == "traced step"
 
 
-VERIFY = "speculative_config.method=ngram", "speculative_config.num_speculative_tokens=7"
-
-
-def test_check_converts_the_steps_that_verify_drafts(capsys) -> None:
-    document = checked("qwen3_vl_2b.yaml", "parallel_config.world_size=1", "model_config.soc=atlas_800i_a3", *VERIFY)
+def test_check_converts_the_steps_that_verify_drafts(of_a_graph_chip) -> None:
+    document, printed = of_a_graph_chip
     assert document["ok"] and document["verify"].keys() == {"2", "4", "8"}
-    printed = capsys.readouterr().out
     for q_len, verify in document["verify"].items():
         assert verify["from"] == "ge_graph" and verify["ops_per_layer"] == document["ops_per_layer"]
         assert verify["kernel_nodes_per_layer"] == 9 and verify["kernel_nodes_fixed"] == document["kernel_nodes_fixed"]

@@ -12,6 +12,7 @@ from emulator import graph
 from executor.device.npu.attention import FusedAttention
 from executor.device.npu.graph import configure
 from executor.schedule.request import SamplingParams
+from tests.cases import mostly_long
 from tests.device.inside.npu import A2, A3, CPU, backend, engine_on, exact
 from tests.models.test_generation import CASES
 from tests.reference import FAMILIES, random_checkpoint
@@ -40,8 +41,14 @@ def graph_engine(folder, tmp_path, soc=A3, mode="ge_graph", strict=True, **sched
     return engine_on(backend(soc), folder, torch.float32, model=model, **{"num_blocks": 128} | scheduler)
 
 
-@pytest.mark.parametrize("soc", [A2, A3])
-@pytest.mark.parametrize("sizes", [(2, 8), (3,)])
+@pytest.mark.parametrize(  # batches larger than every graph are a matter of no family
+    "family, soc, sizes",
+    mostly_long(
+        [(family, soc, sizes) for family in FAMILIES for soc in (A2, A3) for sizes in ((2, 8), (3,))],
+        [("qwen2_5_vl", A2, (2, 8)), ("qwen3_vl", A3, (2, 8)), ("qwen3_vl_moe", A2, (2, 8)), ("qwen3_vl", A2, (3,))],
+    ),
+    indirect=["family"],
+)
 def test_graph_tokens_are_the_cpus(family, tmp_path, soc, sizes) -> None:
     """Padded batches, batches larger than every graph (they run eagerly), blocks that fill up."""
     folder, prompts, wanted = family

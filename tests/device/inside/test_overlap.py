@@ -10,6 +10,7 @@ import torch
 from emulator.reads import reading
 from executor.device.npu.ops import NpuOps
 from executor.schedule.request import SamplingParams
+from tests.cases import mostly_long
 from tests.device.inside.npu import A2, A3, DUO, backend, engine_on, exact
 from tests.models.test_generation import CASES
 from tests.reference import FAMILIES, random_checkpoint
@@ -35,21 +36,32 @@ CHIPS = {
 
 @pytest.fixture(
     scope="module",
-    params=[each if each == "qwen3_vl" else pytest.param(each, marks=pytest.mark.long) for each in FAMILIES],
+    params=mostly_long(FAMILIES, ["qwen3_vl"]),
 )
 def folder(request, tmp_path_factory):
     return random_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
-@pytest.fixture(params=[pytest.param(each, marks=pytest.mark.long) if each == "a3" else each for each in CHIPS])
-def engine(request, folder, tmp_path, monkeypatch):
+@pytest.fixture(scope="module", params=mostly_long(CHIPS, [each for each in CHIPS if each != "a3"]))
+def chip_engine(request, folder, tmp_path_factory):
+    """Made once a chip: its graphs take longer than what is asked of it."""
     soc, mode, dtype = CHIPS[request.param]
-    if mode == "npugraph_ex":  # what is captured cannot be replayed here: it is computed, from the replay's arguments
-        monkeypatch.setattr(NpuOps, "capture", lambda device, decode, mode, folder: partial(replayed, decode))
-    model = {"exe_mode": mode, "strict_graph": True, "output_path": str(tmp_path)} if mode != "eager" else {}
-    sizes = {"graph_batch_sizes": (2, 4), "num_blocks": 128} if model else {}
-    with exact():
-        yield engine_on(backend(soc), folder, dtype, model=model, max_num_seqs=4, **sizes)
+    model = {"exe_mode": mode, "strict_graph": True, "output_path": str(tmp_path_factory.mktemp(request.param))}
+    settings = {"model": model, "graph_batch_sizes": (2, 4), "num_blocks": 128} if mode != "eager" else {}
+    with exact(), pytest.MonkeyPatch.context() as patch:
+        if mode == "npugraph_ex":  # what is captured cannot be replayed here: it is computed, from its arguments
+            patch.setattr(NpuOps, "capture", lambda device, decode, mode, folder: partial(replayed, decode))
+        yield engine_on(backend(soc), folder, dtype, max_num_seqs=4, **settings)
+
+
+@pytest.fixture
+def engine(chip_engine):
+    yield chip_engine
+    for request_id in list(chip_engine._answers_of):
+        chip_engine.abort(request_id)
+    chip_engine.step()
+    chip_engine.scheduler.check()
+    chip_engine.scheduler.forget()  # the next test begins with no cache
 
 
 def replayed(decode, token_ids, positions, slots, _, block_table, q_outs, lengths) -> torch.Tensor:
@@ -71,7 +83,7 @@ def test_answers_are_those_of_steps_one_after_the_other(engine, name, monkeypatc
     assert engine.overlaps
     found = answers(engine, params)
     assert sum(ahead) > 25
-    engine.overlaps = False
+    monkeypatch.setattr(engine, "overlaps", False)
     assert found == answers(engine, params)
 
 

@@ -3,6 +3,7 @@ lacks is composed from other ops, with the same answers."""
 
 import contextlib
 import logging
+from itertools import product
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from emulator import releases
 from emulator.record import hide
 from executor.device.npu.soc import COMPOSED, SOCS, TABLE
 from executor.schedule.request import SamplingParams
+from tests.cases import mostly_long
 from tests.device.inside.npu import A2, A3, CPU, DUO, backend, engine_on, exact, true_size
 from tests.models.test_generation import CASES
 from tests.reference import FAMILIES, config_of, random_model, save_checkpoint, tokenizer_of
@@ -31,9 +33,14 @@ def calls_of(traces) -> list:
     return [call for one in recorded for call in one.calls]
 
 
-@pytest.mark.parametrize("soc", [A2, A3, DUO])
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("hidden", [(), tuple(REPLACEABLE)], ids=["all", "composed"])
+@pytest.mark.parametrize(  # what is composed of other ops calls fewer forms: each family on one chip
+    "hidden, name, soc",
+    mostly_long(
+        product(((), tuple(REPLACEABLE)), MODELS, (A2, A3, DUO)),
+        [((), name, soc) for name in MODELS for soc in (A2, A3, DUO)]
+        + [(tuple(REPLACEABLE), *form) for form in zip(MODELS, (A2, DUO, A3), strict=True)],
+    ),
+)
 def test_calls_bind_to_every_supported_release(soc, name, hidden) -> None:
     with hide(*hidden) if hidden else contextlib.nullcontext(), true_size(name, soc, tp=2) as traces:
         calls = calls_of(traces)

@@ -12,6 +12,7 @@ from executor.device.npu import graph as npu_graph
 from executor.engine.speculation.ngram import NgramProposer
 from executor.recipe import graph_sizes
 from executor.schedule.request import Prompt, SamplingParams
+from tests.cases import mostly_long
 from tests.device.inside.npu import A2, A3, CPU, DUO, backend, engine_on, exact
 from tests.engine.speculation.test_equality import Oracle
 from tests.models.test_generation import CASES
@@ -106,7 +107,20 @@ def spoil(engine) -> None:
     engine.runner.graphs._fill = spoiled
 
 
-@pytest.mark.parametrize("soc, params", [(A2, GREEDY), (A3, NOISY)])
+def of_family(*always):
+    """The families that a test is asked of in every run. Graphs are made of what no family decides but attention and
+    its cache: a family is asked of here and there, and each by several tests; all of all with -m long."""
+    return pytest.mark.parametrize("family", mostly_long(FAMILIES, always), indirect=True)
+
+
+@pytest.mark.parametrize(
+    "family, soc, params",
+    mostly_long(
+        [(family, *form) for family in FAMILIES for form in ((A2, GREEDY), (A3, NOISY))],
+        [("qwen2_5_vl", A3, NOISY), ("qwen3_vl_moe", A2, GREEDY)],
+    ),
+    indirect=["family"],
+)
 def test_answers_out_of_graphs_are_the_cpus(family, tmp_path, soc, params) -> None:
     """Rows of all lengths, prompts shorter than a row, blocks that fill up; memory that holds no numbers elsewhere."""
     folder, prompts, wanted = family
@@ -122,6 +136,7 @@ def test_answers_out_of_graphs_are_the_cpus(family, tmp_path, soc, params) -> No
         assert graph is not None and graph.q_len == (LENGTH if has_drafts else 1)
 
 
+@of_family("qwen3_vl")
 def test_lookups_are_verified_by_the_shortest_graph_that_holds_them(family, tmp_path, monkeypatch) -> None:
     folder, prompts, wanted = family
     monkeypatch.setattr(graph_sizes, "FREE_TOKENS", 8)
@@ -139,6 +154,7 @@ def test_lookups_are_verified_by_the_shortest_graph_that_holds_them(family, tmp_
         assert graph.q_len == min(length for length in (1, 2, 4, 6) if length >= longest)
 
 
+@of_family("qwen3_vl_moe")
 def test_the_last_tokens_of_a_full_context(family, tmp_path) -> None:
     """The table of a graph is as wide as the longest request, and no wider."""
     folder, prompts, _ = family
@@ -151,6 +167,7 @@ def test_the_last_tokens_of_a_full_context(family, tmp_path) -> None:
         assert answers(engine, [prompt], GREEDY) == [wanted] and len(wanted) == 12
 
 
+@of_family("qwen2_5_vl")
 def test_batches_beyond_all_graphs_are_verified_eagerly(family, tmp_path, monkeypatch) -> None:
     """More rows than any size, or more tokens than a graph that verifies has."""
     folder, prompts, wanted = family
@@ -165,6 +182,7 @@ def test_batches_beyond_all_graphs_are_verified_eagerly(family, tmp_path, monkey
     assert {(graph, has_drafts) for graph, has_drafts, _ in steps} >= {(None, True), ((2, LENGTH), True)}
 
 
+@of_family("qwen3_vl_moe")
 def test_acl_graphs_of_a_length_come_as_far_as_the_capture(family, tmp_path, monkeypatch, acl_updates) -> None:
     """Everything before the chip's own part: replays update the cached tokens, the query lengths are the graph's."""
     folder, _, _ = family
@@ -179,6 +197,7 @@ def test_acl_graphs_of_a_length_come_as_far_as_the_capture(family, tmp_path, mon
     assert {key for keys in updated.values() for key in keys} >= {"actual_seq_kvlen"}
 
 
+@of_family("qwen2_5_vl", "qwen3_vl")
 def test_what_acl_graphs_are_made_of_gives_the_cpus_answers(family, tmp_path, monkeypatch) -> None:
     """Without the capture, which is the chip's: the step over buffers that stay in place, its lengths as numbers."""
     folder, prompts, wanted = family

@@ -1,10 +1,13 @@
 """Engines that draft give the answers of engines that do not: every family and proposer, however it is computed."""
 
+import functools
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
 from executor.schedule.request import SamplingParams
+from tests.cases import mostly_long
 from tests.engines import engine_over
 from tests.reference import FAMILIES, REPO
 
@@ -40,12 +43,17 @@ def answers(engine, params):
     return [(each.token_ids, each.texts, each.finish_reasons, each.logprobs) for each in completions]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    """The folder, and what an engine without drafts answers."""
-    folder = REPO / "models" / "tiny" / request.param
+@functools.cache
+def without_drafts(name):
+    """The family's folder, and what an engine without drafts answers."""
+    folder = REPO / "models" / "tiny" / name
     with engine_over(folder) as engine:
         return folder, {name: answers(engine, params) for name, params in PARAMS.items()}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return without_drafts(request.param)
 
 
 def judged(engine, known):
@@ -65,8 +73,17 @@ def judged(engine, known):
     assert "".join(each.text_delta for each in pieces) == known["greedy"][0][1][0]
 
 
-@pytest.mark.parametrize(
-    ("method", "enable_prefix_caching"), [("ngram", True), ("lookahead", False), ("adaptive", True)]
+@pytest.mark.parametrize(  # a proposer sees tokens, of no family: each of each once, and each family twice
+    ("family", "method", "enable_prefix_caching"),
+    mostly_long(
+        [
+            (family, *form)
+            for family in FAMILIES
+            for form in (("ngram", True), ("lookahead", False), ("adaptive", True))
+        ],
+        [("qwen2_5_vl", "ngram", True), ("qwen3_vl", "lookahead", False), ("qwen3_vl_moe", "adaptive", True)],
+    ),
+    indirect=["family"],
 )
 def test_answers_are_the_same(family, method, enable_prefix_caching):
     folder, known = family
@@ -79,7 +96,14 @@ def test_answers_are_the_same(family, method, enable_prefix_caching):
         assert not any(held for held in vars(proposer).values() if isinstance(held, dict))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    mostly_long(
+        product(FAMILIES, METHODS),
+        [("qwen2_5_vl", "lookahead"), ("qwen3_vl", "adaptive"), ("qwen3_vl_moe", "ngram")],
+    ),
+    indirect=["family"],
+)
 def test_neither_chunks_nor_preemption_change_an_answer(family, method):
     folder, known = family
     with engine_over(folder, speculative=METHODS[method], max_num_batched_tokens=24) as engine:
