@@ -6,7 +6,8 @@
 
 FOLDER gets the checkpoint (`peers/checkpoint.py`: Qwen2.5-VL-3B's layer shapes, random weights) and, beside it, the
 exports of it. Every peer and form runs in a process of its own, one after the other, in the interpreter of its own
-environment; a round runs all of them, every other round in the opposite order. How a time is taken: `peers/timing.py`.
+environment, ours with the variables that infer.sh sets for it; a round runs all of them, every other round in the
+opposite order. How a time is taken: `peers/timing.py`.
 FILE gets a line of JSON for each process; later calls add to it, so that a long comparison can be made in pieces. A
 ratio is of one round: the peer's median time divided by ours. The table has the median of the rounds, and the least and
 the largest. Not a test: timings on shared machines vary.
@@ -40,6 +41,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from executor.launch.options import cpu_options
 from tests.benchmarks.peers.timing import PARTS, PREFILLS
 from tests.reference import REPO
 
@@ -101,8 +103,9 @@ def run(name: str, number: int, args: argparse.Namespace) -> dict[str, Any]:
     parts = [part for part in args.parts if part not in WITHOUT.get(peer, ())]
     words = ["-m", f"tests.benchmarks.peers.{module}", str(args.folder), "--form", form, "--parts", ",".join(parts)]
     words += ["--steps", str(args.steps), "--turn", str(number), *["--realtime"] * args.realtime]
+    own = cpu_options(1) if peer == "ours" else {}
     done = subprocess.run(
-        [*args.prefix, python, *words], cwd=REPO, stdout=subprocess.PIPE, text=True, check=True, env=os.environ
+        [*args.prefix, python, *words], cwd=REPO, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | own
     )
     report = json.loads(done.stdout.splitlines()[-1])
     for part in parts:
