@@ -17,8 +17,6 @@ from executor.device.cpu.int8_products import (
     PRODUCTS,
     OneCall,
     Product,
-    added_up,
-    float_digits,
     rounded_in_place,
 )
 from executor.device.weights import (
@@ -43,8 +41,8 @@ _ONE_THREAD_ELEMENTS = (1 << 15) - 1  # of a tile that torch leaves to one threa
 
 
 class Rows(NamedTuple):
-    """Activations as whole numbers: `numbers` int8 `[d, T, n]`, d digits of each, and what they stand for, fp32
-    `[T, 1]`; no scale where one that the linear has holds for all rows.
+    """Activations as whole numbers: `numbers [d, T, n]`, d digits of each, int8 or as Product.digits has them, and what
+    they stand for, fp32 `[T, 1]`; no scale where one that the linear has holds for all rows.
     """
 
     numbers: Tensor
@@ -84,10 +82,11 @@ class Int8Linear(ABC):
         num_digits, numbers, scales, start = self.num_digits(num_rows, dtype), None, [], 0
         for tile in tiles:
             some = self.round(tile, num_digits)
+            dtype = torch.int8 if some.numbers.is_floating_point() else some.numbers.dtype
             if len(tile) == num_rows:
-                return Rows(some.numbers.to(torch.int8), some.scale)
+                return Rows(some.numbers.to(dtype), some.scale)
             if numbers is None:
-                numbers = torch.empty(num_digits, num_rows, self.num_in, dtype=torch.int8)
+                numbers = torch.empty(num_digits, num_rows, self.num_in, dtype=dtype)
             numbers[:, start : start + len(tile)] = some.numbers
             scales.append(some.scale)
             start += len(tile)
@@ -245,7 +244,6 @@ class WeightOnly(Int8Linear):
 
     def __init__(self, weight: WeightInt8, bias: Tensor | None, products: list[Product]) -> None:
         self.product, self.products = products[0], products
-        self.base = self.product.digit_base
         self.widths = [product.num_in for product in products]
         self.scales = [scale.contiguous() for scale in weight.scale.t()]
         self.shifts = None
@@ -275,23 +273,19 @@ class WeightOnly(Int8Linear):
         return self.product.num_digits(num_rows, dtype)
 
     def round(self, x: Tensor, num_digits: int) -> Rows:
-        # So that rounding gives no highest digit above half of the base.
-        highest = self.base ** (num_digits - 1)
-        scale = x.abs().amax(-1, keepdim=True).float().div_(self.base // 2 * highest)
+        scale = x.abs().amax(-1, keepdim=True).float().div_(self.product.largest(num_digits))
         if self.is_plain and x.dtype is torch.bfloat16:
             scale = (scale.view(torch.int32) & _EXPONENT).view(torch.float32).mul_(2).clamp_min_(_SMALLEST_BFLOAT16)
         else:
             scale.clamp_min_(SMALLEST)
-        whole = rounded_in_place(torch.div(x, scale), self.base // 2 * highest)
-        return Rows(float_digits(whole, self.base, num_digits), scale)
+        return Rows(self.product.digits(torch.div(x, scale), num_digits), scale)
 
     def multiply_tile(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         y = None
         for index, numbers in enumerate(rows.numbers.split(self.widths, 2)):
-            some = self.products[index].sums_of_digits(numbers).mul_(self.scales[index])
+            some = self.products[index].sums_of_digits(numbers, self.scales[index])
             if self.shifts is not None:
-                whole = added_up(numbers.sum(-1, keepdim=True).float(), self.base)
-                some.addcmul_(whole, self.shifts[index])
+                some.addcmul_(self.products[index].totals(numbers), self.shifts[index])
             y = some if y is None else y.add_(some)
         y.mul_(rows.scale)
         return (y if self.bias is None else y.add_(self.bias)).to(dtype)

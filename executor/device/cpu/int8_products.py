@@ -29,7 +29,7 @@ EXPAND_ELEMENTS = 1 << 21  # of the fp32 block that a product is made from: 8 Mi
 class Product(ABC):
     """Weights as something to multiply whole numbers with. Takes the weights' values and keeps none of them plain.
 
-    digit_base: of numbers in several digits, even: digits are up to half of it either way.
+    digit_base: of numbers in several digits.
     result_bytes: what `sums` holds for a number of its result, at the most.
     """
 
@@ -46,9 +46,22 @@ class Product(ABC):
     def num_digits(self, num_rows: int, dtype: torch.dtype) -> int:
         """In how many digits float activations are multiplied, so that products are as exact as those of `dtype`."""
 
+    def largest(self, count: int) -> int:
+        """Whole number that so many digits can be, either way."""
+        return self.digit_base // 2 * self.digit_base ** (count - 1)
+
+    def digits(self, x: Tensor, count: int) -> Tensor:
+        """fp32 `x [T, n]`, which is overwritten, rounded to whole numbers of `count` digits: `[count, T, n]`, highest
+        first, in the type that `sums_of_digits` takes or in fp32."""
+        return float_digits(rounded_in_place(x, self.largest(count)), self.digit_base, count)
+
+    def totals(self, x: Tensor) -> Tensor:
+        """Digits `x [d, T, n]` as numbers, added up: fp32 `[T, 1]`."""
+        return added_up(x.sum(-1, keepdim=True).float(), self.digit_base)
+
     @abstractmethod
-    def sums_of_digits(self, x: Tensor) -> Tensor:
-        """`x [d, T, n]` int8, highest digits first, times the values: fp32 `[T, m]`."""
+    def sums_of_digits(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """`x [d, T, n]`, highest digits first, times the values (times `scale [m]`): fp32 `[T, m]`."""
 
 
 class OneCall(Product):
@@ -57,9 +70,10 @@ class OneCall(Product):
     Activations go in unsigned, 128 higher, and so does their zero point: of signed ones oneDNN has a fast product for
     CPUs with AMX only, and elsewhere takes its reference code without a word, a thousand times as long.
     Only for a CPU where a tried call says that it does not saturate (capability.py).
+    Digits are the bytes of a number, 128 higher each: they are read out of its bits, and go in as they are.
     """
 
-    digit_base = 254
+    digit_base = 256
 
     def __init__(self, values: Tensor) -> None:
         self.num_out, self.num_in = values.shape
@@ -78,7 +92,8 @@ class OneCall(Product):
         zero_point: int = 0,
         x_scale: float = 1.0,
     ) -> Tensor:
-        """`(Σ (x - zero_point) W) * x_scale * scale + bias` in `dtype` (float32 or a 16-bit float), `x [T, n]` int8."""
+        """`(Σ (x - zero_point) W) * x_scale * scale + bias` in `dtype` (float32 or a 16-bit float), `x [T, n]` int8, or
+        digits as `digits` gives them."""
         num_rows = len(x)
         if num_rows < self.least_rows:
             x = F.pad(x, (0, 0, 0, self.least_rows - num_rows))
@@ -90,9 +105,9 @@ class OneCall(Product):
         return self.scaled(x, self.ones)
 
     def two_digits(self, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x [2, T, n]` int8, highest digits first, times the values and `scale`: `[T, m]` in `dtype`.
+        """`x [2, T, n]` uint8, highest digits first, times the values and `scale`: `[T, m]` in `dtype`.
 
-        The low digits' part is rounded to `dtype` first: a 254th of the result, and so is what that loses.
+        The low digits' part is rounded to `dtype` first: a 256th of the result, and so is what that loses.
         """
         y, high = self.scaled(x[1], scale, None, dtype), scale * self.digit_base
         head = unsigned(x[0]), 1.0, UNSIGNED_ZERO, self.packed, high, self.zeros, y, None, 1.0, 0, dtype
@@ -102,8 +117,23 @@ class OneCall(Product):
         """Two are as exact as 14 bits of the row's largest, three as fp32's own 24."""
         return 3 if dtype is torch.float32 else 2
 
-    def sums_of_digits(self, x: Tensor) -> Tensor:
-        y = self.scaled(x.flatten(0, 1), self.ones)
+    def largest(self, count: int) -> int:
+        return 127 * self.digit_base ** (count - 1)  # by division fp32 comes out above it by one at the most
+
+    def digits(self, x: Tensor, count: int) -> Tensor:
+        """uint8. fp32 of 2^23 to 2^24 is a whole number, and its low bits are that number's: adding rounds x to one."""
+        higher = sum(UNSIGNED_ZERO * self.digit_base**place for place in range(count))
+        # Three digits are 24 bits, and one of those is not among a number's own there.
+        whole = x.add_(_HALF_OF_WHOLE + higher) if count < 3 else x.round_().to(torch.int32).add_(higher)
+        places = whole.view(torch.uint8).unflatten(-1, (-1, 4)).permute(2, 0, 1)
+        return torch.stack([places[place] for place in reversed(range(count))])
+
+    def totals(self, x: Tensor) -> Tensor:
+        sums = x.sum(-1, keepdim=True) - UNSIGNED_ZERO * x.shape[-1]
+        return added_up(sums.float(), self.digit_base)
+
+    def sums_of_digits(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = self.scaled(x.flatten(0, 1), self.ones if scale is None else scale)
         return added_up(y.unflatten(0, x.shape[:2]), self.digit_base)
 
 
@@ -139,12 +169,12 @@ class Digits(Product):
         """Three are as exact as 20 bits of the row's largest; two, where arithmetic costs, as 13."""
         return 3 if num_rows <= self.few_rows else 2
 
-    def sums_of_digits(self, x: Tensor) -> Tensor:
+    def sums_of_digits(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         y = None
         for some in self._products(x.float()):
             some = added_up(some, self.digit_base)
             y = some if y is None else y.add_(some)
-        return y
+        return y if scale is None else y.mul_(scale)
 
     def _products(self, rows: Tensor) -> Iterator[Tensor]:
         """Of digits `[d, T, n]` by every part of the inputs: fp32 `[d, T, m]`."""
@@ -181,7 +211,7 @@ class Expanded(Product):
     def num_digits(self, num_rows: int, dtype: torch.dtype) -> int:
         return 3
 
-    def sums_of_digits(self, x: Tensor) -> Tensor:
+    def sums_of_digits(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """The digits as one number of 24 bits each, which fp32 holds."""
         whole = added_up(x.float(), self.digit_base)
         y = torch.empty(len(whole), self.num_out)
@@ -189,15 +219,15 @@ class Expanded(Product):
         for start in range(0, self.num_out, rows):
             block = self.values[start : start + rows]
             torch.mm(whole, block.float().t(), out=y[:, start : start + len(block)])
-        return y
+        return y if scale is None else y.mul_(scale)
 
 
 PRODUCTS: dict[str, type[Product]] = {ONE_CALL: OneCall, DIGITS: Digits, EXPANDED: Expanded}
 
 
 def unsigned(x: Tensor) -> Tensor:
-    """int8 `x` plus 128, as uint8."""
-    return x.view(torch.uint8).bitwise_xor(UNSIGNED_ZERO)
+    """int8 `x` plus 128, as uint8; what is unsigned already stays."""
+    return x if x.dtype is torch.uint8 else x.view(torch.uint8).bitwise_xor(UNSIGNED_ZERO)
 
 
 def float_digits(whole: Tensor, base: int, count: int) -> Tensor:
