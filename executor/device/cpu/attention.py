@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from executor.device.cpu.int8_cache import Int8Cache
+from executor.device.cpu.int8_cache import Int8Cache, RowBuffer
 from executor.device.cpu.tiled_attention import LEAST_KEYS, LEAST_QUERIES, tiled_attention
 from executor.device.ops import KVLayer
 
@@ -72,9 +72,11 @@ class Together:
             is_behind = np.arange(max(lengths)) >= np.array(lengths)[:, None]
             self.mask = torch.from_numpy(np.where(is_behind, -np.inf, 0).astype(np.float32))[:, None, None]
 
-    def cached(self, cache: Tensor) -> Tensor:
+    def cached(self, cache: Tensor, into: RowBuffer) -> Tensor:
         """`[rows, K, L, D]`"""
-        return cache.flatten(0, 1).index_select(0, self.slots).unflatten(0, self.shape).transpose(1, 2)
+        copy = into.take((len(self.slots), *cache.shape[2:]), cache.dtype)
+        torch.index_select(cache.flatten(0, 1), 0, self.slots, out=copy)
+        return copy.unflatten(0, self.shape).transpose(1, 2)
 
 
 class Step:
@@ -139,8 +141,13 @@ def prepare(
     return Step(rows, block_size)
 
 
-def attend(q: Tensor, cache: KVLayer, step: Step, scale: float, tiles: bool = False) -> Tensor:
-    """See Ops.paged_attention: `[T, H, D] -> [T, H * D]`. `tiles`: many bfloat16 queries by tiled_attention.py."""
+def attend(
+    q: Tensor, cache: KVLayer, step: Step, scale: float, buffers: tuple[RowBuffer, RowBuffer], tiles: bool = False
+) -> Tensor:
+    """See Ops.paged_attention: `[T, H, D] -> [T, H * D]`.
+
+    `buffers`: for copies of keys and values; `tiles`: many bfloat16 queries by tiled_attention.py.
+    """
     num_tokens, num_heads, dim = q.shape
     num_kv_heads = cache.k.shape[2]
     group = num_heads // num_kv_heads
@@ -151,7 +158,7 @@ def attend(q: Tensor, cache: KVLayer, step: Step, scale: float, tiles: bool = Fa
     # The query heads of one KV head stand as query rows: its keys are read once for all of them.
     queries, answers = q.unflatten(1, (num_kv_heads, group)), out.view(num_tokens, num_kv_heads, group, dim)
     for some in step.together:
-        k, v = some.cached(cache.k), some.cached(cache.v)
+        k, v = (some.cached(each, into) for each, into in zip((cache.k, cache.v), buffers, strict=True))
         if scales is not None:
             k, v = scales.widened(k, v)
         y = F.scaled_dot_product_attention(queries[some.tokens], k, v, attn_mask=some.mask, scale=scale)

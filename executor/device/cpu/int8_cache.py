@@ -7,6 +7,8 @@ out. Those of values are subtracted, whole numbers of at most 255 that every flo
 Legend: T tokens, H query heads, K key/value heads, D head dim, L cached tokens.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,19 +19,23 @@ from executor.device.ops import KVScales
 
 @dataclass(eq=False)
 class RowBuffer:
-    """Memory that the rows of all layers are made floats in, one after the other. Not for several threads.
+    """Memory that the rows of all layers are copied to, one after the other. Not for several threads.
 
-    A tensor of its own for each long row is new pages each time, which take longer than the attention over it.
+    A tensor of its own for each copy is new pages each time, which take longer than the attention over it.
     """
 
     memory: Tensor = field(default_factory=lambda: torch.empty(0))
 
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Contiguous, of any content; valid until the next call."""
+        size = math.prod(shape)
+        if self.memory.numel() < size or self.memory.dtype != dtype:
+            self.memory = torch.empty(size, dtype=dtype)
+        return self.memory[:size].view(shape)
+
     def filled(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """`x [rows, K, L, D]`, int8, in `dtype`; valid until the next call."""
-        if self.memory.numel() < x.numel() or self.memory.dtype != dtype:
-            self.memory = torch.empty(x.numel(), dtype=dtype)
-        rows, heads, length, dim = x.shape
-        return self.memory[: x.numel()].view(rows, length, heads, dim).transpose(1, 2).copy_(x)
+        return self.take(x.transpose(1, 2).shape, dtype).transpose(1, 2).copy_(x)
 
 
 @dataclass(frozen=True, eq=False)
