@@ -86,13 +86,34 @@ def test_short_decode_rows_are_attended_together(order, q_lens, kv_lens, num_tog
     step = OPS.prepare_attention(q_lens, kv_lens, tables, block_size)
     assert [some.shape[0] for some in step.together] == num_together
     torch.testing.assert_close(OPS.paged_attention(q, cache, step, 0.2), wanted, atol=1e-5, rtol=1e-5)
-    if set(q_lens) == {1}:
-        before = [length - 1 for length in kv_lens]
-        if min(before):
-            entered = [row for row, length in enumerate(before) if length % block_size == 0]
-            step = OPS.prepare_attention(q_lens, before, tables, block_size)
-            step = OPS.advance_attention(step, kv_lens, tables, block_size, entered)
-            torch.testing.assert_close(OPS.paged_attention(q, cache, step, 0.2), wanted, atol=1e-5, rtol=1e-5)
+    if set(q_lens) == {1} and min(kv_lens) > 1:
+        walked = OPS.prepare_attention(q_lens, [length - min(kv_lens) + 1 for length in kv_lens], tables, block_size)
+        for back in reversed(range(min(kv_lens) - 1)):
+            lengths = [length - back for length in kv_lens]
+            entered = [row for row, length in enumerate(lengths) if length % block_size == 1]
+            walked = OPS.advance_attention(walked, lengths, tables, block_size, entered)
+        torch.testing.assert_close(OPS.paged_attention(q, cache, walked, 0.2), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_grow_too_long_are_attended_apart():
+    torch.manual_seed(0)
+    block_size, kv_heads, dim, most = 16, 2, 24, 270
+    tables = [list(range(row * 17, row * 17 + 17)) for row in range(5)]
+    (cache,) = OPS.kv_cache(1, 85, block_size, kv_heads, dim, torch.float32)
+    kv_lens = [most - 12 * row for row in range(5)]
+    keys, values = filled(cache, tables, kv_lens, block_size)
+    q = torch.randn(5, 6, dim)
+    step = OPS.prepare_attention([1] * 5, [length - 40 for length in kv_lens], tables, block_size)
+    assert len(step.together) == 1
+    for back in reversed(range(40)):
+        lengths = [length - back for length in kv_lens]
+        entered = [row for row, length in enumerate(lengths) if length % block_size == 1]
+        step = OPS.advance_attention(step, lengths, tables, block_size, entered)
+    assert not step.together and len(step.alone) == 5, "two have more than 256 tokens, and three are too few"
+    wanted = [naive_causal(*x, 0.2) for x in zip(q.split(1), keys, values, strict=True)]
+    torch.testing.assert_close(
+        OPS.paged_attention(q, cache, step, 0.2), torch.cat(wanted).float(), atol=1e-5, rtol=1e-5
+    )
 
 
 AVX512 = CpuOps(Capability("avx512", "AVX512", frozenset((torch.bfloat16,)), packs_fp16=True))

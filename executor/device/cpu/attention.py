@@ -7,7 +7,7 @@ Cache layout: [blocks, block_size, K, D].
 Legend: T tokens, H query heads, K key/value heads, G = H / K, D head dim, L cached tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,20 +57,39 @@ class Together:
     reads nothing of others and nothing that was never written."""
 
     def __init__(self, rows: Sequence[Row], block_size: int) -> None:
-        lengths = [row.kv_len for row in rows]
-        slots = np.empty((len(rows), max(lengths)), dtype=np.int64)
-        for line, row in zip(slots, rows, strict=True):
+        self._lengths = np.array([row.kv_len for row in rows])
+        self._numbers = np.arange(len(rows))
+        self._slots = np.empty((len(rows), _SHORT), dtype=np.int64)
+        for line, row in zip(self._slots, rows, strict=True):
             line[: row.kv_len] = row.slots(block_size)
             line[row.kv_len :] = line[0]
-        self.shape = slots.shape
-        self.slots = torch.from_numpy(slots.ravel())
         starts = [row.start for row in rows]
         are_neighbours = starts[-1] - starts[0] == len(rows) - 1
         self.tokens = slice(starts[0], starts[-1] + 1) if are_neighbours else torch.tensor(starts)
+        self._set()
+
+    def _set(self) -> None:
+        longest = int(self._lengths.max())
+        self.shape = len(self._lengths), longest
+        self.slots = torch.from_numpy(self._slots[:, :longest].ravel())
         self.mask: Tensor | None = None  # added to scores, fp32 [rows, 1, 1, L]
-        if min(lengths) < max(lengths):
-            is_behind = np.arange(max(lengths)) >= np.array(lengths)[:, None]
-            self.mask = torch.from_numpy(np.where(is_behind, -np.inf, 0).astype(np.float32))[:, None, None]
+        if self._lengths.min() < longest:
+            is_behind = np.arange(longest) >= self._lengths[:, None]
+            self.mask = torch.from_numpy(np.where(is_behind, np.float32(-np.inf), np.float32(0)))[:, None, None]
+
+    def advance(self, entered: Mapping[int, int]) -> bool:
+        """Every row gets a token, in the slot behind its last one or, by its number, in one of `entered`. Whether the
+        rows are still few enough tokens; if not, nothing has changed."""
+        longest = self.shape[1] + 1
+        if longest > _SHORT or longest * len(self._lengths) > _TOGETHER_TOKENS:
+            return False
+        new = self._slots[self._numbers, self._lengths - 1] + 1
+        for number, slot in entered.items():
+            new[number] = slot
+        self._slots[self._numbers, self._lengths] = new
+        self._lengths += 1
+        self._set()
+        return True
 
     def cached(self, cache: Tensor, into: RowBuffer) -> Tensor:
         """`[rows, K, L, D]`"""
@@ -86,33 +105,37 @@ class Step:
         self.rows, self.block_size = rows, block_size
         self.together: list[Together] = []
         self.alone: list[Row] = []
+        self._places: dict[int, tuple[Together, int]] = {}  # of a row in the step: where it is attended
         self._part()
 
     def _part(self) -> None:
-        self.together, self.alone = [], []
-        some: list[Row] = []
+        self.together, self.alone, self._places = [], [], {}
+        some: list[int] = []
         longest = 0
-        for row in self.rows:
+        for place, row in enumerate(self.rows):
             if row.q_len > 1 or row.kv_len > _SHORT:
                 self.alone.append(row)
                 continue
             if max(longest, row.kv_len) * (len(some) + 1) > _TOGETHER_TOKENS:
                 self._take(some)
                 some, longest = [], 0
-            some.append(row)
+            some.append(place)
             longest = max(longest, row.kv_len)
         self._take(some)
 
-    def _take(self, rows: list[Row]) -> None:
+    def _take(self, places: list[int]) -> None:
+        rows = [self.rows[place] for place in places]
         if len(rows) < _TOGETHER_ROWS:
             self.alone += rows
-        else:
-            self.together.append(Together(rows, self.block_size))
+            return
+        self.together.append(Together(rows, self.block_size))
+        self._places |= {place: (self.together[-1], number) for number, place in enumerate(places)}
 
     def advance(self, block_tables: Sequence[Sequence[int]], entered: Sequence[int]) -> None:
         """Every row is a decode row and gets a token; `entered`: rows that have come into another block."""
         for row in self.rows:
             row.kv_len += 1
+        new_slots: dict[Together, dict[int, int]] = {each: {} for each in self.together}
         for place in entered:
             row, blocks = self.rows[place], block_tables[place]
             last = (row.kv_len - 1) // self.block_size
@@ -120,7 +143,11 @@ class Step:
                 row.blocks = torch.tensor(blocks[: last + 1])
             elif blocks[last] * self.block_size != row.first_slot + last * self.block_size:
                 row.first_slot, row.blocks = -1, torch.tensor(blocks[: last + 1])
-        self._part()
+            if place in self._places:
+                together, number = self._places[place]
+                new_slots[together][number] = blocks[last] * self.block_size
+        if not all([each.advance(slots) for each, slots in new_slots.items()]):
+            self._part()
 
 
 def prepare(
