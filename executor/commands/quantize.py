@@ -123,7 +123,7 @@ def quantize(options: argparse.Namespace) -> Document:
     report = run(source, out, settings_of(options, dtype), calibration, device, verify)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.kinds.items()))
     print(
-        f"{out}: linears: {kinds}; {report.source_bytes / 1e9:.2f} GB became {report.written_bytes / 1e9:.2f} GB in "
+        f"{out}: linears: {kinds}; {report.source_bytes / 1e9:.3g} GB became {report.written_bytes / 1e9:.3g} GB in "
         f"{report.seconds:.0f} s; peak memory {report.peak_bytes / 1e9:.2f} GB (bound {report.bound_bytes / 1e9:.2f})"
     )
     return {"save_directory": str(out), "scheme": options.scheme, "tool": "builtin", **asdict(report)}

@@ -4,10 +4,8 @@ It is settled as a deployment by itself, on one rank of the same device: the rep
 Knows sizes and settings, no tensor.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,9 @@ from executor.errors import UserError
 from executor.quant.sizes import MADE_AT_LOAD
 from executor.recipe.schema import Recipe, SpeculativeSection
 from executor.recipe.sizes import ModelShapes
+from executor.recipe.unused import warn_of_unused
 from models.published import published_config, published_shapes
 from models.registry import read_shapes
-
-logger = logging.getLogger(__name__)
 
 KEY = "speculative_config.model_path"
 _METHODS = ("ngram", "lookahead", "draft")
@@ -85,22 +82,9 @@ def section_findings(settings: SpeculativeSection) -> list[str]:
     return []
 
 
-def warn_of_unused(settings: SpeculativeSection) -> None:
-    """A line for each key that says something to another method than the one that is chosen."""
+def warn_of_unused_keys(settings: SpeculativeSection) -> None:
     chosen = "without a method" if settings.method is None else f"with method {settings.method}"
-    for key, readers in READERS.items():
-        value = getattr(settings, key)
-        if settings.method not in readers and value != SpeculativeSection.model_fields[key].default:
-            _warn(
-                f"speculative_config.{key}: got {value}, which has no effect {chosen}; what reads it: "
-                f"{', '.join(readers)}"
-            )
-
-
-@cache
-def _warn(message: str) -> None:
-    """Once: a recipe is settled more than once, and `plan` settles many."""
-    logger.warning("%s", message)
+    warn_of_unused("speculative_config", settings, READERS, settings.method, chosen)
 
 
 def size_findings(shapes: ModelShapes, draft: ModelShapes) -> list[str]:

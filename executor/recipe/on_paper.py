@@ -23,7 +23,7 @@ from executor.recipe.draft import (
     of_draft,
     section_findings,
     size_findings,
-    warn_of_unused,
+    warn_of_unused_keys,
 )
 from executor.recipe.kv_cache import has_cache_scales
 from executor.recipe.schema import Recipe
@@ -83,7 +83,7 @@ def settle_on_paper(recipe: Recipe, command: str) -> OnPaper:
 
 def _draft(recipe: Recipe, folder: Path | None, shapes: ModelShapes, command: str) -> Draft | None:
     """The draft model of a settled recipe that has one. Raises UserError as settle_on_paper does."""
-    warn_of_unused(recipe.speculative)
+    warn_of_unused_keys(recipe.speculative)
     refuse(section_findings(recipe.speculative))
     if recipe.speculative.method != "draft":
         return None

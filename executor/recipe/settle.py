@@ -31,7 +31,7 @@ from executor.recipe.draft import (
     of_draft,
     section_findings,
     size_findings,
-    warn_of_unused,
+    warn_of_unused_keys,
     weight_findings,
 )
 from executor.recipe.kv_cache import cache_findings, has_cache_scales, scales_finding
@@ -74,7 +74,7 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     keeps it from starting and can be known at once, a line each; what the device must be there for comes last.
     """
     recipe = resolve_device(recipe)
-    warn_of_unused(recipe.speculative)
+    warn_of_unused_keys(recipe.speculative)
     findings = [*chip_findings(recipe), *release_findings(recipe), *section_findings(recipe.speculative)]
     findings += root_findings(recipe.scheduler.prefix_cache_path)
     missing = device_finding(recipe)

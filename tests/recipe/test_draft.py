@@ -11,11 +11,12 @@ from executor.capacity.fits import deployment_on
 from executor.checkpoint.vocabulary import difference, read_vocabulary
 from executor.commands.plan.show import PARTS
 from executor.errors import UserError
-from executor.recipe.draft import READERS, _warn
+from executor.recipe.draft import READERS
 from executor.recipe.memory import GIB, account, estimate, kv_block_bytes, weights_bytes
 from executor.recipe.on_paper import settle_on_paper
 from executor.recipe.schema import SpeculativeSection, build_recipe
 from executor.recipe.settle import prepare
+from executor.recipe.unused import _warn
 from models.published import published_config
 from models.registry import read_shapes
 from tests.engines import engine_over

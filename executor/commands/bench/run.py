@@ -6,8 +6,14 @@ from typing import Any, TextIO
 
 from executor.errors import UserError
 from executor.recipe.schema import Recipe
+from executor.recipe.unused import warn_of_unused
 
 logger = logging.getLogger(__name__)
+
+READERS = {  # key of the section -> the modes that read it
+    "batch_sizes": ("latency",),
+    **dict.fromkeys(("request_rates", "concurrencies", "burstiness", "base_url", "timeout_s"), ("serve",)),
+}
 
 
 def run(recipe: Recipe, out: TextIO | None = None) -> tuple[dict[str, Any], int]:
@@ -25,6 +31,7 @@ def run(recipe: Recipe, out: TextIO | None = None) -> tuple[dict[str, Any], int]
 def check(recipe: Recipe) -> None:
     """UserError for settings that say nothing, or cannot be."""
     bench, generation = recipe.bench, recipe.generation
+    warn_of_unused("bench_config", bench, READERS, bench.mode, f"on bench {bench.mode}")
     if recipe.model.profile:
         is_elsewhere = bench.mode == "serve" and bench.base_url is not None
         words = "does nothing to a server elsewhere" if is_elsewhere else "costs time: these figures are no speeds"

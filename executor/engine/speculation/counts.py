@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from executor.engine.totals import Totals
 
+LEAST_DRAFTS = 16  # of which a gain is told
+
 
 @dataclass(slots=True)
 class SpeculationCounts(Totals):
@@ -34,8 +36,8 @@ class SpeculationCounts(Totals):
 
     @property
     def gain(self) -> float | None:
-        """How many times as fast the steps with drafts were."""
-        return self.plain_s / self.verify_s if self.verify_s else None
+        """How many times as fast the steps with drafts were; None of few, where one slow step decides."""
+        return self.plain_s / self.verify_s if self.verify_s and self.num_drafts >= LEAST_DRAFTS else None
 
     def figures(self) -> dict[str, int | float]:
         """Those that are known, by name; none where there were no drafts."""
@@ -56,10 +58,10 @@ class SpeculationCounts(Totals):
         """For people; empty where there were no drafts."""
         if not self.num_drafts:
             return ""
-        gain = "" if self.gain is None else f", {self.gain:.2f} x as fast as without"
+        gain = "" if self.gain is None else f", such steps {self.gain:.2f} x as fast as without drafts"
         return (
             f"drafts: {self.num_accepted_tokens} of {self.num_draft_tokens} tokens right "
-            f"({100 * self.acceptance_rate:.0f} %), {self.acceptance_length:.2f} tokens a step{gain}"
+            f"({100 * self.acceptance_rate:.0f} %), {self.acceptance_length:.2f} tokens a step with drafts{gain}"
         )
 
     def add_drafts(self, num_drafts: int, num_accepted: int) -> None:

@@ -92,6 +92,16 @@ def test_a_batch_that_is_none_and_answers_that_are_cut_are_told(recipe, caplog):
     assert "answers ended before max_new_tokens" in caplog.text
 
 
+def test_keys_of_another_mode_are_told(caplog):
+    settings = ["bench_config.mode=throughput", "bench_config.request_rates=[2]", "bench_config.batch_sizes=[3]"]
+    with caplog.at_level("WARNING"):
+        bench.check(load_recipe(REPO / "config" / "quickstart.yaml", settings))
+    assert [record.message for record in caplog.records] == [
+        "bench_config.batch_sizes: got (3,), which has no effect on bench throughput; what reads it: latency",
+        "bench_config.request_rates: got (2.0,), which has no effect on bench throughput; what reads it: serve",
+    ]
+
+
 def test_throughput_asks_all_at_once_and_names_what_failed(recipe, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(rows.read_text() + json.dumps({"question": "What?", "image": "none.png"}) + "\n")

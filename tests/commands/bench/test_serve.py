@@ -117,7 +117,7 @@ def test_what_the_server_tells_stands_beside(recipe_of):
             f"qwenvl:decode_steps_total{{}} {100.0 * number}\n# HELP x y\n"
             f"vllm:generation_tokens_total{{}} {46.0 * number}\n"
             f"vllm:time_to_first_token_seconds_count{{}} {6.0 * number}\n"
-            f'vllm:spec_decode_num_drafts_total{{engine="0"}} {5.0 + 10 * number}\n'
+            f'vllm:spec_decode_num_drafts_total{{engine="0"}} {5.0 + 20 * number}\n'
             f'vllm:spec_decode_num_draft_tokens_total{{engine="0"}} {7.0 + 40 * number}\n'
             f'vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {1.0 + 30 * number}\n'
             f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="0"}} {10.0 * number}\n'
@@ -132,10 +132,10 @@ def test_what_the_server_tells_stands_beside(recipe_of):
     assert document["beside"]["prefix_cache_hit_tokens"] == 15.0
     assert document["beside"]["most_kv_cache_usage"] == 0.25
     assert document["beside"]["tokens_per_piece"] == 2.0 and 0 < document["beside"]["client_cpu"] < 2
-    drafts = {"drafts": 10.0, "draft_tokens": 40.0, "accepted_draft_tokens": 30.0, "acceptance_rate": 0.75}
-    drafts |= {"acceptance_length": 4.0, "drafting_gain": 2.5}
+    drafts = {"drafts": 20.0, "draft_tokens": 40.0, "accepted_draft_tokens": 30.0, "acceptance_rate": 0.75}
+    drafts |= {"acceptance_length": 2.5, "drafting_gain": 2.5}
     assert document["beside"].items() >= drafts.items()
-    assert re.search(r"-Speculative Decoding-+\nAcceptance rate \(%\): +75.00\nAcceptance length: +4.00\n", table)
+    assert re.search(r"-Speculative Decoding-+\nAcceptance rate \(%\): +75.00\nAcceptance length: +2.50\n", table)
     assert re.search(r"Most of the KV cache in use \(%\): +25.0\n", table)
 
 
