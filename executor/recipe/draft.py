@@ -71,8 +71,9 @@ def section_findings(settings: SpeculativeSection) -> list[str]:
             f"speculative_config.ngram_min: got {settings.ngram_min}, but ngram_max is {settings.ngram_max}; allowed: "
             f"1 to {settings.ngram_max}, or raise ngram_max"
         ]
-    if settings.method == "draft" and settings.model_path is None:
-        return [f"{KEY}: null, and method is draft; name the folder or hub id of a smaller model of the same family"]
+    if settings.method == "draft" and not settings.model_path:
+        got = "null" if settings.model_path is None else "got ''"
+        return [f"{KEY}: {got}, and method is draft; name the folder or hub id of a smaller model of the same family"]
     if settings.method != "draft" and settings.model_path is not None:
         method = settings.method or "null"
         return [

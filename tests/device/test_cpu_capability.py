@@ -139,3 +139,20 @@ def test_idle_threads_sleep_also_where_torch_was_loaded_before():
     done = subprocess.run([sys.executable, "-c", SPIN], env=bare, cwd=REPO, capture_output=True, text=True, check=True)
     spinning, sleeping = map(float, done.stdout.split())
     assert sleeping < 0.7 * spinning
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("isa", ["auto", "avx2"])
+def test_what_is_found_does_not_depend_on_the_default_type(dtype, isa):
+    """Weights are loaded while the default type is the model's, and schemes ask for the CPU meanwhile."""
+    if capability().isa == "other":
+        pytest.skip("this CPU has no avx2 path")
+    wanted = capability(isa)
+    module._found.cache_clear(), module._exact_int8.cache_clear()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert capability(isa) == wanted
+    finally:
+        torch.set_default_dtype(before)
+        module._found.cache_clear(), module._exact_int8.cache_clear()

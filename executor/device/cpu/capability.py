@@ -3,7 +3,7 @@
 Invariants: what stands in a `Capability` has been computed here and was right. Knows no recipe but its key cpu_isa.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -123,8 +123,11 @@ def _has(name: str) -> bool:
     return hasattr(torch.cpu, name) and getattr(torch.cpu, name)()
 
 
-def _exact_int8(forms: Sequence[str]) -> str:
-    """The first of `forms` whose sums are right here, for every sign and for the largest numbers that int8 has."""
+@cache
+def _exact_int8(forms: tuple[str, ...]) -> str:
+    """The first of `forms` whose sums are right here, for every sign and for the largest numbers that int8 has. The
+    last of them is made of float32 products, which every CPU has.
+    """
     return next(form for form in forms if _sums_are_exact(form))
 
 

@@ -78,7 +78,10 @@ class OneCall(Product):
     def __init__(self, values: Tensor) -> None:
         self.num_out, self.num_in = values.shape
         self.packed = torch.ops.onednn.qlinear_prepack(values, None)
-        self.zeros, self.ones = torch.zeros(self.num_out, dtype=torch.int32), torch.ones(self.num_out)
+        self.zeros, self.ones = (
+            torch.zeros(self.num_out, dtype=torch.int32),
+            torch.ones(self.num_out, dtype=torch.float32),
+        )
         self.run = torch.ops.onednn.qlinear_pointwise.default
         self.run_added = torch.ops.onednn.qlinear_pointwise.binary
         self.least_rows = max(SMALL_RESULT // self.num_out + 1, 2 if self.num_in == SMALL_RESULT else 1)
@@ -198,7 +201,7 @@ class Expanded(Product):
         self.values = values
 
     def sums(self, x: Tensor) -> Tensor:
-        y = torch.empty(len(x), self.num_out)
+        y = torch.empty(len(x), self.num_out, dtype=torch.float32)
         rows = max(1, EXPAND_ELEMENTS // self.width)
         for start in range(0, self.num_out, rows):
             block = self.values[start : start + rows]
@@ -214,7 +217,7 @@ class Expanded(Product):
     def sums_of_digits(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """The digits as one number of 24 bits each, which fp32 holds."""
         whole = added_up(x.float(), self.digit_base)
-        y = torch.empty(len(whole), self.num_out)
+        y = torch.empty(len(whole), self.num_out, dtype=torch.float32)
         rows = max(1, EXPAND_ELEMENTS // self.num_in)
         for start in range(0, self.num_out, rows):
             block = self.values[start : start + rows]
@@ -235,7 +238,7 @@ def float_digits(whole: Tensor, base: int, count: int) -> Tensor:
 
     Digits are up to half of it either way where numbers are up to `base / 2 * base ** (count - 1)`.
     """
-    rows = torch.empty(count, *whole.shape)
+    rows = torch.empty(count, *whole.shape, dtype=torch.float32)
     for index in range(count - 1):
         weight = base ** (count - 1 - index)
         rounded_in_place(torch.div(whole, weight, out=rows[index]), base * base)

@@ -61,7 +61,10 @@ class PackedFp16:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scale: float) -> None:
         num_out, num_in = weight.shape
-        self.scale, self.inverse = scale, torch.tensor(1 / scale)  # a tensor: a number is made one at every call
+        self.scale, self.inverse = (
+            scale,
+            torch.tensor(1 / scale, dtype=torch.float32),
+        )  # a tensor: a number is made one at every call
         self.scales_input = num_in < num_out
         bias = None if bias is None else bias.float() * (1.0 if self.scales_input else scale)
         rows = max(1, PACK_ELEMENTS // num_in)
