@@ -70,9 +70,13 @@ def test_a_full_queue_takes_none_of_them(server: Running) -> None:
 
 def test_a_client_that_hangs_up_lets_all_prompts_go(server: Running) -> None:
     body = {"prompt": ["a", "b", "c"], "max_tokens": 1500, "ignore_eos": True, "stream": True}
-    with server.http.stream("POST", "/v1/completions", json=body) as reply:
-        next(reply.iter_lines())
-        assert server.service.backend.num_unfinished == 3
+    for _ in range(5):  # on a busy machine this thread may wait until all has been answered
+        with server.http.stream("POST", "/v1/completions", json=body) as reply:
+            next(reply.iter_lines())
+            num_unfinished = server.service.backend.num_unfinished
+        if num_unfinished:
+            break
+    assert num_unfinished == 3
     until_s = time.monotonic() + 10
     while server.service.backend.num_unfinished and time.monotonic() < until_s:
         time.sleep(0.01)

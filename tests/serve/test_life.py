@@ -211,7 +211,9 @@ def test_an_engine_that_ends_is_told_to_everybody_and_ends_the_server(tiny_engin
                 answers.append(http.post(CHAT, json={**asked(4), "stream": False}))
             except httpx.TransportError:
                 break
-        assert 1 <= len(answers) <= 4 and all(answer.status_code in (500, 503) for answer in answers)
+        codes = [answer.status_code for answer in answers]
+        num_failed = codes.count(500)  # 503: asked while it was ending already, which takes as long as it takes
+        assert codes and num_failed <= 3 and codes == [500] * num_failed + [503] * (len(codes) - num_failed)
         until(lambda: ended)
     assert isinstance(ended[0], RuntimeError) and "the engine has ended: out of order" in str(ended[0])
     assert service.backend.fault == "out of order" and not tiny_engine.has_work
