@@ -13,7 +13,8 @@ from statistics import median_low
 
 NUM_SAMPLES = 7  # their median holds out against three odd ones
 NUM_NEEDED = 2
-STALE_STEPS = 64  # verifying steps after which the cost without drafts is measured again
+FIRST_STALE_STEPS = 8  # verifying steps after which the cost without drafts is measured anew: the first steps of all
+STALE_STEPS = 64  # are often slow. From then on after twice as many, up to so many
 FORGOTTEN_STEPS = 1000  # without a step of its size a verifying step's cost is not known any more
 
 
@@ -35,12 +36,17 @@ class Curve:
                 insort(self._sizes, size)
             self._seconds[size] = median_low(samples)
 
+    def drop(self, size: int) -> None:
+        """What is known of a size."""
+        self._last.pop(size, None)
+        self._samples.pop(size, None)
+        if self._seconds.pop(size, None) is not None:
+            self._sizes.remove(size)
+
     def forget(self, before: int) -> None:
         """Sizes without a sample since a step."""
         for size in [size for size, step in self._last.items() if step < before]:
-            del self._last[size], self._samples[size]
-            if self._seconds.pop(size, None) is not None:
-                self._sizes.remove(size)
+            self.drop(size)
 
     def at(self, size: int) -> float | None:
         """None where that size is not known."""
@@ -72,6 +78,7 @@ class StepCosts:
         self._plain, self._verifying = Curve(), Curve()
         self._num_steps = 0
         self._num_since: dict[int, int] = {}  # rows -> verifying steps since a step of so many was without drafts
+        self._stale_after: dict[int, int] = {}  # rows -> how many of these are too many
 
     def add(self, num_rows: int, num_drafts: int, seconds: float) -> None:
         """A decode step."""
@@ -80,6 +87,9 @@ class StepCosts:
             self._verifying.add(num_rows + num_drafts, seconds, self._num_steps)
             self._num_since[num_rows] = self._num_since.get(num_rows, 0) + 1
         else:
+            if self._is_stale(num_rows):
+                self._plain.drop(num_rows)
+                self._stale_after[num_rows] = min(STALE_STEPS, 2 * self._stale_after.get(num_rows, FIRST_STALE_STEPS))
             self._plain.add(num_rows, seconds, self._num_steps)
             self._num_since[num_rows] = 0
         if self._num_steps % FORGOTTEN_STEPS == 0:
@@ -87,9 +97,10 @@ class StepCosts:
 
     def plain(self, num_rows: int) -> float | None:
         """Without drafts; None where that is to be measured first, or again."""
-        if self._num_since.get(num_rows, 0) >= STALE_STEPS:
-            return None
-        return self._plain.at(num_rows)
+        return None if self._is_stale(num_rows) else self._plain.at(num_rows)
+
+    def _is_stale(self, num_rows: int) -> bool:
+        return self._num_since.get(num_rows, 0) >= self._stale_after.get(num_rows, FIRST_STALE_STEPS)
 
     def most_drafts(self, num_rows: int) -> int:
         """That a step may be tried with."""
