@@ -53,3 +53,22 @@ def test_nothing_is_made_and_what_is_no_entry_is_nobodys_business(tmp_path, monk
     (tmp_path / "prefix-0a1b").symlink_to(tmp_path / "other")
     monkeypatch.setattr(os, "geteuid", lambda: another)
     assert root_findings(str(tmp_path)) == [] and root_findings(None) == []
+
+
+@pytest.mark.parametrize("name", ["checkpoints.json", "checkpoints.lock", "trim.lock"])
+def test_files_of_the_cache_are_regular_and_this_users(tmp_path, monkeypatch, name):
+    file = tmp_path / name
+    for made, words in (
+        (os.mkfifo, "is no regular file"),
+        (os.mkdir, "is no regular file"),
+        (lambda path: os.symlink("elsewhere", path), "is a link"),
+    ):
+        made(file)
+        with pytest.raises(UserError, match=f"{KEY}: {tmp_path} cannot be written to .{name} in it {words}"):
+            prepare(recipe_of(tmp_path))
+        file.rmdir() if words.endswith("file") and file.is_dir() else file.unlink()
+    file.touch()
+    assert root_findings(str(tmp_path)) == []
+    another = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: another)
+    assert f"{name} in it is a file of another user" in root_findings(str(tmp_path))[0]
