@@ -114,8 +114,11 @@ class DiskCache:
         self._media_of_prompt.pop(prompt, None)
 
     def wants(self, digest: bytes) -> bool:
-        name = _block_name(digest)
-        return name not in self.folder.names and name not in self._queued and time.monotonic() >= self._resting_until_s
+        return self._lacks(_block_name(digest)) and time.monotonic() >= self._resting_until_s
+
+    def _lacks(self, name: str) -> bool:
+        """Whether an entry is to be written: as far as known it is not there, nor queued, and nothing has its place."""
+        return name not in self.folder.names and name not in self._queued and name not in self.folder.blocked
 
     # For the threads that prepare prompts.
 
@@ -205,7 +208,7 @@ class DiskCache:
         with self._accounts:
             for block in blocks:
                 name = _block_name(block.digest)
-                if name in self._queued or name in self.folder.names:
+                if not self._lacks(name):
                     continue
                 before = block.parent and _block_name(block.parent)
                 if before and before not in self._queued and before not in self.folder.names:
@@ -257,7 +260,7 @@ class DiskCache:
         """Have the features of a media item written; they are not changed any more."""
         name, num_bytes = _media_name(item.digest), self._feature_bytes(item)
         with self._accounts:
-            if name in self._queued or name in self.folder.names or time.monotonic() < self._resting_until_s:
+            if not self._lacks(name) or time.monotonic() < self._resting_until_s:
                 return
             if self._queued_bytes + num_bytes > self.most_queued_bytes:
                 self._num_dropped += 1
@@ -320,7 +323,7 @@ class DiskCache:
         if time.monotonic() < self._resting_until_s:
             self._drop(1)
             return
-        if self.folder.has(name):  # another process has been faster
+        if self.folder.has(name) or name in self.folder.blocked:  # another process has been faster
             return
         try:
             self.folder.write(name, memoryview(row.contiguous().view(-1).view(torch.uint8).numpy()), stamp_ns)

@@ -371,6 +371,23 @@ def test_a_folder_that_is_removed_under_an_engine(path, wanted):
     assert entries(path)
 
 
+def test_what_has_the_place_of_a_block_harms_no_other_entry(path, wanted, caplog):
+    with opened(path) as engine:
+        digest = cached_digests(engine, engine.prompt(message(LONG)))[2]
+    (file,) = path.glob(f"prefix-*/{digest.hex()}.kv")
+    for each in entries(path, "kv"):
+        each.unlink()
+    file.mkdir()
+    with opened(path) as engine:
+        assert same(answers(engine), wanted[0])
+        engine.scheduler.forget()
+        assert [x.token_ids for x in answers(engine)] == [x.token_ids for x in wanted[0]]
+        stats = engine.runner.disk_cache.stats()
+    assert stats.num_dropped == 0 and stats.num_damaged == 0
+    assert caplog.text.count("is left alone") == 1 and "cannot be written to" not in caplog.text
+    assert file.is_dir() and len(entries(path, "kv")) > 3
+
+
 def test_the_bound_holds_and_the_beginning_of_a_prompt_stays(tmp_path, wanted):
     with opened(None) as engine:
         block_bytes = sum(2 * x.k[0].nbytes for x in engine.runner.kv)
