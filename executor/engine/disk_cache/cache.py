@@ -77,6 +77,7 @@ class DiskCache:
         self._media_of_prompt: weakref.WeakKeyDictionary[Prompt, list[Staged]] = weakref.WeakKeyDictionary()
         self._fetched: weakref.WeakSet[Prompt] = weakref.WeakSet()  # since they were released last
         self._reading = threading.Lock()  # one prompt at a time: what two share is read once
+        self._doubted: set[str] = set()  # behind a block that was damaged or gone: checked when they are computed
         self._touched_ns: dict[str, int] = {}
         self._media_queries = self._media_hits = self._read_bytes = 0
         # Names, bytes of each, stamps, and contents on the device, one in each row.
@@ -118,7 +119,11 @@ class DiskCache:
 
     def _lacks(self, name: str) -> bool:
         """Whether an entry is to be written: as far as known it is not there, nor queued, and nothing has its place."""
-        return name not in self.folder.names and name not in self._queued and name not in self.folder.blocked
+        return not self._holds(name) and name not in self._queued and name not in self.folder.blocked
+
+    def _holds(self, name: str) -> bool:
+        """Whether an entry is there as far as known, and not to be doubted."""
+        return name in self.folder.names and name not in self._doubted
 
     # For the threads that prepare prompts.
 
@@ -144,6 +149,7 @@ class DiskCache:
                     found[digest] = entry
         if found:
             self._of_prompt[prompt] = found
+        self._doubt([_block_name(digest) for digest in digests[num_known + len(found) :]])
         num_cached = (num_known + len(found)) * self.block_size
         spans = (span for span in prompt.spans if span.start + span.num_tokens > num_cached)
         needed = {prompt.media[span.media_index].digest: prompt.media[span.media_index] for span in spans}
@@ -163,6 +169,12 @@ class DiskCache:
         self._touch([_block_name(digest) for digest in digests])
         self._touch([_media_name(digest) for digest in {item.digest for item in prompt.media}])
 
+    def _doubt(self, names: Sequence[str]) -> None:
+        """Of a prompt's blocks those that were not found. Where the first is not there, nobody has read what stands
+        behind it, and what harmed that one may have harmed them all."""
+        if names and not self.folder.has(names[0]):
+            self._doubted.update(name for name in names[1:] if name in self.folder.names)
+
     def _may_have(self, name: str) -> bool:
         """Asked before anything is waited for."""
         return name in self._staged or self.folder.has(name)
@@ -174,6 +186,7 @@ class DiskCache:
             content = torch.empty(num_bytes, dtype=torch.uint8)
             if self.folder.read(name, memoryview(content.numpy())):
                 self._read_bytes += num_bytes
+                self._doubted.discard(name)
                 entry = self._staged[name] = Staged(content)
         return entry
 
@@ -211,7 +224,7 @@ class DiskCache:
                 if not self._lacks(name):
                     continue
                 before = block.parent and _block_name(block.parent)
-                if before and before not in self._queued and before not in self.folder.names:
+                if before and before not in self._queued and not self._holds(before):
                     continue
                 if self._queued_bytes + self._block_bytes > self.most_queued_bytes:
                     self._num_dropped += 1
@@ -323,7 +336,13 @@ class DiskCache:
         if time.monotonic() < self._resting_until_s:
             self._drop(1)
             return
-        if self.folder.has(name) or name in self.folder.blocked:  # another process has been faster
+        if name in self._doubted:
+            if self.folder.read(name, memoryview(bytearray(row.nbytes))):
+                self._doubted.discard(name)
+                return
+        elif self.folder.has(name):  # another process has been faster
+            return
+        if name in self.folder.blocked:
             return
         try:
             self.folder.write(name, memoryview(row.contiguous().view(-1).view(torch.uint8).numpy()), stamp_ns)
@@ -336,6 +355,7 @@ class DiskCache:
                 f"and tries again every {RETRY_S:.0f} s",
             )
             return
+        self._doubted.discard(name)
         self._written_bytes += row.nbytes
 
 

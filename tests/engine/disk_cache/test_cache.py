@@ -145,14 +145,32 @@ def test_damaged_entries_are_computed_again(path, wanted, caplog, damage):
         assert [x.token_ids for x in found] == [x.token_ids for x in wanted[0]]
         assert engine.runner.disk_cache.stats().num_damaged > 0
         assert "computed again" in caplog.text
-    for _ in entries(path):  # of a prompt the first damaged block is found, and what stands behind it is not read
-        with opened(path) as engine:
-            assert [x.token_ids for x in answers(engine)] == [x.token_ids for x in wanted[0]]
-            if not engine.runner.disk_cache.stats().num_damaged:
-                break
     with opened(path) as engine:
         assert same(answers(engine), wanted[1]), "all is whole again"
         assert not engine.runner.disk_cache.stats().num_damaged
+
+
+@pytest.mark.parametrize("harm", ["damaged", "gone"])
+def test_what_stands_behind_a_lost_block_is_checked_when_it_is_computed(path, wanted, harm):
+    with opened(path) as engine:
+        names = [digest.hex() for digest in cached_digests(engine, engine.prompt(message(LONG)))]
+    files = [next(path.glob(f"prefix-*/{name}.kv")) for name in names]
+    before = {file: (os.stat(file).st_ino, file.read_bytes()) for file in files}
+    for file in (files[1], files[3], files[4]):
+        file.write_bytes(bytes(100))
+    with opened(path) as engine:
+        if harm == "gone":
+            for file in (files[1], files[3], files[4]):
+                file.unlink()
+        assert answers(engine)[1].token_ids == wanted[0][1].token_ids
+        cache = engine.runner.disk_cache
+    assert not cache._doubted and cache.stats().num_damaged == (3 if harm == "damaged" else 0)
+    written = [file for file in files if os.stat(file).st_ino != before[file][0] or file in (files[1], *files[3:5])]
+    assert written == [files[1], files[3], files[4]], "what is right is not written again"
+    assert all(os.stat(file).st_size == len(before[file][1]) for file in files)
+    assert cache.stats().written_bytes == 3 * cache._block_bytes
+    with opened(path) as engine:
+        assert same(answers(engine), wanted[1]) and not engine.runner.disk_cache.stats().num_damaged
 
 
 def test_another_checkpoint_of_the_same_shapes_shares_nothing(tmp_path):
