@@ -101,6 +101,10 @@ class DiskCache:
             self.folder.num_damaged, self._num_dropped,
         )  # fmt: skip
 
+    def count_anew(self) -> None:
+        """Media that were looked for until now do not count; bytes do."""
+        self._media_queries = self._media_hits = 0
+
     # What the scheduler asks: executor.schedule.prefix_cache.BlockStore.
 
     def staged(self, prompt: Prompt) -> dict[bytes, Staged]:

@@ -481,6 +481,19 @@ def test_features_are_read_as_they_were(path):
         assert engine.runner.disk_cache.stats().num_media_hits == 2
 
 
+def test_a_warm_up_does_not_count_as_looked_for(path):
+    with opened(path) as engine:
+        engine.fetch(engine.prompt(message("A first picture", image="objects.png")), GREEDY)
+        answers(engine, asked=[message("And another", image="objects.png")])
+        cache, scheduler = engine.runner.disk_cache, engine.scheduler
+        assert cache.stats().num_media_queries and scheduler.num_store_queries and scheduler.encoder_queries[0]
+        engine.end_warm_up()
+        stats = cache.stats()
+        assert (stats.num_media_queries, stats.num_media_hits) == scheduler.encoder_queries == (0, 0)
+        assert (scheduler.num_store_queries, scheduler.num_store_hits) == (0, 0)
+        assert stats.read_bytes, "bytes were read all the same"
+
+
 def test_what_is_fetched_before_a_request_is_added_is_fetched_once(path, wanted, monkeypatch):
     """The thread of the steps waits for nobody who reads, and media count once."""
     for file in entries(path, "kv")[::2]:
