@@ -46,6 +46,7 @@ from executor.parallel.groups import Group, Parallel
 from executor.prompt.options import media_options
 from executor.quant.choose import MADE, choose_cache, choose_schemes, make_schemes
 from executor.recipe.device import compute_bytes, device_settings, takes_int8_head
+from executor.recipe.disk_cache import MEMORY
 from executor.recipe.draft import Draft
 from executor.recipe.graph_sizes import decode_tokens, graph_shapes, most_inputs, spare_blocks
 from executor.recipe.memory import GIB, estimate
@@ -171,16 +172,18 @@ def _load(
 
 
 def _disk_cache(recipe: Recipe, root: Path, checkpoint: Checkpoint, runner: Runner) -> DiskCache:
-    content = content_digest(checkpoint.folder, checkpoint.files, root / "checkpoints.json")
-    key = cache_key(recipe, content, runner.step, runner.device)
     config = runner.model.config
     try:
+        content = content_digest(checkpoint.folder, checkpoint.files, root / MEMORY)
+        key = cache_key(recipe, content, runner.step, runner.device)
         folder = EntryFolder(root, key, round(recipe.scheduler.prefix_cache_gb * GIB))
     except OSError as error:
-        raise UserError(
-            f"scheduler_config.prefix_cache_path: {error.filename or root} cannot be used ({error.strerror or error}); "
-            "name a folder of this user's"
-        ) from error
+        file, reason = Path(error.filename or root), error.strerror or error
+        if file.is_relative_to(root):
+            words = f"{file} cannot be used ({reason}); name a folder of this user's"
+        else:
+            words = f"{file} cannot be read for the digest that the checkpoint is known by ({reason}); make it readable"
+        raise UserError(f"scheduler_config.prefix_cache_path: {words}") from error
     features = 1 + runner.model.num_taps, config.text.hidden_size
     return DiskCache(folder, runner.kv, runner.block_size, runner.device, features, runner.dtype)
 

@@ -208,6 +208,13 @@ class Engine:
         """Compute what this replica's leader plans, until it is closed."""
         self.runner.follow()
 
+    def end_warm_up(self) -> None:
+        """What comes from now on is recorded, and counts as looked for in the caches. Nothing may be unfinished."""
+        self.runner.hold_profile(False)
+        self.scheduler.count_anew()
+        if self.runner.disk_cache is not None:
+            self.runner.disk_cache.count_anew()
+
     def close(self) -> None:
         """Abort what is unfinished, help other replicas to their end, and let this replica's other ranks go.
 

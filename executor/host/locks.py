@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import logging
+import os
+import stat
 from typing import IO
 
 logger = logging.getLogger(__name__)
@@ -24,3 +26,15 @@ def take(file: IO[bytes]) -> bool:
             raise
         logger.warning("%s: this file system has no locks; start no second run with it", file.name)
     return True
+
+
+def private_file(path: str, flags: int) -> int:
+    """`opener` of `open`: a regular file, which is made for its owner alone.
+
+    OSError for anything else that has the name; a link is not followed, and a pipe is not waited for.
+    """
+    file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    if stat.S_ISREG(os.fstat(file).st_mode):
+        return file
+    os.close(file)
+    raise OSError(errno.EINVAL, "no regular file", path)

@@ -8,10 +8,14 @@ import os
 import stat
 from pathlib import Path
 
-from executor.recipe.schema import Recipe
+from executor.recipe.schema import Recipe, SchedulerSection
+from executor.recipe.unused import warn_of_unused
 
 KEY = "scheduler_config.prefix_cache_path"
 ENTRIES = "prefix-"  # what the names of folders with entries begin with
+MEMORY = "checkpoints.json"  # digests of checkpoints' files
+TRIM_LOCK = "trim.lock"
+FILES = (MEMORY, "checkpoints.lock", TRIM_LOCK)  # beside those folders
 
 
 def root_of(path: str | Path) -> Path:
@@ -20,6 +24,19 @@ def root_of(path: str | Path) -> Path:
         return Path(path).expanduser().absolute()
     except RuntimeError:  # ~ of nobody is a name like any other
         return Path(path).absolute()
+
+
+def warn_of_unused_bound(scheduler: SchedulerSection) -> None:
+    """A bound without a folder that it is of."""
+    reader = "prefix_cache_path"
+    choice = None if scheduler.prefix_cache_path is None else reader
+    warn_of_unused("scheduler_config", scheduler, {"prefix_cache_gb": (reader,)}, choice, f"without {reader}")
+
+
+def without_disk_cache(recipe: Recipe) -> Recipe:
+    """The recipe without a prefix cache on disk, nor a bound of one."""
+    bound = SchedulerSection.model_fields["prefix_cache_gb"].default
+    return recipe.replace(scheduler={"prefix_cache_path": None, "prefix_cache_gb": bound})
 
 
 def disk_cache_findings(recipe: Recipe) -> list[str]:
@@ -54,6 +71,9 @@ def root_findings(path: str | None) -> list[str]:
             return [unusable(root, f"{there} is no folder")]
         if not os.access(there, os.W_OK | os.X_OK | (os.R_OK if there == root else 0)):
             return [unusable(root, f"this user may not write to {there}")]
+        for file in (root / name for name in FILES):
+            if os.path.lexists(file) and (fault := _file_fault(os.lstat(file))):
+                return [unusable(root, f"{file.name} in it {fault}")]
         for folder in sorted(root.glob(f"{ENTRIES}*")) if there == root else ():
             found = os.lstat(folder)
             if stat.S_ISDIR(found.st_mode) and found.st_uid != os.geteuid():
@@ -61,6 +81,15 @@ def root_findings(path: str | None) -> list[str]:
     except OSError as error:
         return [unusable(root, str(error.strerror or error))]
     return []
+
+
+def _file_fault(found: os.stat_result) -> str | None:
+    """Why a file of the cache's own is not opened."""
+    if stat.S_ISLNK(found.st_mode):
+        return "is a link"
+    if not stat.S_ISREG(found.st_mode):
+        return "is no regular file"
+    return None if found.st_uid == os.geteuid() else "is a file of another user"
 
 
 def unusable(root: Path, reason: str) -> str:

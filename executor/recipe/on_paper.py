@@ -15,6 +15,7 @@ from executor.checkpoint.folder import local_checkpoint
 from executor.checkpoint.settings import read_max_pixels, read_min_pixels
 from executor.checkpoint.stored import StoredSizes, read_sizes
 from executor.errors import UserError, nearest
+from executor.recipe.disk_cache import warn_of_unused_bound
 from executor.recipe.draft import (
     KEY,
     Draft,
@@ -84,6 +85,7 @@ def settle_on_paper(recipe: Recipe, command: str) -> OnPaper:
 def _draft(recipe: Recipe, folder: Path | None, shapes: ModelShapes, command: str) -> Draft | None:
     """The draft model of a settled recipe that has one. Raises UserError as settle_on_paper does."""
     warn_of_unused_keys(recipe.speculative)
+    warn_of_unused_bound(recipe.scheduler)
     refuse(section_findings(recipe.speculative))
     if recipe.speculative.method != "draft":
         return None

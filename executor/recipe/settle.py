@@ -23,7 +23,7 @@ from executor.device.table import BACKENDS, CHIP_BYTES, having, named
 from executor.errors import UserError
 from executor.host.limits import host_memory_bytes, process_memory_bytes
 from executor.recipe.device import compute_bytes, copies_head
-from executor.recipe.disk_cache import disk_cache_findings, root_findings
+from executor.recipe.disk_cache import disk_cache_findings, root_findings, warn_of_unused_bound
 from executor.recipe.draft import (
     Draft,
     draft_recipe,
@@ -75,6 +75,7 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     """
     recipe = resolve_device(recipe)
     warn_of_unused_keys(recipe.speculative)
+    warn_of_unused_bound(recipe.scheduler)
     findings = [*chip_findings(recipe), *release_findings(recipe), *section_findings(recipe.speculative)]
     findings += root_findings(recipe.scheduler.prefix_cache_path)
     missing = device_finding(recipe)

@@ -49,7 +49,8 @@ def _sentence(finding: Any, sections: dict[str, type[BaseModel]]) -> str:
     purpose = " ".join((field.description or "").split())
     if finding["type"] == "missing":
         return f"{section_name}.{key} is missing: {purpose}"
-    return f"{section_name}.{key}: got {_show(got)}; allowed: {allowed_values(field)}. {purpose}"
+    finite = ", finite" if finding["type"] == "finite_number" else ""
+    return f"{section_name}.{key}: got {_show(got)}; allowed: {allowed_values(field)}{finite}. {purpose}"
 
 
 def _unknown_section(name: str, sections: dict[str, type[BaseModel]]) -> str:

@@ -122,6 +122,11 @@ class Scheduler:
         """Media that requests have asked the encoder cache for, and how many of them were there."""
         return self._encoder.num_queries, self._encoder.num_hits
 
+    def count_anew(self) -> None:
+        """What was looked for in the caches until now does not count."""
+        self.num_store_queries = self.num_store_hits = 0
+        self._encoder.num_queries = self._encoder.num_hits = 0
+
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)

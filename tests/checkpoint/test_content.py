@@ -1,5 +1,6 @@
 """A checkpoint is known by its bytes, whatever names, sizes and dates say."""
 
+import fcntl
 import json
 import os
 import time
@@ -76,3 +77,45 @@ def test_the_same_bytes_elsewhere_are_the_same_checkpoint(folder, tmp_path, sett
 
     copy = shutil.copytree(folder, tmp_path / "other")
     assert digest(copy) == digest(folder)
+
+
+@pytest.fixture
+def held(folder):
+    """Another process has the lock."""
+    with open(folder.parent / "checkpoints.lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+
+
+def test_a_lock_that_is_held_is_not_waited_for_where_all_is_remembered(folder, settled, monkeypatch):
+    first = digest(folder)
+    monkeypatch.setattr(content.time, "sleep", lambda _: pytest.fail("waits"))
+    with open(folder.parent / "checkpoints.lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert digest(folder) == first
+
+
+def test_a_lock_that_is_held_for_long_is_told_and_not_waited_for(folder, settled, held, monkeypatch, caplog):
+    monkeypatch.setattr(content, "PATIENCE_S", 0.3)
+    with caplog.at_level("INFO"):
+        first = digest(folder)
+    told = [record.message for record in caplog.records if "checkpoints.lock" in record.message]
+    assert len(told) == 2 and "waiting" in told[0] and "still held" in told[1]
+    held.close()
+    assert digest(folder) == first
+
+
+def test_a_lock_that_comes_free_is_waited_for(folder, settled, held, monkeypatch, caplog):
+    monkeypatch.setattr(content.time, "sleep", lambda _: held.close())
+    with caplog.at_level("INFO"):
+        digest(folder)
+    assert "still held" not in caplog.text and (folder.parent / "checkpoints.json").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoints.json", "checkpoints.lock"])
+@pytest.mark.parametrize("made", [os.mkfifo, os.mkdir, lambda path: os.symlink("elsewhere", path)])
+def test_what_is_no_regular_file_is_not_opened(folder, name, made):
+    made(folder.parent / name)
+    with pytest.raises(OSError) as refused:
+        digest(folder)
+    assert str(refused.value.filename) == str(folder.parent / name)

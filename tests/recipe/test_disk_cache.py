@@ -5,7 +5,8 @@ import os
 import pytest
 
 from executor.errors import UserError
-from executor.recipe.disk_cache import KEY, root_findings
+from executor.recipe import unused
+from executor.recipe.disk_cache import KEY, root_findings, without_disk_cache
 from executor.recipe.schema import Recipe, build_recipe
 from executor.recipe.settle import prepare
 from tests.reference import REPO
@@ -53,3 +54,43 @@ def test_nothing_is_made_and_what_is_no_entry_is_nobodys_business(tmp_path, monk
     (tmp_path / "prefix-0a1b").symlink_to(tmp_path / "other")
     monkeypatch.setattr(os, "geteuid", lambda: another)
     assert root_findings(str(tmp_path)) == [] and root_findings(None) == []
+
+
+@pytest.mark.parametrize("name", ["checkpoints.json", "checkpoints.lock", "trim.lock"])
+def test_files_of_the_cache_are_regular_and_this_users(tmp_path, monkeypatch, name):
+    file = tmp_path / name
+    for made, words in (
+        (os.mkfifo, "is no regular file"),
+        (os.mkdir, "is no regular file"),
+        (lambda path: os.symlink("elsewhere", path), "is a link"),
+    ):
+        made(file)
+        with pytest.raises(UserError, match=f"{KEY}: {tmp_path} cannot be written to .{name} in it {words}"):
+            prepare(recipe_of(tmp_path))
+        file.rmdir() if words.endswith("file") and file.is_dir() else file.unlink()
+    file.touch()
+    assert root_findings(str(tmp_path)) == []
+    another = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: another)
+    assert f"{name} in it is a file of another user" in root_findings(str(tmp_path))[0]
+
+
+def test_a_bound_without_a_folder_is_told_once(tmp_path, caplog):
+    unused._warn.cache_clear()
+    model = {"model_path": str(TINY), "device": "cpu"}
+    named = build_recipe(
+        {"model_config": model, "scheduler_config": {"prefix_cache_path": str(tmp_path), "prefix_cache_gb": 3}}
+    )
+    prepare(named)
+    prepare(without_disk_cache(named))
+    assert "prefix_cache_gb" not in caplog.text
+    alone = build_recipe({"model_config": model, "scheduler_config": {"prefix_cache_gb": 3}})
+    prepare(prepare(alone).recipe)
+    told = [record.message for record in caplog.records if "prefix_cache_gb" in record.message]
+    assert len(told) == 1 and "which has no effect without prefix_cache_path" in told[0]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_bound_is_finite(value):
+    with pytest.raises(UserError, match=r"prefix_cache_gb: got (inf|nan) .*allowed: a number, more than 0, finite"):
+        build_recipe({"model_config": {"model_path": str(TINY)}, "scheduler_config": {"prefix_cache_gb": value}})

@@ -20,6 +20,7 @@ from executor.engine.loop import EngineLoop
 from executor.engine.params import check_params
 from executor.host.env import rank_place
 from executor.prompt.chat import check_template_kwargs
+from executor.recipe.disk_cache import without_disk_cache
 from executor.recipe.generation import sampling_params
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import Prepared, prepare
@@ -39,7 +40,7 @@ def measure(recipe: Recipe, out: TextIO) -> tuple[dict[str, Any], int]:
     recipe = with_fixed_lengths(recipe)
     if recipe.scheduler.prefix_cache_path is not None:
         logger.info("scheduler_config.prefix_cache_path is left out: every run is to begin with nothing")
-        recipe = recipe.replace(scheduler={"prefix_cache_path": None})
+        recipe = without_disk_cache(recipe)
     dataset = None if place.rank else load_dataset(recipe.data, recipe)
     prepared = prepare(recipe, place.local_world_size)
     recipe, params = prepared.recipe, _checked_params(prepared)

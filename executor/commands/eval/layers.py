@@ -22,6 +22,7 @@ from executor.checkpoint.folder import find_checkpoint, is_hub_id
 from executor.commands.generate.ask import row_prompt
 from executor.errors import UserError
 from executor.host.env import REPO_ROOT, environment, find_path
+from executor.recipe.disk_cache import without_disk_cache
 from executor.recipe.schema import Recipe
 from executor.recipe.settle import prepare, resolve_device
 from executor.schedule.request import Prompt
@@ -126,7 +127,7 @@ def opened(recipe: Recipe) -> Iterator[tuple[Any, dict[str, Any]]]:
     from executor.commands.build import engine_of, open_rank
     from executor.quant.choose import schemes_of
 
-    prepared = prepare(recipe.replace(scheduler={"prefix_cache_path": None}))  # all is to be computed
+    prepared = prepare(without_disk_cache(recipe))  # all is to be computed
     with engine_of(prepared, *open_rank(prepared)) as engine:
         yield (
             engine,

@@ -75,7 +75,7 @@ async def _serve(recipe: Recipe, loop: Any, parallel: Any, listener: Any) -> dic
     async with AsyncExitStack() as replicas:
         backend = EngineBackend(loop, asyncio.get_running_loop())
         await warm_up(backend)
-        engine.runner.hold_profile(False)
+        engine.end_warm_up()
         settle_memory()  # once more: of what the first requests have imported and made
         if parallel.replicas.size > 1:
             backend = await with_others(backend, recipe, parallel, replicas)
@@ -95,7 +95,7 @@ async def _attend(prepared: Prepared, loop: Any, parallel: Any) -> None:
 
     backend = EngineBackend(loop, asyncio.get_running_loop())
     await warm_up(backend)
-    loop.engine.runner.hold_profile(False)
+    loop.engine.end_warm_up()
     settle_memory()
     front, hello = await find_front(prepared.recipe, parallel, environment())
     await attend(await call(front, hello), backend)

@@ -77,6 +77,7 @@ class DiskCache:
         self._media_of_prompt: weakref.WeakKeyDictionary[Prompt, list[Staged]] = weakref.WeakKeyDictionary()
         self._fetched: weakref.WeakSet[Prompt] = weakref.WeakSet()  # since they were released last
         self._reading = threading.Lock()  # one prompt at a time: what two share is read once
+        self._doubted: set[str] = set()  # behind a block that was damaged or gone: checked when they are computed
         self._touched_ns: dict[str, int] = {}
         self._media_queries = self._media_hits = self._read_bytes = 0
         # Names, bytes of each, stamps, and contents on the device, one in each row.
@@ -100,6 +101,10 @@ class DiskCache:
             self.folder.num_damaged, self._num_dropped,
         )  # fmt: skip
 
+    def count_anew(self) -> None:
+        """Media that were looked for until now do not count; bytes do."""
+        self._media_queries = self._media_hits = 0
+
     # What the scheduler asks: executor.schedule.prefix_cache.BlockStore.
 
     def staged(self, prompt: Prompt) -> dict[bytes, Staged]:
@@ -114,8 +119,15 @@ class DiskCache:
         self._media_of_prompt.pop(prompt, None)
 
     def wants(self, digest: bytes) -> bool:
-        name = _block_name(digest)
-        return name not in self.folder.names and name not in self._queued and time.monotonic() >= self._resting_until_s
+        return self._lacks(_block_name(digest)) and time.monotonic() >= self._resting_until_s
+
+    def _lacks(self, name: str) -> bool:
+        """Whether an entry is to be written: as far as known it is not there, nor queued, and nothing has its place."""
+        return not self._holds(name) and name not in self._queued and name not in self.folder.blocked
+
+    def _holds(self, name: str) -> bool:
+        """Whether an entry is there as far as known, and not to be doubted."""
+        return name in self.folder.names and name not in self._doubted
 
     # For the threads that prepare prompts.
 
@@ -141,6 +153,7 @@ class DiskCache:
                     found[digest] = entry
         if found:
             self._of_prompt[prompt] = found
+        self._doubt([_block_name(digest) for digest in digests[num_known + len(found) :]])
         num_cached = (num_known + len(found)) * self.block_size
         spans = (span for span in prompt.spans if span.start + span.num_tokens > num_cached)
         needed = {prompt.media[span.media_index].digest: prompt.media[span.media_index] for span in spans}
@@ -160,6 +173,12 @@ class DiskCache:
         self._touch([_block_name(digest) for digest in digests])
         self._touch([_media_name(digest) for digest in {item.digest for item in prompt.media}])
 
+    def _doubt(self, names: Sequence[str]) -> None:
+        """Of a prompt's blocks those that were not found. Where the first is not there, nobody has read what stands
+        behind it, and what harmed that one may have harmed them all."""
+        if names and not self.folder.has(names[0]):
+            self._doubted.update(name for name in names[1:] if name in self.folder.names)
+
     def _may_have(self, name: str) -> bool:
         """Asked before anything is waited for."""
         return name in self._staged or self.folder.has(name)
@@ -171,6 +190,7 @@ class DiskCache:
             content = torch.empty(num_bytes, dtype=torch.uint8)
             if self.folder.read(name, memoryview(content.numpy())):
                 self._read_bytes += num_bytes
+                self._doubted.discard(name)
                 entry = self._staged[name] = Staged(content)
         return entry
 
@@ -205,10 +225,10 @@ class DiskCache:
         with self._accounts:
             for block in blocks:
                 name = _block_name(block.digest)
-                if name in self._queued or name in self.folder.names:
+                if not self._lacks(name):
                     continue
                 before = block.parent and _block_name(block.parent)
-                if before and before not in self._queued and before not in self.folder.names:
+                if before and before not in self._queued and not self._holds(before):
                     continue
                 if self._queued_bytes + self._block_bytes > self.most_queued_bytes:
                     self._num_dropped += 1
@@ -257,7 +277,7 @@ class DiskCache:
         """Have the features of a media item written; they are not changed any more."""
         name, num_bytes = _media_name(item.digest), self._feature_bytes(item)
         with self._accounts:
-            if name in self._queued or name in self.folder.names or time.monotonic() < self._resting_until_s:
+            if not self._lacks(name) or time.monotonic() < self._resting_until_s:
                 return
             if self._queued_bytes + num_bytes > self.most_queued_bytes:
                 self._num_dropped += 1
@@ -320,7 +340,13 @@ class DiskCache:
         if time.monotonic() < self._resting_until_s:
             self._drop(1)
             return
-        if self.folder.has(name):  # another process has been faster
+        if name in self._doubted:
+            if self.folder.read(name, memoryview(bytearray(row.nbytes))):
+                self._doubted.discard(name)
+                return
+        elif self.folder.has(name):  # another process has been faster
+            return
+        if name in self.folder.blocked:
             return
         try:
             self.folder.write(name, memoryview(row.contiguous().view(-1).view(torch.uint8).numpy()), stamp_ns)
@@ -333,6 +359,7 @@ class DiskCache:
                 f"and tries again every {RETRY_S:.0f} s",
             )
             return
+        self._doubted.discard(name)
         self._written_bytes += row.nbytes
 
 

@@ -145,14 +145,32 @@ def test_damaged_entries_are_computed_again(path, wanted, caplog, damage):
         assert [x.token_ids for x in found] == [x.token_ids for x in wanted[0]]
         assert engine.runner.disk_cache.stats().num_damaged > 0
         assert "computed again" in caplog.text
-    for _ in entries(path):  # of a prompt the first damaged block is found, and what stands behind it is not read
-        with opened(path) as engine:
-            assert [x.token_ids for x in answers(engine)] == [x.token_ids for x in wanted[0]]
-            if not engine.runner.disk_cache.stats().num_damaged:
-                break
     with opened(path) as engine:
         assert same(answers(engine), wanted[1]), "all is whole again"
         assert not engine.runner.disk_cache.stats().num_damaged
+
+
+@pytest.mark.parametrize("harm", ["damaged", "gone"])
+def test_what_stands_behind_a_lost_block_is_checked_when_it_is_computed(path, wanted, harm):
+    with opened(path) as engine:
+        names = [digest.hex() for digest in cached_digests(engine, engine.prompt(message(LONG)))]
+    files = [next(path.glob(f"prefix-*/{name}.kv")) for name in names]
+    before = {file: (os.stat(file).st_ino, file.read_bytes()) for file in files}
+    for file in (files[1], files[3], files[4]):
+        file.write_bytes(bytes(100))
+    with opened(path) as engine:
+        if harm == "gone":
+            for file in (files[1], files[3], files[4]):
+                file.unlink()
+        assert answers(engine)[1].token_ids == wanted[0][1].token_ids
+        cache = engine.runner.disk_cache
+    assert not cache._doubted and cache.stats().num_damaged == (3 if harm == "damaged" else 0)
+    written = [file for file in files if os.stat(file).st_ino != before[file][0] or file in (files[1], *files[3:5])]
+    assert written == [files[1], files[3], files[4]], "what is right is not written again"
+    assert all(os.stat(file).st_size == len(before[file][1]) for file in files)
+    assert cache.stats().written_bytes == 3 * cache._block_bytes
+    with opened(path) as engine:
+        assert same(answers(engine), wanted[1]) and not engine.runner.disk_cache.stats().num_damaged
 
 
 def test_another_checkpoint_of_the_same_shapes_shares_nothing(tmp_path):
@@ -371,6 +389,23 @@ def test_a_folder_that_is_removed_under_an_engine(path, wanted):
     assert entries(path)
 
 
+def test_what_has_the_place_of_a_block_harms_no_other_entry(path, wanted, caplog):
+    with opened(path) as engine:
+        digest = cached_digests(engine, engine.prompt(message(LONG)))[2]
+    (file,) = path.glob(f"prefix-*/{digest.hex()}.kv")
+    for each in entries(path, "kv"):
+        each.unlink()
+    file.mkdir()
+    with opened(path) as engine:
+        assert same(answers(engine), wanted[0])
+        engine.scheduler.forget()
+        assert [x.token_ids for x in answers(engine)] == [x.token_ids for x in wanted[0]]
+        stats = engine.runner.disk_cache.stats()
+    assert stats.num_dropped == 0 and stats.num_damaged == 0
+    assert caplog.text.count("is left alone") == 1 and "cannot be written to" not in caplog.text
+    assert file.is_dir() and len(entries(path, "kv")) > 3
+
+
 def test_the_bound_holds_and_the_beginning_of_a_prompt_stays(tmp_path, wanted):
     with opened(None) as engine:
         block_bytes = sum(2 * x.k[0].nbytes for x in engine.runner.kv)
@@ -444,6 +479,19 @@ def test_features_are_read_as_they_were(path):
             for digest, features in engine.runner.features.items():
                 assert torch.equal(features, plain.runner.features[digest])
         assert engine.runner.disk_cache.stats().num_media_hits == 2
+
+
+def test_a_warm_up_does_not_count_as_looked_for(path):
+    with opened(path) as engine:
+        engine.fetch(engine.prompt(message("A first picture", image="objects.png")), GREEDY)
+        answers(engine, asked=[message("And another", image="objects.png")])
+        cache, scheduler = engine.runner.disk_cache, engine.scheduler
+        assert cache.stats().num_media_queries and scheduler.num_store_queries and scheduler.encoder_queries[0]
+        engine.end_warm_up()
+        stats = cache.stats()
+        assert (stats.num_media_queries, stats.num_media_hits) == scheduler.encoder_queries == (0, 0)
+        assert (scheduler.num_store_queries, scheduler.num_store_hits) == (0, 0)
+        assert stats.read_bytes, "bytes were read all the same"
 
 
 def test_what_is_fetched_before_a_request_is_added_is_fetched_once(path, wanted, monkeypatch):

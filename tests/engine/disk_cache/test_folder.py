@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -174,6 +175,68 @@ def test_a_folder_that_is_removed_meanwhile_is_made_again(tmp_path):
     folder.path.rmdir()
     folder.write(name(1), b"abc")
     assert read(folder, 1, 3) == b"abc"
+
+
+def test_a_root_that_is_removed_meanwhile_is_made_again(tmp_path):
+    folder = opened(tmp_path / "a" / "root")
+    shutil.rmtree(tmp_path / "a")
+    folder.write(name(1), b"abc")
+    assert read(folder, 1, 3) == b"abc"
+    assert os.stat(tmp_path / "a" / "root").st_mode & 0o777 == 0o700
+
+
+def test_a_bound_that_is_lowered_holds_from_the_start(tmp_path):
+    old, folder, now_ns = opened(tmp_path, "beef"), opened(tmp_path), time.time_ns()
+    for number in range(10):
+        old.write(name(number), bytes(100), now_ns - 10**12 + number)
+        folder.write(name(number), bytes(100), now_ns + number)
+    capacity_bytes = 10 * (100 + HEADER_BYTES)
+    again = opened(tmp_path, capacity_bytes=capacity_bytes)
+    total = sum(path.stat().st_size for path in tmp_path.glob("prefix-*/*.kv"))
+    assert total == again.total_bytes == module.KEPT_SHARE * capacity_bytes
+    assert again.names == {name(number) for number in range(1, 10)}, "the least recently used go first"
+    opened(tmp_path, capacity_bytes=capacity_bytes)
+    assert sum(path.stat().st_size for path in tmp_path.glob("prefix-*/*.kv")) == total
+
+
+@pytest.mark.parametrize("is_filled", [False, True])
+@pytest.mark.parametrize("made", [os.mkdir, os.mkfifo, lambda path: os.symlink("elsewhere", path)])
+def test_what_has_the_name_of_an_entry_is_left_alone_and_told_once(tmp_path, caplog, made, is_filled):
+    folder = opened(tmp_path)
+    made(path_of(folder, 1))
+    if is_filled and path_of(folder, 1).is_dir():
+        (path_of(folder, 1) / "file").touch()
+    for again in (folder, opened(tmp_path)):
+        caplog.clear()
+        for _ in range(2):
+            assert read(again, 1, 3) is None and not again.has(name(1))
+        assert again.names == set() and again.blocked == {name(1)}
+        assert [record.message for record in caplog.records] == [
+            f"{path_of(folder, 1)}: no regular file; it is left alone, and what belongs there is not kept"
+        ]
+    assert os.path.lexists(path_of(folder, 1))
+
+
+def test_a_damaged_entry_that_cannot_be_removed_is_told_as_such(tmp_path, monkeypatch, caplog):
+    folder = opened(tmp_path)
+    folder.write(name(1), b"abc")
+    path_of(folder, 1).write_bytes(b"x")
+
+    def refused(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "unlink", refused)
+    assert read(folder, 1, 3) is None
+    assert "computed again, and cannot be removed (Operation not permitted)" in caplog.text
+
+
+def test_a_link_in_place_of_the_folder_is_called_one(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for target in ("mine", "nowhere"):
+        (tmp_path / f"prefix-{KEY}").symlink_to(target)
+        with pytest.raises(OSError, match="a link"):
+            opened(tmp_path)
+        (tmp_path / f"prefix-{KEY}").unlink()
 
 
 def test_readers_see_whole_entries_while_others_write_and_remove(tmp_path):
