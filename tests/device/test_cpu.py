@@ -1,11 +1,14 @@
 """The CPU reference against plain definitions of each op; its linears are in test_cpu_linear.py."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from executor.device.cpu import attention, ops
 from executor.device.cpu.capability import Capability
+from executor.device.cpu.linear import Expanded
 from executor.device.cpu.ops import CpuOps
 from executor.device.cpu.tiled_attention import tiled_attention
 
@@ -114,6 +117,28 @@ def test_rows_that_grow_too_long_are_attended_apart():
     torch.testing.assert_close(
         OPS.paged_attention(q, cache, step, 0.2), torch.cat(wanted).float(), atol=1e-5, rtol=1e-5
     )
+
+
+def test_engines_beside_each_other_share_no_memory():
+    """Of one device, each in a thread: rows that are attended together, and weights that are made fp32 in blocks."""
+    torch.manual_seed(0)
+    weight = torch.randn(300, 200).bfloat16()
+    expanded = Expanded(weight, None, OPS.scratch)
+    jobs = []
+    for length in (200, 230):
+        (cache,) = OPS.kv_cache(1, 64, 16, 2, 24, torch.float32)
+        cache.k.normal_(), cache.v.normal_()
+        tables = [list(range(15 * row, 15 * row + 15)) for row in range(4)]
+        step, q = OPS.prepare_attention([1] * 4, [length] * 4, tables, 16), torch.randn(4, 6, 24)
+        x = torch.randn(7, 200)
+        jobs.append(lambda q=q, cache=cache, step=step, x=x: (OPS.paged_attention(q, cache, step, 0.2), expanded(x)))
+    wanted = [job() for job in jobs]
+
+    def repeated(number):
+        return all(torch.equal(*pair) for _ in range(150) for pair in zip(jobs[number](), wanted[number], strict=True))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(repeated, range(2))) == [True, True]
 
 
 AVX512 = CpuOps(Capability("avx512", "AVX512", frozenset((torch.bfloat16,)), packs_fp16=True))

@@ -7,6 +7,7 @@ Cache layout: [blocks, block_size, K, D].
 Legend: T tokens, H query heads, K key/value heads, G = H / K, D head dim, L cached tokens.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -96,6 +97,14 @@ class Together:
         copy = into.take((len(self.slots), *cache.shape[2:]), cache.dtype)
         torch.index_select(cache.flatten(0, 1), 0, self.slots, out=copy)
         return copy.unflatten(0, self.shape).transpose(1, 2)
+
+
+class Copies(threading.local):
+    """Memory for keys and values of rows that are attended together: of every thread, as engines may step beside each
+    other."""
+
+    def __init__(self) -> None:
+        self.buffers = RowBuffer(), RowBuffer()
 
 
 class Step:

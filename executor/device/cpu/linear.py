@@ -5,7 +5,7 @@ Legend: T rows, n inputs, m outputs; weights `[m, n]`.
 """
 
 import math
-from dataclasses import dataclass, field
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -105,11 +105,12 @@ def exact_scale(weight: Tensor) -> float | None:
     return 2.0 ** min(15 - math.frexp(largest)[1], 60)
 
 
-@dataclass
-class Scratch:
-    """One fp32 buffer that all `Expanded` linears of a device use in turn. Not for several threads."""
+class Scratch(threading.local):
+    """One fp32 buffer that all `Expanded` linears of a device use in turn. Every thread has its own, as engines may step
+    beside each other."""
 
-    buffer: Tensor = field(default_factory=lambda: torch.empty(0))
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0)
 
     def take(self, num_rows: int, num_columns: int) -> Tensor:
         if self.buffer.numel() < num_rows * num_columns:

@@ -38,7 +38,7 @@ class CpuOps(Ops):
         self.capability = found or capability()
         self.decode_rows = decode_rows
         self.scratch = Scratch()
-        self.buffers = RowBuffer(), RowBuffer()  # of rows that are attended together: keys and values
+        self.copies = attention.Copies()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
@@ -182,7 +182,7 @@ class CpuOps(Ops):
         return prepared
 
     def paged_attention(self, q: Tensor, cache: KVLayer, prepared: attention.Step, scale: float) -> Tensor:
-        return attention.attend(q, cache, prepared, scale, self.buffers, self.capability.tiles_attention)
+        return attention.attend(q, cache, prepared, scale, self.copies.buffers, self.capability.tiles_attention)
 
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
         out, start, index = torch.empty_like(q), 0, 0
