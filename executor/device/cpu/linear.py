@@ -106,8 +106,8 @@ def exact_scale(weight: Tensor) -> float | None:
 
 
 class Scratch(threading.local):
-    """One fp32 buffer that all `Expanded` linears of a device use in turn. Every thread has its own, as engines may step
-    beside each other."""
+    """One fp32 buffer that all `Expanded` linears of a device use in turn. Every thread has one of its own, as engines
+    may step beside each other."""
 
     def __init__(self) -> None:
         self.buffer = torch.empty(0)
