@@ -28,10 +28,13 @@ LONGEST = (
 )
 
 
+# Here and not in a hook: conftests of folders that are named on the command line are imported before any hook runs.
+torchvision_reference.install()
+
+
 def pytest_configure() -> None:
     # A command that a test runs in this process would begin the process anew to have it.
     os.environ.setdefault("GLIBC_TUNABLES", "")
-    torchvision_reference.install()
     gc.set_threshold(20_000)  # torch and transformers are a million objects, and no garbage
 
 
