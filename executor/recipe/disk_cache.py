@@ -9,7 +9,6 @@ import stat
 from pathlib import Path
 
 from executor.recipe.schema import Recipe, SchedulerSection
-from executor.recipe.unused import warn_of_unused
 
 KEY = "scheduler_config.prefix_cache_path"
 ENTRIES = "prefix-"  # what the names of folders with entries begin with
@@ -24,13 +23,6 @@ def root_of(path: str | Path) -> Path:
         return Path(path).expanduser().absolute()
     except RuntimeError:  # ~ of nobody is a name like any other
         return Path(path).absolute()
-
-
-def warn_of_unused_bound(scheduler: SchedulerSection) -> None:
-    """A bound without a folder that it is of."""
-    reader = "prefix_cache_path"
-    choice = None if scheduler.prefix_cache_path is None else reader
-    warn_of_unused("scheduler_config", scheduler, {"prefix_cache_gb": (reader,)}, choice, f"without {reader}")
 
 
 def without_disk_cache(recipe: Recipe) -> Recipe:

@@ -18,17 +18,10 @@ from executor.errors import UserError
 from executor.quant.sizes import MADE_AT_LOAD
 from executor.recipe.schema import Recipe, SpeculativeSection
 from executor.recipe.sizes import ModelShapes
-from executor.recipe.unused import warn_of_unused
 from models.published import published_config, published_shapes
 from models.registry import read_shapes
 
 KEY = "speculative_config.model_path"
-_METHODS = ("ngram", "lookahead", "draft")
-READERS = {  # key of the section -> the methods that read it; one that reads no model_path refuses it
-    **dict.fromkeys(("num_speculative_tokens", "adaptive"), _METHODS),
-    **dict.fromkeys(("ngram_min", "ngram_max"), ("ngram",)),
-    **dict.fromkeys(("level", "window", "guess_set_size"), ("lookahead",)),
-}
 _PATCHES = {
     "patch_size": "patch_size",
     "temporal_patch_size": "temporal_patch_size",
@@ -81,11 +74,6 @@ def section_findings(settings: SpeculativeSection) -> list[str]:
             "model_path: null"
         ]
     return []
-
-
-def warn_of_unused_keys(settings: SpeculativeSection) -> None:
-    chosen = "without a method" if settings.method is None else f"with method {settings.method}"
-    warn_of_unused("speculative_config", settings, READERS, settings.method, chosen)
 
 
 def size_findings(shapes: ModelShapes, draft: ModelShapes) -> list[str]:

@@ -15,7 +15,6 @@ from executor.checkpoint.folder import local_checkpoint
 from executor.checkpoint.settings import read_max_pixels, read_min_pixels
 from executor.checkpoint.stored import StoredSizes, read_sizes
 from executor.errors import UserError, nearest
-from executor.recipe.disk_cache import warn_of_unused_bound
 from executor.recipe.draft import (
     KEY,
     Draft,
@@ -24,13 +23,13 @@ from executor.recipe.draft import (
     of_draft,
     section_findings,
     size_findings,
-    warn_of_unused_keys,
 )
 from executor.recipe.kv_cache import has_cache_scales
 from executor.recipe.schema import Recipe
 from executor.recipe.schemes import word_findings
 from executor.recipe.settle import check_chip, check_recipe, chip_findings, read_folder, refuse, resolve
 from executor.recipe.sizes import ModelShapes
+from executor.recipe.unused import warn_of_unused
 from models.published import published_config, published_name, published_pixels, published_shapes
 from models.registry import read_shapes
 
@@ -79,13 +78,12 @@ def settle_on_paper(recipe: Recipe, command: str) -> OnPaper:
         least, most = read_min_pixels(folder) or least, read_max_pixels(folder) or most
     pixels = recipe.data.min_pixels or least, recipe.data.max_pixels or most
     stored = read_sizes(folder, shapes.tied_embeddings) if description else None
+    warn_of_unused(recipe)
     return OnPaper(recipe, shapes, config, pixels, stored, description, _draft(recipe, folder, shapes, command))
 
 
 def _draft(recipe: Recipe, folder: Path | None, shapes: ModelShapes, command: str) -> Draft | None:
     """The draft model of a settled recipe that has one. Raises UserError as settle_on_paper does."""
-    warn_of_unused_keys(recipe.speculative)
-    warn_of_unused_bound(recipe.scheduler)
     refuse(section_findings(recipe.speculative))
     if recipe.speculative.method != "draft":
         return None

@@ -23,7 +23,7 @@ from executor.device.table import BACKENDS, CHIP_BYTES, having, named
 from executor.errors import UserError
 from executor.host.limits import host_memory_bytes, process_memory_bytes
 from executor.recipe.device import compute_bytes, copies_head
-from executor.recipe.disk_cache import disk_cache_findings, root_findings, warn_of_unused_bound
+from executor.recipe.disk_cache import disk_cache_findings, root_findings
 from executor.recipe.draft import (
     Draft,
     draft_recipe,
@@ -31,7 +31,6 @@ from executor.recipe.draft import (
     of_draft,
     section_findings,
     size_findings,
-    warn_of_unused_keys,
     weight_findings,
 )
 from executor.recipe.kv_cache import cache_findings, has_cache_scales, scales_finding
@@ -39,6 +38,7 @@ from executor.recipe.memory import MemoryEstimate, estimate
 from executor.recipe.schema import Recipe
 from executor.recipe.schemes import agrees, disagreement, float_twin, has_scheme, type_findings, word_findings
 from executor.recipe.sizes import ModelShapes
+from executor.recipe.unused import warn_of_unused
 from models.registry import parse_config, read_shapes
 
 logger = logging.getLogger(__name__)
@@ -74,8 +74,7 @@ def prepare(recipe: Recipe, local_ranks: int = 1) -> Prepared:
     keeps it from starting and can be known at once, a line each; what the device must be there for comes last.
     """
     recipe = resolve_device(recipe)
-    warn_of_unused_keys(recipe.speculative)
-    warn_of_unused_bound(recipe.scheduler)
+    warn_of_unused(recipe)
     findings = [*chip_findings(recipe), *release_findings(recipe), *section_findings(recipe.speculative)]
     findings += root_findings(recipe.scheduler.prefix_cache_path)
     missing = device_finding(recipe)

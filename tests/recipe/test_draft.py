@@ -11,12 +11,11 @@ from executor.capacity.fits import deployment_on
 from executor.checkpoint.vocabulary import difference, read_vocabulary
 from executor.commands.plan.show import PARTS
 from executor.errors import UserError
-from executor.recipe.draft import READERS
 from executor.recipe.memory import GIB, account, estimate, kv_block_bytes, weights_bytes
 from executor.recipe.on_paper import settle_on_paper
 from executor.recipe.schema import SpeculativeSection, build_recipe
 from executor.recipe.settle import prepare
-from executor.recipe.unused import _warn
+from executor.recipe.unused import OF_METHODS, _warn
 from models.published import published_config
 from models.registry import read_shapes
 from tests.engines import engine_over
@@ -94,7 +93,7 @@ def test_keys_that_the_method_does_not_read_are_told(settings, words, caplog):
 
 
 def test_every_key_has_its_readers():
-    assert {*READERS, "method", "model_path"} == SpeculativeSection.model_fields.keys()
+    assert {*OF_METHODS, "method", "model_path"} == SpeculativeSection.model_fields.keys()
 
 
 def test_a_draft_folder_that_is_not_whole(tmp_path):

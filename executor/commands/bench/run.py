@@ -6,14 +6,9 @@ from typing import Any, TextIO
 
 from executor.errors import UserError
 from executor.recipe.schema import Recipe
-from executor.recipe.unused import warn_of_unused
+from executor.recipe.unused import warn_of_unused_by_bench
 
 logger = logging.getLogger(__name__)
-
-READERS = {  # key of the section -> the modes that read it
-    "batch_sizes": ("latency",),
-    **dict.fromkeys(("request_rates", "concurrencies", "burstiness", "base_url", "timeout_s"), ("serve",)),
-}
 
 
 def run(recipe: Recipe, out: TextIO | None = None) -> tuple[dict[str, Any], int]:
@@ -31,7 +26,7 @@ def run(recipe: Recipe, out: TextIO | None = None) -> tuple[dict[str, Any], int]
 def check(recipe: Recipe) -> None:
     """UserError for settings that say nothing, or cannot be."""
     bench, generation = recipe.bench, recipe.generation
-    warn_of_unused("bench_config", bench, READERS, bench.mode, f"on bench {bench.mode}")
+    warn_of_unused_by_bench(bench)
     if recipe.model.profile:
         is_elsewhere = bench.mode == "serve" and bench.base_url is not None
         words = "does nothing to a server elsewhere" if is_elsewhere else "costs time: these figures are no speeds"
