@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from executor.device.cpu.int8_cache import Int8Cache, RowBuffer
-from executor.device.cpu.tiled_attention import LEAST_KEYS, LEAST_QUERIES, tiled_attention
+from executor.device.cpu.tiled_attention import is_worth_tiles, tiled_attention
 from executor.device.ops import KVLayer
 
 _FEW_QUERIES = 32  # of a row behind cached tokens; up to here reading keys and values takes longer than the products
@@ -206,7 +206,7 @@ def attend(
         own = slice(row.start, row.start + row.q_len)
         if row.q_len == 1:
             answers[own].copy_(F.scaled_dot_product_attention(queries[own], k, v, scale=scale))
-        elif tiles and row.q_len >= LEAST_QUERIES and row.kv_len >= LEAST_KEYS and q.dtype is torch.bfloat16:
+        elif tiles and is_worth_tiles(row.q_len, row.kv_len, q.dtype):
             y = tiled_attention(queries[own].permute(1, 2, 0, 3), k[0], v[0], scale, causal=True)
             answers[own].copy_(y.permute(2, 0, 1, 3))
         elif row.q_len > _FEW_QUERIES or row.mask is None:

@@ -82,11 +82,11 @@ class Int8Linear(ABC):
         num_digits, numbers, scales, start = self.num_digits(num_rows, dtype), None, [], 0
         for tile in tiles:
             some = self.round(tile, num_digits)
-            dtype = torch.int8 if some.numbers.is_floating_point() else some.numbers.dtype
+            held = torch.int8 if some.numbers.is_floating_point() else some.numbers.dtype
             if len(tile) == num_rows:
-                return Rows(some.numbers.to(dtype), some.scale)
+                return Rows(some.numbers.to(held), some.scale)
             if numbers is None:
-                numbers = torch.empty(num_digits, num_rows, self.num_in, dtype=dtype)
+                numbers = torch.empty(num_digits, num_rows, self.num_in, dtype=held)
             numbers[:, start : start + len(tile)] = some.numbers
             scales.append(some.scale)
             start += len(tile)

@@ -17,7 +17,7 @@ from executor.device.cpu.capability import PACKED_FP16, REORDERED, Capability, c
 from executor.device.cpu.int8_cache import Int8Cache, RowBuffer
 from executor.device.cpu.linear import Expanded, PackedFp16, Plain, Reordered, Scratch, Shared, exact_scale
 from executor.device.cpu.threads import let_idle_threads_sleep
-from executor.device.cpu.tiled_attention import LEAST_KEYS, tiled_attention
+from executor.device.cpu.tiled_attention import is_worth_tiles, tiled_attention
 from executor.device.ops import KVLayer, KVScales, Ops
 from executor.device.table import DeviceSettings
 from executor.device.weights import Weight, expert_form, experts_of
@@ -192,7 +192,7 @@ class CpuOps(Ops):
             while index + count < len(lengths) and lengths[index + count] == length:
                 count += 1
             end = start + count * length
-            if self.capability.tiles_attention and length >= LEAST_KEYS and q.dtype is torch.bfloat16:
+            if self.capability.tiles_attention and is_worth_tiles(length, length, q.dtype):
                 for first in range(start, end, length):
                     own = slice(first, first + length)
                     heads = (x[own].transpose(0, 1) for x in (k, v))

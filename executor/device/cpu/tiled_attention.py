@@ -15,10 +15,15 @@ import math
 import torch
 from torch import Tensor
 
-LEAST_QUERIES, LEAST_KEYS = 64, 512  # below, torch's kernel is as fast
+_LEAST_QUERIES, _LEAST_KEYS = 64, 512  # below, torch's kernel is as fast
 _TILE_SCORES = 1 << 23
 _TILE_QUERIES = 256  # at most: causal tiles compute half of their own square for nothing
 _COLUMNS = 2  # more than D: products take pairs
+
+
+def is_worth_tiles(num_queries: int, num_keys: int, dtype: torch.dtype) -> bool:
+    """Whether this is faster than torch's kernel, on a CPU of Capability.tiles_attention."""
+    return dtype is torch.bfloat16 and num_queries >= _LEAST_QUERIES and num_keys >= _LEAST_KEYS
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
